@@ -1,0 +1,1 @@
+"""Draft-head speculative decoding: torch in, torch out, no cluster."""

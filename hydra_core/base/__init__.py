@@ -1,0 +1,11 @@
+"""The frozen base model: loading, the fused forward and its fallback, the KV cache."""
+
+from hydra_core.base.embedded import EMBEDDED_BASE
+from hydra_core.base.kv_cache import KVCache, Step
+from hydra_core.base.load import load_base, load_vocabulary, pick_device
+from hydra_core.base.model import Base
+from hydra_core.base.resolve import resolve_base
+from hydra_core.base.vocabulary import BaseIdentity, BaseVocabulary, VocabHead
+
+__all__ = ["EMBEDDED_BASE", "Base", "BaseIdentity", "BaseVocabulary", "KVCache", "Step", "VocabHead", "load_base",
+           "load_vocabulary", "pick_device", "resolve_base"]

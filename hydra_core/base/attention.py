@@ -1,0 +1,73 @@
+"""Attention over a KV cache, and rotary positions: shared by the fused base and the prefix layer."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hydra_core.base.kv_cache import KVCache, Step
+
+
+class Rotary:
+    """Rotary position tables of the base: cos and sin [P, d] in the working dtype.
+
+    Rows are made for positions as they are first needed and kept, since a table costs far less than the trigonometry
+    of every step. `inverse_frequencies`: [d / 2] float32; `scaling` multiplies both tables (transformers' name for it).
+    """
+
+    def __init__(self, inverse_frequencies: Tensor, scaling: float, dtype: torch.dtype) -> None:
+        self.inverse_frequencies, self.scaling, self.dtype = inverse_frequencies.float(), scaling, dtype
+        self.cos = self.sin = torch.empty(0, 2 * len(inverse_frequencies), dtype=dtype)
+        self._grow(1024)
+
+    @torch.inference_mode(False)  # a table made while validating must still serve a training step
+    def _grow(self, positions: int) -> None:
+        angles = torch.arange(positions, device=self.inverse_frequencies.device).float()[:, None]
+        angles = (angles * self.inverse_frequencies).repeat(1, 2)
+        self.cos = (angles.cos() * self.scaling).to(self.dtype)
+        self.sin = (angles.sin() * self.scaling).to(self.dtype)
+
+    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [B, N, 1, d] at `positions` [B, N]."""
+        highest = int(positions.max())
+        if highest >= len(self.cos):
+            self._grow(2 * (highest + 1))
+        return self.cos[positions][:, :, None], self.sin[positions][:, :, None]
+
+
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply rotary positions to [B, N, heads, d]."""
+    low, high = states.chunk(2, dim=-1)
+    return states * cos + torch.cat((-high, low), dim=-1) * sin
+
+
+def grouped_mask(mask: Tensor | None, groups: int) -> Tensor | None:
+    """Repeat an additive mask [B, 1, N, S] for queries folded as [B, H, groups * N, d]."""
+    return mask if mask is None or groups == 1 else mask.repeat(1, 1, groups, 1)
+
+
+def grouped_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Grouped-query attention without copying keys for each query head.
+
+    `queries`: [B, N, Hq, d]; `keys`, `values`: [B, H, S, d]; `mask`: additive [B, 1, (Hq / H) * N, S] from
+    `grouped_mask`. The query heads that share a key head are folded into the token dimension. Returns [B, N, Hq * d].
+    """
+    batch, nodes, heads, width = queries.shape
+    groups = heads // keys.shape[1]
+    folded = queries.view(batch, nodes, keys.shape[1], groups, width).permute(0, 2, 3, 1, 4)
+    folded = folded.reshape(batch, keys.shape[1], groups * nodes, width)
+    mixed = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scale)
+    mixed = mixed.view(batch, keys.shape[1], groups, nodes, width).permute(0, 3, 1, 2, 4)
+    return mixed.reshape(batch, nodes, heads * width)
+
+
+def cached_attention(qkv: Tensor, heads: int, cache: KVCache, layer: int, step: Step, cos: Tensor, sin: Tensor,
+                     mask: Tensor | None) -> Tensor:
+    """Rotate, store and attend: `qkv` [B, N, (Hq + 2 H) * d] in, [B, N, Hq * d] out."""
+    batch, nodes, _ = qkv.shape
+    kv_heads, width = cache.keys.shape[3], cache.keys.shape[4]
+    split = qkv.view(batch, nodes, heads + 2 * kv_heads, width)
+    turned = rotate(split[:, :, :heads + kv_heads], cos, sin)
+    keys, values = cache.write(layer, step, turned[:, :, heads:], split[:, :, heads + kv_heads:])
+    return grouped_attention(turned[:, :, :heads], keys, values, mask, width ** -0.5)

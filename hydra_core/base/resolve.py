@@ -1,0 +1,125 @@
+"""From what a user calls the base model to a folder of safetensors and an identity."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from hydra_core.base.embedded import EMBEDDED_BASE, fetch_embedded
+from hydra_core.errors import InputError
+
+log = logging.getLogger(__name__)
+ORIGIN = "hydra_base.json"  # beside a converted model: what it was made from
+
+
+@dataclass(frozen=True)
+class ResolvedBase:
+    """A transformers folder on this machine, with the name and digest that identify the base."""
+
+    folder: Path
+    name: str
+    digest: str
+
+
+def resolve_base(model: str, cache: Path) -> ResolvedBase:
+    """Find `model`: the embedded one, a folder, a .gguf file or a hub id.
+
+    A .gguf file is dequantised to float32 safetensors under `cache` once. Raises InputError when there is no such
+    model, or its weights are not safetensors.
+    """
+    if model == EMBEDDED_BASE:
+        return _converted(fetch_embedded(cache), cache)
+    if model.startswith("embedded:"):
+        raise InputError(f"base.model={model}: the embedded model is called {EMBEDDED_BASE}")
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise InputError(f"base.model={model}: no such file")
+        return _converted(path, cache)
+    if path.is_dir():
+        return _folder(path.resolve(), path.resolve().name)
+    if path.is_absolute() or model.startswith((".", "~")):
+        raise InputError(f"base.model={model}: no such folder")
+    return _folder(_download(model), model)
+
+
+def _folder(folder: Path, name: str) -> ResolvedBase:
+    if not (folder / "config.json").is_file():
+        raise InputError(f"base.model={folder}: has no config.json: it is not a transformers model folder")
+    origin = folder / ORIGIN
+    if origin.exists():
+        made_from = json.loads(origin.read_text(encoding="utf-8"))
+        return ResolvedBase(folder, made_from["name"], made_from["digest"])
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise InputError(f"base.model={folder}: has no .safetensors weights (pickled ones are not loaded)")
+    stamps = tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in [folder / "config.json", *weights])
+    return ResolvedBase(folder, name, _digest(stamps))
+
+
+@lru_cache(maxsize=32)
+def _digest(stamps: tuple[tuple[str, int, int], ...]) -> str:
+    """sha256 over the names and bytes of files; size and time are in the key so that a changed file is read again."""
+    digest = hashlib.sha256()
+    for path, _, _ in stamps:
+        digest.update(Path(path).name.encode())
+        with open(path, "rb") as handle:
+            while chunk := handle.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]))
+    except Exception as error:  # the hub client raises a dozen types for "cannot be had"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"base.model={hub_id}: no such folder, and the hub does not give it ({reason})") from None
+
+
+def _converted(gguf: Path, cache: Path) -> ResolvedBase:
+    """The float32 transformers copy of a .gguf file, made under a lock since several workers may ask at once."""
+    digest = _digest(((str(gguf), gguf.stat().st_size, gguf.stat().st_mtime_ns),))
+    folder = cache / "converted" / f"{gguf.stem}-{digest[:12]}"
+    if not (folder / ORIGIN).exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not (folder / ORIGIN).exists():
+                _convert(gguf, folder, digest)
+    return ResolvedBase(folder, gguf.stem, digest)
+
+
+def _convert(gguf: Path, folder: Path, digest: str) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    log.info("dequantising %s, once", gguf.name)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        except (ValueError, OSError, KeyError, RuntimeError) as error:
+            raise InputError(f"base.model={gguf}: cannot be read as GGUF ({str(error).splitlines()[0]})") from None
+        model.hf_quantizer, model.is_quantized = None, False  # else save_pretrained refuses the dequantised copy
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        (temporary / ORIGIN).write_text(json.dumps({"name": gguf.stem, "digest": digest}), encoding="utf-8")
+        os.replace(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

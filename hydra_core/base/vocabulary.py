@@ -1,0 +1,83 @@
+"""The two ends of the base model: token embeddings in, vocabulary projection out. All that training needs of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """Which base, in which weight format: heads trained on another one are refused.
+
+    `digest`: sha256 of the configuration and weights, as hex; `weight_format`: bf16 or fp32.
+    """
+
+    name: str
+    digest: str
+    weight_format: str
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.digest[:16]}:{self.weight_format}"
+
+
+@dataclass(frozen=True)
+class VocabHead:
+    """Hidden state to logits: the one function for matrix, bias, scale and soft cap.
+
+    `weight`: [V, D]; `bias`: [V] or None; `scale` multiplies the logits (Granite, Cohere); `softcap` bounds them (Gemma).
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """[..., D] of any float dtype to logits [..., V] in float32."""
+        logits = F.linear(hidden.to(self.weight.dtype), self.weight, self.bias).float()
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+    def restrict(self, ids: Tensor) -> VocabHead:
+        """The head over the tokens `ids` [Vd] alone, in that order."""
+        bias = None if self.bias is None else self.bias[ids].contiguous()
+        return VocabHead(self.weight[ids].contiguous(), bias, self.scale, self.softcap)
+
+    @classmethod
+    def of(cls, config: Any, weight: Tensor, bias: Tensor | None) -> VocabHead:
+        """Read scale and soft cap off a transformers config."""
+        scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+        return cls(weight, bias, float(scale), getattr(config, "final_logit_softcapping", None))
+
+
+@dataclass(frozen=True)
+class BaseVocabulary:
+    """Frozen tensors that heads share with the base.
+
+    `embedding`: [V, D]; `norm_weight`: [D], the base's final norm; `head`: the vocabulary projection; `config`: the
+    transformers text configuration.
+    """
+
+    identity: BaseIdentity
+    config: Any
+    stop_ids: tuple[int, ...]
+    embedding: Tensor
+    norm_weight: Tensor
+    norm_eps: float
+    head: VocabHead
+
+    @property
+    def width(self) -> int:
+        return self.embedding.shape[1]
+
+    @property
+    def size(self) -> int:
+        return self.head.weight.shape[0]

@@ -1,0 +1,17 @@
+"""Decoding: the naive loop that is the reference, and the engine that must equal it."""
+
+from hydra_core.decoding.accept import Accepted, accept
+from hydra_core.decoding.choose import Sampling, choose
+from hydra_core.decoding.configuration import (
+    DecodingConfiguration,
+    load_configuration,
+    read_configuration,
+    save_configuration,
+)
+from hydra_core.decoding.engine import Engine
+from hydra_core.decoding.naive import naive_generate
+from hydra_core.decoding.propose import Proposal
+from hydra_core.decoding.records import Request, Result, StepOutput
+
+__all__ = ["Accepted", "DecodingConfiguration", "Engine", "Proposal", "Request", "Result", "Sampling", "StepOutput",
+           "accept", "choose", "load_configuration", "naive_generate", "read_configuration", "save_configuration"]

@@ -1,0 +1,92 @@
+"""A way of decoding as a folder: what `promote` registers and `serve` loads.
+
+    FOLDER/configuration.json   schema version, drafter (plain, ngram, heads), base identity, n-gram settings
+    FOLDER/heads/               a heads checkpoint, where drafter is heads
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from hydra_core.base.model import Base
+from hydra_core.base.vocabulary import BaseIdentity
+from hydra_core.checkpoint import load_checkpoint
+from hydra_core.drafters import HeadDrafter, NgramDrafter
+from hydra_core.errors import InputError
+from hydra_core.tree.topology import TreeSet
+
+SCHEMA_VERSION = 1
+FILE = "configuration.json"
+
+
+@dataclass(frozen=True)
+class DecodingConfiguration:
+    """Drafter and settings. `name`: what it is called in a report; `heads`: a checkpoint folder, for heads alone."""
+
+    name: str
+    drafter: Literal["plain", "ngram", "heads"]
+    base: BaseIdentity
+    ngram: NgramDrafter = NgramDrafter()
+    heads: Path | None = None
+
+
+def save_configuration(folder: Path, configuration: DecodingConfiguration) -> None:
+    """Write the folder whole, heads copied into it. Raises InputError if it exists."""
+    if folder.exists():
+        raise InputError(f"{folder}: exists already")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        if configuration.drafter == "heads":
+            assert configuration.heads is not None
+            shutil.copytree(configuration.heads, temporary / "heads")
+        values = {"schema_version": SCHEMA_VERSION, "name": configuration.name, "drafter": configuration.drafter,
+                  "base": asdict(configuration.base), "ngram": asdict(configuration.ngram)}
+        (temporary / FILE).write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
+        os.chmod(temporary, 0o755)
+        os.replace(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def read_configuration(folder: Path) -> DecodingConfiguration:
+    """Read the description alone. Raises InputError when the folder is not a configuration."""
+    path = Path(folder) / FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values["schema_version"] != SCHEMA_VERSION:
+            raise InputError(f"{path}: schema_version {values['schema_version']} is not {SCHEMA_VERSION}")
+        if values["drafter"] not in ("plain", "ngram", "heads"):
+            raise InputError(f"{path}: drafter: {values['drafter']!r} is not plain, ngram or heads")
+        heads = Path(folder) / "heads" if values["drafter"] == "heads" else None
+        return DecodingConfiguration(values["name"], values["drafter"], BaseIdentity(**values["base"]),
+                                     NgramDrafter(**values["ngram"]), heads)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}): is this a configuration folder?") from None
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: is not a decoding configuration ({error})") from None
+
+
+def load_configuration(folder: Path, base: Base) -> tuple[HeadDrafter | NgramDrafter | None, TreeSet | None]:
+    """Drafter and trees of a configuration folder, ready for `Engine`, in the base's dtype.
+
+    Raises InputError for a broken folder, another base (digest or weight format) or heads that do not load.
+    """
+    configuration = read_configuration(folder)
+    if configuration.base != base.identity:
+        raise InputError(f"{folder}: was measured on base {configuration.base}, not on {base.identity}: "
+                         "set base.model and base.dtype to that one")
+    if configuration.drafter == "plain":
+        return None, None
+    if configuration.drafter == "ngram":
+        return configuration.ngram, None
+    assert configuration.heads is not None
+    loaded = load_checkpoint(configuration.heads, base.vocabulary, base.dtype)
+    return loaded.drafter, loaded.trees

@@ -1,0 +1,49 @@
+"""Sampling as an argmax: Gumbel noise that is a function of (seed, position, token id) and of nothing else.
+
+A token is argmax(logits / T + noise). Whoever asks, in any batch and any order, gets the same noise, so speculative
+sampling equals plain sampling with the same seed token for token, and drafters may rank by the very same noise.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MASK32 = 0xFFFF_FFFF
+_MASK64 = 0xFFFF_FFFF_FFFF_FFFF
+
+
+def _mix64(value: int) -> int:
+    """splitmix64's finalizer."""
+    value = (value ^ (value >> 30)) * 0xBF58_476D_1CE4_E5B9 & _MASK64
+    value = (value ^ (value >> 27)) * 0x94D0_49BB_1331_11EB & _MASK64
+    return value ^ (value >> 31)
+
+
+def _signed32(value: int) -> int:
+    return value - (1 << 32) if value & 0x8000_0000 else value
+
+
+def position_key(seed: int, position: int) -> tuple[int, int]:
+    """Two signed 32-bit words for one draw."""
+    key = _mix64((_mix64(seed & _MASK64) + position * 0x9E37_79B9_7F4A_7C15) & _MASK64)
+    return _signed32(key & _MASK32), _signed32(key >> 32)
+
+
+def gumbel(keys: list[tuple[int, int]], ids: Tensor) -> Tensor:
+    """Standard Gumbel noise [len(keys), len(ids)] float32 for token `ids` [n] int64, one `position_key` a row.
+
+    A 32-bit counter-based hash: two rounds of a low-bias integer mixer with a key word before each.
+    """
+    words = torch.tensor(keys, dtype=torch.int32, device=ids.device)
+    mixed = _mix32((ids.to(torch.int32) * -1640531535)[None] ^ words[:, :1])
+    mixed = _mix32(mixed ^ words[:, 1:])
+    uniform = ((mixed >> 9) & 0x7F_FFFF).float().add_(0.5).mul_(2.0 ** -23)  # 23 bits: never rounds to 0 or 1
+    return uniform.log_().neg_().log_().neg_()
+
+
+def _mix32(x: Tensor) -> Tensor:
+    """lowbias32 on int32 tensors; products wrap, and shifts are made logical by masking."""
+    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * _signed32(0x846CA68B)
+    return x ^ ((x >> 16) & 0xFFFF)

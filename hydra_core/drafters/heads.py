@@ -1,0 +1,104 @@
+"""What Medusa, Hydra and Hydra++ share: MLP heads that end in the base's own width and vocabulary rows.
+
+Letters: B rows, T positions, K heads, D width, Vd draft vocabulary. Head i at position t predicts x_{t+2+i}.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hydra_core.base.vocabulary import BaseVocabulary
+from hydra_core.drafters.config import HeadsConfig
+from hydra_core.drafters.vocab import DraftVocab
+
+
+class ResBlock(nn.Module):
+    """x + SiLU(W x + b); where the input is wider than the output, a learned projection carries the residual.
+
+    W starts at zero, so a square block starts as the identity (Medusa, arXiv 2401.10774).
+    """
+
+    def __init__(self, width_in: int, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(width_in, width)
+        nn.init.zeros_(self.inner.weight)
+        nn.init.zeros_(self.inner.bias)
+        self.skip = nn.Linear(width_in, width, bias=False) if width_in != width else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width_in] to [..., width]."""
+        carried = x if self.skip is None else self.skip(x)
+        return carried + F.silu(self.inner(x))
+
+
+class MlpHead(nn.Module):
+    """`num_blocks` blocks of their own (none shared), then an RMSNorm that starts as the base's final norm."""
+
+    def __init__(self, width_in: int, vocabulary: BaseVocabulary, num_blocks: int, dropout: float) -> None:
+        super().__init__()
+        width = vocabulary.width
+        self.blocks = nn.ModuleList(ResBlock(width_in if i == 0 else width, width) for i in range(num_blocks))
+        self.norm = nn.RMSNorm(width, eps=vocabulary.norm_eps)
+        self.dropout = nn.Dropout(dropout)
+        with torch.no_grad():
+            self.norm.weight.copy_(vocabulary.norm_weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width_in] to [..., D], ready for the vocabulary rows."""
+        for block in self.blocks:
+            x = block(self.dropout(x))
+        return self.norm(x)
+
+
+class HeadDrafter(nn.Module):
+    """A set of draft heads over a frozen base.
+
+    Only what is trained lives in parameters; embedding and vocabulary rows belong to the base and are not saved.
+    Subclasses say what a head reads (`head_width`, `head_hidden`) and what stands for the hidden state (`features`).
+    """
+
+    def __init__(self, config: HeadsConfig, vocabulary: BaseVocabulary, draft_vocab: DraftVocab) -> None:
+        super().__init__()
+        self.config, self.draft_vocab = config, draft_vocab
+        self.vocabulary = vocabulary
+        self.norm_eps = vocabulary.norm_eps
+        self.rows = vocabulary.head.restrict(draft_vocab.ids.to(vocabulary.head.weight.device))
+        self.heads = nn.ModuleList(
+            MlpHead(self.head_width(i), vocabulary, config.num_blocks, config.dropout) for i in range(config.num_heads))
+
+    @property
+    def num_heads(self) -> int:
+        return self.config.num_heads
+
+    def head_width(self, i: int) -> int:
+        """Width of what head `i` reads."""
+        return self.vocabulary.width
+
+    def features(self, hidden: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        """What the heads read in place of the hidden states, teacher forced.
+
+        `hidden`: [B, T, D] of the base's last layer after its final norm; `positions`: [B, T] int64; `mask`: [B, 1, T, T]
+        bool, true where a position may look. Returns [B, T, D].
+        """
+        return hidden.to(self.heads[0].norm.weight.dtype)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """RMS-normalised base embeddings [..., D] of `tokens` [...] int64.
+
+        Raw embeddings are an order of magnitude smaller than hidden states: joined as they are, heads hardly hear them.
+        """
+        raw = F.embedding(tokens, self.vocabulary.embedding).to(self.heads[0].norm.weight.dtype)
+        return F.rms_norm(raw, (raw.shape[-1],), eps=self.norm_eps)
+
+    def head_hidden(self, i: int, features: Tensor, path: Tensor) -> Tensor:
+        """Output of head `i`: [..., D].
+
+        `features`: [..., D] at position t; `path`: [..., i + 1, D], `embed` of x_{t+1} .. x_{t+1+i}.
+        """
+        raise NotImplementedError
+
+    def draft_logits(self, hidden: Tensor) -> Tensor:
+        """Logits over the draft vocabulary [..., Vd] float32 from a head's output [..., D]."""
+        return self.rows(hidden)

@@ -1,0 +1,22 @@
+"""Hydra++: Hydra whose hidden state is the output of a prefix attention layer (arXiv 2402.05109, section 4)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hydra_core.base.vocabulary import BaseVocabulary
+from hydra_core.drafters.config import HeadsConfig
+from hydra_core.drafters.hydra import Hydra
+from hydra_core.drafters.prefix import PrefixLayer
+from hydra_core.drafters.vocab import DraftVocab
+
+
+class HydraPlusPlus(Hydra):
+    """Sequential heads over a prefix layer; deeper MLPs and the teacher's distribution are its config's defaults."""
+
+    def __init__(self, config: HeadsConfig, vocabulary: BaseVocabulary, draft_vocab: DraftVocab) -> None:
+        super().__init__(config, vocabulary, draft_vocab)
+        self.prefix = PrefixLayer(vocabulary.config)
+
+    def features(self, hidden: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        return self.prefix(super().features(hidden, positions, mask), positions, mask)

@@ -1,0 +1,77 @@
+"""The prefix layer of Hydra++: one causal decoder layer over the base's hidden states, with a KV cache of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hydra_core.base.attention import Rotary, cached_attention, grouped_attention, grouped_mask, rotate
+from hydra_core.base.kv_cache import KVCache, Step
+
+
+class PrefixLayer(nn.Module):
+    """A Llama decoder layer in the base's own shape, then an RMSNorm.
+
+    The projections back into the stream start at zero, so that the layer starts as the normalised hidden state and
+    training only ever adds to it.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.query_heads = config.num_attention_heads
+        self.kv_heads = getattr(config, "num_key_value_heads", None) or self.query_heads
+        self.head_width = getattr(config, "head_dim", None) or width // self.query_heads
+        inner = getattr(config, "intermediate_size", None) or 4 * width
+        eps = getattr(config, "rms_norm_eps", 1e-5)
+        self.input_norm = nn.RMSNorm(width, eps=eps)
+        self.qkv = nn.Linear(width, (self.query_heads + 2 * self.kv_heads) * self.head_width, bias=False)
+        self.output = nn.Linear(self.query_heads * self.head_width, width, bias=False)
+        self.mlp_norm = nn.RMSNorm(width, eps=eps)
+        self.gate_up = nn.Linear(width, 2 * inner, bias=False)
+        self.down = nn.Linear(inner, width, bias=False)
+        self.norm = nn.RMSNorm(width, eps=eps)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.down.weight)
+        theta = (getattr(config, "rope_parameters", None) or {}).get("rope_theta") or 10000.0
+        steps = torch.arange(0, self.head_width, 2, dtype=torch.float32) / self.head_width
+        self._frequencies = 1.0 / theta ** steps
+        self._rotary: Rotary | None = None
+
+    def _rotary_at(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        if self._rotary is None or self._rotary.dtype != like.dtype or self._rotary.cos.device != like.device:
+            self._rotary = Rotary(self._frequencies.to(like.device), 1.0, like.dtype)
+        return self._rotary.at(positions)
+
+    def forward(self, hidden: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        """Teacher forced: `hidden` [B, T, D], `positions` [B, T], `mask` [B, 1, T, T] bool; returns [B, T, D]."""
+        qkv = self.qkv(self.input_norm(hidden))
+        batch, tokens, _ = qkv.shape
+        split = qkv.view(batch, tokens, self.query_heads + 2 * self.kv_heads, self.head_width)
+        cos, sin = self._rotary_at(positions, qkv)
+        turned = rotate(split[:, :, :self.query_heads + self.kv_heads], cos, sin)
+        keys = turned[:, :, self.query_heads:].transpose(1, 2)
+        values = split[:, :, self.query_heads + self.kv_heads:].transpose(1, 2)
+        folded = mask.repeat(1, 1, self.query_heads // self.kv_heads, 1)
+        mixed = grouped_attention(turned[:, :, :self.query_heads], keys, values, folded, self.head_width ** -0.5)
+        return self._finish(hidden, mixed)
+
+    def step(self, hidden: Tensor, cache: KVCache, step: Step) -> Tensor:
+        """While decoding: [B, N, D] newly committed hidden states on top of the cache; writes their keys and values."""
+        qkv = self.qkv(self.input_norm(hidden))
+        cos, sin = self._rotary_at(step.positions, qkv)
+        mask = grouped_mask(step.mask, self.query_heads // self.kv_heads)
+        return self._finish(hidden, cached_attention(qkv, self.query_heads, cache, 0, step, cos, sin, mask))
+
+    def _finish(self, hidden: Tensor, mixed: Tensor) -> Tensor:
+        hidden = hidden + self.output(mixed)
+        gate, up = self.gate_up(self.mlp_norm(hidden)).chunk(2, dim=-1)
+        return self.norm(hidden + self.down(F.silu(gate) * up))
+
+    def allocate(self, rows: int, slots: int) -> KVCache:
+        """A one-layer cache in this layer's dtype and on its device."""
+        weight = self.qkv.weight
+        return KVCache(1, rows, slots, self.kv_heads, self.head_width, weight.dtype, weight.device)

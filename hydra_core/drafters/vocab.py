@@ -1,0 +1,58 @@
+"""The draft vocabulary: only frequent tokens may be drafted, so a head costs a fraction of the base's projection.
+
+Restricting drafts is lossless: verification still looks at every token (FR-Spec, arXiv 2502.14856).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+class DraftVocab:
+    """Tokens that may be drafted, most frequent first.
+
+    `ids`: [Vd] int64 token ids without repetition; `size`: the whole vocabulary's V. Raises ValueError for ids that
+    repeat or lie outside the vocabulary.
+    """
+
+    def __init__(self, ids: Tensor, size: int) -> None:
+        if ids.dim() != 1 or not len(ids) or len(torch.unique(ids)) != len(ids):
+            raise ValueError("a draft vocabulary is a list of distinct token ids")
+        if int(ids.min()) < 0 or int(ids.max()) >= size:
+            raise ValueError(f"a draft vocabulary id lies outside the vocabulary of {size}")
+        self.ids, self.size = ids.to(torch.int64), size
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @classmethod
+    def rank(cls, counts: Tensor, size: int, always: Sequence[int] = ()) -> DraftVocab:
+        """The `size` most frequent tokens by `counts` [V], ties to the lower id, with `always` among them.
+
+        `size` 0 takes the whole vocabulary, in its own order.
+        """
+        vocabulary = len(counts)
+        if size == 0 or size >= vocabulary:
+            return cls(torch.arange(vocabulary), vocabulary)
+        wanted = counts.to(torch.int64).clone()
+        wanted[list(always)] = torch.iinfo(torch.int64).max
+        order = torch.sort(wanted, descending=True, stable=True).indices[:size]
+        by_count = torch.sort(counts[order].to(torch.int64), descending=True, stable=True).indices
+        return cls(order[by_count], vocabulary)
+
+    @cached_property
+    def index_of(self) -> Tensor:
+        """[V] int64: a token's place in the draft vocabulary, -1 outside it."""
+        with torch.inference_mode(False):  # made while validating, it must still serve a training step
+            index = torch.full((self.size,), -1, dtype=torch.int64)
+            index[self.ids] = torch.arange(len(self.ids))
+        return index
+
+    def coverage(self, counts: Tensor) -> float:
+        """Share of the counted tokens that the draft vocabulary holds; 0 when nothing was counted."""
+        total = int(counts.sum())
+        return int(counts[self.ids].sum()) / total if total else 0.0

@@ -1,0 +1,304 @@
+"""One typed configuration for every stage: YAML file, then dotted overrides, unknown fields refused.
+
+Defaults stand here and nowhere else. Every stage receives the whole `RunConfig` and reads its own section.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from hydra_core.base.embedded import EMBEDDED_BASE
+from hydra_core.drafters.config import HeadsConfig
+from hydra_core.errors import InputError
+
+STORAGE_VARIABLE = "HYDRA_HEADS_STORAGE"
+
+
+
+class Section(BaseModel):
+    """A frozen group of settings; a name it does not know is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BaseSection(Section):
+    """The frozen base model whose output is to come out faster."""
+
+    model: str = Field(EMBEDDED_BASE, description="directory, hub id, .gguf file, or the embedded model")
+    dtype: Literal["bf16", "fp32"] = Field("bf16", description="weight format; part of the base's identity")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    context_limit: int | None = Field(None, ge=2, description="tokens of prompt + answer; default: the model's own")
+
+
+class PromptsSection(Section):
+    """Where prompts come from."""
+
+    source: Literal["self", "jsonl", "parquet", "datasets"] = Field(
+        "self", description="self: the base writes user turns itself (Magpie); datasets: hub id or local folder")
+    path: str | None = Field(None, description="file, folder or hub id; not used by source=self")
+    field: str = Field("prompt", description="column that holds the prompt text (or `messages`, a chat)")
+    split: str = "train"
+    count: int | None = Field(None, ge=1, description="prompts wanted (source=self) or the first so many of the file")
+    max_tokens: int = Field(128, ge=4, description="longest self-made prompt, in tokens")
+    temperature: float = Field(1.0, gt=0, description="of self-made prompts")
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _path_matches_source(self) -> PromptsSection:
+        if self.source != "self" and not self.path:
+            raise ValueError(f"prompts.path is needed with prompts.source={self.source}")
+        if self.source == "self" and self.path:
+            raise ValueError("prompts.path has no effect with prompts.source=self: set prompts.source too")
+        return self
+
+
+class Workers(Section):
+    """What Ray reserves for each actor or worker, and the threads it really uses."""
+
+    count: int = Field(1, ge=1)
+    cpus: float = Field(0.5, ge=0, description="logical CPUs to reserve: a share, not a thread count")
+    gpus: float = Field(0, ge=0)
+    threads: int = Field(2, ge=1, description="torch threads in each")
+
+
+class DistillSection(Section):
+    """Prompts in; the base's own answers and hidden states out."""
+
+    temperatures: tuple[float, ...] = Field((0.0, 1.0), min_length=1, description="one answer per prompt for each")
+    max_new_tokens: int = Field(128, ge=1)
+    seed: int = 0
+    held_out: float = Field(0.1, gt=0, lt=1, description="share of prompts kept for validation, by prompt_id")
+    workers: Workers = Workers()
+    running_batch: int = Field(32, ge=1, description="rows decoded together by one worker")
+    rows_per_file: int = Field(64, ge=1, description="rows a part file holds: what a kill can cost")
+    feature_dtype: Literal["bf16", "fp32"] = "bf16"
+    max_error_share: float = Field(0.05, ge=0, le=1)
+
+
+class TrainSection(Section):
+    """Draft heads on the distilled rows; the base stays frozen."""
+
+    drafters: dict[str, HeadsConfig] = Field(
+        default_factory=lambda: {
+            "medusa": HeadsConfig(kind="medusa"),
+            "hydra": HeadsConfig(kind="hydra"),
+            "hydra++": HeadsConfig(kind="hydra++"),
+        },
+        description="name -> architecture; every one of them is trained unless `only` names one")
+    only: str | None = Field(None, description="train just this drafter")
+    epochs: float = Field(4.0, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+    rows_per_step: int = Field(16, ge=1, description="rows in one optimizer step, all workers together")
+    learning_rate: float = Field(1e-3, gt=0, alias="lr")
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(20, ge=0)
+    final_lr_share: float = Field(0.1, ge=0, le=1, description="where the cosine ends, as a share of lr")
+    grad_clip: float = Field(1.0, gt=0)
+    seed: int = 0
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    precision: Literal["bf16", "fp32"] = Field("fp32", description="of the heads while they train")
+    workers: Workers = Workers(count=2, cpus=0.5, threads=1)
+    validate_every: int = Field(50, ge=1, description="steps between validations, each with a checkpoint")
+    validation_rows: int = Field(64, ge=1)
+    max_failures: int = Field(2, ge=0, description="times Ray restarts dead workers from the last checkpoint")
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    @model_validator(mode="after")
+    def _only_is_known(self) -> TrainSection:
+        if self.only is not None and self.only not in self.drafters:
+            raise ValueError(f"train.only={self.only!r} is none of train.drafters: {', '.join(self.drafters)}")
+        if self.rows_per_step % self.workers.count:
+            raise ValueError("train.rows_per_step must be a multiple of train.workers.count")
+        return self
+
+
+class TreeSection(Section):
+    """The draft tree that pays best on this machine."""
+
+    batch_sizes: tuple[int, ...] = (1, 4, 16)
+    node_counts: tuple[int, ...] = Field((1, 2, 4, 8, 12, 16, 24, 32), description="verify sizes to time, root included")
+    context: int = Field(256, ge=1, description="committed tokens per row while timing")
+    repeats: int = Field(7, ge=3)
+    threads: int = Field(2, ge=1)
+    max_rows: int = Field(128, ge=1, description="held-out rows walked")
+
+
+class NgramSection(Section):
+    """Prompt lookup: drafts copied from where the last tokens stood before. Needs no training."""
+
+    max_match: int = Field(3, ge=1)
+    min_match: int = Field(2, ge=1)
+    length: int = Field(8, ge=1, description="tokens drafted after a match")
+
+
+class BenchSection(Section):
+    """Every way of decoding on the same prompts in one run."""
+
+    prompts: str | None = Field(None, description="JSONL of `prompt` or Spec-Bench's format; default: held-out prompts")
+    heads: str | None = Field(None, description="one checkpoint folder to bench instead of this run's own")
+    limit: int | None = Field(None, ge=1)
+    max_new_tokens: int = Field(64, ge=1)
+    rounds: int = Field(1, ge=1)
+    methods: tuple[str, ...] = Field(
+        (), description="contenders besides plain; empty: transformers, ngram and every drafter found")
+    identity_prompts: int = Field(8, ge=0, description="prompts on which fp32 identity is checked for every drafter")
+    threads: int = Field(2, ge=1)
+
+
+class PromoteSection(Section):
+    """Which configuration becomes `champion`."""
+
+    model_name: str = "hydra-heads"
+    alias: str = "champion"
+    min_gain: float = Field(1.0, ge=0, description="speed against plain below which plain itself is promoted")
+
+
+class ServeSection(Section):
+    """The OpenAI-compatible endpoint."""
+
+    model: str | None = Field(None, description="models:/NAME@alias, a configuration folder, or `plain`; default: champion")
+    app_name: str = "hydra-heads"
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    replicas: int = Field(1, ge=1)
+    max_batch: int = Field(8, ge=1, description="rows one replica decodes together")
+    max_queued: int = Field(256, ge=0, description="requests waiting for a row before 429")
+    max_new_tokens: int = Field(1024, ge=1, description="most a request may ask for")
+    workers: Workers = Workers(cpus=0.5, threads=2)
+
+
+class BatchSection(Section):
+    """Offline generation through the Serve deployment."""
+
+    input: str | None = Field(None, description="JSONL or Parquet; default: held-out prompts of this run")
+    output: str | None = Field(None, description="folder; default: inside the run")
+    format: Literal["jsonl", "parquet"] = "parquet"
+    field: str = "prompt"
+    limit: int | None = Field(None, ge=1)
+    max_new_tokens: int = Field(64, ge=1)
+    temperature: float = Field(0.0, ge=0)
+    seed: int = 0
+    concurrency: int = Field(16, ge=1, description="requests in flight")
+    rows_per_file: int = Field(64, ge=1)
+    max_error_share: float = Field(0.05, ge=0, le=1)
+
+
+class TrackingSection(Section):
+    """MLflow."""
+
+    uri: str | None = Field(None, description="default: MLFLOW_TRACKING_URI, else SQLite under storage")
+    experiment: str = "hydra-heads"
+
+
+class RunConfig(Section):
+    """Everything one chain of stages needs."""
+
+    name: str = Field("default", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run's folder")
+    storage: str = Field(
+        default_factory=lambda: os.environ.get(STORAGE_VARIABLE) or str(Path.home() / ".hydra-heads"),
+        description="absolute root of all outputs, the cache and the tracking database")
+    ray_address: str | None = Field(None, description="cluster to join; default: RAY_ADDRESS, else a local one is started")
+    base: BaseSection = BaseSection()
+    prompts: PromptsSection = PromptsSection()
+    distill: DistillSection = DistillSection()
+    train: TrainSection = TrainSection()
+    tree: TreeSection = TreeSection()
+    ngram: NgramSection = NgramSection()
+    bench: BenchSection = BenchSection()
+    promote: PromoteSection = PromoteSection()
+    serve: ServeSection = ServeSection()
+    batch: BatchSection = BatchSection()
+    tracking: TrackingSection = TrackingSection()
+
+    @field_validator("storage")
+    @classmethod
+    def _storage_is_absolute(cls, value: str) -> str:
+        expanded = os.path.expandvars(os.path.expanduser(value))
+        if not os.path.isabs(expanded):
+            raise ValueError(f"storage must be an absolute path, got {value!r}: a submitted job runs in an unpacked copy")
+        return expanded
+
+
+def load_config(path: str | None = None, overrides: dict[str, Any] | None = None) -> RunConfig:
+    """Read YAML at `path` (or the defaults), lay dotted `overrides` over it and check the whole.
+
+    Raises InputError naming the file and field for a missing file, broken YAML, an unknown field or a bad value.
+    """
+    values = _read_yaml(path) if path else {}
+    for dotted, value in (overrides or {}).items():
+        _set_dotted(values, dotted, value)
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise InputError(_one_line(error, path)) from None
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Split `section.field=value`; the value is read as YAML. Raises InputError when there is no `=`."""
+    dotted, separator, value = text.partition("=")
+    if not separator or not dotted.strip():
+        raise InputError(f"override {text!r}: write it as section.field=value")
+    try:
+        return dotted.strip(), _number(yaml.safe_load(value))
+    except yaml.YAMLError:
+        return dotted.strip(), value
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved configuration, defaults included, as YAML that `load_config` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False)
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"config {path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise InputError(f"config {path}: is not UTF-8 text") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"config {path}: is not valid YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise InputError(f"config {path}: must be a mapping of sections, got {type(values).__name__}")
+    return values
+
+
+def _set_dotted(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    node = values
+    for name in parents:
+        child = node.setdefault(name, {})
+        if not isinstance(child, dict):
+            raise InputError(f"override {dotted}: {name} is a value, not a section")
+        node = child
+    node[last] = value
+
+
+def _number(value: Any) -> Any:
+    """YAML reads `1e-3` as text because it has no dot; people mean a number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _one_line(error: ValidationError, path: str | None) -> str:
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"]) or "config"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = "unknown field"
+    where = f"config {path}" if path else "config"
+    return f"{where}: {field}: {message}"

@@ -1,0 +1,83 @@
+"""Row contracts between stages: names, Arrow types and identities, checked by producer and consumer.
+
+prompt row -> response row -> feature row, and error rows from any of them. Token ids are kept and text is never
+tokenised again: template and end-of-turn differences silently lower acceptance.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import pyarrow as pa
+
+from hydra_core.errors import InputError
+
+SCHEMA_VERSION = 1
+_META = {b"hydra_heads_schema": str(SCHEMA_VERSION).encode()}
+
+PROMPTS = pa.schema([
+    ("prompt_id", pa.string()),          # content hash
+    ("messages", pa.string()),           # JSON list of {role, content}, or null for a raw prompt
+    ("prompt", pa.string()),             # raw text, or null for a chat
+    ("prompt_ids", pa.list_(pa.int32())),  # template applied, ready to decode
+    ("source", pa.string()),
+    ("split", pa.string()),              # train | held_out, a function of prompt_id
+], metadata=_META)
+
+RESPONSES = pa.schema([
+    ("id", pa.string()),
+    ("prompt_id", pa.string()),
+    ("prompt_ids", pa.list_(pa.int32())),
+    ("response_ids", pa.list_(pa.int32())),
+    ("finish_reason", pa.string()),
+    ("temperature", pa.float32()),
+    ("seed", pa.int64()),
+    ("source", pa.string()),
+    ("split", pa.string()),
+    ("base", pa.string()),               # identity: name@digest:weight format
+], metadata=_META)
+
+FEATURES = pa.schema([
+    *RESPONSES,
+    ("hidden", pa.large_binary()),       # raw little-endian values of [T, D], T = prompt + response tokens
+    ("hidden_dtype", pa.string()),       # bf16 | fp32
+    ("hidden_tokens", pa.int32()),       # T
+    ("hidden_width", pa.int32()),        # D
+    ("hidden_layer", pa.string()),       # last: after the base's final norm
+], metadata=_META)
+
+ERRORS = pa.schema([("id", pa.string()), ("stage", pa.string()), ("message", pa.string())], metadata=_META)
+
+
+def content_id(*parts: Any) -> str:
+    """Stable 128-bit identity of JSON-able parts."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
+
+
+def split_of(prompt_id: str, held_out: float) -> str:
+    """`held_out` for about that share of prompts, decided by the prompt's own id alone."""
+    return "held_out" if int(prompt_id[:8], 16) / 0x1_0000_0000 < held_out else "train"
+
+
+def check_schema(schema: pa.Schema, contract: pa.Schema, where: str) -> None:
+    """Raise InputError unless `schema` has the contract's columns, types and version."""
+    version = (schema.metadata or {}).get(b"hydra_heads_schema", b"none").decode()
+    if version != str(SCHEMA_VERSION):
+        raise InputError(f"{where}: schema version {version} is not {SCHEMA_VERSION}: make it again with this version")
+    for field in contract:
+        index = schema.get_field_index(field.name)
+        if index < 0:
+            raise InputError(f"{where}: column {field.name} is missing")
+        if schema.field(index).type != field.type:
+            raise InputError(f"{where}: column {field.name} is {schema.field(index).type}, not {field.type}")
+
+
+def check_counts(stage: str, total: int, ok: int, errors: int, skipped: int, max_error_share: float) -> None:
+    """Raise RuntimeError when rows were lost, InputError when too many failed."""
+    if ok + errors + skipped != total:
+        raise RuntimeError(f"{stage}: {ok} ok + {errors} errors + {skipped} skipped is not {total} rows read")
+    if total and errors / total > max_error_share:
+        raise InputError(f"{stage}: {errors} of {total} rows failed, over the allowed share {max_error_share}: "
+                         "see the errors file")

@@ -1,0 +1,84 @@
+"""DeepSpeed for draft heads: its settings from ours, and what a machine must have before it is started."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from hydra_core.errors import InputError
+from pipelines.config import TrainSection
+
+_NEVER = 2**31 - 1
+
+
+def deepspeed_settings(train: TrainSection, world: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for `world` ranks. The optimizer and the learning rate are passed as objects, not here.
+
+    Raises InputError if the rows of a step do not divide among the ranks.
+    """
+    if train.rows_per_step % world:
+        raise InputError(f"train.rows_per_step={train.rows_per_step}: is not a multiple of {world} workers")
+    return {
+        "train_batch_size": train.rows_per_step,
+        "train_micro_batch_size_per_gpu": train.rows_per_step // world,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": train.grad_clip,
+        "bf16": {"enabled": train.precision == "bf16"},
+        "zero_optimization": {
+            "stage": train.zero_stage,
+            "overlap_comm": False,  # the heads are small, and a CPU has no second stream to hide it in
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
+        "zero_allow_untested_optimizer": True,  # fused AdamW is AdamW
+        "steps_per_print": _NEVER,
+        "wall_clock_breakdown": False,
+    }
+
+
+def learning_rate(train: TrainSection, step: int, total: int) -> float:
+    """Of the update number `step` (from 0) of `total`: linear warm-up, then a cosine down to `final_lr_share` of the peak.
+
+    A pure function, so a resumed run needs no scheduler state.
+    """
+    if step < train.warmup_steps:
+        return train.learning_rate * (step + 1) / (train.warmup_steps + 1)
+    progress = (step - train.warmup_steps) / max(total - 1 - train.warmup_steps, 1)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return train.learning_rate * (train.final_lr_share + (1 - train.final_lr_share) * cosine)
+
+
+def check_toolchain(uses_gpu: bool) -> None:
+    """Raise InputError unless DeepSpeed can build what it compiles at first use on a CPU: a shared-memory reduction.
+
+    It has no fallback there: without a compiler, Python's headers or ninja it fails minutes in with a long traceback.
+    """
+    if uses_gpu:
+        return
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        raise InputError(f"DeepSpeed: no C++ compiler ({compiler}): install one (Debian: apt-get install g++)")
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not header.exists():
+        raise InputError(f"DeepSpeed: Python's headers are missing ({header}): install them (Debian: apt-get install "
+                         f"python{sys.version_info.major}.{sys.version_info.minor}-dev)")
+    if importlib.util.find_spec("ninja") is None and shutil.which("ninja") is None:
+        raise InputError("DeepSpeed: ninja is missing: pip install ninja")
+
+
+def prepare_environment(uses_gpu: bool) -> None:
+    """Set what DeepSpeed reads from the environment; call it before the first `import deepspeed` of a process.
+
+    A virtual environment that was not activated has its `ninja` beside the interpreter, off the PATH.
+    """
+    scripts = str(Path(sys.executable).parent)
+    path = os.environ.get("PATH", "")
+    if scripts not in path.split(os.pathsep):
+        os.environ["PATH"] = f"{scripts}{os.pathsep}{path}"
+    if not uses_gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"

@@ -1,0 +1,61 @@
+"""Shared fixtures: tiny bases, a private local Ray, a storage root of one's own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from hydra_core.base import Base, load_base
+from tests.tiny import save_tiny
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+torch.set_num_threads(1)  # two cores are shared with Ray workers: unset threads fight
+
+
+@pytest.fixture(scope="session")
+def tiny_base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny-base"))
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tiny_base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return load_base(str(tiny_base_dir), dtype="fp32", cache=tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Path:
+    return tmp_path / "storage"
+
+
+@pytest.fixture(scope="session")
+def worker_env() -> dict[str, str]:
+    """Variables a Ray worker of a test needs: the project on its path, quiet libraries."""
+    path = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": f"{ROOT}{os.pathsep}{path}" if path else str(ROOT), "OMP_NUM_THREADS": "1",
+            "MLFLOW_DISABLE_TELEMETRY": "true"}
+
+
+@pytest.fixture(scope="session")
+def local_ray(worker_env: dict[str, str]) -> Iterator[None]:
+    """A private two-CPU Ray for the session: started by us, never a stranger's."""
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="warning",
+                 runtime_env={"env_vars": worker_env})
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """Folder of the optional evaluation data, which the project must not need."""
+    if not SHARED_DATA.exists():
+        pytest.skip("optional evaluation data is not on this machine")
+    return SHARED_DATA

@@ -1,0 +1,201 @@
+"""The promise: whatever drafts, whatever runs beside, the tokens are those of the naive loop."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from hydra_core.base import Base
+from hydra_core.decoding import Engine, Request, Result, naive_generate
+from hydra_core.drafters import HeadDrafter, NgramDrafter
+from hydra_core.errors import InputError
+from hydra_core.tree import PLAIN, Tree, TreeSet, default_trees
+from tests.trained import overfit_heads, random_heads, random_prompts
+
+BUSHY = Tree(((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 1, 0)))
+DRAFTERS = ("plain", "ngram", "medusa", "hydra", "hydra++")
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_base: Base) -> dict[str, HeadDrafter]:
+    prompts = random_prompts(6, seed=1)
+    return {kind: overfit_heads(tiny_base, kind, prompts) for kind in ("medusa", "hydra", "hydra++")}
+
+
+@pytest.fixture(scope="module")
+def make_engine(tiny_base: Base, trained: dict[str, HeadDrafter]) -> Callable[..., Engine]:
+    def make(name: str, weights: str = "trained", max_batch: int = 1, tree: Tree = BUSHY, **changes: int) -> Engine:
+        if name == "plain":
+            return Engine(tiny_base, max_batch=max_batch, **changes)
+        if name == "ngram":
+            return Engine(tiny_base, NgramDrafter(min_match=1), max_batch=max_batch, **changes)
+        heads = trained[name] if weights == "trained" else random_heads(tiny_base, name)
+        return Engine(tiny_base, heads, TreeSet({1: tree}), max_batch=max_batch, **changes)
+
+    return make
+
+
+def requests_for(prompts: list[tuple[int, ...]], tokens: int = 30, **changes: object) -> list[Request]:
+    return [Request(f"r{i}", prompt, tokens, **changes) for i, prompt in enumerate(prompts)]  # type: ignore[arg-type]
+
+
+def same(base: Base, results: list[Result], requests: list[Request], context_limit: int | None = None) -> None:
+    for result, request in zip(results, requests, strict=True):
+        reference = naive_generate(base, request, context_limit)
+        assert (result.token_ids, result.finish_reason) == (reference.token_ids, reference.finish_reason), request.id
+
+
+@pytest.mark.parametrize("weights", ["random", "trained"])
+@pytest.mark.parametrize("max_batch", [1, 5])
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_greedy_equals_naive(tiny_base: Base, make_engine: Callable[..., Engine], name: str, max_batch: int,
+                             weights: str) -> None:
+    requests = requests_for(random_prompts(11, seed=2) + random_prompts(3, seed=1))
+    same(tiny_base, make_engine(name, weights, max_batch).generate(requests), requests)
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_sampling_equals_naive(tiny_base: Base, make_engine: Callable[..., Engine], name: str) -> None:
+    prompts = random_prompts(9, seed=3)
+    requests = [Request(f"r{i}", prompt, 25, temperature=(0.0, 0.6, 1.3)[i % 3], seed=i)
+                for i, prompt in enumerate(prompts)]
+    same(tiny_base, make_engine(name, max_batch=4).generate(requests), requests)
+
+
+@pytest.mark.parametrize("name", ["hydra", "hydra++"])
+def test_trained_heads_are_accepted(make_engine: Callable[..., Engine], name: str) -> None:
+    results = make_engine(name).generate(requests_for(random_prompts(6, seed=1)))
+    assert sum(len(r.token_ids) - 1 for r in results) > 1.5 * sum(r.steps for r in results)
+    for result in results:
+        assert result.drafted == result.steps * (BUSHY.size - 1)
+        assert 0 <= result.accepted <= len(result.token_ids) + BUSHY.depth
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_stop_inside_an_accepted_path(tiny_base: Base, make_engine: Callable[..., Engine], name: str) -> None:
+    """Every token of an answer in turn is made the stop token: some stand in the middle of an accepted path."""
+    prompt = random_prompts(6, seed=1)[2]
+    answer = naive_generate(tiny_base, Request("a", prompt, 30)).token_ids
+    requests = [Request(f"s{token}", prompt, 30, stop_ids=(token,)) for token in sorted(set(answer))]
+    results = make_engine(name, max_batch=3).generate(requests)
+    same(tiny_base, results, requests)
+    assert all(result.finish_reason == "stop" and result.token_ids[-1] == int(result.id[1:]) for result in results)
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_limits(tiny_base: Base, make_engine: Callable[..., Engine], name: str) -> None:
+    one = make_engine(name).generate([Request("one", (7, 8, 9), 1)])[0]
+    assert len(one.token_ids) == 1 and one.steps == 0 and one.finish_reason == "length"
+    assert one.tokens_per_step == 0.0
+    requests = [Request(f"c{length}", tuple(range(5, 5 + length)), 100, stop_ids=()) for length in (1, 2, 17, 30, 31)]
+    results = make_engine(name, max_batch=2, context_limit=32).generate(requests)
+    same(tiny_base, results, requests, context_limit=32)
+    assert all(r.finish_reason == "context" and len(r.prompt_ids) + len(r.token_ids) == 32 for r in results)
+
+
+def test_the_models_own_context_ends_an_answer(tiny_base: Base, make_engine: Callable[..., Engine]) -> None:
+    request = Request("long", tuple([9] * 250), 100, stop_ids=())
+    result = make_engine("hydra++").generate([request])[0]
+    assert result.finish_reason == "context" and len(result.token_ids) == 6
+    same(tiny_base, [result], [request])
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_rows_join_and_leave_at_any_step(tiny_base: Base, make_engine: Callable[..., Engine], name: str) -> None:
+    dice = random.Random(5)
+    requests = [Request(f"r{i}", prompt, dice.randint(1, 25), temperature=dice.choice((0.0, 0.0, 1.0)), seed=i)
+                for i, prompt in enumerate(random_prompts(20, seed=6))]
+    engine = make_engine(name, max_batch=4)
+    waiting, results, streamed = list(requests), {}, {r.id: [] for r in requests}
+    while waiting or engine.has_work:
+        for _ in range(dice.randint(0, 3)):
+            if waiting:
+                engine.add(waiting.pop(0))
+        for output in engine.step():
+            streamed[output.id] += output.token_ids
+            if output.result:
+                results[output.id] = output.result
+    same(tiny_base, [results[r.id] for r in requests], requests)
+    assert all(tuple(streamed[r.id]) == results[r.id].token_ids for r in requests)
+
+
+def test_cancel_frees_the_row_and_harms_nobody(tiny_base: Base, make_engine: Callable[..., Engine]) -> None:
+    requests = requests_for(random_prompts(6, seed=8), tokens=40, stop_ids=())
+    engine = make_engine("hydra++", max_batch=3)
+    for request in requests:
+        engine.add(request)
+    results = {}
+    for step in range(200):
+        if step == 2:
+            engine.cancel("r1")
+            engine.cancel("r5")  # still waiting
+            engine.cancel("nobody")
+        results.update({o.id: o.result for o in engine.step() if o.result})
+        if not engine.has_work:
+            break
+    assert results["r1"].finish_reason == results["r5"].finish_reason == "cancelled"
+    kept = [request for request in requests if request.id not in ("r1", "r5")]
+    same(tiny_base, [results[r.id] for r in kept], kept)
+
+
+@pytest.mark.parametrize("tree", [PLAIN, Tree(((0,),)), Tree(tuple((i,) for i in range(7))),
+                                  Tree(((5,), (5, 3), (0,), (5, 3, 1)))])
+def test_any_tree(tiny_base: Base, make_engine: Callable[..., Engine], tree: Tree) -> None:
+    requests = requests_for(random_prompts(5, seed=9))
+    for name in ("medusa", "hydra", "hydra++"):
+        same(tiny_base, make_engine(name, max_batch=2, tree=tree).generate(requests), requests)
+
+
+def test_restricted_draft_vocabulary_changes_nothing(tiny_base: Base) -> None:
+    requests = requests_for(random_prompts(6, seed=10))
+    for size in (3, 40):
+        heads = random_heads(tiny_base, "hydra++", draft_vocab_size=size)
+        trees = TreeSet({1: Tree(((0,), (1,), (0, 0))), 2: Tree(((0,),)), 3: PLAIN})
+        same(tiny_base, Engine(tiny_base, heads, trees, max_batch=4).generate(requests), requests)
+
+
+def test_features_while_decoding_equal_features_in_training(tiny_base: Base, trained: dict[str, HeadDrafter]) -> None:
+    """What a head reads at the accepted path is what it read teacher forced: no unrolled training is needed."""
+    for kind, heads in trained.items():
+        engine = Engine(tiny_base, heads, TreeSet({1: BUSHY}), max_batch=1)
+        request = Request("f", random_prompts(6, seed=1)[3], 30, stop_ids=())
+        engine.add(request)
+        tokens, seen = list(request.prompt_ids), []
+        while engine.has_work:
+            for output in engine.step():
+                tokens += output.token_ids
+            if engine.running:
+                seen.append((len(tokens), engine.session.features[0].clone()))  # type: ignore[attr-defined]
+        hidden = tiny_base.hidden_states([tokens])[0]
+        length = len(tokens)
+        mask = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+        features = heads.features(hidden[None], torch.arange(length)[None], mask)[0]
+        assert len(seen) > 3
+        for committed, feature in seen:  # the newest token is the root, its hidden state not yet computed
+            torch.testing.assert_close(feature, features[committed - 2], atol=1e-4, rtol=1e-4, msg=kind)
+
+
+def test_bad_requests_are_refused_alone(tiny_base: Base, make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine("hydra", max_batch=2)
+    good = Request("good", (5, 6), 5)
+    engine.add(good)
+    bad = [(Request("x", (), 5), "empty"), (Request("x", (5, 288), 5), "outside"), (Request("x", (-1,), 5), "outside"),
+           (Request("x", (5,) * 256, 5), "room"), (Request("x", (5,), 0), "max_new_tokens"),
+           (Request("x", (5,), 5, temperature=float("nan")), "temperature"),
+           (Request("x", (5,), 5, temperature=-0.1), "temperature"), (Request("x", (5,), 5, seed=2**63), "seed"),
+           (Request("good", (5,), 5), "already")]
+    for request, word in bad:
+        with pytest.raises(InputError, match=word):
+            engine.add(request)
+    results = []
+    while engine.has_work:
+        results += [o.result for o in engine.step() if o.result]
+    same(tiny_base, results, [good])
+
+
+def test_trees_deeper_than_the_heads_are_refused(tiny_base: Base) -> None:
+    with pytest.raises(InputError, match="heads"):
+        Engine(tiny_base, random_heads(tiny_base, "hydra"), default_trees())

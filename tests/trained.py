@@ -1,0 +1,62 @@
+"""Heads overfitted on the tiny base's own greedy answers, so that tests see drafts accepted, and not only refused."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from hydra_core.base import Base
+from hydra_core.decoding import Request, naive_generate
+from hydra_core.drafters import DraftVocab, HeadDrafter, HeadsConfig, build_drafter
+
+
+def random_prompts(count: int, seed: int = 0, longest: int = 24) -> list[tuple[int, ...]]:
+    """Prompts of 1 to `longest` byte tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, longest + 1, (count,), generator=generator).tolist()
+    return [tuple(torch.randint(3, 259, (length,), generator=generator).tolist()) for length in lengths]
+
+
+def draft_vocab_of(base: Base, size: int = 0) -> DraftVocab:
+    counts = torch.arange(base.vocab_size, 0, -1)
+    return DraftVocab.rank(counts, size, base.stop_ids)
+
+
+def random_heads(base: Base, kind: str, seed: int = 0, draft_vocab_size: int = 0) -> HeadDrafter:
+    torch.manual_seed(seed)
+    config = HeadsConfig(kind=kind, num_heads=3, draft_vocab_size=draft_vocab_size)
+    return build_drafter(config, base.vocabulary, draft_vocab_of(base, draft_vocab_size)).eval().requires_grad_(False)
+
+
+def overfit_heads(base: Base, kind: str, prompts: list[tuple[int, ...]], tokens: int = 40, steps: int = 150) -> HeadDrafter:
+    """Train a drafter of `kind` on the base's greedy answers to `prompts` until it often drafts right."""
+    heads = random_heads(base, kind).train().requires_grad_(True)
+    rows = []
+    for i, prompt in enumerate(prompts):
+        answer = naive_generate(base, Request(str(i), prompt, tokens)).token_ids
+        ids = torch.tensor(prompt + answer)
+        rows.append((ids, base.hidden_states([ids.tolist()])[0].clone()))
+    optimizer = torch.optim.Adam(heads.parameters(), lr=1e-2)
+    for step in range(steps):
+        ids, hidden = rows[step % len(rows)]
+        loss = teacher_forced_loss(heads, ids, hidden)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return heads.eval().requires_grad_(False)
+
+
+def teacher_forced_loss(heads: HeadDrafter, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """Sum over heads of the cross-entropy of x_{t+2+i} (whole vocabulary drafted, so ids are classes)."""
+    length = len(ids)
+    positions = torch.arange(length)[None]
+    mask = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+    features = heads.features(hidden[None], positions, mask)[0]
+    embedded = heads.embed(ids)
+    loss = hidden.new_zeros(())
+    for i in range(heads.num_heads):
+        count = length - 2 - i
+        path = torch.stack([embedded[1 + j:1 + j + count] for j in range(i + 1)], dim=1)
+        logits = heads.draft_logits(heads.head_hidden(i, features[:count], path))
+        loss = loss + F.cross_entropy(logits, ids[2 + i:2 + i + count])
+    return loss
