@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 
@@ -36,3 +37,10 @@ def ensure_ray(config: RunConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def measuring_resources(config: RunConfig) -> dict[str, Any]:
+    """Ray options of a task that times decoding: a GPU where the base is to run on one, else a share of a CPU."""
+    gpus = ray.cluster_resources().get("GPU", 0)
+    wants_gpu = config.base.device == "cuda" or (config.base.device == "auto" and gpus >= 1)
+    return {"num_cpus": 0.5, "num_gpus": 1 if wants_gpu else 0, "max_retries": 0}

@@ -42,7 +42,7 @@ def deepspeed_settings(train: TrainSection, world: int) -> dict[str, Any]:
 
 
 def learning_rate(train: TrainSection, step: int, total: int) -> float:
-    """Of the update number `step` (from 0) of `total`: linear warm-up, then a cosine down to `final_lr_share` of the peak.
+    """Of update `step` (from 0) of `total`: linear warm-up, then a cosine down to `final_lr_share` of the peak.
 
     A pure function, so a resumed run needs no scheduler state.
     """

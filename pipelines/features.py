@@ -27,7 +27,8 @@ from pipelines.contracts import FEATURES, check_schema
 
 CACHE_BYTES = 512 << 20
 _DTYPES = {"bf16": (torch.bfloat16, 2), "fp32": (torch.float32, 4)}
-_LIGHT = ("id", "prompt_ids", "response_ids", "split", "base", "hidden_dtype", "hidden_tokens", "hidden_width", "hidden_layer")
+_PLAIN = ("id", "split", "base", "temperature", "hidden_dtype", "hidden_tokens", "hidden_width", "hidden_layer")
+_LIGHT = (*_PLAIN, "prompt_ids", "response_ids")
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,14 @@ class Block:
 @dataclass(frozen=True)
 class RowIndex:
     """Everything but hidden states of n rows: ids; tokens [sum] int32 with offsets [n + 1] int64; prompt_tokens [n] int64;
-    block [n] int64 and place [n] int64 (row inside its block)."""
+    temperature [n] float64; block [n] int64 and place [n] int64 (row inside its block).
+    """
 
     ids: tuple[str, ...]
     tokens: np.ndarray
     offsets: np.ndarray
     prompt_tokens: np.ndarray
+    temperature: np.ndarray
     block: np.ndarray
     place: np.ndarray
 
@@ -62,7 +65,8 @@ class FeatureStore:
     `base`: identity of the base that made them; `width`: D; `dtype`: of the stored hidden states. Not thread safe.
     """
 
-    def __init__(self, blocks: Sequence[Block], index: RowIndex, base: str, width: int, dtype: str, cache_bytes: int) -> None:
+    def __init__(self, blocks: Sequence[Block], index: RowIndex, base: str, width: int, dtype: str,
+                 cache_bytes: int) -> None:
         self.blocks, self.index, self.base, self.width, self.dtype = tuple(blocks), index, base, width, dtype
         self._budget = cache_bytes
         self._cache: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
@@ -72,8 +76,8 @@ class FeatureStore:
     def open(cls, folder: Path, split: str, *, cache_bytes: int = CACHE_BYTES) -> FeatureStore:
         """Index the shards `folder/*.parquet`.
 
-        `cache_bytes` bounds the hidden states kept in memory. Raises InputError for an empty folder, a file that is not a
-        feature shard, rows of different bases, or a split without rows.
+        `cache_bytes` bounds the hidden states kept in memory. Raises InputError for an empty folder, a file that is not
+        a feature shard, rows of different bases, or a split without rows.
         """
         paths = sorted(folder.glob("*.parquet"))
         if not paths:
@@ -102,13 +106,23 @@ class FeatureStore:
         hidden = torch.frombuffer(bytearray(values), dtype=dtype).view(len(tokens), self.width)
         return FeatureRow(torch.from_numpy(tokens.astype(np.int64)), int(index.prompt_tokens[row]), hidden)
 
+    def sample(self, rows: int, seed: int) -> np.ndarray:
+        """At most `rows` row numbers of a seeded shuffle, greedy rows alone where there are any.
+
+        A sampled answer is not what a greedy decoder meets; drafters rank by the draw's own noise there.
+        """
+        greedy = np.flatnonzero(self.index.temperature == 0)
+        among = greedy if len(greedy) else np.arange(len(self))
+        return np.random.default_rng([seed, 1]).permutation(among)[:rows]
+
     def response_counts(self, vocab_size: int) -> Tensor:
         """How often each token was answered: [V] int64. Raises InputError for an id outside the vocabulary."""
         index = self.index
         within = np.arange(len(index.tokens)) - np.repeat(index.offsets[:-1], index.lengths)
         answered = index.tokens[within >= np.repeat(index.prompt_tokens, index.lengths)]
         if len(answered) and (answered.max() >= vocab_size or answered.min() < 0):
-            raise InputError(f"features: token id {int(answered.max())} is outside the base's vocabulary of {vocab_size}")
+            raise InputError(f"features: a token id ({int(answered.max())}) is outside the base's vocabulary of "
+                             f"{vocab_size}: use the base that made them or distill again")
         return torch.from_numpy(np.bincount(answered, minlength=vocab_size).astype(np.int64))
 
     def _hidden(self, block: int) -> pa.ChunkedArray:
@@ -134,6 +148,7 @@ class _IndexReader:
         self.ids: list[str] = []
         self.tokens: list[np.ndarray] = []
         self.prompt_tokens: list[int] = []
+        self.temperature: list[float] = []
         self.block: list[int] = []
         self.place: list[int] = []
         self.kinds: set[tuple[str, int, str]] = set()
@@ -152,8 +167,7 @@ class _IndexReader:
                 self._add_rows(path, light)
 
     def _add_rows(self, path: Path, light: pa.Table) -> None:
-        columns = {name: light.column(name).to_pylist() for name in ("id", "split", "base", "hidden_dtype", "hidden_tokens",
-                                                                     "hidden_width", "hidden_layer")}
+        columns = {name: light.column(name).to_pylist() for name in _PLAIN}
         for place in range(light.num_rows):
             if columns["split"][place] != self.split:
                 continue
@@ -172,6 +186,7 @@ class _IndexReader:
             self.ids.append(name)
             self.tokens.append(np.concatenate([prompt, response]))
             self.prompt_tokens.append(len(prompt))
+            self.temperature.append(columns["temperature"][place])
             self.block.append(len(self.blocks) - 1)
             self.place.append(place)
 
@@ -180,8 +195,9 @@ class _IndexReader:
             raise InputError(f"{folder}: has no rows of the split {self.split!r}: distill more prompts")
         (kind,) = self.kinds
         offsets = np.concatenate([[0], np.cumsum([len(tokens) for tokens in self.tokens])]).astype(np.int64)
-        index = RowIndex(tuple(self.ids), np.concatenate(self.tokens).astype(np.int32), offsets, np.array(self.prompt_tokens),
-                         np.array(self.block), np.array(self.place))
+        index = RowIndex(
+            tuple(self.ids), np.concatenate(self.tokens).astype(np.int32), offsets, np.array(self.prompt_tokens),
+            np.array(self.temperature), np.array(self.block), np.array(self.place))
         return FeatureStore(self.blocks, index, *kind, cache_bytes)
 
 
@@ -233,7 +249,10 @@ def _epoch_order(block_of: bytes, block_bytes: bytes, seed: int, epoch: int, win
 
 
 def share_of(rows: np.ndarray, lengths: np.ndarray, rank: int, world: int) -> np.ndarray:
-    """The rows rank `rank` of `world` takes of one step, about equally many tokens each: dealt longest first, to and fro."""
+    """The rows rank `rank` of `world` takes of one step, about equally many tokens each.
+
+    They are dealt longest first, to and fro.
+    """
     ordered = rows[np.argsort(-lengths[rows], kind="stable")]
     turn = np.arange(len(ordered)) % (2 * world)
     dealt = np.where(turn < world, turn, 2 * world - 1 - turn)

@@ -74,7 +74,8 @@ def valid_counts(store: FeatureStore, draft_vocab: DraftVocab, heads: HeadsConfi
         counted = (draft_vocab.index_of.numpy()[index.tokens] >= 0).astype(np.int64)
     before = np.concatenate([[0], np.cumsum(counted)])
     counts = np.zeros((len(store), heads.num_heads), np.int64)
-    for row, (start, prompt, tokens) in enumerate(zip(index.offsets[:-1], index.prompt_tokens, index.lengths, strict=True)):
+    spans = zip(index.offsets[:-1], index.prompt_tokens, index.lengths, strict=True)
+    for row, (start, prompt, tokens) in enumerate(spans):
         for head in range(heads.num_heads):
             asked = target_range(head, int(prompt), int(tokens))
             counts[row, head] = before[start + asked.stop] - before[start + asked.start] if len(asked) else 0
@@ -112,19 +113,19 @@ class StepBatches:
                 yield batch
 
 
-def validation_batches(reader: RowReader, rows: int, per_batch: int, seed: int, share: Share) -> list[tuple[Packed, bool]]:
-    """This rank's held-out batches, each with whether it counts. Every rank has as many: collectives stay in step.
+def validation_groups(store: FeatureStore, rows: int, per_batch: int, seed: int,
+                      share: Share) -> list[tuple[np.ndarray, bool]]:
+    """Row numbers of this rank's held-out batches, each with whether it counts; the same at every validation.
 
-    The first `rows` of a seeded shuffle of the held-out rows, the same at every validation.
+    Every rank has as many batches (the last may be a repetition that does not count): collectives stay in step.
     """
-    store = reader.store
-    chosen = np.random.default_rng([seed, 1]).permutation(len(store))[:rows]
+    chosen = store.sample(rows, seed)
     mine = share_of(chosen, store.index.lengths, share.rank, share.world)
     groups = [mine[start:start + per_batch] for start in range(0, len(mine), per_batch)]
     filler = groups[0] if groups else chosen[:1]
     largest_share = -(-len(chosen) // share.world)
     needed = -(-largest_share // per_batch)
-    return [(reader.pack(groups[i]), True) if i < len(groups) else (reader.pack(filler), False) for i in range(needed)]
+    return [(groups[i], True) if i < len(groups) else (filler, False) for i in range(needed)]
 
 
 def load_normalisers(path: Path, tokens: int) -> np.ndarray | None:

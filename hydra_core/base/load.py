@@ -15,6 +15,7 @@ from hydra_core.base.fallback import TransformersDecoder
 from hydra_core.base.fused import FusedDecoder
 from hydra_core.base.model import Base
 from hydra_core.base.resolve import ResolvedBase, resolve_base
+from hydra_core.base.text import load_tokenizer
 from hydra_core.base.vocabulary import BaseIdentity, BaseVocabulary, VocabHead
 from hydra_core.errors import InputError
 
@@ -25,22 +26,25 @@ FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 
 
 def load_base(model: str, *, dtype: str = "bf16", device: str = "cpu", cache: Path,
-              context_limit: int | None = None, fused: bool = True) -> Base:
+              context_limit: int | None = None, fused: bool = True, widen: bool = False) -> Base:
     """Load and freeze the base.
 
     `dtype`: weight format, bf16 or fp32; `device`: cpu, cuda or auto; `cache`: folder for fetched and converted models;
-    `context_limit`: tokens of prompt + answer, at most the model's own; `fused=False` forces transformers' own forward.
+    `context_limit`: tokens of prompt + answer, at most the model's own; `fused=False` forces transformers' own forward;
+    `widen` computes in float64 on the very values of the weight format (what near-ties are judged by).
     Raises InputError for a model that cannot be had or cannot decode with a tree.
     """
     resolved = resolve_base(model, cache)
     target = pick_device(device)
     loaded = _load_transformers(resolved, model, DTYPES[dtype]).to(target)
+    if widen:
+        loaded = loaded.double()
     config = loaded.config.get_text_config()
     identity = BaseIdentity(resolved.name, resolved.digest, dtype)
     vocabulary = _vocabulary_of(loaded, config, identity, _stop_ids(loaded, config))
     decoder = _decoder_for(loaded, config, fused)
     limit = _context_limit(config, context_limit, model)
-    return Base(vocabulary, decoder, _load_tokenizer(resolved.folder), limit, target)
+    return Base(vocabulary, decoder, load_tokenizer(resolved.folder), limit, target)
 
 
 def load_vocabulary(model: str, *, dtype: str = "bf16", device: str = "cpu", cache: Path) -> BaseVocabulary:
@@ -145,16 +149,6 @@ def _context_limit(config: Any, asked: int | None, model: str) -> int:
     if asked is not None and asked > own:
         raise InputError(f"base.context_limit={asked}: {model} holds at most {own} tokens")
     return asked or own
-
-
-def _load_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (ValueError, OSError) as error:
-        log.warning("the base has no tokenizer: only token ids can be decoded (%s)", str(error).splitlines()[0])
-        return None
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hydra_core.base.kv_cache import KVCache, Step
+from hydra_core.base.text import encode_prompt
 from hydra_core.base.vocabulary import BaseIdentity, BaseVocabulary
-from hydra_core.errors import InputError
 from hydra_core.tree.topology import Topology, chain
 
 PREFILL_CHUNK = 512  # tokens of a prompt in one forward: bounds the mask and the activations
@@ -94,29 +94,8 @@ class Base:
         return [hidden[row, :len(sequence)] for row, sequence in enumerate(sequences)]
 
     def encode_prompt(self, prompt: str | None = None, messages: list[dict[str, Any]] | None = None) -> list[int]:
-        """Token ids ready to be answered: the chat template with its opening of the assistant's turn.
-
-        A raw prompt becomes one user turn where the base has a template and is tokenised as it is elsewhere. Raises
-        InputError for messages without a template, an empty prompt, or messages the template refuses.
-        """
-        if self.tokenizer is None:
-            raise InputError("prompt: the base has no tokenizer: give token ids")
-        template = getattr(self.tokenizer, "chat_template", None)
-        if messages is None:
-            if not prompt:
-                raise InputError("prompt: is empty")
-            if not template:
-                return list(self.tokenizer(prompt).input_ids)
-            messages = [{"role": "user", "content": prompt}]
-        if not template:
-            raise InputError("messages: the base has no chat template: give a plain prompt")
-        if not messages:
-            raise InputError("messages: is empty")
-        try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # templates are programs: any mistake in messages may raise anything
-            raise InputError(f"messages: the chat template refuses them ({str(error).splitlines()[0]})") from None
-        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+        """As `text.encode_prompt`, with the base's own tokenizer."""
+        return encode_prompt(self.tokenizer, prompt, messages)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""

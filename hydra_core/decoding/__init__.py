@@ -9,9 +9,10 @@ from hydra_core.decoding.configuration import (
     save_configuration,
 )
 from hydra_core.decoding.engine import Engine
+from hydra_core.decoding.identity import Comparison, compare
 from hydra_core.decoding.naive import naive_generate
 from hydra_core.decoding.propose import Proposal
 from hydra_core.decoding.records import Request, Result, StepOutput
 
-__all__ = ["Accepted", "DecodingConfiguration", "Engine", "Proposal", "Request", "Result", "Sampling", "StepOutput",
-           "accept", "choose", "load_configuration", "naive_generate", "read_configuration", "save_configuration"]
+__all__ = ["Accepted", "Comparison", "DecodingConfiguration", "Engine", "Proposal", "Request", "Result", "Sampling", "StepOutput",
+           "accept", "choose", "compare", "load_configuration", "naive_generate", "read_configuration", "save_configuration"]

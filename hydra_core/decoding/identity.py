@@ -1,0 +1,56 @@
+"""When two answers count as the same: token for token, or parted at a near-tie that rounding may decide either way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from hydra_core.base.model import Base
+
+FP32_TIE = 1e-4
+BF16_TIE_STEPS = 4
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`index`: where the answers first differ, None when they do not; `gap`: the two candidates' logits apart,
+    recomputed in float64; `allowed`: the gap up to which that is a near-tie."""
+
+    verdict: Literal["identical", "near-tie", "different"]
+    index: int | None = None
+    gap: float | None = None
+    allowed: float | None = None
+
+
+def bf16_step(value: float) -> float:
+    """Distance between neighbouring bf16 numbers at the size of `value` (8 bits of significand)."""
+    return 2.0 ** (math.floor(math.log2(abs(value))) - 7) if value else 2.0 ** -133
+
+
+@torch.inference_mode()
+def compare(exact: Base, prompt_ids: Sequence[int], reference: Sequence[int], other: Sequence[int]) -> Comparison:
+    """Judge two greedy answers to one prompt.
+
+    `exact`: the same base computing in float64 (`load_base(..., widen=True)`), whose identity tells the weight format
+    and with it the tolerance: 1e-4 in fp32, four bf16 steps at the logits' own size in bf16.
+    """
+    if tuple(reference) == tuple(other):
+        return Comparison("identical")
+    length = min(len(reference), len(other))
+    index = next((i for i in range(length) if reference[i] != other[i]), length)
+    if index == length:  # one stopped where the other went on: no rounding does that
+        return Comparison("different", index)
+    hidden = exact.hidden_states([[*prompt_ids, *reference[:index]]])[0]
+    logits = exact.logits(hidden[-1])
+    pair = logits[[reference[index], other[index]]].double()
+    gap = abs(float(pair[0] - pair[1]))
+    size = float(pair.abs().max())
+    allowed = FP32_TIE if exact.identity.weight_format == "fp32" else BF16_TIE_STEPS * bf16_step(size)
+    # near-tied with each other is not enough: both must be near-tied for the top
+    top = float(logits.max().double())
+    near = gap < allowed and top - float(pair.min()) < allowed
+    return Comparison("near-tie" if near else "different", index, gap, allowed)

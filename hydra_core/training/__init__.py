@@ -1,0 +1,1 @@
+"""Training of draft heads: alignment, packing, losses, metrics. Knows nothing of clusters."""

@@ -1,0 +1,102 @@
+"""One drafter under training: a packed batch in, its loss out; and the same for measuring on held-out rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hydra_core.base.vocabulary import BaseVocabulary
+from hydra_core.drafters import HeadDrafter
+from hydra_core.training.alignment import HeadSlice, head_slice, teacher_positions
+from hydra_core.training.losses import (
+    DataTarget,
+    Target,
+    TeacherTarget,
+    chunked_loss,
+    log_normalisers,
+    teacher_probabilities,
+)
+from hydra_core.training.metrics import TOP, HeadCounts
+from hydra_core.training.packing import Packed
+from hydra_core.training.ranks import rank_tuples
+from hydra_core.tree.walk import RankRows
+
+
+@dataclass(frozen=True)
+class TeacherTable:
+    """Probabilities of the whole batch, made once: table [M, Vd]; each flat token's row in it [n] int64, -1 for none."""
+
+    table: Tensor
+    row_of: Tensor
+
+
+class HeadTraining(nn.Module):
+    """Wraps a drafter so that one call is one batch; its parameters are the drafter's."""
+
+    def __init__(self, drafter: HeadDrafter, vocabulary: BaseVocabulary) -> None:
+        super().__init__()
+        self.drafter = drafter
+        self.vocabulary = vocabulary
+        self.index_of = drafter.draft_vocab.index_of.to(vocabulary.embedding.device)
+
+    def forward(self, packed: Packed, divisors: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean over heads of (summed loss / divisors[i]), and the summed losses [K] float64 without gradient.
+
+        `divisors`: [K] positive; from the counts of the whole step, so that it does not matter how rows were dealt to
+        ranks.
+        """
+        features, embedded = self._inputs(packed)
+        tokens = packed.token_ids.flatten()
+        teacher = self._teacher(packed)
+        losses = []
+        for head in range(self.drafter.num_heads):
+            part = head_slice(head, packed.spans)
+            hidden = self.drafter.head_hidden(head, features[part.features], embedded[part.path])
+            losses.append(chunked_loss(hidden, self.drafter.draft_logits, self._target(part, tokens, teacher)))
+        stacked = torch.stack(losses)
+        return (stacked / divisors).mean(), stacked.detach().double()
+
+    @torch.no_grad()
+    def evaluate(self, packed: Packed) -> tuple[HeadCounts, RankRows]:
+        """Loss counts, hits and rank tuples at the positions a decoder can be at."""
+        features, embedded = self._inputs(packed)
+        tokens = packed.token_ids.flatten()
+        rows = rank_tuples(self.drafter, features, embedded, self.index_of[tokens], packed.spans)
+        teacher = self._teacher(packed)
+        counts = HeadCounts.zeros(self.drafter.num_heads)
+        loss, hits = counts.loss, counts.hits
+        counted, ranked, outside = counts.counted.clone(), counts.ranked.clone(), counts.outside.clone()
+        for head in range(self.drafter.num_heads):
+            part = head_slice(head, packed.spans, decoding=True)
+            hidden = self.drafter.head_hidden(head, features[part.features], embedded[part.path])
+            target = self._target(part, tokens, teacher)
+            loss[head] = chunked_loss(hidden, self.drafter.draft_logits, target).double().cpu()
+            counted[head], ranked[head] = target.valid.cpu(), part.count
+            outside[head] = (self.index_of[tokens[part.target]] < 0).sum().cpu()
+            hits[head] = torch.stack([(rows.ranks[:, head] <= top).sum() for top in range(TOP)])
+        return HeadCounts(loss, counted, ranked, hits, outside), rows
+
+    def _inputs(self, packed: Packed) -> tuple[Tensor, Tensor]:
+        """Features and embeddings of every flat token, [n, D] each."""
+        features = self.drafter.features(packed.hidden, packed.positions, packed.mask).flatten(0, 1)
+        return features, self.drafter.embed(packed.token_ids.flatten())
+
+    def _teacher(self, packed: Packed) -> TeacherTable | None:
+        """Heads share teacher positions all but entirely: once a batch instead of once a head."""
+        if self.drafter.config.loss != "teacher":
+            return None
+        at = teacher_positions(packed.spans)
+        hidden = packed.hidden.flatten(0, 1)[at]
+        known = packed.normalisers
+        normalisers = log_normalisers(hidden, self.vocabulary.head) if known is None else known.flatten()[at]
+        table = teacher_probabilities(hidden, self.drafter.draft_logits, normalisers)
+        row_of = torch.full((packed.token_ids.numel(),), -1, dtype=torch.int64, device=at.device)
+        row_of[at] = torch.arange(len(at), device=at.device)
+        return TeacherTable(table, row_of)
+
+    def _target(self, part: HeadSlice, tokens: Tensor, teacher: TeacherTable | None) -> Target:
+        if teacher is None:
+            return DataTarget(self.index_of[tokens[part.target]])
+        return TeacherTarget(teacher.table, teacher.row_of[part.teacher])

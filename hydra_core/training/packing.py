@@ -1,0 +1,132 @@
+"""Rows of different lengths laid into lines, so that no arithmetic is spent on padding and none sees another row.
+
+    line 0   a a a a a b b b b .      segment 0 0 0 0 0 1 1 1 1 -1     position 0 1 2 3 4 0 1 2 3 0
+    line 1   c c c c c c c d d d      segment 2 2 2 2 2 2 2 3 3 3      position 0 1 2 3 4 5 6 0 1 2
+
+A token's flat index is line * width + column; a row is contiguous in it, so an offset inside a row is an offset in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class FeatureRow:
+    """One answered prompt: `token_ids` [T] int64 (prompt, then response), `hidden` [T, D] after the base's final norm,
+    `normalisers` [T] float32 of the base's softmax at each position where they are known already.
+    """
+
+    token_ids: Tensor
+    prompt_tokens: int
+    hidden: Tensor
+    normalisers: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.hidden.ndim != 2 or self.hidden.shape[0] != self.token_ids.shape[0]:
+            raise ValueError(f"hidden {tuple(self.hidden.shape)} does not fit {self.token_ids.shape[0]} tokens")
+        if not 0 < self.prompt_tokens <= self.token_ids.shape[0]:
+            raise ValueError(f"prompt_tokens {self.prompt_tokens} is outside 1..{self.token_ids.shape[0]}")
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Where rows lie in flat token indices: `starts`, `lengths`, `prompt_lengths`, each [R] int64."""
+
+    starts: Tensor
+    lengths: Tensor
+    prompt_lengths: Tensor
+
+    @property
+    def rows(self) -> int:
+        return self.starts.shape[0]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Rows in lines of one width: token_ids [B, C] int64, hidden [B, C, D], positions [B, C] int64,
+    mask [B, 1, C, C] bool (True where query i may read key j: same row, j <= i), normalisers [B, C] float32 if known.
+    """
+
+    token_ids: Tensor
+    hidden: Tensor
+    positions: Tensor
+    mask: Tensor
+    spans: Spans
+    normalisers: Tensor | None = None
+
+    def to(self, device: torch.device) -> Packed:
+        """The same batch on another device."""
+        at = self.spans
+        spans = Spans(at.starts.to(device), at.lengths.to(device), at.prompt_lengths.to(device))
+        known = None if self.normalisers is None else self.normalisers.to(device)
+        return Packed(self.token_ids.to(device), self.hidden.to(device), self.positions.to(device),
+                      self.mask.to(device), spans, known)
+
+
+def assign_lines(lengths: Sequence[int], width: int) -> list[list[int]]:
+    """Row numbers of each line: longest first, each into the first line that still has room.
+
+    Raises ValueError if a row is longer than `width`.
+    """
+    lines: list[list[int]] = []
+    room: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda r: (-lengths[r], r)):
+        if lengths[row] > width:
+            raise ValueError(f"row {row} has {lengths[row]} tokens, more than a line of {width}")
+        for line, left in enumerate(room):
+            if lengths[row] <= left:
+                lines[line].append(row)
+                room[line] -= lengths[row]
+                break
+        else:
+            lines.append([row])
+            room.append(width - lengths[row])
+    return lines
+
+
+def pack_rows(rows: Sequence[FeatureRow], width: int | None = None) -> Packed:
+    """Lay `rows` into lines of `width` tokens; without it one line [1, T] holds them all.
+
+    Narrow lines keep attention cheap (its cost grows with the line's square); spans stay in the order of `rows`.
+    Raises ValueError for no rows or a row longer than `width`.
+    """
+    if not rows:
+        raise ValueError("nothing to pack")
+    lengths = [row.token_ids.shape[0] for row in rows]
+    lines = assign_lines(lengths, width) if width is not None else [list(range(len(rows)))]
+    columns = max(sum(lengths[row] for row in line) for line in lines)
+    shape = (len(lines), columns)
+    token_ids = torch.zeros(shape, dtype=torch.int64)
+    positions = torch.zeros(shape, dtype=torch.int64)
+    segments = torch.full(shape, -1, dtype=torch.int64)
+    hidden = torch.zeros(*shape, rows[0].hidden.shape[1], dtype=rows[0].hidden.dtype)
+    known = all(row.normalisers is not None for row in rows)
+    normalisers = torch.zeros(shape) if known else None
+    starts = [0] * len(rows)
+    for number, line in enumerate(lines):
+        column = 0
+        for row in line:
+            here = slice(column, column + lengths[row])
+            token_ids[number, here] = rows[row].token_ids
+            positions[number, here] = torch.arange(lengths[row])
+            segments[number, here] = row
+            hidden[number, here] = rows[row].hidden
+            values = rows[row].normalisers
+            if normalisers is not None and values is not None:
+                normalisers[number, here] = values
+            starts[row] = number * columns + column
+            column += lengths[row]
+    return Packed(token_ids, hidden, positions, row_mask(segments), Spans(
+        torch.tensor(starts), torch.tensor(lengths), torch.tensor([row.prompt_tokens for row in rows])), normalisers)
+
+
+def row_mask(segments: Tensor) -> Tensor:
+    """[B, 1, C, C] bool from segments [B, C]: same segment and not later. Padding is one too: no query is empty."""
+    same = segments[:, :, None] == segments[:, None, :]
+    causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
+    return (same & causal)[:, None]

@@ -1,0 +1,58 @@
+"""At which rank each head would have drafted the true next token, position by position."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hydra_core.drafters import HeadDrafter
+from hydra_core.training.alignment import draft_positions
+from hydra_core.training.losses import CHUNK, Project
+from hydra_core.training.packing import Packed, Spans
+from hydra_core.tree.walk import MISS, RankRows
+
+
+def ranks_of(hidden: Tensor, project: Project, index: Tensor, chunk: int = CHUNK) -> Tensor:
+    """Rank of draft-vocabulary entry `index` [n] in the logits of hidden [n, D]; [n] int64, MISS where index is -1.
+
+    Equal logits count by position in the draft vocabulary, so ranks of one row are a permutation.
+    """
+    ranks = torch.full_like(index, MISS)
+    with torch.no_grad():
+        for start in range(0, hidden.shape[0], chunk):
+            part = slice(start, start + chunk)
+            logits, wanted = project(hidden[part]), index[part].clamp(min=0)[:, None]
+            value = logits.gather(1, wanted)
+            earlier = torch.arange(logits.shape[1], device=logits.device) < wanted
+            better = (logits > value) | ((logits == value) & earlier)
+            ranks[part] = torch.where(index[part] >= 0, better.sum(-1), ranks[part])
+    return ranks
+
+
+def rank_rows(drafter: HeadDrafter, packed: Packed) -> RankRows:
+    """Rank tuples of every step a decoder could take on the packed rows, with the true tokens as path (teacher forced).
+
+    On an accepted path these are exactly the inputs of decoding, so walking the tuples is decoding.
+    """
+    with torch.no_grad():
+        features = drafter.features(packed.hidden, packed.positions, packed.mask).flatten(0, 1)
+        tokens = packed.token_ids.flatten()
+        index = drafter.draft_vocab.index_of.to(tokens.device)[tokens]
+        return rank_tuples(drafter, features, drafter.embed(tokens), index, packed.spans)
+
+
+def rank_tuples(drafter: HeadDrafter, features: Tensor, embedded: Tensor, index: Tensor, spans: Spans) -> RankRows:
+    """The same from what is at hand for the flat tokens: features and embeddings [n, D], draft index [n] int64."""
+    at = draft_positions(spans)
+    counts = (spans.lengths - spans.prompt_lengths - 1).clamp(min=0)
+    end = torch.repeat_interleave(spans.starts + spans.lengths, counts)
+    columns = []
+    for head in range(drafter.num_heads):
+        inside = at + 2 + head < end
+        here = at[inside]
+        path = embedded[here[:, None] + torch.arange(1, head + 2, device=at.device)]
+        hidden = drafter.head_hidden(head, features[here], path)
+        ranks = torch.full_like(at, MISS)
+        ranks[inside] = ranks_of(hidden, drafter.draft_logits, index[here + 2 + head])
+        columns.append(ranks)
+    return RankRows(torch.stack(columns, 1).cpu(), tuple(int(count) for count in counts))

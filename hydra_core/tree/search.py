@@ -1,0 +1,114 @@
+"""Finding trees: nodes by how often their whole rank path came true, then the size that pays on this machine."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from hydra_core.tree.topology import PLAIN, RankPath, Tree
+from hydra_core.tree.walk import RankRows, walk
+
+REFERENCE_NODES = 16
+"""Size of the tree by which checkpoints of one drafter are compared: about what one request can carry on a CPU."""
+
+
+def rank_paths(rows: RankRows, nodes: int, max_rank: int | None = None) -> tuple[RankPath, ...]:
+    """The `nodes` paths below the root that were drafted right most often, most frequent first.
+
+    Joint counts, not products of per-head rates: the heads' hits are not independent. A path is never more frequent
+    than its parent and ties keep the shallower, so every beginning of the answer is closed under parents: trees of
+    growing size are nested. `max_rank` (default: `nodes`) bounds the candidates a node must be given.
+    """
+    limit = nodes if max_rank is None else max_rank
+    counts: Counter[RankPath] = Counter()
+    for ranks in rows.ranks.tolist():
+        path: RankPath = ()
+        for rank in ranks:
+            if rank >= limit:
+                break
+            path = (*path, rank)
+            counts[path] += 1
+    ordered = sorted(counts, key=lambda path: (-counts[path], len(path), path))
+    return tuple(ordered[:nodes])
+
+
+def nested_trees(rows: RankRows, max_nodes: int) -> tuple[Tree, ...]:
+    """Trees of 1, 2, ... `max_nodes` nodes, root included, each within the next; fewer if no more ever came true."""
+    paths = rank_paths(rows, max_nodes - 1)
+    return tuple(Tree(paths[:size]) for size in range(len(paths) + 1))
+
+
+def reference_tokens_per_step(rows: RankRows, nodes: int = REFERENCE_NODES) -> float:
+    """Tokens per step of the best tree of `nodes` nodes fitted to these very rows.
+
+    Fitted, not fixed: the tree stage fits one to the chosen heads anyway, so this compares checkpoints by what they
+    will be used for. Fitting 15 paths to thousands of tuples flatters all checkpoints alike.
+    """
+    return walk(Tree(rank_paths(rows, nodes - 1)), rows).tokens_per_step
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """Measured seconds of a step's two parts.
+
+    `verify`: batch size -> {nodes: seconds} of one base forward, commit included; 1 node is plain decoding.
+    `draft`: batch size -> {depth: seconds} of growing a tree that deep; depth 0 is what drafting costs before any head.
+    """
+
+    verify: Mapping[int, Mapping[int, float]]
+    draft: Mapping[int, Mapping[int, float]]
+
+    def seconds(self, batch: int, nodes: int, depth: int) -> float:
+        """One step of `batch` rows with a tree of that size and depth; plain decoding (1 node) drafts nothing."""
+        drafted = interpolate(self.draft[batch], depth) if nodes > 1 else 0.0
+        return interpolate(self.verify[batch], nodes) + drafted
+
+
+def interpolate(points: Mapping[int, float], at: int) -> float:
+    """Linear between measured points, the slope of the last two beyond them. Raises ValueError for no points."""
+    keys = sorted(points)
+    if not keys:
+        raise ValueError("no measured points")
+    if len(keys) == 1 or at <= keys[0]:
+        return points[keys[0]]
+    right = min(bisect_right(keys, at), len(keys) - 1)
+    low, high = keys[right - 1], keys[right]
+    slope = (points[high] - points[low]) / (high - low)
+    return points[low] + max(slope, 0.0) * (at - low) if at > high else points[low] + slope * (at - low)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The tree for one batch size: expected tokens and seconds of a step, and the seconds of a plain one."""
+
+    batch: int
+    tree: Tree
+    tokens_per_step: float
+    seconds_per_step: float
+    plain_seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the whole batch."""
+        return self.batch * self.tokens_per_step / self.seconds_per_step
+
+    @property
+    def gain(self) -> float:
+        """Expected speed against plain decoding at the same batch size; 1.0 when plain is chosen."""
+        return self.tokens_per_second * self.plain_seconds / self.batch
+
+
+def score_trees(trees: Sequence[Tree], rows: RankRows, costs: StepCosts, batch: int) -> list[Choice]:
+    """Every tree as a choice for `batch` rows."""
+    plain = costs.seconds(batch, 1, 0)
+    return [Choice(batch, tree, walk(tree, rows).tokens_per_step if tree.paths else 1.0,
+                   costs.seconds(batch, tree.size, tree.depth), plain) for tree in trees]
+
+
+def best_choice(choices: Sequence[Choice]) -> Choice:
+    """The fastest; ties keep the smaller tree, and plain decoding is taken when nothing beats it."""
+    if not any(choice.tree == PLAIN for choice in choices):
+        raise ValueError("plain decoding must be among the choices")
+    return max(choices, key=lambda choice: (choice.tokens_per_second, -choice.tree.size))

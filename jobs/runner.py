@@ -1,0 +1,135 @@
+"""What every job does: arguments to a configuration, one pipeline call, one JSON line, an exit code.
+
+Exit 0: done; 2: the user's mistake, told in one line; 130: interrupted; 1: anything else, with its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra_core.errors import InputError
+from pipelines.config import RunConfig, load_config, parse_override, to_yaml
+from pipelines.plan import describe
+from pipelines.stage import StageResult
+
+STAGES = {
+    "quickstart": "every stage below, small, on this machine",
+    "distill": "prompts in; the base's own answers and hidden states out",
+    "train": "train draft heads on those rows",
+    "tree": "find the draft tree that pays best on this machine",
+    "bench": "plain, transformers, n-gram lookup and every drafter on the same prompts",
+    "promote": "register the fastest lossless configuration as champion",
+    "serve": "OpenAI-compatible endpoint that decodes speculatively",
+    "batch": "offline generation over a prompt file",
+}
+ALIASES = {"bench": {"prompts": "bench.prompts", "heads": "bench.heads", "limit": "bench.limit",
+                     "max_new_tokens": "bench.max_new_tokens"}}
+PATH_FIELDS = ("prompts.path", "bench.prompts", "bench.heads", "batch.input", "batch.output", "serve.model", "base.model")
+JOB_VARIABLES = ("RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_JOB_SUBMISSION_ID")
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with our one-line error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+
+def run(stage: str, argv: Sequence[str] | None = None) -> int:
+    """Run `stage` with command-line arguments (default: the process's own) and return the exit code."""
+    with _stdout_for_result() as emit:
+        try:
+            arguments = _parser(stage).parse_args(argv)
+            config = read_config(stage, arguments.config, arguments.overrides)
+            if arguments.plan:
+                emit(to_yaml(config) + "".join(f"# {line}\n" for line in describe(config, stage)))
+                return 0
+            emit(_pipeline(stage)(config).to_json() + "\n")
+            return 0
+        except InputError as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print(f"{stage}: interrupted; run the same command again to go on", file=sys.stderr)
+            return 130
+        except Exception:
+            traceback.print_exc()
+            return 1
+
+
+def read_config(stage: str, path: str | None, overrides: Sequence[str]) -> RunConfig:
+    """YAML and overrides to a checked configuration whose paths are absolute. Raises InputError."""
+    pairs = dict(parse_override(text) for text in overrides)
+    aliases = ALIASES.get(stage, {})
+    values = {aliases.get(name, name): value for name, value in pairs.items()}
+    return _with_absolute_paths(load_config(path, values), path, values)
+
+
+def _with_absolute_paths(config: RunConfig, path: str | None, values: Mapping[str, Any]) -> RunConfig:
+    """Relative paths are the caller's; inside a submitted job they would point into Ray's unpacked copy."""
+    changed = dict(values)
+    for dotted in PATH_FIELDS:
+        section, name = dotted.split(".")
+        value = getattr(getattr(config, section), name)
+        if not isinstance(value, str) or not _is_relative_path(dotted, value, config):
+            continue
+        if inside_submitted_job():
+            raise InputError(f"{dotted}={value}: a relative path means nothing inside a submitted job: make it absolute")
+        changed[dotted] = str(Path(value).expanduser().resolve())
+    return load_config(path, changed) if changed != dict(values) else config
+
+
+def _is_relative_path(dotted: str, value: str, config: RunConfig) -> bool:
+    if os.path.isabs(value) or value.startswith(("models:/", "embedded:")):
+        return False
+    if dotted == "base.model":
+        return value.startswith((".", "~")) or value.endswith(".gguf") or Path(value).is_dir()
+    if dotted == "prompts.path" and config.prompts.source == "datasets":
+        return value.startswith((".", "~")) or Path(value).exists()
+    return not (dotted == "serve.model" and value == "plain")
+
+
+def inside_submitted_job() -> bool:
+    """Whether this process is the entry point of a Ray job."""
+    return any(os.environ.get(name) for name in JOB_VARIABLES)
+
+
+def _pipeline(stage: str) -> Callable[[RunConfig], StageResult]:
+    return getattr(importlib.import_module(f"pipelines.{stage}"), f"run_{stage}")
+
+
+def _parser(stage: str) -> argparse.ArgumentParser:
+    aliases = ALIASES.get(stage, {})
+    short = f" Short for this stage: {', '.join(f'{name}=' for name in aliases)}." if aliases else ""
+    parser = _Parser(prog=f"hydra-heads {stage}", description=STAGES[stage],
+                     epilog="Overrides are section.field=value, read as YAML." + short)
+    parser.add_argument("--config", metavar="FILE", help="YAML configuration; defaults otherwise")
+    parser.add_argument("--plan", action="store_true", help="print the resolved configuration and what would run; start nothing")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    return parser
+
+
+@contextmanager
+def _stdout_for_result() -> Iterator[Callable[[str], None]]:
+    """Keep stdout for the result alone: whatever else writes to it, C code included, goes to stderr meanwhile."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    pending: list[str] = []
+    try:
+        with redirect_stdout(sys.stderr):
+            yield pending.append
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+        for text in pending:
+            os.write(1, text.encode())

@@ -1,0 +1,154 @@
+"""From bench rows to figures, a table and a plot. Counts first, ratios last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipelines.bench_run import PLAIN, TRANSFORMERS, IdentityRow, Row
+
+RESAMPLES = 2000
+
+
+def summarise(rows: list[Row], identity: list[IdentityRow]) -> dict[str, Any]:
+    """`methods.<name>` -> figures, as the stage's JSON line holds them.
+
+    `tokens_per_step`: tokens after the first over base forwards after prefill, pooled. `speed_vs_*`: ratio of mean
+    per-question tokens/s, prefill included; `decode_speed_vs_plain` without it. `spread`: 95 % interval of
+    `speed_vs_plain` over resampled questions. `identical`: share of answers equal to plain's by token ids.
+    """
+    methods = list(dict.fromkeys(row.method for row in rows))
+    by = {method: [row for row in rows if row.method == method] for method in methods}
+    plain_answers = {(row.round, row.question): row.token_ids for row in by.get(PLAIN, [])}
+    figures = {}
+    for method in methods:
+        own = by[method]
+        steps = sum(row.steps for row in own)
+        figures[method] = {
+            "rows": len(own),
+            "tokens": sum(len(row.token_ids) for row in own),
+            "tokens_per_step": _round(sum(len(row.token_ids) - 1 for row in own) / steps if steps else None),
+            "tokens_per_second": _round(float(np.mean(list(_rates(own).values()))), 2),
+            "speed_vs_plain": _ratio(own, by.get(PLAIN, [])),
+            "speed_vs_transformers": _ratio(own, by.get(TRANSFORMERS, [])),
+            "decode_speed_vs_plain": _ratio(own, by.get(PLAIN, []), prefill=False),
+            "spread": _spread(own, by.get(PLAIN, [])),
+            "identical": _round(_share(plain_answers.get((row.round, row.question)) == row.token_ids for row in own)),
+            "fp32": _verdicts(identity, method),
+        }
+    return figures
+
+
+def _rates(rows: list[Row], prefill: bool = True) -> dict[str, float]:
+    """Tokens per second of each question, rounds pooled. Without prefill the first token does not count."""
+    totals: dict[str, list[float]] = {}
+    for row in rows:
+        seconds = row.decode_seconds + (row.prefill_seconds if prefill else 0.0)
+        tokens = len(row.token_ids) - (0 if prefill else 1)
+        entry = totals.setdefault(row.question, [0.0, 0.0])
+        entry[0] += tokens
+        entry[1] += seconds
+    return {question: tokens / seconds for question, (tokens, seconds) in totals.items() if tokens and seconds}
+
+
+def _ratio(rows: list[Row], against: list[Row], prefill: bool = True) -> float | None:
+    ours, theirs = _rates(rows, prefill), _rates(against, prefill)
+    shared = ours.keys() & theirs.keys()
+    if not shared:
+        return None
+    return _round(sum(ours[question] for question in shared) / sum(theirs[question] for question in shared))
+
+
+def _spread(rows: list[Row], against: list[Row]) -> list[float] | None:
+    ours, theirs = _rates(rows), _rates(against)
+    shared = sorted(ours.keys() & theirs.keys())
+    if len(shared) < 2:
+        return None
+    pairs = np.array([[ours[question], theirs[question]] for question in shared])
+    draws = np.random.default_rng(0).integers(0, len(shared), (RESAMPLES, len(shared)))
+    sums = pairs[draws].sum(axis=1)
+    low, high = np.percentile(sums[:, 0] / sums[:, 1], [2.5, 97.5])
+    return [round(float(low), 3), round(float(high), 3)]
+
+
+def _verdicts(identity: list[IdentityRow], method: str) -> dict[str, int] | None:
+    own = [row for row in identity if row.method == method]
+    if not own:
+        return None
+    return {"prompts": len(own)} | {name.replace("-", "_"): sum(row.verdict == name for row in own)
+                                    for name in ("identical", "near-tie", "different")}
+
+
+def _share(flags: Iterable[bool]) -> float | None:
+    values = list(flags)
+    return sum(values) / len(values) if values else None
+
+
+def _round(value: float | None, digits: int = 3) -> float | None:
+    return None if value is None else round(value, digits)
+
+
+COLUMNS = ("method", "tokens/step", "vs plain", "95 % interval", "decode only", "vs transformers", "identical (bf16)",
+           "fp32 identity")
+
+
+def table_rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The report's cells, fastest first."""
+    ordered = sorted(figures.items(), key=lambda item: -(item[1]["speed_vs_plain"] or 0))
+    return [(name, _cell(f["tokens_per_step"], 2), _cell(f["speed_vs_plain"], 2, "x"),
+             "-" if f["spread"] is None else f"{f['spread'][0]:.2f} - {f['spread'][1]:.2f}",
+             _cell(f["decode_speed_vs_plain"], 2, "x"), _cell(f["speed_vs_transformers"], 2, "x"),
+             _cell(f["identical"] and 100 * f["identical"], 0, " %"), _identity_cell(f["fp32"])) for name, f in ordered]
+
+
+def _cell(value: float | None, digits: int, unit: str = "") -> str:
+    return "-" if value is None else f"{value:.{digits}f}{unit}"
+
+
+def _identity_cell(fp32: dict[str, int] | None) -> str:
+    if fp32 is None:
+        return "-"
+    ties = f" + {fp32['near_tie']} near-ties" if fp32["near_tie"] else ""
+    return f"{fp32['identical']}{ties} of {fp32['prompts']}"
+
+
+def markdown(figures: dict[str, Any], title: str, dtype: str) -> str:
+    columns = [column.replace("bf16", dtype) if "bf16" in column else column for column in COLUMNS]
+    lines = [f"# {title}", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(cells) + " |" for cells in table_rows(figures)]
+    return "\n".join(lines) + "\n"
+
+
+def print_table(figures: dict[str, Any], title: str, dtype: str, stream: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    for column in COLUMNS:
+        table.add_column(column.replace("bf16", dtype), justify="left" if column == "method" else "right")
+    for cells in table_rows(figures):
+        table.add_row(*cells)
+    Console(file=stream, width=140).print(table)
+
+
+def plot(figures: dict[str, Any], path: Path) -> None:
+    """Speed against plain with its interval, and tokens per step, as one PNG."""
+    from matplotlib.figure import Figure
+
+    names = [cells[0] for cells in table_rows(figures)]
+    figure = Figure(figsize=(9, 0.6 * len(names) + 1.6), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    speeds = [figures[name]["speed_vs_plain"] or 0 for name in names]
+    spreads = [figures[name]["spread"] or [speed, speed] for name, speed in zip(names, speeds, strict=True)]
+    errors = np.array([[max(0, speed - low), max(0, high - speed)]
+                       for speed, (low, high) in zip(speeds, spreads, strict=True)]).T
+    left.barh(names, speeds, xerr=errors, color="#4878a8")
+    left.axvline(1.0, color="black", linewidth=0.8)
+    left.set_xlabel("speed against plain decoding")
+    right.barh(names, [figures[name]["tokens_per_step"] or 0 for name in names], color="#6aa84f")
+    right.set_xlabel("tokens per step")
+    left.invert_yaxis()
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,74 @@
+"""`promote`: the fastest lossless configuration becomes `champion`, plain decoding included."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from hydra_core.base import BaseIdentity, resolve_base
+from hydra_core.decoding import DecodingConfiguration, save_configuration
+from hydra_core.drafters import NgramDrafter
+from hydra_core.errors import InputError
+from pipelines.bench_run import NGRAM, PLAIN, TRANSFORMERS
+from pipelines.config import RunConfig
+from pipelines.stage import RunPaths, StageResult, finished, fingerprint, require_manifest, stage_folder
+from pipelines.tracking import Tracker, register
+
+STAGE = "promote"
+
+
+def run_promote(config: RunConfig) -> StageResult:
+    """Register the winner of this run's `bench`. Raises InputError when there is none or its base is another."""
+    paths = RunPaths.of(config)
+    manifest = require_manifest(paths.stage("bench"), "bench")
+    wanted = fingerprint(STAGE, config.promote.model_dump(), {"bench": manifest["digest"]})
+    folder = paths.stage(STAGE)
+    if (done := finished(folder, wanted)) is not None:
+        return done
+    report = json.loads((paths.stage("bench") / "report.json").read_text(encoding="utf-8"))
+    winner, why = choose_winner(report["methods"], config.promote.min_gain)
+    configuration = _configuration(config, winner, report["plan"])
+    with stage_folder(config, STAGE, folder, wanted) as stage:
+        tracker = Tracker.open(config)
+        with tracker.start(STAGE, params={"promote": config.promote.model_dump()}, fingerprint=wanted) as run:
+            target = folder / "configuration"
+            shutil.rmtree(target, ignore_errors=True)  # left by a run that was killed before its manifest
+            save_configuration(target, configuration)
+            run.log_artifact(target, "configuration")
+            figures = {key: report["methods"][winner][key] for key in ("tokens_per_step", "speed_vs_plain")}
+            version = register(config, config.promote.model_name, run, "configuration", config.promote.alias,
+                               {"drafter": winner, "base": str(configuration.base), **figures})
+            uri = f"models:/{config.promote.model_name}@{config.promote.alias}"
+            result = StageResult(STAGE, run.run_id, {"configuration": str(target), "model": uri},
+                                 {"champion": winner, "why": why, "version": version, **figures})
+            return stage.finish(result, [path for path in target.rglob("*") if path.is_file()])
+
+
+def choose_winner(methods: dict[str, Any], min_gain: float) -> tuple[str, str]:
+    """The fastest contender that changes no output, and the reason in one line.
+
+    Lossless means that no fp32 answer differed from the naive loop beyond a near-tie; a contender whose identity was
+    not checked does not qualify. Plain decoding always does.
+    """
+    if PLAIN not in methods:
+        raise InputError("promote: the bench has no plain decoding to compare with: run `bench` again")
+    lossless = {name for name, values in methods.items() if name not in (PLAIN, TRANSFORMERS)
+                and values["fp32"] and values["fp32"]["different"] == 0}
+    speeds = {name: methods[name]["speed_vs_plain"] for name in lossless if methods[name]["speed_vs_plain"]}
+    best = max(speeds, key=lambda name: speeds[name], default=None)
+    refused = sorted(set(methods) - lossless - {PLAIN, TRANSFORMERS})
+    note = f"; not considered, identity unproved: {', '.join(refused)}" if refused else ""
+    if best is None or speeds[best] <= min_gain:
+        return PLAIN, f"no lossless contender is faster than {min_gain:g}x plain decoding{note}"
+    return best, f"{speeds[best]:.2f}x plain decoding, the fastest of {len(speeds)} lossless contenders{note}"
+
+
+def _configuration(config: RunConfig, winner: str, plan: dict[str, Any]) -> DecodingConfiguration:
+    resolved = resolve_base(config.base.model, RunPaths.of(config).cache)
+    identity = BaseIdentity(resolved.name, resolved.digest, plan["base"]["dtype"])
+    ngram = NgramDrafter(*plan["ngram"])
+    if winner in (PLAIN, NGRAM):
+        return DecodingConfiguration(winner, "plain" if winner == PLAIN else "ngram", identity, ngram)
+    return DecodingConfiguration(winner, "heads", identity, ngram, Path(plan["heads"][winner]))

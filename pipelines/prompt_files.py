@@ -1,0 +1,156 @@
+"""Reading prompts: JSONL, Parquet, `datasets`. A bad row becomes an error row; only a bad file stops the job.
+
+A row is `{"prompt": text}` or `{"messages": [{"role", "content"}, ...]}` (other columns are kept as `extra`), or
+Spec-Bench's `{"question_id", "category", "turns"}`, of which the first turn is taken.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hydra_core.errors import InputError
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """One prompt: text or a chat. `row`: its number in the file from 1; `extra`: its other columns."""
+
+    row: int
+    prompt: str | None
+    messages: list[dict[str, Any]] | None
+    source: str
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RowError:
+    """A row that cannot be used, and why."""
+
+    row: int
+    message: str
+
+
+def read_prompt_rows(path: str | Path, name: str = "prompt", limit: int | None = None) -> Iterator[PromptRow | RowError]:
+    """Rows of a .jsonl or .parquet file (or a folder of Parquet files), at most `limit`.
+
+    Raises InputError for a file that is missing, empty, unreadable, or in which no row has the field `name`.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file")
+    if path.is_dir() or path.suffix == ".parquet":
+        values: Iterable[Any] = _parquet(path)
+    else:
+        values = _jsonl(path)
+    yield from _checked(values, str(path), name, limit)
+
+
+def read_dataset_rows(path: str, split: str, name: str = "prompt",
+                      limit: int | None = None) -> Iterator[PromptRow | RowError]:
+    """Rows of a data set: a folder written by `save_to_disk`, or whatever `datasets.load_dataset` understands.
+
+    Raises InputError when it cannot be loaded or has no such split.
+    """
+    import datasets
+
+    try:
+        if (Path(path) / "dataset_info.json").exists() or (Path(path) / "dataset_dict.json").exists():
+            loaded = datasets.load_from_disk(path)
+            loaded = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
+        else:
+            loaded = datasets.load_dataset(path, split=split)
+    except Exception as error:  # the library raises a dozen types for "cannot be had"
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"prompts.path={path}: the data set cannot be loaded ({reason})") from None
+    yield from _checked(loaded, path, name, limit)
+
+
+def _checked(values: Iterable[Any], where: str, name: str, limit: int | None) -> Iterator[PromptRow | RowError]:
+    """Parse each value; a file without a single usable row is the user's mistake as a whole."""
+    seen, usable, first_error = 0, 0, ""
+    held: list[RowError] = []
+    for number, value in enumerate(values, start=1):
+        if limit is not None and seen >= limit:
+            break
+        seen += 1
+        item = value if isinstance(value, RowError) else _parse(number, value, where, name)
+        if isinstance(item, PromptRow):
+            yield from held
+            held, usable = [], usable + 1
+            yield item
+        elif usable:
+            yield item
+        else:
+            first_error = first_error or item.message
+            held.append(item)
+    if not seen:
+        raise InputError(f"{where}: is empty: give at least one row with a `{name}` field")
+    if not usable:
+        raise InputError(f"{where}: none of its {seen} rows is usable; {first_error}")
+
+
+def _parse(number: int, value: Any, where: str, name: str) -> PromptRow | RowError:
+    if not isinstance(value, dict):
+        return RowError(number, f"row {number}: is not an object with a `{name}` field")
+    source = str(value.get("source") or Path(where).name)
+    if isinstance(value.get("turns"), list) and name not in value:
+        turns = value["turns"]
+        if not turns or not isinstance(turns[0], str) or not turns[0]:
+            return RowError(number, f"row {number}: turns: the first one is not text")
+        return PromptRow(number, turns[0], None, source, {k: v for k, v in value.items() if k != "turns"})
+    extra = {key: item for key, item in value.items() if key not in (name, "messages")}
+    found = value.get(name)
+    if isinstance(found, str) and found.strip():
+        return PromptRow(number, found, None, source, extra)
+    messages = found if isinstance(found, list) else value.get("messages")
+    if isinstance(messages, list):
+        problem = _message_problem(messages)
+        return RowError(number, f"row {number}: messages: {problem}") if problem else PromptRow(
+            number, None, messages, source, extra)
+    if name not in value:
+        return RowError(number, f"row {number}: has no field `{name}`")
+    return RowError(number, f"row {number}: {name}: is empty or not text")
+
+
+def _message_problem(messages: list[Any]) -> str | None:
+    if not messages:
+        return "is empty"
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str) or not message.get("role"):
+            return "each needs a role and text content"
+    return None
+
+
+def _jsonl(path: Path) -> Iterator[Any]:
+    with path.open("rb") as handle:
+        number = 0
+        for raw in handle:
+            if not raw.strip():
+                continue
+            number += 1
+            try:
+                yield json.loads(raw.decode("utf-8"))
+            except UnicodeDecodeError:
+                yield RowError(number, f"row {number}: is not UTF-8 text")
+            except json.JSONDecodeError as error:
+                yield RowError(number, f"row {number}: is not JSON ({error.msg})")
+
+
+def _parquet(path: Path) -> Iterator[Any]:
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if not files:
+        raise InputError(f"{path}: holds no .parquet file")
+    for file in files:
+        try:
+            with pq.ParquetFile(file) as opened:
+                for batch in opened.iter_batches(1024):
+                    yield from batch.to_pylist()
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(f"{file}: cannot be read as Parquet ({str(error).splitlines()[0]})") from None

@@ -1,0 +1,258 @@
+"""MLflow, and the only file that imports it: runs, metrics, artifacts and the registry.
+
+One parent run stands for a chain, one child for each stage (and drafter). Everything goes through `MlflowClient` with
+explicit run ids: active runs are per process, and stages run in several.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from hydra_core.errors import InputError
+from pipelines.config import RunConfig
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+for _noisy in ("alembic", "mlflow.store.db.utils", "mlflow.tracking"):
+    logging.getLogger(_noisy).setLevel(logging.WARNING)
+
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag  # noqa: E402
+from mlflow.exceptions import MlflowException  # noqa: E402
+from mlflow.tracking import MlflowClient  # noqa: E402
+from mlflow.utils.time import get_current_time_millis  # noqa: E402
+
+PROBE_SECONDS = 5
+LONGEST_PARAM = 500
+PARAMS_AT_ONCE = 100
+_MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))$")
+
+
+def tracking_uri(config: RunConfig) -> str:
+    """`tracking.uri`, else MLFLOW_TRACKING_URI, else SQLite at an absolute path under storage."""
+    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if uri:
+        return uri
+    folder = Path(config.storage) / "mlflow"
+    folder.mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{folder}/mlflow.db"
+
+
+def ui_command(config: RunConfig) -> str:
+    """The command that opens MLflow's UI on what a run recorded."""
+    return f"mlflow ui --backend-store-uri {tracking_uri(config)}"
+
+
+def _client(uri: str) -> MlflowClient:
+    """A client that is known to answer. Raises InputError at once for a dead server or a refused store."""
+    if uri.startswith(("http://", "https://")):
+        try:
+            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=PROBE_SECONDS).close()
+        except urllib.error.HTTPError:
+            pass  # it answers: a proxy may hide /health
+        except (OSError, ValueError) as error:
+            raise InputError(f"tracking.uri={uri}: no MLflow server answers there ({error}): start it or choose another") from None
+    try:
+        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        client.search_experiments(max_results=1)
+        return client
+    except Exception as error:  # each store has its own exceptions for "not a store"
+        raise InputError(f"tracking.uri={uri}: cannot be used ({str(error).splitlines()[0]})") from None
+
+
+class Run:
+    """One MLflow run; a context manager that ends it FINISHED, or FAILED when an exception passes."""
+
+    def __init__(self, client: MlflowClient, run_id: str) -> None:
+        self._client, self.run_id = client, run_id
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.end("FAILED" if kind else "FINISHED")
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Numbers at a step; names may hold letters, digits and . _ - / only."""
+        now = get_current_time_millis()
+        entries = [Metric(_clean(name), float(value), now, step or 0) for name, value in metrics.items()]
+        for start in range(0, len(entries), 1000):
+            self._client.log_batch(self.run_id, metrics=entries[start:start + 1000])
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Nested values, flattened. Params are immutable: one that stands already is left as it is."""
+        standing = self._client.get_run(self.run_id).data.params
+        entries = [Param(key, value) for key, value in flatten(params).items() if key not in standing]
+        for start in range(0, len(entries), PARAMS_AT_ONCE):
+            self._client.log_batch(self.run_id, params=entries[start:start + PARAMS_AT_ONCE])
+
+    def log_dataset(self, name: str, digest: str, path: str, context: str) -> None:
+        """Record an input by name, digest and where it lies."""
+        dataset = Dataset(name=name, digest=digest[:36], source_type="local", source=path)
+        self._client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
+
+    def log_artifact(self, path: Path | str, artifact_path: str | None = None) -> None:
+        """A file, or a folder's contents under `artifact_path`."""
+        if Path(path).is_dir():
+            self._client.log_artifacts(self.run_id, str(path), artifact_path)
+        else:
+            self._client.log_artifact(self.run_id, str(path), artifact_path)
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        self._client.log_batch(self.run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
+
+    def artifact_uri(self, path: str) -> str:
+        """Where an artifact of this run lies."""
+        return f"{self._client.get_run(self.run_id).info.artifact_uri}/{path}"
+
+    def end(self, status: str = "FINISHED") -> None:
+        self._client.set_terminated(self.run_id, status)
+
+
+class Tracker:
+    """The driver's view of one chain: its experiment, its parent run, its children."""
+
+    def __init__(self, config: RunConfig, client: MlflowClient, uri: str, experiment_id: str) -> None:
+        self.uri, self.experiment_id = uri, experiment_id
+        self._config, self._client = config, client
+        self._chain = f"{config.name}@{config.storage}"
+
+    @classmethod
+    def open(cls, config: RunConfig) -> Tracker:
+        """Connect. Raises InputError within seconds if the server does not answer."""
+        uri = tracking_uri(config)
+        client = _client(uri)
+        name = config.tracking.experiment
+        found = client.get_experiment_by_name(name)
+        if found is not None:
+            return cls(config, client, uri, found.experiment_id)
+        location = None
+        if uri.startswith("sqlite:"):  # a relative default would point into whichever folder a worker runs in
+            location = (Path(config.storage) / "mlflow" / "artifacts").as_uri()
+        try:
+            return cls(config, client, uri, client.create_experiment(name, artifact_location=location))
+        except MlflowException:  # made by somebody else meanwhile
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+            return cls(config, client, uri, found.experiment_id)
+
+    def parent(self) -> str:
+        """Run id of the chain's parent run, made on first use and found again by its tag."""
+        quoted = self._chain.replace("'", "")
+        runs = self._client.search_runs([self.experiment_id], max_results=1, filter_string=(
+            f"tags.`hydra_heads.chain` = '{quoted}' and tags.`hydra_heads.stage` = 'chain'"))
+        if runs:
+            return runs[0].info.run_id
+        tags = {"hydra_heads.chain": quoted, "hydra_heads.stage": "chain"}
+        return self._client.create_run(self.experiment_id, tags=tags, run_name=self._config.name).info.run_id
+
+    def start(self, stage: str, part: str | None = None, params: Mapping[str, Any] | None = None,
+              fingerprint: str | None = None) -> Run:
+        """A child run of the parent. An unfinished one of the same stage, part and fingerprint is taken up again."""
+        tags = {"mlflow.parentRunId": self.parent(), "hydra_heads.stage": stage, "hydra_heads.part": part or "-",
+                "hydra_heads.fingerprint": fingerprint or "-", "hydra_heads.chain": self._chain.replace("'", "")}
+        run = self._unfinished(tags) if fingerprint else None
+        if run is None:
+            name = f"{stage}: {part}" if part else stage
+            run = Run(self._client, self._client.create_run(self.experiment_id, tags=tags, run_name=name).info.run_id)
+        else:
+            self._client.update_run(run.run_id, status="RUNNING")
+        if params:
+            run.log_params(params)
+        return run
+
+    def end_parent(self, status: str = "FINISHED") -> None:
+        self._client.set_terminated(self.parent(), status)
+
+    def _unfinished(self, tags: Mapping[str, str]) -> Run | None:
+        wanted = " and ".join(f"tags.`{key}` = '{tags[key]}'" for key in
+                              ("mlflow.parentRunId", "hydra_heads.stage", "hydra_heads.part", "hydra_heads.fingerprint"))
+        runs = self._client.search_runs([self.experiment_id], filter_string=wanted, max_results=10)
+        open_runs = [run for run in runs if run.info.status != "FINISHED"]
+        return Run(self._client, open_runs[0].info.run_id) if open_runs else None
+
+
+class MetricLogger:
+    """Rank 0's way to log from a Ray worker, where only uri and run id have come along."""
+
+    def __init__(self, uri: str, run_id: str) -> None:
+        self._run = Run(_client(uri), run_id)
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self._run.log_metrics(metrics, step)
+
+
+def metric_logger(uri: str, run_id: str) -> MetricLogger:
+    return MetricLogger(uri, run_id)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested mappings to dotted keys with text values, cut to what every MLflow store takes; secrets are hidden."""
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        name = f"{prefix}{_clean(str(key))}"
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{name}.")
+        elif re.search(r"password|secret|api_key|token$", name, re.IGNORECASE) and value:
+            flat[name] = "(hidden)"
+        else:
+            text = str(value)
+            flat[name] = text if len(text) <= LONGEST_PARAM else text[:LONGEST_PARAM - 3] + "..."
+    return flat
+
+
+def _clean(name: str) -> str:
+    """MLflow's names know no `+`."""
+    return re.sub(r"[^A-Za-z0-9_\-./ ]", "_", name.replace("++", "_pp"))
+
+
+# -- registry ----------------------------------------------------------------------------------------------------------
+
+def register(config: RunConfig, name: str, run: Run, artifact_path: str, alias: str, tags: Mapping[str, str]) -> int:
+    """Make a run's artifact folder a new version of model `name` and point `alias` at it; returns the version."""
+    client = _client(tracking_uri(config))
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    version = client.create_model_version(name, source=run.artifact_uri(artifact_path), run_id=run.run_id, tags=dict(tags))
+    client.set_registered_model_alias(name, alias, version.version)
+    return int(version.version)
+
+
+def resolve(config: RunConfig, uri: str, download: Path) -> tuple[int, Path]:
+    """Version and local folder of `models:/NAME@alias` or `models:/NAME/3`.
+
+    Artifacts of a remote store are fetched into `download`. Raises InputError for a malformed or unknown name.
+    """
+    match = _MODEL_URI.match(uri)
+    if match is None:
+        raise InputError(f"serve.model={uri}: write it as models:/NAME@alias or models:/NAME/VERSION")
+    client = _client(tracking_uri(config))
+    try:
+        if match["alias"]:
+            version = client.get_model_version_by_alias(match["name"], match["alias"])
+        else:
+            version = client.get_model_version(match["name"], match["version"])
+    except MlflowException:
+        raise InputError(f"serve.model={uri}: is not registered: run `hydra-heads promote` first, "
+                         "or name a configuration folder") from None
+    source = version.source
+    if source.startswith("file://"):
+        return int(version.version), Path(source.removeprefix("file://"))
+    from mlflow.artifacts import download_artifacts
+
+    target = download / match["name"] / str(version.version)
+    target.mkdir(parents=True, exist_ok=True)
+    return int(version.version), Path(download_artifacts(artifact_uri=source, dst_path=str(target),
+                                                         tracking_uri=tracking_uri(config)))

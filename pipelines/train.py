@@ -1,0 +1,198 @@
+"""The `train` stage: every drafter on the distilled rows, by Ray Train's TorchTrainer with DeepSpeed ZeRO inside."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, ScalingConfig
+from ray.train import RunConfig as RayRunConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from hydra_core.base import BaseVocabulary, load_vocabulary
+from hydra_core.drafters import DraftVocab
+from hydra_core.errors import InputError
+from pipelines.cluster import ensure_ray
+from pipelines.config import RunConfig
+from pipelines.deepspeed_setup import check_toolchain
+from pipelines.features import FeatureStore
+from pipelines.provenance import provenance
+from pipelines.stage import (
+    RunPaths,
+    StageFolder,
+    StageResult,
+    fingerprint,
+    finished,
+    require_manifest,
+    stage_folder,
+)
+from pipelines.tracking import Run, Tracker
+from pipelines.train_loop import DIVERGED, LoopSettings, total_steps, train_loop
+from pipelines.train_report import CURVE, HEADS, LOGGED
+
+STAGE = "train"
+STATE = "state"
+"""Folder of Ray's checkpoints inside a drafter's stage folder; removed once its heads stand."""
+
+
+def run_train(config: RunConfig) -> StageResult:
+    """Train `train.only` or every drafter of `train.drafters` that is not finished yet.
+
+    Outputs: drafter -> heads folder. Figures: drafter -> tokens per step, top-1 per head, coverage, steps, seconds.
+    Raises InputError for missing or foreign features, a missing toolchain, a cluster that is too small, or a diverged
+    loss.
+    """
+    names = [config.train.only] if config.train.only else list(config.train.drafters)
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name):
+            raise InputError(f"train.drafters: {name!r} cannot name a folder: use letters, digits and . _ + -")
+    features, data_digest = distilled(config)
+    results: dict[str, StageResult] = {}
+    todo = []
+    for name in names:
+        done = finished(RunPaths.of(config).stage(STAGE, name), _fingerprint(config, name, data_digest))
+        results |= {name: done} if done else {}
+        todo += [] if done else [name]
+    tracker = Tracker.open(config)
+    if todo:
+        check_toolchain(config.train.workers.gpus > 0)
+        vocabulary = _check_data(config, features)
+        with ensure_ray(config):
+            _check_resources(config)
+            for name in todo:
+                results[name] = _train_one(config, name, features, data_digest, vocabulary, tracker)
+    return StageResult(
+        STAGE, tracker.parent(),
+        outputs={name: results[name].outputs[HEADS] for name in names},
+        figures={name: results[name].figures for name in names}, skipped=not todo)
+
+
+def distilled(config: RunConfig) -> tuple[Path, str]:
+    """Features folder and digest of this run's finished `distill`. Raises InputError if it has not finished."""
+    folder = RunPaths.of(config).stage("distill")
+    return folder / "features", str(require_manifest(folder, "distill")["digest"])
+
+
+def build_trainer(config: RunConfig, settings: LoopSettings, state: Path, name: str) -> TorchTrainer:
+    """An unstarted trainer. `state` is its storage and `name` must tell runs of other settings or data apart: Ray goes
+    on from whatever it finds under the two."""
+    train = config.train
+    uses_gpu = train.workers.gpus > 0
+    resources = {"CPU": train.workers.cpus} | ({"GPU": train.workers.gpus} if uses_gpu else {})
+    return TorchTrainer(
+        train_loop,
+        train_loop_config=asdict(settings),
+        torch_config=TorchConfig(backend="nccl" if uses_gpu else "gloo"),
+        scaling_config=ScalingConfig(num_workers=train.workers.count, use_gpu=uses_gpu, resources_per_worker=resources),
+        run_config=RayRunConfig(
+            name=name, storage_path=str(state),
+            logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]  # typed as the old RunConfig
+            failure_config=FailureConfig(max_failures=train.max_failures),
+            # The best one, and besides it always the last: Ray never deletes what it would resume from.
+            checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="tokens_per_step",
+                                               checkpoint_score_order="max")))
+
+
+def _train_one(config: RunConfig, name: str, features: Path, data_digest: str, vocabulary: BaseVocabulary,
+               tracker: Tracker) -> StageResult:
+    folder, wanted = RunPaths.of(config).stage(STAGE, name), _fingerprint(config, name, data_digest)
+    with stage_folder(config, STAGE, folder, wanted) as stage:
+        store = FeatureStore.open(features, "train")
+        coverage = _coverage(config, name, store, vocabulary)
+        with tracker.start(STAGE, part=name, params=_settings(config, name), fingerprint=wanted) as run:
+            run.log_dataset("features", data_digest, str(features), "training")
+            run.log_metrics({"draft_vocab_coverage": coverage})
+            settings = LoopSettings(config.model_dump(mode="json", by_alias=True), name, str(features), str(folder),
+                                    tracker.uri, run.run_id, provenance(config) | {"data_digest": data_digest})
+            (folder / DIVERGED).unlink(missing_ok=True)
+            result = build_trainer(config, settings, folder / STATE, f"{name}-{wanted[:16]}").fit()
+            _check_diverged(folder, name)
+            steps = total_steps(config.train, store)
+            return _finish(stage, name, result, run, {"coverage": coverage, "steps": steps})
+
+
+def _finish(stage: StageFolder, name: str, result: Any, run: Run, figures: dict[str, Any]) -> StageResult:
+    """Put the best checkpoint's heads and the last one's curve in place, then the manifest."""
+    folder = stage.folder
+    best, metrics = max(result.best_checkpoints, key=lambda pair: (pair[1]["tokens_per_step"], -pair[1]["step"]))
+    with best.as_directory() as source:
+        _copy_folder(Path(source) / HEADS, folder / HEADS)
+    with result.checkpoint.as_directory() as source:
+        shutil.copyfile(Path(source) / CURVE, folder / CURVE)
+    heads = sum(1 for key in metrics if re.fullmatch(r"head\d+_top1", key))
+    figures |= {
+        "tokens_per_step": round(metrics["tokens_per_step"], 4),
+        "top1": [round(metrics[f"head{head}_top1"], 4) for head in range(heads)],
+        "best_step": metrics["step"], "seconds": round(time.time() - stage.started, 1)}
+    run.log_metrics({f"best.{key}": float(value) for key, value in metrics.items()})
+    run.log_artifact(folder / HEADS, "heads")
+    run.log_artifact(folder / CURVE)
+    done = StageResult(STAGE, run.run_id, {HEADS: str(folder / HEADS), "curve": str(folder / CURVE)}, figures)
+    stage.finish(done, [*(path for path in (folder / HEADS).iterdir()), folder / CURVE])
+    shutil.rmtree(folder / STATE, ignore_errors=True)  # optimizer state: many times the heads, and of no more use
+    for leftover in (*folder.glob("normalisers-*.npy"), folder / LOGGED):
+        leftover.unlink(missing_ok=True)
+    return done
+
+
+def _copy_folder(source: Path, target: Path) -> None:
+    """Copy whole or not at all."""
+    temporary = target.with_name(f".{target.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(source, temporary)
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.replace(target)
+
+
+def _settings(config: RunConfig, name: str) -> dict[str, Any]:
+    """What decides the outcome of training one drafter."""
+    train = config.train.model_dump(mode="json", by_alias=True, exclude={"drafters", "only", "max_failures"})
+    train["workers"] = config.train.workers.count  # logical CPUs and threads change the time, not the heads' worth
+    return {"train": train, "heads": config.train.drafters[name].model_dump(mode="json"),
+            "base": config.base.model_dump(mode="json")}
+
+
+def _fingerprint(config: RunConfig, name: str, data_digest: str) -> str:
+    return fingerprint(STAGE, _settings(config, name) | {"drafter": name}, {"distill": data_digest})
+
+
+def _check_data(config: RunConfig, features: Path) -> BaseVocabulary:
+    """Both splits are there and made by this very base. Raises InputError before any worker starts."""
+    vocabulary = load_vocabulary(config.base.model, dtype=config.base.dtype, cache=RunPaths.of(config).cache)
+    for split in ("train", "held_out"):
+        store = FeatureStore.open(features, split)
+        if store.base != str(vocabulary.identity):
+            raise InputError(f"{features}: rows were made by base {store.base}, not {vocabulary.identity}: "
+                             "use that base or distill again")
+        if store.width != vocabulary.width:
+            raise InputError(f"{features}: hidden states are {store.width} wide, the base is {vocabulary.width}")
+    return vocabulary
+
+
+def _coverage(config: RunConfig, name: str, store: FeatureStore, vocabulary: BaseVocabulary) -> float:
+    counts = store.response_counts(vocabulary.size)
+    size = config.train.drafters[name].draft_vocab_size
+    return round(DraftVocab.rank(counts, size, vocabulary.stop_ids).coverage(counts), 5)
+
+
+def _check_resources(config: RunConfig) -> None:
+    """Raise InputError if the cluster can never hold the workers: Ray would wait for ever."""
+    workers, have = config.train.workers, ray.cluster_resources()
+    for kind, each in (("CPU", workers.cpus), ("GPU", workers.gpus)):
+        if each * workers.count > have.get(kind, 0.0):
+            raise InputError(f"train.workers: {workers.count} x {each} {kind} are asked for, the cluster has "
+                             f"{have.get(kind, 0.0):g}: lower train.workers.count or .{kind.lower()}s")
+
+
+def _check_diverged(folder: Path, name: str) -> None:
+    path = folder / DIVERGED
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        raise InputError(f"train.drafters.{name}: the loss is not a number at step {found['step']} "
+                         f"(lr {found['lr']:.2e}): lower train.lr or raise train.warmup_steps, under another name")

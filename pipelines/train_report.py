@@ -1,0 +1,71 @@
+"""What a training run tells: the curve and heads inside each checkpoint, the tracker, lines on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra_core.checkpoint import save_checkpoint
+from hydra_core.tree import default_trees
+from pipelines.stage import write_text
+from pipelines.tracking import metric_logger
+
+if TYPE_CHECKING:
+    from pipelines.train_loop import Workshop
+
+CURVE, HEADS, LOGGED = "curve.jsonl", "heads", "logged.json"
+PROGRESS_SECONDS = 5.0
+
+
+def save_curve_and_heads(shop: Workshop, folder: Path, metrics: dict[str, Any]) -> None:
+    """Put the curve so far and loadable heads beside the engine's state; parameters must be whole."""
+    lines = "".join(json.dumps(record) + "\n" for record in shop.curve)
+    write_text(folder / CURVE, lines)
+    provenance = shop.settings.provenance | {"training": metrics}
+    save_checkpoint(folder / HEADS, shop.model.drafter, shop.vocabulary.identity, default_trees(), provenance)
+
+
+def log_curve(shop: Workshop, figures: dict[str, float]) -> None:
+    """Send the curve since the last logged step to the tracker; a restarted worker goes on where the log ends."""
+    if shop.settings.run_id is None or shop.settings.tracking_uri is None:
+        return
+    marker = Path(shop.settings.folder) / LOGGED
+    done = json.loads(marker.read_text(encoding="utf-8"))["next_step"] if marker.exists() else 0
+    logger = metric_logger(shop.settings.tracking_uri, shop.settings.run_id)
+    for record in shop.curve:
+        if record["step"] >= done:
+            logger.log({f"train.{name}": value for name, value in record.items() if name != "step"}, record["step"])
+    if shop.next_step > done:
+        logger.log({f"held_out.{name}": value for name, value in figures.items()}, shop.next_step)
+    write_text(marker, json.dumps({"next_step": max(done, shop.next_step)}))
+
+
+class Progress:
+    """Lines on rank 0's stderr, every few seconds: step, loss, speed, time left."""
+
+    def __init__(self, shop: Workshop) -> None:
+        self.shop, self.shown, self.positions = shop, time.monotonic(), 0
+        self.began, self.first_step = self.shown, shop.next_step
+
+    def after(self, record: dict[str, Any]) -> None:
+        self.positions += record["positions"]
+        now = time.monotonic()
+        if self.shop.first and now - self.shown >= PROGRESS_SECONDS:
+            done = self.shop.next_step - self.first_step
+            left = (now - self.began) / done * (self.shop.total - self.shop.next_step)
+            speed = self.positions / (now - self.began)
+            self._say(f"loss {record['loss']:.3f}, {speed:.0f} positions/s, {left:.0f} s left")
+            self.shown = now
+
+    def validated(self, figures: dict[str, float]) -> None:
+        if self.shop.first:
+            self._say(f"held out: {figures['tokens_per_step']:.3f} tokens per step, "
+                      f"head 0 top-1 {figures['head0_top1']:.3f}")
+
+    def _say(self, text: str) -> None:
+        # Not print(): Ray Train patches it to log a second copy of every line.
+        sys.stderr.write(f"train {self.shop.settings.drafter}: step {self.shop.next_step}/{self.shop.total}, {text}\n")
+        sys.stderr.flush()

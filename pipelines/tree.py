@@ -1,0 +1,191 @@
+"""The `tree` stage: for each drafter and batch size, the draft tree that pays best on this machine.
+
+    held-out rows -> rank tuples -> nested trees -> tokens per step   \
+                                                                       > tokens per second -> tree.json
+    this machine  -> verify and draft seconds by size and depth       /
+
+One Ray task measures everything, so that only one thing runs while clocks are read.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from hydra_core.base import Base, load_base
+from hydra_core.checkpoint import load_checkpoint
+from hydra_core.drafters import HeadDrafter
+from hydra_core.errors import InputError
+from hydra_core.training.ranks import rank_rows
+from hydra_core.tree import TreeSet
+from hydra_core.tree.search import Choice, StepCosts, best_choice, nested_trees, score_trees
+from hydra_core.tree.walk import RankRows
+from pipelines.cluster import ensure_ray, measuring_resources
+from pipelines.config import RunConfig
+from pipelines.features import FeatureStore
+from pipelines.stage import (
+    RunPaths,
+    StageFolder,
+    StageResult,
+    fingerprint,
+    finished,
+    require_manifest,
+    stage_folder,
+    write_text,
+)
+from pipelines.step_costs import draft_seconds, verify_seconds
+from pipelines.tracking import Run, Tracker
+from pipelines.train import distilled
+from pipelines.train_data import RowReader
+from pipelines.tree_plot import plot_choices
+
+STAGE = "tree"
+HEADS = "heads"
+ROWS_PER_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the task hands back for one drafter."""
+
+    ranks: RankRows
+    costs: StepCosts
+
+
+def run_tree(config: RunConfig) -> StageResult:
+    """Fit trees to every trained drafter (or `train.only`) and write a copy of its heads with them.
+
+    Outputs: drafter -> heads folder, loadable as a checkpoint. Figures: drafter -> batch size -> nodes, depth, expected
+    tokens per step and gain over plain decoding. Raises InputError if a drafter is not trained yet.
+    """
+    names = [config.train.only] if config.train.only else list(config.train.drafters)
+    features, data_digest = distilled(config)
+    wanted = {name: _fingerprint(config, name, data_digest) for name in names}
+    results: dict[str, StageResult] = {}
+    for name in names:
+        done = finished(RunPaths.of(config).stage(STAGE, name), wanted[name])
+        results |= {name: done} if done else {}
+    todo = [name for name in names if name not in results]
+    tracker = Tracker.open(config)
+    if todo:
+        with ensure_ray(config):
+            heads = {name: str(RunPaths.of(config).stage("train", name) / HEADS) for name in todo}
+            task = ray.remote(measure).options(**measuring_resources(config))
+            found = ray.get(task.remote(config.model_dump(mode="json", by_alias=True), heads, str(features)))
+        for name in todo:
+            results[name] = _write_one(config, name, wanted[name], found[name], tracker)
+    return StageResult(STAGE, tracker.parent(), outputs={name: results[name].outputs[HEADS] for name in names},
+                       figures={name: results[name].figures for name in names}, skipped=not todo)
+
+
+def measure(values: dict[str, Any], heads: Mapping[str, str], features: str) -> dict[str, Measured]:
+    """Rank tuples and step costs of every drafter in `heads` (name -> checkpoint folder); runs in one Ray task."""
+    config = RunConfig.model_validate(values)
+    torch.set_num_threads(config.tree.threads)
+    base = load_base(config.base.model, dtype=config.base.dtype, device=config.base.device,
+                     cache=RunPaths.of(config).cache, context_limit=config.base.context_limit)
+    tree = config.tree
+    context = _context(config, base)
+    verify = verify_seconds(base, tree.batch_sizes, tree.node_counts, context, tree.repeats, _saying("base"))
+    reader = RowReader(FeatureStore.open(Path(features), "held_out"))
+    found = {}
+    for name, folder in heads.items():
+        drafter = load_checkpoint(Path(folder), base.vocabulary, base.dtype).drafter
+        ranks = held_out_ranks(drafter, reader, tree.max_rows, config.train.seed)
+        _saying(name)(f"{ranks.ranks.shape[0]} held-out positions ranked")
+        by_depth = {candidate.depth: candidate for candidate in nested_trees(ranks, max(tree.node_counts))
+                    if candidate.depth}  # the largest tree of each depth: later ones take the place of earlier ones
+        draft = draft_seconds(base, drafter, by_depth, tree.batch_sizes, context, tree.repeats, _saying(name))
+        found[name] = Measured(ranks, StepCosts(verify, draft))
+    return found
+
+
+def held_out_ranks(drafter: HeadDrafter, reader: RowReader, rows: int, seed: int) -> RankRows:
+    """Rank tuples of at most `rows` held-out rows, greedy ones where there are any."""
+    device = drafter.vocabulary.embedding.device
+    chosen = reader.store.sample(rows, seed)
+    return RankRows.concatenate(rank_rows(drafter, reader.pack(chosen[start:start + ROWS_PER_BATCH]).to(device))
+                                for start in range(0, len(chosen), ROWS_PER_BATCH))
+
+
+def choose_trees(measured: Measured, batch_sizes: Sequence[int], max_nodes: int) -> dict[int, list[Choice]]:
+    """Every nested tree scored for every batch size."""
+    trees = nested_trees(measured.ranks, max_nodes)
+    return {batch: score_trees(trees, measured.ranks, measured.costs, batch) for batch in batch_sizes}
+
+
+def _write_one(config: RunConfig, name: str, wanted: str, measured: Measured, tracker: Tracker) -> StageResult:
+    folder = RunPaths.of(config).stage(STAGE, name)
+    source = RunPaths.of(config).stage("train", name) / HEADS
+    scored = choose_trees(measured, config.tree.batch_sizes, max(config.tree.node_counts))
+    best = {batch: best_choice(choices) for batch, choices in scored.items()}
+    with (stage_folder(config, STAGE, folder, wanted) as stage,
+          tracker.start(STAGE, part=name, params=_settings(config), fingerprint=wanted) as run):
+        _write_heads(source, folder / HEADS, TreeSet({batch: choice.tree for batch, choice in best.items()}))
+        write_text(folder / "costs.json", json.dumps(asdict(measured.costs), indent=2))
+        write_text(folder / "scores.json", json.dumps(
+            {str(batch): [_row(choice) for choice in choices] for batch, choices in scored.items()}, indent=2))
+        plot_choices(folder / "tree.png", name, scored, best)
+        return _finish(stage, run, {str(batch): _row(choice) for batch, choice in best.items()})
+
+
+def _finish(stage: StageFolder, run: Run, figures: dict[str, Any]) -> StageResult:
+    folder = stage.folder
+    files = [folder / "costs.json", folder / "scores.json", folder / "tree.png"]
+    for path in (*files, folder / HEADS / "tree.json"):
+        run.log_artifact(path)
+    run.log_metrics({f"batch{batch}.{key}": float(value) for batch, row in figures.items()
+                     for key, value in row.items()})
+    result = StageResult(STAGE, run.run_id, {HEADS: str(folder / HEADS), "plot": str(folder / "tree.png")}, figures)
+    return stage.finish(result, [*files, *(folder / HEADS).iterdir()])
+
+
+def _write_heads(source: Path, target: Path, trees: TreeSet) -> None:
+    """A copy of the heads with other trees, whole or not at all."""
+    temporary = target.with_name(f".{target.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(source, temporary)
+    write_text(temporary / "tree.json", json.dumps(trees.to_json(), indent=2, sort_keys=True))
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.replace(target)
+
+
+def _row(choice: Choice) -> dict[str, float | int]:
+    return {"nodes": choice.tree.size, "depth": choice.tree.depth, "tokens_per_step": round(choice.tokens_per_step, 4),
+            "step_ms": round(1000 * choice.seconds_per_step, 3), "plain_ms": round(1000 * choice.plain_seconds, 3),
+            "tokens_per_second": round(choice.tokens_per_second, 2), "gain": round(choice.gain, 4)}
+
+
+def _context(config: RunConfig, base: Base) -> int:
+    """Committed tokens while timing: as configured, or what a small base leaves room for."""
+    room = base.context_limit - max(config.tree.node_counts) - 1
+    if room < 1:
+        raise InputError(f"tree.node_counts: {max(config.tree.node_counts)} nodes leave no room in a context of "
+                         f"{base.context_limit}: use smaller ones")
+    return min(config.tree.context, room)
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    return {"tree": config.tree.model_dump(mode="json"), "base": config.base.model_dump(mode="json")}
+
+
+def _fingerprint(config: RunConfig, name: str, data_digest: str) -> str:
+    trained = require_manifest(RunPaths.of(config).stage("train", name), "train")
+    return fingerprint(STAGE, _settings(config) | {"drafter": name},
+                       {"distill": data_digest, "train": trained["digest"]})
+
+
+def _saying(subject: str) -> Any:
+    def say(text: str) -> None:
+        sys.stderr.write(f"tree {subject}: {text}\n")
+        sys.stderr.flush()
+
+    return say

@@ -1,0 +1,112 @@
+"""Exit codes, the one JSON line, and what never starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hydra_core.errors import InputError
+from jobs import cli, runner
+from pipelines.config import RunConfig, load_config, to_yaml
+from pipelines.stage import StageResult
+
+
+def use(monkeypatch: pytest.MonkeyPatch, stage: object) -> None:
+    monkeypatch.setattr(runner, "_pipeline", lambda name: stage)
+
+
+def test_last_line_of_stdout_is_the_result(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    def stage(config: RunConfig) -> StageResult:
+        print("chatter")
+        os.write(1, b"chatter of a C library\n")
+        return StageResult("bench", "r1", {"report": "/x"}, {"limit": config.bench.limit})
+
+    use(monkeypatch, stage)
+    assert runner.run("bench", ["limit=3", "prompts=/tmp/p.jsonl", "max_new_tokens=9"]) == 0
+    out, err = capfd.readouterr()
+    assert json.loads(out) == {"stage": "bench", "run_id": "r1", "outputs": {"report": "/x"}, "figures": {"limit": 3},
+                               "skipped": False}
+    assert out.count("\n") == 1 and "chatter of a C library" in err
+
+
+def test_user_mistakes_exit_2_in_one_line(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+                                          tmp_path: Path) -> None:
+    def stage(config: RunConfig) -> StageResult:
+        raise InputError("rows.jsonl: row 3: has no field `prompt`\nsecond line")
+
+    use(monkeypatch, stage)
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("train: [", encoding="utf-8")
+    latin = tmp_path / "latin.yaml"
+    latin.write_bytes(b"name: \xe9")
+    cases = [([], "row 3"), (["train.nope=1"], "train.nope: unknown field"), (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
+             (["--config", str(broken)], "YAML"), (["--config", str(latin)], "UTF-8"), (["justtext"], "section.field=value"),
+             (["--nope"], "--nope"), (["train.epochs=-1"], "train.epochs"), (["storage=relative"], "storage"),
+             (["name=a/b"], "name"), (["train.only=nobody"], "train.only"), (["prompts.source=jsonl"], "prompts.path")]
+    for arguments, words in cases:
+        assert runner.run("distill", arguments) == 2, arguments
+        out, err = capfd.readouterr()
+        assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and words in err, (arguments, err)
+
+
+def test_other_faults_exit_1_with_a_traceback(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    def broken(config: RunConfig) -> StageResult:
+        raise RuntimeError("ours")
+
+    def interrupted(config: RunConfig) -> StageResult:
+        raise KeyboardInterrupt
+
+    use(monkeypatch, broken)
+    assert runner.run("distill", []) == 1
+    assert "Traceback" in capfd.readouterr().err
+    use(monkeypatch, interrupted)
+    assert runner.run("distill", []) == 130
+
+
+@pytest.mark.parametrize("stage", runner.STAGES)
+def test_plan_starts_nothing(stage: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+                             tmp_path: Path) -> None:
+    use(monkeypatch, None)
+    assert runner.run(stage, ["--plan", f"storage={tmp_path}/s", "name=planned"]) == 0
+    out = capfd.readouterr().out
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(out, encoding="utf-8")
+    assert load_config(str(plan)).name == "planned"
+    assert not (tmp_path / "s").exists()
+
+
+def test_relative_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = runner.read_config("batch", None, ["batch.input=in.jsonl", "serve.model=plain"])
+    assert config.batch.input == str(tmp_path / "in.jsonl") and config.serve.model == "plain"
+    monkeypatch.setenv("RAY_JOB_SUBMISSION_ID", "job")
+    with pytest.raises(InputError, match="relative"):
+        runner.read_config("batch", None, ["batch.input=in.jsonl"])
+    assert runner.read_config("batch", None, ["batch.input=/in.jsonl"]).batch.input == "/in.jsonl"
+
+
+def test_override_values_are_yaml() -> None:
+    config = runner.read_config("train", None, ["train.lr=1e-4", "distill.temperatures=[0, 0.5]", "bench.limit=null"])
+    assert config.train.learning_rate == 1e-4 and config.distill.temperatures == (0, 0.5) and config.bench.limit is None
+
+
+def test_resolved_configuration_reads_back(tmp_path: Path) -> None:
+    config = runner.read_config("train", None, ["train.lr=1e-4", "name=back"])
+    path = tmp_path / "c.yaml"
+    path.write_text(to_yaml(config), encoding="utf-8")
+    assert load_config(str(path)) == config
+
+
+def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(stage in text for stage in runner.STAGES)
+    assert cli.main(["nonsense"]) == 2
+    done = subprocess.run([sys.executable, "-m", "jobs.train", "train.nope=1"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.strip().splitlines()[-1] == "error: config: train.nope: unknown field"
