@@ -32,6 +32,7 @@ STAGES = {
 }
 ALIASES = {"bench": {"prompts": "bench.prompts", "heads": "bench.heads", "limit": "bench.limit",
                      "max_new_tokens": "bench.max_new_tokens"}}
+DEFAULT_CONFIGS = {"quickstart": str(Path(__file__).parent / "configs" / "quickstart.yaml")}
 PATH_FIELDS = ("prompts.path", "bench.prompts", "bench.heads", "batch.input", "batch.output", "serve.model", "base.model")
 JOB_VARIABLES = ("RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_JOB_SUBMISSION_ID")
 
@@ -48,7 +49,7 @@ def run(stage: str, argv: Sequence[str] | None = None) -> int:
     with _stdout_for_result() as emit:
         try:
             arguments = _parser(stage).parse_args(argv)
-            config = read_config(stage, arguments.config, arguments.overrides)
+            config = read_config(stage, arguments.config or DEFAULT_CONFIGS.get(stage), arguments.overrides)
             if arguments.plan:
                 emit(to_yaml(config) + "".join(f"# {line}\n" for line in describe(config, stage)))
                 return 0
@@ -111,7 +112,7 @@ def _parser(stage: str) -> argparse.ArgumentParser:
     short = f" Short for this stage: {', '.join(f'{name}=' for name in aliases)}." if aliases else ""
     parser = _Parser(prog=f"hydra-heads {stage}", description=STAGES[stage],
                      epilog="Overrides are section.field=value, read as YAML." + short)
-    parser.add_argument("--config", metavar="FILE", help="YAML configuration; defaults otherwise")
+    parser.add_argument("--config", metavar="FILE", help="YAML configuration; without it the defaults (quickstart: its own)")
     parser.add_argument("--plan", action="store_true", help="print the resolved configuration and what would run; start nothing")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     return parser

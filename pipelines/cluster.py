@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pyarrow as pa
 import ray
+import ray.data
 
 from hydra_core.errors import InputError
 from pipelines.config import RunConfig
@@ -44,3 +47,22 @@ def measuring_resources(config: RunConfig) -> dict[str, Any]:
     gpus = ray.cluster_resources().get("GPU", 0)
     wants_gpu = config.base.device == "cuda" or (config.base.device == "auto" and gpus >= 1)
     return {"num_cpus": 0.5, "num_gpus": 1 if wants_gpu else 0, "max_retries": 0}
+
+
+def run_blocks(actor: type, settings: Any, blocks: list[pa.Table], *, actors: int, cpus: float,
+               gpus: float = 0) -> dict[str, int]:
+    """Map `actor(settings)` over `blocks` with a pool of Ray Data actors.
+
+    Actors write their own output and hand back one row of counts a block; returns the sums.
+    """
+    totals: dict[str, int] = {}
+    if not blocks:
+        return totals
+    ray.data.DataContext.get_current().enable_progress_bars = sys.stderr.isatty()
+    mapped = ray.data.from_arrow(blocks).map_batches(
+        actor, fn_constructor_args=(settings,), batch_size=None, batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=min(actors, len(blocks))), num_cpus=cpus, num_gpus=gpus)
+    for row in mapped.iter_rows():
+        for name, value in row.items():
+            totals[name] = totals.get(name, 0) + int(value)
+    return totals

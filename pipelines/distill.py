@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import ray
-import ray.data
 
 from hydra_core.base import BaseIdentity, load_tokenizer, resolve_base
-from pipelines.cluster import ensure_ray
-from pipelines.config import RunConfig, Workers
+from pipelines.cluster import ensure_ray, run_blocks
+from pipelines.config import RunConfig
 from pipelines.contracts import ERRORS, FEATURES, PROMPTS, RESPONSES, check_counts, content_id
 from pipelines.distill_workers import FeatureWriter, PromptWriter, ResponseWriter, WorkerSettings
 from pipelines.parts import known_ids, part_files, read_parts, sweep, write_part
@@ -73,21 +71,9 @@ def _settings(config: RunConfig, folder: Path, max_new_tokens: int, temperature:
                           distill.feature_dtype)
 
 
-def run_pool(actor: type, settings: WorkerSettings, blocks: list[pa.Table], workers: Workers) -> dict[str, int]:
-    """Map `actor` over `blocks` with a pool of Ray Data actors; returns the sums of the counts they hand back."""
-    totals: dict[str, int] = {}
-    if not blocks:
-        return totals
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = sys.stderr.isatty()
-    mapped = ray.data.from_arrow(blocks).map_batches(
-        actor, fn_constructor_args=(settings,), batch_size=None, batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=min(workers.count, len(blocks))), num_cpus=workers.cpus,
-        num_gpus=workers.gpus)
-    for row in mapped.iter_rows():
-        for name, value in row.items():
-            totals[name] = totals.get(name, 0) + int(value)
-    return totals
+def _run(config: RunConfig, actor: type, settings: WorkerSettings, blocks: list[pa.Table]) -> dict[str, int]:
+    workers = config.distill.workers
+    return run_blocks(actor, settings, blocks, actors=workers.count, cpus=workers.cpus, gpus=workers.gpus)
 
 
 def _blocks(table: pa.Table, rows: int) -> list[pa.Table]:
@@ -123,7 +109,7 @@ def _self_made(config: RunConfig, folder: Path) -> tuple[int, int, int]:
         tried += size
         table = pa.table({"index": pa.array(seeds, pa.int64())})
         block = min(config.distill.running_batch * BLOCK_BATCHES, 256)
-        rejected += run_pool(PromptWriter, settings, _blocks(table, block), config.distill.workers).get("rejected", 0)
+        rejected += _run(config, PromptWriter, settings, _blocks(table, block)).get("rejected", 0)
     rows = _distinct(folder, wanted)
     if len(rows) < wanted:
         raise RuntimeError(f"the base wrote only {len(rows)} usable prompts of {wanted} in {tried} tries: "
@@ -175,7 +161,7 @@ def _responses(config: RunConfig, folder: Path) -> dict[str, Any]:
     table = pa.Table.from_pylist(missing, schema=RESPONSES.remove_metadata())
     settings = _settings(config, folder, config.distill.max_new_tokens)
     blocks = _blocks(table, config.distill.running_batch * BLOCK_BATCHES)
-    totals = run_pool(ResponseWriter, settings, blocks, config.distill.workers)
+    totals = _run(config, ResponseWriter, settings, blocks)
     rows = read_parts(folder / "responses", RESPONSES, ["response_ids"])
     tokens = sum(len(ids) for ids in rows["response_ids"].to_pylist())
     errors = totals.get("errors", 0)
@@ -192,8 +178,7 @@ def _features(config: RunConfig, folder: Path) -> dict[str, Any]:
     width = 2 if config.distill.feature_dtype == "bf16" else 4
     tokens = sum(len(a) + len(b) for a, b in zip(rows["prompt_ids"].to_pylist(), rows["response_ids"].to_pylist(), strict=True))
     print(f"distill: hidden states of {tokens} tokens, {width} bytes x model width each", file=sys.stderr)
-    totals = run_pool(FeatureWriter, _settings(config, folder, 1), _blocks(rows.take(keep), FEATURE_ROWS),
-                      config.distill.workers)
+    totals = _run(config, FeatureWriter, _settings(config, folder, 1), _blocks(rows.take(keep), FEATURE_ROWS))
     compared = totals.get("compared", 0)
     share = totals.get("agreed", 0) / compared if compared else None
     if share is not None and share < LEAST_AGREEMENT[config.base.dtype]:

@@ -8,8 +8,11 @@ again from its state, and the curve has every step once.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import tempfile
+import time
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,6 +116,7 @@ def set_up(settings: LoopSettings, share: Share) -> Workshop:
     train, heads = config.train, config.train.drafters[settings.drafter]
     uses_gpu = train.workers.gpus > 0
     prepare_environment(uses_gpu)
+    _quieten()
     torch.set_num_threads(train.workers.threads)
     device = _device(uses_gpu)
     vocabulary = load_vocabulary(config.base.model, dtype=config.base.dtype, device=str(device),
@@ -166,7 +170,7 @@ def train_step(shop: Workshop, batch: Batch) -> dict[str, Any]:
     dist.all_reduce(sums)
     per_head = (sums / counts).tolist()
     record = {"step": batch.step, "loss": sum(per_head) / len(per_head), "lr": rate,
-              "positions": int(batch.counts.max())}
+              "positions": int(batch.counts.max()), "time": round(time.time(), 3)}
     return record | {f"head{head}_loss": value for head, value in enumerate(per_head)}
 
 
@@ -256,6 +260,12 @@ def _gathered(shop: Workshop) -> AbstractContextManager[Any]:
 
     gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(list(shop.model.parameters()))
     return gathered
+
+
+def _quieten() -> None:
+    """Ray Train tells of every report in full, torch of every old call in DeepSpeed: our progress lines would drown."""
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def _device(uses_gpu: bool) -> torch.device:

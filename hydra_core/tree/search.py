@@ -76,7 +76,8 @@ def interpolate(points: Mapping[int, float], at: int) -> float:
     right = min(bisect_right(keys, at), len(keys) - 1)
     low, high = keys[right - 1], keys[right]
     slope = (points[high] - points[low]) / (high - low)
-    return points[low] + max(slope, 0.0) * (at - low) if at > high else points[low] + slope * (at - low)
+    # Beyond the last point noise must not promise ever cheaper steps.
+    return points[high] + max(slope, 0.0) * (at - high) if at > high else points[low] + slope * (at - low)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""What runs inside the Serve application: the engine's host, text, the OpenAI shapes, the deployments."""

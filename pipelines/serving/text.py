@@ -1,0 +1,52 @@
+"""Token ids to text as they come: no half characters, and stop strings cut even when they span tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are not yet a character
+
+
+class TextStream:
+    """Text of one answer while its tokens arrive; the pieces joined equal the whole.
+
+    `decode`: token ids to text; `stops`: strings that end the answer and are not part of it.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = ()) -> None:
+        self._decode, self._stops = decode, tuple(stop for stop in stops if stop)
+        self._ids: list[int] = []
+        self.sent = ""
+        self.stopped = False
+
+    def push(self, ids: Sequence[int]) -> str:
+        """Add tokens; returns the text that is now certain. Nothing more comes once `stopped`."""
+        self._ids += ids
+        return self._advance(final=False)
+
+    def finish(self) -> str:
+        """The rest: half characters as they are, and text that only looked like the start of a stop string."""
+        return self._advance(final=True)
+
+    def _advance(self, final: bool) -> str:
+        if self.stopped:
+            return ""
+        text = self._decode(self._ids)
+        found = [at for at in (text.find(stop, max(0, len(self.sent) - len(stop))) for stop in self._stops) if at >= 0]
+        if found:
+            self.stopped = True
+            text = text[:min(found)]
+        elif not final:
+            text = text.rstrip(REPLACEMENT)
+            text = text[:len(text) - self._held_back(text)]
+        fresh = text[len(self.sent):]
+        self.sent += fresh
+        return fresh
+
+    def _held_back(self, text: str) -> int:
+        """Length of the longest end of `text` that may grow into a stop string."""
+        longest = max((len(stop) - 1 for stop in self._stops), default=0)
+        for size in range(min(longest, len(text)), 0, -1):
+            if any(stop.startswith(text[-size:]) for stop in self._stops):
+                return size
+        return 0

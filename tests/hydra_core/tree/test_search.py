@@ -1,0 +1,101 @@
+"""Trees from joint rank statistics, and the choice of size by measured cost."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hydra_core.tree import PLAIN, Tree
+from hydra_core.tree.search import (
+    Choice,
+    StepCosts,
+    best_choice,
+    interpolate,
+    nested_trees,
+    rank_paths,
+    reference_tokens_per_step,
+    score_trees,
+)
+from hydra_core.tree.walk import MISS, RankRows, accepted_lengths, walk
+
+tuples = st.lists(st.tuples(*[st.sampled_from([0, 0, 0, 1, 1, 2, 3, MISS])] * 3), min_size=1, max_size=60)
+
+
+def rows_of(ranks: list[tuple[int, ...]]) -> RankRows:
+    return RankRows(torch.tensor(ranks), (len(ranks),))
+
+
+@given(tuples, st.integers(1, 20))
+@settings(max_examples=100, deadline=None)
+def test_trees_are_closed_nested_and_the_best_of_their_size(ranks: list[tuple[int, ...]], nodes: int) -> None:
+    rows = rows_of(ranks)
+    trees = nested_trees(rows, nodes)  # Tree itself refuses a path without its parent
+    assert trees[0] == PLAIN and len(trees) <= nodes
+    for smaller, larger in itertools.pairwise(trees):
+        assert larger.size == smaller.size + 1 and set(smaller.paths) < set(larger.paths)
+        assert accepted_lengths(larger, rows.ranks).sum() > accepted_lengths(smaller, rows.ranks).sum()
+
+
+def test_no_other_tree_of_that_size_accepts_more_over_all_positions() -> None:
+    """Brute force over every tree of 4 nodes with ranks below 3 and depth up to 3."""
+    torch.manual_seed(0)
+    ranks = torch.randint(0, 4, (200, 3)) * torch.randint(0, 2, (200, 3))
+    rows = RankRows(ranks, (200,))
+    paths = [path for depth in (1, 2, 3) for path in itertools.product(range(3), repeat=depth)]
+    best = 0
+    for chosen in itertools.combinations(paths, 3):
+        if all(not path[:-1] or path[:-1] in chosen for path in chosen):
+            best = max(best, int(accepted_lengths(Tree(chosen), ranks).sum()))
+    assert int(accepted_lengths(Tree(rank_paths(rows, 3)), ranks).sum()) == best
+
+
+def test_joint_counts_not_products() -> None:
+    """Head 1 is right just when head 0's second choice is: the product of rates would put (0, 0) before (1, 0)."""
+    ranks = [(0, 3)] * 6 + [(1, 0)] * 4
+    assert rank_paths(rows_of(ranks), 3, max_rank=3) == ((0,), (1,), (1, 0))
+
+
+def test_ties_keep_the_parent() -> None:
+    assert rank_paths(rows_of([(1, 1, 1)] * 3), 2) == ((1,), (1, 1))
+
+
+def test_interpolation_between_and_beyond_points() -> None:
+    points = {1: 10.0, 4: 16.0, 8: 20.0}
+    assert [interpolate(points, at) for at in (1, 2, 4, 6, 8, 12)] == [10, 12, 16, 18, 20, 24]
+    assert interpolate({3: 5.0}, 9) == 5.0
+    assert interpolate({1: 2.0, 2: 1.0}, 5) == 1.0  # noise must not promise ever cheaper steps
+    with pytest.raises(ValueError, match="no measured points"):
+        interpolate({}, 1)
+
+
+def choices(verify: dict[int, float], draft: dict[int, float]) -> list[Choice]:
+    rows = RankRows(torch.zeros(30, 3, dtype=torch.int64), (10, 10, 10))
+    return score_trees(nested_trees(rows, 4), rows, StepCosts({2: verify}, {2: draft}), 2)
+
+
+def test_the_tree_follows_the_cost() -> None:
+    cheap = best_choice(choices({1: 1.0, 4: 1.1}, {0: 0.0, 3: 0.1}))
+    assert cheap.tree == Tree(((0,), (0, 0), (0, 0, 0)))
+    assert cheap.tokens_per_step == walk(cheap.tree, RankRows(torch.zeros(30, 3, dtype=torch.int64), (10, 10, 10))).tokens_per_step
+    assert cheap.gain == pytest.approx(cheap.tokens_per_step / 1.2)
+    assert cheap.tokens_per_second == pytest.approx(2 * cheap.tokens_per_step / 1.2)
+    dear = best_choice(choices({1: 1.0, 2: 9.0, 4: 20.0}, {0: 0.0, 3: 0.1}))
+    assert dear.tree == PLAIN and dear.gain == 1.0 and dear.tokens_per_step == 1.0
+    drafting = best_choice(choices({1: 1.0, 4: 1.1}, {0: 5.0, 3: 9.0}))
+    assert drafting.tree == PLAIN  # drafting alone may cost more than it saves
+
+
+def test_a_tie_takes_the_smaller_tree() -> None:
+    tied = [Choice(1, PLAIN, 1.0, 1.0, 1.0), Choice(1, Tree(((0,),)), 2.0, 2.0, 1.0)]
+    assert best_choice(tied).tree == PLAIN
+    with pytest.raises(ValueError, match="plain"):
+        best_choice(tied[1:])
+
+
+def test_reference_score_grows_with_better_heads() -> None:
+    good, bad = rows_of([(0, 0, 1)] * 40), rows_of([(0, MISS, MISS)] * 20 + [(MISS, 0, 0)] * 20)
+    assert reference_tokens_per_step(good) > reference_tokens_per_step(bad) > 1.0

@@ -1,0 +1,224 @@
+"""Training for real: Ray Train, two DeepSpeed workers, a tiny base, distilled rows written through the contracts."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hydra_core.base import Base
+from hydra_core.checkpoint import load_checkpoint
+from hydra_core.errors import InputError
+from pipelines.config import RunConfig, load_config, to_yaml
+from pipelines.stage import RunPaths
+from pipelines.tracking import Tracker
+from pipelines.train import run_train
+from tests.pipelines.synthetic import write_distilled
+
+STEPS, EVERY = 60, 10
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def make_config(base_dir: Path, storage: Path, name: str, kind: str = "hydra", **changes: Any) -> RunConfig:
+    return load_config(None, {
+        "storage": str(storage), "name": name, "base.model": str(base_dir), "base.dtype": "fp32",
+        "train.drafters": {kind: {"kind": kind, "draft_vocab_size": 200}}, "train.rows_per_step": 8,
+        "train.max_steps": STEPS, "train.epochs": 50, "train.validate_every": EVERY, "train.lr": 3e-3,
+        "train.validation_rows": 16} | changes)
+
+
+def curve_of(config: RunConfig, name: str) -> list[dict[str, Any]]:
+    path = RunPaths.of(config).stage("train", name) / "curve.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def without_time(curve: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in record.items() if key != "time"} for record in curve]
+
+
+def children_of(process: int) -> dict[int, str]:
+    """Every living descendant of a process, with its command line."""
+    parents, commands = {}, {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            commands[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except (OSError, ValueError):
+            continue
+    found: dict[int, str] = {}
+    fresh = {process}
+    while fresh:
+        fresh = {child for child, parent in parents.items() if parent in fresh} - found.keys()
+        found |= {child: commands.get(child, "") for child in fresh}
+    return found
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 240) -> Any:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := condition():
+            return found
+        time.sleep(0.05)
+    raise AssertionError("nothing happened in time")
+
+
+def saved_steps(config: RunConfig, name: str) -> int:
+    """Steps of the newest checkpoint that Ray has taken in."""
+    state = RunPaths.of(config).stage("train", name) / "state"
+    found = [0]
+    for path in state.glob("*/checkpoint_manager_snapshot.json"):
+        with contextlib.suppress(OSError, ValueError):  # it may be half-written at this very moment
+            for entry in json.loads(path.read_text())["checkpoint_results"]:
+                found.append(entry["metrics"]["step"])
+    return max(found)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_base: Base, tiny_base_dir: Path, local_ray: None,
+                tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A finished run of Hydra heads: ZeRO-1, fp32."""
+    config = make_config(tiny_base_dir, tmp_path_factory.mktemp("train") / "storage", "undisturbed")
+    write_distilled(config, tiny_base)
+    run_train(config)
+    return config
+
+
+@pytest.mark.slow
+def test_training_learns_and_leaves_a_loadable_checkpoint(undisturbed: RunConfig, tiny_base: Base) -> None:
+    result = run_train(undisturbed)
+    assert result.skipped and result.stage == "train"
+    figures = result.figures["hydra"]
+    curve = curve_of(undisturbed, "hydra")
+    assert [record["step"] for record in curve] == list(range(STEPS)) and figures["steps"] == STEPS
+    assert sum(r["loss"] for r in curve[-5:]) < 0.8 * sum(r["loss"] for r in curve[:5])
+    assert figures["tokens_per_step"] > 1.1 and 0.9 < figures["coverage"] <= 1 and len(figures["top1"]) == 4
+    loaded = load_checkpoint(Path(result.outputs["hydra"]), tiny_base.vocabulary)
+    assert loaded.drafter.config.kind == "hydra"
+    provenance = json.loads((Path(result.outputs["hydra"]) / "provenance.json").read_text())
+    assert provenance["training"]["step"] == figures["best_step"] and provenance["data_digest"]
+    state = RunPaths.of(undisturbed).stage("train", "hydra")
+    assert not (state / "state").exists() and not list(state.glob("normalisers*"))
+
+
+@pytest.mark.slow
+def test_metrics_are_in_the_tracker(undisturbed: RunConfig) -> None:
+    from mlflow import MlflowClient
+
+    stage = json.loads((RunPaths.of(undisturbed).stage("train", "hydra") / "manifest.json").read_text())["result"]
+    tracker = Tracker.open(undisturbed)
+    client = MlflowClient(tracker.uri)
+    run = client.get_run(stage["run_id"])
+    assert run.data.tags["mlflow.parentRunId"] == tracker.parent() and run.info.status == "FINISHED"
+    losses = client.get_metric_history(stage["run_id"], "train.loss")
+    assert sorted(metric.step for metric in losses) == list(range(STEPS))
+    held_out = client.get_metric_history(stage["run_id"], "held_out.tokens_per_step")
+    assert sorted(metric.step for metric in held_out) == list(range(EVERY, STEPS + 1, EVERY))
+    assert max(m.value for m in held_out) == pytest.approx(run.data.metrics["best.tokens_per_step"])
+    for head in range(4):
+        assert client.get_metric_history(stage["run_id"], f"held_out.head{head}_top5")
+
+
+@pytest.mark.slow
+def test_a_killed_worker_costs_nothing_but_time(undisturbed: RunConfig, tiny_base: Base, tiny_base_dir: Path,
+                                                local_ray: None) -> None:
+    """SIGKILL after the first checkpoint: every step stands once in the curve, equal to the last bit."""
+    config = make_config(tiny_base_dir, Path(undisturbed.storage), "killed-worker")
+    write_distilled(config, tiny_base)
+    killed: list[float] = []
+
+    def kill() -> None:
+        wait_for(lambda: saved_steps(config, "hydra") >= EVERY)
+        workers = [pid for pid, command in children_of(os.getpid()).items() if "RayTrainWorker" in command]
+        killed.append(time.time())
+        os.kill(workers[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    run_train(config)
+    killer.join()
+    curve = curve_of(config, "hydra")
+    assert [record["step"] for record in curve] == list(range(STEPS))
+    assert without_time(curve) == without_time(curve_of(undisturbed, "hydra"))
+    before = [record["step"] for record in curve if record["time"] < killed[0]]
+    assert EVERY <= len(before) < STEPS and before == list(range(len(before))) and len(before) % EVERY == 0
+
+
+@pytest.mark.slow
+def test_a_killed_job_goes_on_where_it_was(tiny_base: Base, tiny_base_dir: Path, tmp_path: Path,
+                                           worker_env: dict[str, str], local_ray: None) -> None:
+    """The whole job dies with its local Ray, ZeRO-2 and bf16; the next one resumes from the last checkpoint."""
+    config = make_config(tiny_base_dir, tmp_path / "storage", "killed-job", "hydra++",
+                         **{"train.zero_stage": 2, "train.precision": "bf16"})
+    write_distilled(config, tiny_base)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    job = subprocess.Popen(
+        [sys.executable, "-c", "import sys; from pipelines.config import load_config; from pipelines.train import run_train;"
+                               "run_train(load_config(sys.argv[1]))", str(tmp_path / "config.yaml")],
+        cwd=ROOT, env={key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | worker_env,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: saved_steps(config, "hydra++") >= EVERY or job.poll() is not None)
+        assert job.poll() is None, "the job ended before it could be killed"
+    finally:
+        for process in (job.pid, *children_of(job.pid)):
+            os.kill(process, signal.SIGKILL)
+        job.wait()
+    died = time.time()
+    result = run_train(config)
+    curve = curve_of(config, "hydra++")
+    assert [record["step"] for record in curve] == list(range(STEPS)) and not result.skipped
+    before = [record["step"] for record in curve if record["time"] < died]
+    assert EVERY <= len(before) < STEPS and len(before) % EVERY == 0 and before == list(range(len(before)))
+    assert curve[-1]["loss"] < curve[0]["loss"]
+    dtypes = {p.dtype for p in load_checkpoint(Path(result.outputs["hydra++"]), tiny_base.vocabulary).drafter.parameters()}
+    assert dtypes == {torch.float32}
+
+
+@pytest.mark.slow
+def test_a_diverging_loss_stops_with_one_line(tiny_base: Base, tiny_base_dir: Path, tmp_path: Path,
+                                              local_ray: None) -> None:
+    config = make_config(tiny_base_dir, tmp_path / "storage", "diverged", "medusa",
+                         **{"train.lr": 1e30, "train.warmup_steps": 0, "train.max_steps": 5})
+    write_distilled(config, tiny_base, train=16, held_out=4)
+    with pytest.raises(InputError, match=r"train\.drafters\.medusa: the loss is not a number at step \d"):
+        run_train(config)
+    assert not (RunPaths.of(config).stage("train", "medusa") / "heads").exists()
+
+
+def test_features_of_another_base_are_refused(tiny_base: Base, tiny_base_dir: Path, storage: Path) -> None:
+    config = make_config(tiny_base_dir, storage, "other", **{"base.dtype": "bf16"})
+    write_distilled(config, tiny_base, train=8, held_out=4)  # made by the fp32 base
+    with pytest.raises(InputError, match=r"rows were made by base .*:fp32, not .*:bf16"):
+        run_train(config)
+
+
+def test_training_before_distilling_is_refused(tiny_base_dir: Path, storage: Path) -> None:
+    with pytest.raises(InputError, match="no finished `distill` here"):
+        run_train(make_config(tiny_base_dir, storage, "nothing"))
+
+
+def test_a_name_that_cannot_be_a_folder_is_refused(tiny_base_dir: Path, storage: Path) -> None:
+    config = make_config(tiny_base_dir, storage, "names", **{"train.drafters": {"a/b": {"kind": "medusa"}}})
+    with pytest.raises(InputError, match="'a/b' cannot name a folder"):
+        run_train(config)
+
+
+def test_a_cluster_that_is_too_small_is_told_at_once(tiny_base: Base, tiny_base_dir: Path, storage: Path,
+                                                     local_ray: None) -> None:
+    config = make_config(tiny_base_dir, storage, "small", **{"train.workers.cpus": 64})
+    write_distilled(config, tiny_base, train=8, held_out=4)
+    with pytest.raises(InputError, match="2 x 64.0 CPU are asked for, the cluster has 2"):
+        run_train(config)
