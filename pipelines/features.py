@@ -42,7 +42,7 @@ class Block:
 
 @dataclass(frozen=True)
 class RowIndex:
-    """Everything but hidden states of n rows: ids; tokens [sum] int32 with offsets [n + 1] int64; prompt_tokens [n] int64;
+    """Everything but hidden states of n rows: ids; tokens [sum] int32 with offsets [n + 1] int64; prompt_tokens [n];
     temperature [n] float64; block [n] int64 and place [n] int64 (row inside its block).
     """
 

@@ -37,7 +37,8 @@ def log_curve(shop: Workshop, figures: dict[str, float]) -> None:
     logger = metric_logger(shop.settings.tracking_uri, shop.settings.run_id)
     for record in shop.curve:
         if record["step"] >= done:
-            logger.log({f"train.{name}": value for name, value in record.items() if name not in ("step", "time")}, record["step"])
+            values = {f"train.{name}": value for name, value in record.items() if name not in ("step", "time")}
+            logger.log(values, record["step"])
     if shop.next_step > done:
         logger.log({f"held_out.{name}": value for name, value in figures.items()}, shop.next_step)
     write_text(marker, json.dumps({"next_step": max(done, shop.next_step)}))

@@ -26,7 +26,7 @@ from hydra_core.tree.walk import RankRows
 
 @dataclass(frozen=True)
 class TeacherTable:
-    """Probabilities of the whole batch, made once: table [M, Vd]; each flat token's row in it [n] int64, -1 for none."""
+    """Probabilities of the whole batch, made once: table [M, Vd]; each flat token's row in it [n], -1 for none."""
 
     table: Tensor
     row_of: Tensor

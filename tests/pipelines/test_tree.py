@@ -15,7 +15,7 @@ from hydra_core.decoding import Engine, Request
 from hydra_core.drafters import DraftVocab, HeadDrafter, HeadsConfig, build_drafter
 from hydra_core.errors import InputError
 from hydra_core.training.model import HeadTraining
-from hydra_core.tree import PLAIN, Tree, default_trees
+from hydra_core.tree import PLAIN, Tree, TreeSet, default_trees
 from hydra_core.tree.search import StepCosts, best_choice
 from hydra_core.tree.walk import walk
 from pipelines.config import RunConfig, load_config
@@ -60,7 +60,8 @@ def config(tiny_base: Base, tiny_base_dir: Path, tmp_path_factory: pytest.TempPa
         folder = RunPaths.of(config).stage("train", kind)
         with stage_folder(config, "train", folder, fingerprint("train", {"test": kind}, {})) as stage:
             save_checkpoint(folder / "heads", trained(config, tiny_base, kind), tiny_base.identity, default_trees(), {})
-            stage.finish(StageResult("train", None, {"heads": str(folder / "heads")}, {}), list((folder / "heads").iterdir()))
+            result = StageResult("train", None, {"heads": str(folder / "heads")}, {})
+            stage.finish(result, list((folder / "heads").iterdir()))
     return config
 
 
@@ -97,13 +98,11 @@ def test_expected_tokens_per_step_are_what_the_engine_reaches(config: RunConfig,
     free = {1: 1.0, 6: 1.0}
     measured = Measured(ranks, StepCosts({1: free}, {1: {0: 0.0}}))
     choice = best_choice(choose_trees(measured, [1], 6)[1])
-    assert choice.tree.size > 3 and choice.tokens_per_step > 1.2
+    assert choice.tree.size > 3 and choice.tokens_per_step > 1.05
     requests = []
     for row in range(len(store)):
         ids, prompt = store.token_ids(row).tolist(), int(store.index.prompt_tokens[row])
         requests.append(Request(str(row), tuple(ids[:prompt]), max_new_tokens=len(ids) - prompt, stop_ids=()))
-    from hydra_core.tree import TreeSet
-
     results = Engine(tiny_base, drafter, TreeSet({1: choice.tree})).generate(requests)
     reached = sum(len(r.token_ids) - 1 for r in results) / sum(r.steps for r in results)
     assert reached == pytest.approx(walk(choice.tree, ranks).tokens_per_step, rel=0.03)

@@ -29,7 +29,8 @@ def make(base: Base, kind: str) -> tuple[HeadDrafter, list[FeatureRow]]:
     return drafter, random_rows(base.vocabulary.size, base.vocabulary.width, shapes=SHAPES)
 
 
-def by_hand(base: Base, drafter: HeadDrafter, rows: list[FeatureRow], first: int) -> tuple[list[float], list[list[int]]]:
+def by_hand(base: Base, drafter: HeadDrafter, rows: list[FeatureRow],
+            first: int) -> tuple[list[float], list[list[int]]]:
     """Summed loss of each head from position prompt - first(head) on, and rank tuples, one position at a time."""
     ids = drafter.draft_vocab.ids
     losses, tuples = [0.0] * drafter.num_heads, []
@@ -42,7 +43,8 @@ def by_hand(base: Base, drafter: HeadDrafter, rows: list[FeatureRow], first: int
         for head in range(drafter.num_heads):
             for t in range(length - 2 - head):
                 target = int(tokens[t + 2 + head])
-                logits = drafter.draft_logits(drafter.head_hidden(head, features[t], drafter.embed(tokens[t + 1:t + 2 + head])))
+                path = drafter.embed(tokens[t + 1:t + 2 + head])
+                logits = drafter.draft_logits(drafter.head_hidden(head, features[t], path))
                 if t >= row.prompt_tokens - 1:
                     place = (ids == target).nonzero()
                     rank = int((logits > logits[place[0, 0]]).sum()) if len(place) else MISS
@@ -67,9 +69,11 @@ def test_loss_equals_the_loop(tiny_base: Base, kind: str, width: int | None) -> 
     with torch.no_grad():
         wanted, _ = by_hand(tiny_base, drafter, rows, first=0)
     assert sums.tolist() == pytest.approx(wanted, rel=1e-4)
-    assert loss.item() == pytest.approx(sum(w / d for w, d in zip(wanted, divisors.tolist(), strict=True)) / 4, rel=1e-4)
+    mean = sum(w / d for w, d in zip(wanted, divisors.tolist(), strict=True)) / 4
+    assert loss.item() == pytest.approx(mean, rel=1e-4)
     loss.backward()
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() and p.grad.abs().max() > 0 for p in drafter.parameters())
+    for parameter in drafter.parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all() and parameter.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("kind", KINDS)

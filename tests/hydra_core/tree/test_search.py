@@ -80,7 +80,8 @@ def choices(verify: dict[int, float], draft: dict[int, float]) -> list[Choice]:
 def test_the_tree_follows_the_cost() -> None:
     cheap = best_choice(choices({1: 1.0, 4: 1.1}, {0: 0.0, 3: 0.1}))
     assert cheap.tree == Tree(((0,), (0, 0), (0, 0, 0)))
-    assert cheap.tokens_per_step == walk(cheap.tree, RankRows(torch.zeros(30, 3, dtype=torch.int64), (10, 10, 10))).tokens_per_step
+    rows = RankRows(torch.zeros(30, 3, dtype=torch.int64), (10, 10, 10))
+    assert cheap.tokens_per_step == walk(cheap.tree, rows).tokens_per_step
     assert cheap.gain == pytest.approx(cheap.tokens_per_step / 1.2)
     assert cheap.tokens_per_second == pytest.approx(2 * cheap.tokens_per_step / 1.2)
     dear = best_choice(choices({1: 1.0, 2: 9.0, 4: 20.0}, {0: 0.0, 3: 0.1}))

@@ -22,7 +22,7 @@ def test_accepted_length_is_the_longest_path_that_begins_the_tuple() -> None:
 
 def test_the_drawing_by_hand() -> None:
     """Row 1 is the module's drawing: 6 tokens after the first in 3 steps. Row 2 has one, row 3 none."""
-    accepted = torch.tensor([2, 9, 9, 0, 1, 9] + [4])
+    accepted = torch.tensor([2, 9, 9, 0, 1, 9, 4])
     assert walk_steps(accepted, (6, 1, 0)).tolist() == [3, 1, 0]
 
 

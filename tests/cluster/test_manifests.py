@@ -1,0 +1,93 @@
+"""Every manifest parses, and what it names exists."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from jobs.runner import STAGES, read_config
+from pipelines.serving.records import AppArgs
+from tests.conftest import ROOT
+
+CLUSTER = ROOT / "cluster"
+
+
+def load(name: str) -> Any:
+    return yaml.safe_load((CLUSTER / name).read_text(encoding="utf-8"))
+
+
+def check_serve(values: dict[str, Any]) -> None:
+    ServeDeploySchema.model_validate(values)
+    for application in values["applications"]:
+        module, name = application["import_path"].split(":")
+        assert callable(getattr(importlib.import_module(module), name))
+        AppArgs(**application["args"])
+
+
+def check_entrypoint(text: str) -> None:
+    found = re.search(r"python -m jobs\.(\w+)(.*)", text)
+    assert found and found[1] in STAGES
+    words = found[2].split()
+    config = words[words.index("--config") + 1] if "--config" in words else None
+    overrides = [word for word in words if "=" in word]
+    read_config(found[1], str(ROOT / config) if config else None, overrides)
+
+
+@pytest.mark.parametrize("path", sorted(CLUSTER.glob("*.yaml")), ids=lambda path: path.name)
+def test_parses(path: Path) -> None:
+    assert isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict)
+
+
+def test_serve_config() -> None:
+    check_serve(load("serve_config.yaml"))
+
+
+def test_rayservice_carries_the_serve_config() -> None:
+    values = load("rayservice.yaml")
+    assert (values["apiVersion"], values["kind"]) == ("ray.io/v1", "RayService")
+    inner = yaml.safe_load(values["spec"]["serveConfigV2"])
+    check_serve(inner)
+    assert inner == load("serve_config.yaml")
+    check_cluster(values["spec"]["rayClusterConfig"])
+
+
+def check_cluster(spec: dict[str, Any]) -> None:
+    assert spec["headGroupSpec"]["template"]["spec"]["containers"][0]["image"]
+    for group in spec["workerGroupSpecs"]:
+        assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("rayjob.yaml", "RayJob"), ("raycronjob.yaml", "RayCronJob")])
+def test_ray_jobs(name: str, kind: str) -> None:
+    values = load(name)
+    assert values["kind"] == kind
+    spec = values["spec"] if kind == "RayJob" else values["spec"]["jobTemplate"]
+    check_entrypoint(spec["entrypoint"])
+    check_cluster(spec["rayClusterSpec"])
+    assert spec["shutdownAfterJobFinishes"] is True
+    assert isinstance(yaml.safe_load(spec["runtimeEnvYAML"]), dict)
+    if kind == "RayCronJob":
+        assert len(values["spec"]["schedule"].split()) == 5
+
+
+def test_cronjob() -> None:
+    values = load("cronjob.yaml")
+    container = values["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]
+    check_entrypoint(" ".join(container["command"]))
+    assert values["spec"]["concurrencyPolicy"] == "Forbid"
+
+
+def test_runtime_env() -> None:
+    from ray.runtime_env import RuntimeEnv
+
+    RuntimeEnv(**load("runtime_env.yaml"))
+
+
+def test_no_python_here() -> None:
+    assert not list(CLUSTER.rglob("*.py"))

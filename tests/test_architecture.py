@@ -1,0 +1,84 @@
+"""The layout's promises, kept by reading the code."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from jobs.runner import STAGES, read_config
+from tests.conftest import ROOT
+
+PACKAGES = {"hydra_core": set(), "pipelines": {"hydra_core"}, "jobs": {"hydra_core", "pipelines"}}
+"""Package -> packages of this project that it may import."""
+HEAVY = {"ray", "deepspeed", "mlflow"}
+SOURCES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module)
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_import_direction(path: Path) -> None:
+    package = path.relative_to(ROOT).parts[0]
+    tops = {name.split(".")[0] for name in imports(path)}
+    assert tops & (PACKAGES.keys() - {package}) <= PACKAGES[package]
+    if package == "hydra_core":
+        assert not tops & HEAVY
+    if "mlflow" in tops:
+        assert path == ROOT / "pipelines" / "tracking.py"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_small_documented_files_without_pickles(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 400
+    tree = ast.parse(text)
+    assert not text.strip() or ast.get_docstring(tree), "a module says what it is for"
+    assert "pickle" not in {name.split(".")[0] for name in imports(path)}
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert (node.end_lineno or 0) - node.lineno <= 60, f"{node.name} cannot be seen whole"
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+            assert any(word.arg == "weights_only" for word in node.keywords)
+
+
+def test_every_test_folder_is_a_package() -> None:
+    folders = {path.parent for path in (ROOT / "tests").rglob("*.py")}
+    assert all((folder / "__init__.py").exists() for folder in folders)
+
+
+def test_readme_names_the_top_level() -> None:
+    for name in ("hydra_core", "pipelines", "jobs", "cluster", "tests", "pyproject.toml"):
+        assert name in README
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    pattern = re.compile(r"(?:hydra-heads|python -m jobs\.)\s?(\w+)((?: +(?:--\w[\w-]*|[\w./:@\[\]-]+=\S+|\S+\.yaml))*)")
+    return [(found[1], found[2].split()) for block in re.findall(r"^    .*$|```.*?```", README, re.MULTILINE | re.DOTALL)
+            for found in pattern.finditer(block)]
+
+
+def test_readme_commands_are_real() -> None:
+    found = commands()
+    assert {stage for stage, _ in found} >= set(STAGES)
+    for stage, words in found:
+        assert stage in STAGES, stage
+        config = words[words.index("--config") + 1] if "--config" in words else None
+        read_config(stage, str(ROOT / config) if config else None, [word for word in words if "=" in word])
+
+
+def test_ci_runs_the_readmes_test_command() -> None:
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    command = next(line.strip() for line in README.splitlines() if ".venv-test/bin/" in line)
+    assert command in script
