@@ -44,7 +44,8 @@ def verify_seconds(base: Base, batches: Sequence[int], nodes: Iterable[int], con
 
         return run
 
-    measured = medians({(batch, size): job(batch, size) for batch in batches for size in sizes}, repeats, base.device, say)
+    jobs = {(batch, size): job(batch, size) for batch in batches for size in sizes}
+    measured = medians(jobs, repeats, base.device, say)
     return {batch: {size: measured[batch, size] for size in sizes} for batch in batches}
 
 
@@ -78,7 +79,7 @@ def draft_seconds(base: Base, drafter: HeadDrafter, trees: Mapping[int, Tree], b
 @torch.inference_mode()
 def medians(jobs: Mapping[Key, Job], repeats: int, device: torch.device,
             say: Callable[[str], None]) -> dict[Key, float]:
-    """Median seconds of each job over `repeats` rounds; rounds run forwards and backwards in turn, after one to warm up.
+    """Median seconds of each job over `repeats` rounds, forwards and backwards in turn, after one to warm up.
 
     What drifts on the machine (clock, other work) then touches all of them alike.
     """
@@ -97,7 +98,7 @@ def medians(jobs: Mapping[Key, Job], repeats: int, device: torch.device,
 
 
 def bushy(nodes: int) -> Topology:
-    """A binary tree: about as deep as trees that pay are. What a forward costs depends on the nodes, not their shape."""
+    """A binary tree, about as deep as trees that pay are. A forward's cost depends on the nodes, not their shape."""
     return Topology((-1, *((node - 1) // 2 for node in range(1, nodes))))
 
 

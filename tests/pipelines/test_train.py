@@ -192,7 +192,7 @@ def test_a_killed_job_goes_on_where_it_was(tiny_base: Base, tiny_base_dir: Path,
 def test_a_diverging_loss_stops_with_one_line(tiny_base: Base, tiny_base_dir: Path, tmp_path: Path,
                                               local_ray: None) -> None:
     config = make_config(tiny_base_dir, tmp_path / "storage", "diverged", "medusa",
-                         **{"train.lr": 1e30, "train.warmup_steps": 0, "train.max_steps": 5})
+                         **{"train.lr": 3e38, "train.warmup_steps": 0, "train.max_steps": 5})
     write_distilled(config, tiny_base, train=16, held_out=4)
     with pytest.raises(InputError, match=r"train\.drafters\.medusa: the loss is not a number at step \d"):
         run_train(config)
