@@ -178,7 +178,7 @@ def _features(config: RunConfig, folder: Path) -> dict[str, Any]:
     width = 2 if config.distill.feature_dtype == "bf16" else 4
     tokens = sum(len(a) + len(b) for a, b in zip(rows["prompt_ids"].to_pylist(), rows["response_ids"].to_pylist(), strict=True))
     print(f"distill: hidden states of {tokens} tokens, {width} bytes x model width each", file=sys.stderr)
-    totals = _run(config, FeatureWriter, _settings(config, folder, 1), _blocks(rows.take(keep), FEATURE_ROWS))
+    totals = _run(config, FeatureWriter, _settings(config, folder, 1), _blocks(rows.take(pa.array(keep, pa.int64())), FEATURE_ROWS))
     compared = totals.get("compared", 0)
     share = totals.get("agreed", 0) / compared if compared else None
     if share is not None and share < LEAST_AGREEMENT[config.base.dtype]:

@@ -1,0 +1,137 @@
+"""Rows out of a base: templated once, answered as the naive loop answers, resumable, counted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from hydra_core.base import Base
+from hydra_core.decoding import Request, naive_generate
+from hydra_core.errors import InputError
+from pipelines.config import RunConfig, load_config
+from pipelines.contracts import ERRORS, FEATURES, PROMPTS, RESPONSES, check_counts, check_schema, split_of
+from pipelines.distill import run_distill
+from pipelines.parts import part_files, read_parts, write_part
+
+pytestmark = pytest.mark.slow
+
+
+def write_prompts(path: Path, count: int) -> Path:
+    path.write_text("".join(json.dumps({"prompt": f"question {i}"}) + "\n" for i in range(count)), encoding="utf-8")
+    return path
+
+
+def config_for(storage: Path, base: Path, prompts: Path, **changes: object) -> RunConfig:
+    values = {"storage": str(storage), "base.model": str(base), "base.dtype": "fp32", "prompts.source": "jsonl",
+              "prompts.path": str(prompts), "distill.max_new_tokens": 20, "distill.running_batch": 4,
+              "distill.rows_per_file": 8, "distill.workers.threads": 1, "distill.held_out": 0.3,
+              "distill.feature_dtype": "fp32", "distill.max_error_share": 0.5}
+    return load_config(None, values | {key.replace("__", "."): value for key, value in changes.items()})
+
+
+def test_rows_are_the_bases_own(local_ray: None, tiny_base_dir: Path, tiny_base: Base, storage: Path) -> None:
+    prompts = write_prompts(storage.parent / "p.jsonl", 15)
+    with prompts.open("a", encoding="utf-8") as handle:
+        handle.write('{"x": 1}\n{"prompt": "question 3"}\n' + json.dumps({"prompt": "long " * 99}) + "\n")
+    result = run_distill(config_for(storage, tiny_base_dir, prompts))
+    folder = storage / "runs" / "default" / "distill"
+    rows = read_parts(folder / "features", FEATURES).to_pylist()
+    assert len(rows) == 30 == len({row["id"] for row in rows})
+    assert {row["split"] for row in rows} == {"train", "held_out"}
+    for row in rows:
+        request = Request("x", tuple(row["prompt_ids"]), 20, row["temperature"], row["seed"])
+        reference = naive_generate(tiny_base, request)
+        assert (tuple(row["response_ids"]), row["finish_reason"]) == (reference.token_ids, reference.finish_reason)
+        assert row["base"] == str(tiny_base.identity) and row["split"] == split_of(row["prompt_id"], 0.3)
+        hidden = np.frombuffer(row["hidden"], dtype="<f4").reshape(row["hidden_tokens"], row["hidden_width"])
+        wanted = tiny_base.hidden_states([row["prompt_ids"] + row["response_ids"]])[0]
+        torch.testing.assert_close(torch.from_numpy(hidden.copy()), wanted, atol=1e-4, rtol=1e-4)
+    assert result.figures["greedy_reproduced"] > 0.99
+    errors = read_parts(folder / "errors", ERRORS).to_pylist()
+    assert len(errors) == 2 + 1  # a row without the field, and a prompt too long for both of its answers
+    assert (result.figures["prompts"], result.figures["prompts_skipped"]) == (16, 1)
+    for contract, part in ((PROMPTS, "prompts"), (RESPONSES, "responses"), (FEATURES, "features")):
+        for path in part_files(folder / part):
+            check_schema(pq.read_schema(path), contract, str(path))
+    assert run_distill(config_for(storage, tiny_base_dir, prompts)).skipped
+    with pytest.raises(InputError, match="another run"):
+        run_distill(config_for(storage, tiny_base_dir, prompts, distill__max_new_tokens=5))
+
+
+def test_a_damaged_output_is_made_again(local_ray: None, tiny_base_dir: Path, storage: Path) -> None:
+    config = config_for(storage, tiny_base_dir, write_prompts(storage.parent / "p.jsonl", 6))
+    run_distill(config)
+    part_files(storage / "runs" / "default" / "distill" / "responses")[0].unlink()
+    again = run_distill(config)
+    assert not again.skipped and again.figures["responses"] == 12
+
+
+def test_killed_job_recomputes_only_what_is_missing(tiny_base_dir: Path, storage: Path, worker_env: dict[str, str]) -> None:
+    prompts = write_prompts(storage.parent / "p.jsonl", 150)
+    command = [sys.executable, "-m", "jobs.distill", f"storage={storage}", f"base.model={tiny_base_dir}", "base.dtype=fp32",
+               "prompts.source=jsonl", f"prompts.path={prompts}", "distill.max_new_tokens=200", "distill.running_batch=2",
+               "distill.rows_per_file=4", "distill.workers.threads=1"]
+    environment = {**os.environ, **worker_env}
+    parts = storage / "runs" / "default" / "distill" / "responses"
+    process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(part_files(parts)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = {path.name: path.stat().st_mtime_ns for path in part_files(parts)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    figures = json.loads(done.stdout)["figures"]
+    assert 12 <= 4 * len(before) <= figures["resumed"] < figures["responses"] == 300
+    assert all((parts / name).stat().st_mtime_ns == stamp for name, stamp in before.items())
+    assert len({row["id"] for row in read_parts(parts, RESPONSES, ["id"]).to_pylist()}) == 300
+
+
+def test_bad_prompt_files_and_bases(tiny_base_dir: Path, storage: Path) -> None:
+    storage.mkdir()
+    empty = storage / "empty.jsonl"
+    empty.write_text("", encoding="utf-8")
+    with pytest.raises(InputError, match="no such folder"):
+        run_distill(config_for(storage, storage / "nobase", empty))
+    (storage / "pickled").mkdir()
+    (storage / "pickled" / "config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(InputError, match="safetensors"):
+        run_distill(config_for(storage, storage / "pickled", empty))
+
+
+def test_empty_prompt_file_leaves_nothing_behind(local_ray: None, tiny_base_dir: Path, storage: Path) -> None:
+    storage.mkdir()
+    empty = storage / "empty.jsonl"
+    empty.write_text("", encoding="utf-8")
+    with pytest.raises(InputError, match="is empty"):
+        run_distill(config_for(storage, tiny_base_dir, empty))
+    assert not part_files(storage / "runs" / "default" / "distill" / "prompts")
+
+
+def test_lost_rows_are_our_fault_and_failed_ones_are_told() -> None:
+    check_counts("x", 10, 8, 1, 1, 0.1)
+    with pytest.raises(RuntimeError, match="10 rows"):
+        check_counts("x", 10, 8, 1, 0, 0.5)
+    with pytest.raises(InputError, match="2 of 10"):
+        check_counts("x", 10, 8, 2, 0, 0.1)
+
+
+def test_parts_refuse_another_schema(tmp_path: Path) -> None:
+    write_part(tmp_path, [{"id": "a", "stage": "s", "message": "m"}], ERRORS)
+    with pytest.raises(InputError, match=r"part-.*column prompt_id is missing"):
+        read_parts(tmp_path, PROMPTS)
+    part_files(tmp_path)[0].write_bytes(b"PAR1")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_parts(tmp_path, ERRORS)
