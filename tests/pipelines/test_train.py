@@ -219,7 +219,7 @@ def test_a_name_that_cannot_be_a_folder_is_refused(tiny_base_dir: Path, storage:
 
 def test_a_cluster_that_is_too_small_is_told_at_once(tiny_base: Base, tiny_base_dir: Path, storage: Path,
                                                      local_ray: None) -> None:
-    config = make_config(tiny_base_dir, storage, "small", **{"train.workers.cpus": 64})
+    config = make_config(tiny_base_dir, storage, "small", **{"train.workers": {"count": 2, "cpus": 64}})
     write_distilled(config, tiny_base, train=8, held_out=4)
     with pytest.raises(InputError, match=r"2 x 64\.0 CPU are asked for, the cluster has 2"):
         run_train(config)
