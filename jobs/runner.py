@@ -6,6 +6,7 @@ Exit 0: done; 2: the user's mistake, told in one line; 130: interrupted; 1: anyt
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib
 import os
 import sys
@@ -33,8 +34,12 @@ STAGES = {
 ALIASES = {"bench": {"prompts": "bench.prompts", "heads": "bench.heads", "limit": "bench.limit",
                      "max_new_tokens": "bench.max_new_tokens"}}
 DEFAULT_CONFIGS = {"quickstart": str(Path(__file__).parent / "configs" / "quickstart.yaml")}
-PATH_FIELDS = ("prompts.path", "bench.prompts", "bench.heads", "batch.input", "batch.output", "serve.model", "base.model")
-JOB_VARIABLES = ("RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_JOB_SUBMISSION_ID")
+PATH_FIELDS = ("prompts.path", "bench.prompts", "bench.heads", "batch.input", "batch.output", "serve.model",
+               "base.model")
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by Ray (to this very name) for the entry point of a submitted job."""
+UNPACKED = "/runtime_resources/working_dir_files/"
+"""Part of the path of every working directory that Ray has unpacked."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -46,9 +51,12 @@ class _Parser(argparse.ArgumentParser):
 
 def run(stage: str, argv: Sequence[str] | None = None) -> int:
     """Run `stage` with command-line arguments (default: the process's own) and return the exit code."""
+    try:
+        arguments = _parser(stage).parse_args(argv)
+    except InputError as error:
+        return _mistake(error)
     with _stdout_for_result() as emit:
         try:
-            arguments = _parser(stage).parse_args(argv)
             config = read_config(stage, arguments.config or DEFAULT_CONFIGS.get(stage), arguments.overrides)
             if arguments.plan:
                 emit(to_yaml(config) + "".join(f"# {line}\n" for line in describe(config, stage)))
@@ -56,14 +64,18 @@ def run(stage: str, argv: Sequence[str] | None = None) -> int:
             emit(_pipeline(stage)(config).to_json() + "\n")
             return 0
         except InputError as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            return 2
+            return _mistake(error)
         except KeyboardInterrupt:
             print(f"{stage}: interrupted; run the same command again to go on", file=sys.stderr)
             return 130
         except Exception:
             traceback.print_exc()
             return 1
+
+
+def _mistake(error: InputError) -> int:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
 
 
 def read_config(stage: str, path: str | None, overrides: Sequence[str]) -> RunConfig:
@@ -83,7 +95,8 @@ def _with_absolute_paths(config: RunConfig, path: str | None, values: Mapping[st
         if not isinstance(value, str) or not _is_relative_path(dotted, value, config):
             continue
         if inside_submitted_job():
-            raise InputError(f"{dotted}={value}: a relative path means nothing inside a submitted job: make it absolute")
+            raise InputError(f"{dotted}={value}: is a relative path, which means nothing inside a submitted job: "
+                             "make it absolute")
         changed[dotted] = str(Path(value).expanduser().resolve())
     return load_config(path, changed) if changed != dict(values) else config
 
@@ -99,8 +112,11 @@ def _is_relative_path(dotted: str, value: str, config: RunConfig) -> bool:
 
 
 def inside_submitted_job() -> bool:
-    """Whether this process is the entry point of a Ray job."""
-    return any(os.environ.get(name) for name in JOB_VARIABLES)
+    """Whether this process is the entry point of a Ray job, or runs in a working directory that Ray unpacked.
+
+    RAY_ADDRESS says nothing: people export it where they submit from.
+    """
+    return bool(os.environ.get(JOB_VARIABLE)) or UNPACKED in f"{Path.cwd().as_posix()}/"
 
 
 def _pipeline(stage: str) -> Callable[[RunConfig], StageResult]:
@@ -112,8 +128,10 @@ def _parser(stage: str) -> argparse.ArgumentParser:
     short = f" Short for this stage: {', '.join(f'{name}=' for name in aliases)}." if aliases else ""
     parser = _Parser(prog=f"hydra-heads {stage}", description=STAGES[stage],
                      epilog="Overrides are section.field=value, read as YAML." + short)
-    parser.add_argument("--config", metavar="FILE", help="YAML configuration; without it the defaults (quickstart: its own)")
-    parser.add_argument("--plan", action="store_true", help="print the resolved configuration and what would run; start nothing")
+    parser.add_argument("--config", metavar="FILE",
+                        help="YAML configuration; without it the defaults (quickstart: its own)")
+    parser.add_argument("--plan", action="store_true",
+                        help="print the resolved configuration and what would run; start nothing")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     return parser
 
@@ -130,6 +148,7 @@ def _stdout_for_result() -> Iterator[Callable[[str], None]]:
             yield pending.append
     finally:
         sys.stderr.flush()
+        ctypes.CDLL(None).fflush(None)  # what C code still holds back would follow the result
         os.dup2(kept, 1)
         os.close(kept)
         for text in pending:

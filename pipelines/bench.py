@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +139,7 @@ def load_questions(config: RunConfig) -> list[Question]:
 
 def _write_report(config: RunConfig, folder: Path, figures: dict[str, Any], plan: BenchPlan) -> list[Path]:
     title = f"{config.name}: {config.bench.max_new_tokens} new tokens at most, greedy, one request at a time"
-    write_text(folder / "report.json", json.dumps({"methods": figures, "plan": asdict(plan)}, indent=2))
+    write_text(folder / "report.json", json.dumps({"methods": figures, "plan": plan.to_json()}, indent=2))
     write_text(folder / "report.md", markdown(figures, title, config.base.dtype))
     plot(figures, folder / "report.png")
     print_table(figures, title, config.base.dtype, sys.stderr)

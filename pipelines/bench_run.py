@@ -49,6 +49,10 @@ class BenchPlan:
     identity_prompts: int
     threads: int
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for a report."""
+        return asdict(self) | {"base": self.base.model_dump(mode="json")}
+
 
 @dataclass(frozen=True)
 class Row:

@@ -8,55 +8,78 @@ from pipelines.stage import RunPaths
 BUDGET_MINUTES = {"distill": 8, "train": 12, "tree": 3, "bench": 7, "promote": 1, "serve": 1, "batch": 2}
 """Time each stage of the quickstart may take on two CPU cores."""
 CHAIN = tuple(BUDGET_MINUTES)
+SELF_MADE = 640
+"""Prompts the base writes when no count is asked for."""
 
 
 def describe(config: RunConfig, stage: str) -> list[str]:
-    """Lines for people: inputs, sizes and outputs of `stage`; for the quickstart one for each stage with its budget."""
+    """Lines for people, one a step: inputs, sizes and outputs of `stage`; for the quickstart each stage's budget too."""
     if stage != "quickstart":
-        return [f"{stage}: {_TEXTS[stage](config)}"]
-    lines = [f"{name} (at most {BUDGET_MINUTES[name]} min): {_TEXTS[name](config)}" for name in CHAIN]
+        return [f"{stage}: {line}" for line in _STEPS[stage](config)]
+    lines = []
+    for name in CHAIN:
+        lines.append(f"{name}: at most {BUDGET_MINUTES[name]} min")
+        lines += [f"  {line}" for line in _STEPS[name](config)]
     return [*lines, f"{sum(BUDGET_MINUTES.values())} minutes in all on two CPU cores, after installation"]
 
 
-def _distill(config: RunConfig) -> str:
-    source = "prompts the base writes itself" if config.prompts.source == "self" else f"prompts of {config.prompts.path}"
-    count = config.prompts.count or (640 if config.prompts.source == "self" else "all")
-    return (f"{count} {source}, answered at temperatures {list(config.distill.temperatures)} with at most "
-            f"{config.distill.max_new_tokens} tokens, with hidden states -> {RunPaths.of(config).stage('distill')}")
+def _distill(config: RunConfig) -> list[str]:
+    prompts, distill, folder = config.prompts, config.distill, RunPaths.of(config).stage("distill")
+    count = prompts.count or (SELF_MADE if prompts.source == "self" else None)
+    source = (f"the base writes itself, at most {prompts.max_tokens} tokens each" if prompts.source == "self"
+              else f"of {prompts.path} ({prompts.source})")
+    most = f"{count * len(distill.temperatures)} answers" if count else f"{len(distill.temperatures)} answers a prompt"
+    temperatures = ", ".join(f"{value:g}" for value in distill.temperatures)
+    width = 2 if distill.feature_dtype == "bf16" else 4
+    return [f"{count or 'all'} prompts {source} -> {folder / 'prompts'}",
+            f"{most} (temperatures {temperatures}), at most {distill.max_new_tokens} tokens each, "
+            f"by {distill.workers.count} worker(s) -> {folder / 'responses'}",
+            f"their hidden states, {width} bytes x the base's width for each token -> {folder / 'features'}"]
 
 
-def _train(config: RunConfig) -> str:
-    train = config.train
-    names = [train.only] if train.only else list(train.drafters)
+def _train(config: RunConfig) -> list[str]:
+    train, folder = config.train, RunPaths.of(config).stage("train")
     length = f"{train.max_steps} steps" if train.max_steps else f"{train.epochs:g} epochs"
-    return (f"{', '.join(names)}: {length} each, {train.workers.count} workers, ZeRO-{train.zero_stage} -> "
-            f"{RunPaths.of(config).stage('train')}")
+    return [f"{name}: {heads.num_heads} {heads.kind} heads, draft vocabulary {heads.draft_vocab_size or 'in full'}, "
+            f"{length} of {train.rows_per_step} rows, {train.workers.count} worker(s), ZeRO-{train.zero_stage} "
+            f"-> {folder / name}"
+            for name, heads in train.drafters.items() if train.only in (None, name)]
 
 
-def _tree(config: RunConfig) -> str:
-    return (f"trees for batches of {list(config.tree.batch_sizes)}, from held-out ranks and step costs measured here -> "
-            f"{RunPaths.of(config).stage('tree')}")
+def _tree(config: RunConfig) -> list[str]:
+    tree, folder = config.tree, RunPaths.of(config).stage("tree")
+    sizes = ", ".join(str(size) for size in tree.batch_sizes)
+    return [f"step costs of {max(tree.node_counts)} nodes and fewer, batches of {sizes}, measured here",
+            *(f"{name}: a tree for each batch size, from the ranks of at most {tree.max_rows} held-out rows "
+              f"-> {folder / name}" for name in config.train.drafters)]
 
 
-def _bench(config: RunConfig) -> str:
-    prompts = config.bench.prompts or "held-out prompts"
-    return (f"{config.bench.limit or 24} of {prompts} x {config.bench.max_new_tokens} tokens, {config.bench.rounds} round(s), "
-            f"fp32 identity on {config.bench.identity_prompts} -> {RunPaths.of(config).stage('bench')}")
+def _bench(config: RunConfig) -> list[str]:
+    bench, folder = config.bench, RunPaths.of(config).stage("bench")
+    prompts = bench.prompts or "held-out prompts of this run"
+    methods = ", ".join(bench.methods) or "transformers, ngram and every drafter found"
+    return [f"plain against {methods}: {bench.limit or 'all'} of {prompts}, at most {bench.max_new_tokens} tokens "
+            f"each, {bench.rounds} round(s) -> {folder / 'rows.jsonl'}",
+            f"fp32 identity with the naive loop on {bench.identity_prompts} prompts -> {folder / 'report.json'}"]
 
 
-def _promote(config: RunConfig) -> str:
-    return f"fastest lossless configuration -> models:/{config.promote.model_name}@{config.promote.alias}"
+def _promote(config: RunConfig) -> list[str]:
+    model = f"models:/{config.promote.model_name}@{config.promote.alias}"
+    return [f"fastest lossless configuration of this run's bench -> {RunPaths.of(config).stage('promote')}, {model}"]
 
 
-def _serve(config: RunConfig) -> str:
+def _serve(config: RunConfig) -> list[str]:
     model = config.serve.model or f"models:/{config.promote.model_name}@{config.promote.alias}"
-    return f"{model} on http://{config.serve.host}:{config.serve.port}"
+    return [f"{model}, {config.serve.replicas} replica(s) of {config.serve.max_batch} rows "
+            f"-> http://{config.serve.host}:{config.serve.port}"]
 
 
-def _batch(config: RunConfig) -> str:
-    prompts = config.batch.input or "held-out prompts of this run"
-    return f"{config.batch.limit or 'all'} of {prompts} -> {config.batch.output or RunPaths.of(config).stage('batch')}"
+def _batch(config: RunConfig) -> list[str]:
+    batch = config.batch
+    prompts = batch.input or "held-out prompts of this run"
+    return [f"{batch.limit or 'all'} of {prompts}, at most {batch.max_new_tokens} tokens each "
+            f"-> {batch.output or RunPaths.of(config).stage('batch')} ({batch.format})"]
 
 
-_TEXTS = {"distill": _distill, "train": _train, "tree": _tree, "bench": _bench, "promote": _promote, "serve": _serve,
+_STEPS = {"distill": _distill, "train": _train, "tree": _tree, "bench": _bench, "promote": _promote, "serve": _serve,
           "batch": _batch}

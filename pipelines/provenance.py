@@ -1,25 +1,55 @@
-"""How an output came to be: settings, code, versions, machine."""
+"""How an output came to be: settings, code, versions, machine. What looks like a secret is left out."""
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from pipelines.config import RunConfig
 
+HIDDEN = "(hidden)"
+GIT_SECONDS = 20
+_SECRET = re.compile(r"password|passwd|secret|api_?key|credential|(?:^|[._-])token$", re.IGNORECASE)
+_USERINFO = re.compile(r"(?<=://)[^/@\s]+@")
 PACKAGES = ("hydra-heads", "torch", "ray", "deepspeed", "transformers", "mlflow", "numpy", "pyarrow")
 
 
 def provenance(config: RunConfig) -> dict[str, Any]:
     """Resolved config with defaults, git commit (None outside a checkout), versions, argv and machine."""
-    return {"config": config.model_dump(mode="json", by_alias=True), "git": _git(), "versions": _versions(),
-            "argv": sys.argv, "python": platform.python_version(), "platform": platform.platform(),
-            "cpus": os.cpu_count(), "processor": _processor()}
+    return {"config": redacted(config.model_dump(mode="json", by_alias=True)), "git": _git(), "versions": _versions(),
+            "argv": [_redacted_argument(argument) for argument in sys.argv],
+            "python": platform.python_version(), "platform": platform.platform(), "cpus": os.cpu_count(), "processor": _processor()}
+
+
+def is_secret(name: str) -> bool:
+    """Whether a setting called `name` (dots allowed) holds something that must not be written down."""
+    return bool(_SECRET.search(name))
+
+
+def without_credentials(text: str) -> str:
+    """`scheme://user:password@host` without what stands before the `@`."""
+    return _USERINFO.sub("", text)
+
+
+def redacted(value: Any) -> Any:
+    """A copy of nested mappings and lists with secrets replaced by `HIDDEN` and credentials cut out of addresses."""
+    if isinstance(value, Mapping):
+        return {key: HIDDEN if is_secret(str(key)) and item else redacted(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [redacted(item) for item in value]
+    return without_credentials(value) if isinstance(value, str) else value
+
+
+def _redacted_argument(argument: str) -> str:
+    name, separator, value = argument.partition("=")
+    return f"{name}={HIDDEN}" if separator and value and is_secret(name) else without_credentials(argument)
 
 
 def _git() -> dict[str, Any] | None:
@@ -27,11 +57,14 @@ def _git() -> dict[str, Any] | None:
     if not (root / ".git").exists():  # an installed package or Ray's unpacked copy
         return None
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-        changed = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
+        return {"commit": _ask_git(root, "rev-parse", "HEAD"), "changed": bool(_ask_git(root, "status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):  # no git, a checkout of another user, a file system that hangs
         return None
-    return {"commit": commit.stdout.strip(), "changed": bool(changed.stdout.strip())}
+
+
+def _ask_git(root: Path, *arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True,
+                          timeout=GIT_SECONDS).stdout.strip()
 
 
 def _versions() -> dict[str, str | None]:

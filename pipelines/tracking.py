@@ -9,15 +9,19 @@ from __future__ import annotations
 import logging
 import os
 import re
-import urllib.error
-import urllib.request
+import shlex
+import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from hydra_core.errors import InputError
 from pipelines.config import RunConfig
+from pipelines.probe import why_unreachable
+from pipelines.provenance import HIDDEN, is_secret, without_credentials
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -29,42 +33,54 @@ from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.tracking import MlflowClient  # noqa: E402
 from mlflow.utils.time import get_current_time_millis  # noqa: E402
 
-PROBE_SECONDS = 5
 LONGEST_PARAM = 500
 PARAMS_AT_ONCE = 100
+METRICS_AT_ONCE = 1000
 _MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))$")
 
 
 def tracking_uri(config: RunConfig) -> str:
-    """`tracking.uri`, else MLFLOW_TRACKING_URI, else SQLite at an absolute path under storage."""
+    """`tracking.uri`, else MLFLOW_TRACKING_URI, else SQLite at an absolute path under storage.
+
+    Raises InputError for a SQLite file at a relative path (each worker would make one of its own) and for a storage
+    that cannot be written.
+    """
     uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
     if uri:
+        if uri.startswith("sqlite:") and not uri.startswith("sqlite:////"):
+            source = "tracking.uri" if config.tracking.uri else "MLFLOW_TRACKING_URI"
+            raise InputError(f"{source}={uri}: the path must be absolute: sqlite:////data/mlflow.db has four slashes")
         return uri
     folder = Path(config.storage) / "mlflow"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"storage={config.storage}: cannot be written ({error.strerror}): choose another") from None
     return f"sqlite:///{folder}/mlflow.db"
 
 
 def ui_command(config: RunConfig) -> str:
-    """The command that opens MLflow's UI on what a run recorded."""
-    return f"mlflow ui --backend-store-uri {tracking_uri(config)}"
+    """The command that opens MLflow's UI on what a run recorded; for a server, its address."""
+    uri = tracking_uri(config)
+    if uri.startswith(("http://", "https://")):
+        return without_credentials(uri)
+    program = Path(sys.executable).with_name("mlflow")  # an environment that was never activated is not on PATH
+    name = str(program) if program.exists() and not shutil.which("mlflow") else "mlflow"
+    return shlex.join([name, "ui", "--backend-store-uri", uri])
 
 
 def _client(uri: str) -> MlflowClient:
     """A client that is known to answer. Raises InputError at once for a dead server or a refused store."""
-    if uri.startswith(("http://", "https://")):
-        try:
-            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=PROBE_SECONDS).close()
-        except urllib.error.HTTPError:
-            pass  # it answers: a proxy may hide /health
-        except (OSError, ValueError) as error:
-            raise InputError(f"tracking.uri={uri}: no MLflow server answers there ({error}): start it or choose another") from None
+    shown = without_credentials(uri)
+    if uri.startswith(("http://", "https://")) and (fault := why_unreachable(f"{shown.rstrip('/')}/health")):
+        raise InputError(f"tracking.uri={shown}: no MLflow server answers there ({fault}): start it or choose another")
     try:
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         client.search_experiments(max_results=1)
         return client
     except Exception as error:  # each store has its own exceptions for "not a store"
-        raise InputError(f"tracking.uri={uri}: cannot be used ({str(error).splitlines()[0]})") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"tracking.uri={shown}: cannot be used ({reason})") from None
 
 
 class Run:
@@ -84,8 +100,8 @@ class Run:
         """Numbers at a step; names may hold letters, digits and . _ - / only."""
         now = get_current_time_millis()
         entries = [Metric(_clean(name), float(value), now, step or 0) for name, value in metrics.items()]
-        for start in range(0, len(entries), 1000):
-            self._client.log_batch(self.run_id, metrics=entries[start:start + 1000])
+        for start in range(0, len(entries), METRICS_AT_ONCE):
+            self._client.log_batch(self.run_id, metrics=entries[start:start + METRICS_AT_ONCE])
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Nested values, flattened. Params are immutable: one that stands already is left as it is."""
@@ -174,8 +190,8 @@ class Tracker:
         self._client.set_terminated(self.parent(), status)
 
     def _unfinished(self, tags: Mapping[str, str]) -> Run | None:
-        wanted = " and ".join(f"tags.`{key}` = '{tags[key]}'" for key in
-                              ("mlflow.parentRunId", "hydra_heads.stage", "hydra_heads.part", "hydra_heads.fingerprint"))
+        keys = ("mlflow.parentRunId", "hydra_heads.stage", "hydra_heads.part", "hydra_heads.fingerprint")
+        wanted = " and ".join(f"tags.`{key}` = '{tags[key]}'" for key in keys)
         runs = self._client.search_runs([self.experiment_id], filter_string=wanted, max_results=10)
         open_runs = [run for run in runs if run.info.status != "FINISHED"]
         return Run(self._client, open_runs[0].info.run_id) if open_runs else None
@@ -202,10 +218,10 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         name = f"{prefix}{_clean(str(key))}"
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{name}.")
-        elif re.search(r"password|secret|api_key|token$", name, re.IGNORECASE) and value:
-            flat[name] = "(hidden)"
+        elif is_secret(name) and value:
+            flat[name] = HIDDEN
         else:
-            text = str(value)
+            text = without_credentials(str(value))
             flat[name] = text if len(text) <= LONGEST_PARAM else text[:LONGEST_PARAM - 3] + "..."
     return flat
 
@@ -225,7 +241,8 @@ def register(config: RunConfig, name: str, run: Run, artifact_path: str, alias: 
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    version = client.create_model_version(name, source=run.artifact_uri(artifact_path), run_id=run.run_id, tags=dict(tags))
+    source = run.artifact_uri(artifact_path)
+    version = client.create_model_version(name, source=source, run_id=run.run_id, tags=dict(tags))
     client.set_registered_model_alias(name, alias, version.version)
     return int(version.version)
 
@@ -233,7 +250,8 @@ def register(config: RunConfig, name: str, run: Run, artifact_path: str, alias: 
 def resolve(config: RunConfig, uri: str, download: Path) -> tuple[int, Path]:
     """Version and local folder of `models:/NAME@alias` or `models:/NAME/3`.
 
-    Artifacts of a remote store are fetched into `download`. Raises InputError for a malformed or unknown name.
+    Artifacts of a remote store are fetched into `download`. Raises InputError for a malformed or unknown name, and for
+    a version whose folder is gone.
     """
     match = _MODEL_URI.match(uri)
     if match is None:
@@ -247,9 +265,13 @@ def resolve(config: RunConfig, uri: str, download: Path) -> tuple[int, Path]:
     except MlflowException:
         raise InputError(f"serve.model={uri}: is not registered: run `hydra-heads promote` first, "
                          "or name a configuration folder") from None
-    source = version.source
+    source = str(version.source)
     if source.startswith("file://"):
-        return int(version.version), Path(source.removeprefix("file://"))
+        folder = Path(unquote(urlsplit(source).path))
+        if not folder.is_dir():
+            raise InputError(f"serve.model={uri}: version {version.version} lay in {folder}, which is gone: "
+                             "run `hydra-heads promote` again")
+        return int(version.version), folder
     from mlflow.artifacts import download_artifacts
 
     target = download / match["name"] / str(version.version)
