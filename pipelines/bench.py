@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from hydra_core.base import load_tokenizer, resolve_base
+from hydra_core.base import context_limit, load_tokenizer, resolve_base
 from hydra_core.errors import InputError
 from pipelines.bench_report import markdown, plot, print_table, summarise
 from pipelines.bench_run import NGRAM, PLAIN, TRANSFORMERS, BenchPlan, Question, measure, read_identity, read_rows
@@ -17,7 +17,7 @@ from pipelines.cluster import ensure_ray, measuring_resources
 from pipelines.config import RunConfig
 from pipelines.contracts import PROMPTS
 from pipelines.parts import read_parts
-from pipelines.prompt_files import RowError, read_prompt_rows
+from pipelines.prompt_files import PromptRow, RowError, read_prompt_rows
 from pipelines.prompts import prompt_ids_of
 from pipelines.stage import (
     RunPaths,
@@ -122,15 +122,21 @@ def load_questions(config: RunConfig) -> list[Question]:
         if not rows:
             raise InputError("bench.prompts: this run has no held-out prompt: name a JSONL file")
         return [Question(row["prompt_id"], row["source"].split("/")[0], tuple(row["prompt_ids"])) for row in rows]
-    tokenizer = load_tokenizer(resolve_base(config.base.model, RunPaths.of(config).cache).folder)
+    cache = RunPaths.of(config).cache
+    tokenizer = load_tokenizer(resolve_base(config.base.model, cache).folder)
+    longest = context_limit(config.base.model, cache=cache, asked=config.base.context_limit) - 1
     questions = []
     for item in read_prompt_rows(config.bench.prompts, "prompt", limit):
-        ids = None if isinstance(item, RowError) else prompt_ids_of(item, tokenizer)
-        if ids is None or isinstance(ids, RowError):
-            broken = item if isinstance(item, RowError) else ids
-            print(f"bench: {config.bench.prompts}: {broken.message}: left out", file=sys.stderr)
+        ids = item if isinstance(item, RowError) else prompt_ids_of(item, tokenizer)
+        if not isinstance(ids, RowError) and len(ids) > longest:
+            ids = RowError(item.row, f"row {item.row}: prompt: has {len(ids)} tokens, the context has room for {longest}")
+        if isinstance(ids, RowError):
+            print(f"bench: {config.bench.prompts}: {ids.message}: left out", file=sys.stderr)
             continue
+        assert isinstance(item, PromptRow)
         question_id = str(item.extra.get("question_id", item.row))
+        if any(question.id == question_id for question in questions):  # results are kept by id
+            question_id = f"{question_id}#{item.row}"
         questions.append(Question(question_id, str(item.extra.get("category", "all")), tuple(ids)))
     if not questions:
         raise InputError(f"bench.prompts={config.bench.prompts}: has no usable prompt")

@@ -35,7 +35,8 @@ def ensure_ray(config: RunConfig) -> Iterator[None]:
         except ConnectionError:
             raise InputError(f"ray_address={address}: no Ray cluster answers there") from None
     else:
-        ray.init(address="local", include_dashboard=False, log_to_driver=True, logging_level="warning")
+        ray.init(address="local", include_dashboard=False, log_to_driver=True, logging_level="warning",
+                 runtime_env={"worker_process_setup_hook": "pipelines.quiet.quieten_worker"})
     try:
         yield
     finally:

@@ -136,6 +136,12 @@ class NgramSection(Section):
     min_match: int = Field(2, ge=1)
     length: int = Field(8, ge=1, description="tokens drafted after a match")
 
+    @model_validator(mode="after")
+    def _shortest_first(self) -> NgramSection:
+        if self.min_match > self.max_match:
+            raise ValueError(f"ngram.min_match={self.min_match} is more than ngram.max_match={self.max_match}")
+        return self
+
 
 class BenchSection(Section):
     """Every way of decoding on the same prompts in one run."""

@@ -76,6 +76,17 @@ def load_vocabulary(model: str, *, dtype: str = "bf16", device: str = "cpu", cac
                           _norm_eps(config), head)
 
 
+def context_limit(model: str, *, cache: Path, asked: int | None = None) -> int:
+    """Tokens of prompt and answer that `model` holds, or fewer if `asked`; no weights are read.
+
+    Raises InputError for a model that cannot be had or that holds less than `asked`.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(resolve_base(model, cache).folder).get_text_config()
+    return _context_limit(config, asked, model)
+
+
 def pick_device(device: str) -> torch.device:
     """`auto` is CUDA where there is one. Raises InputError for cuda on a machine without it."""
     if device == "auto":
@@ -86,13 +97,18 @@ def pick_device(device: str) -> torch.device:
 
 
 def _load_transformers(resolved: ResolvedBase, asked: str, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     try:
+        config = AutoConfig.from_pretrained(resolved.folder).get_text_config()
+        if (why_not := TransformersDecoder.reason_unsupported(config)) is not None:
+            raise InputError(f"base.model={asked}: {config.model_type} cannot decode with a draft tree ({why_not})")
         model = AutoModelForCausalLM.from_pretrained(resolved.folder, dtype=dtype, use_safetensors=True,
                                                      attn_implementation="sdpa")
+    except InputError:
+        raise
     except (ValueError, OSError, KeyError) as error:
         raise InputError(f"base.model={asked}: cannot be loaded ({str(error).splitlines()[0]})") from None
     return model.eval().requires_grad_(False)
@@ -102,9 +118,6 @@ def _decoder_for(model: Any, config: Any, fused: bool) -> Any:
     reason = FusedDecoder.reason_unsupported(config) if fused else "asked not to fuse"
     if reason is None:
         return FusedDecoder(model)
-    why_not = TransformersDecoder.reason_unsupported(config)
-    if why_not is not None:
-        raise InputError(f"base.model: {config.model_type} cannot decode with a draft tree ({why_not})")
     if fused:
         log.warning("the base runs by transformers' own forward, not the fused one (%s)", reason)
     return TransformersDecoder(model)

@@ -111,8 +111,9 @@ def _convert(gguf: Path, folder: Path, digest: str) -> None:
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-        except (ValueError, OSError, KeyError, RuntimeError) as error:
-            raise InputError(f"base.model={gguf}: cannot be read as GGUF ({str(error).splitlines()[0]})") from None
+        except Exception as error:  # a parser of foreign bytes fails in any way
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise InputError(f"base.model={gguf}: cannot be read as GGUF ({reason})") from None
         model.hf_quantizer, model.is_quantized = None, False  # else save_pretrained refuses the dequantised copy
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config

@@ -1,0 +1,125 @@
+"""The fused forward and its fallback against transformers' own model, prompts and trees alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from hydra_core.base import Base, load_base, load_vocabulary
+from hydra_core.base.fallback import TransformersDecoder
+from hydra_core.base.fused import FusedDecoder
+from hydra_core.errors import InputError
+from hydra_core.tree import Tree
+from tests.tiny import make_config, make_tokenizer
+from tests.trained import random_prompts
+
+SMALL: dict[str, Any] = dict(vocab_size=288, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                             num_attention_heads=4, max_position_embeddings=128, eos_token_id=2, initializer_range=0.35)
+LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+MODELS: dict[str, tuple[Callable[[Any], Any], Any, type]] = {
+    "tied": (LlamaForCausalLM, make_config(), FusedDecoder),
+    "untied": (LlamaForCausalLM, make_config(tie_word_embeddings=False, num_key_value_heads=4), FusedDecoder),
+    "llama3-rope": (LlamaForCausalLM, make_config(rope_parameters=LLAMA3_ROPE), FusedDecoder),
+    "wide-heads": (LlamaForCausalLM, make_config(head_dim=16, num_key_value_heads=1), FusedDecoder),
+    "biased": (LlamaForCausalLM, LlamaConfig(**SMALL, num_key_value_heads=2, attention_bias=True), TransformersDecoder),
+    "neox": (GPTNeoXForCausalLM, GPTNeoXConfig(**SMALL), TransformersDecoder),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=8), TransformersDecoder),
+}
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, type]:
+    build, config, decoder = MODELS[request.param]
+    folder = tmp_path_factory.mktemp("model") / request.param
+    torch.manual_seed(3)
+    build(config).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder, decoder
+
+
+def load(folder: Path, **changes: Any) -> Base:
+    return load_base(str(folder), dtype="fp32", cache=folder.parent / "cache", **changes)
+
+
+@torch.inference_mode()
+def reference(folder: Path, ids: list[int]) -> torch.Tensor:
+    """Logits [T, V] of transformers itself."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model(torch.tensor([ids])).logits[0]
+
+
+def test_prompts_of_different_lengths(saved: tuple[Path, type]) -> None:
+    folder, decoder = saved
+    base = load(folder)
+    assert type(base.decoder) is decoder
+    prompts = [list(prompt) for prompt in random_prompts(5, seed=4)]
+    for prompt, hidden in zip(prompts, base.hidden_states(prompts), strict=True):
+        torch.testing.assert_close(base.logits(hidden), reference(folder, prompt), atol=2e-4, rtol=2e-4)
+
+
+def test_every_node_of_a_tree_sees_its_own_path(saved: tuple[Path, type]) -> None:
+    folder, _ = saved
+    base = load(folder)
+    tree = Tree(((0,), (1,), (0, 0), (0, 1), (1, 0), (0, 1, 0)))
+    topology = tree.topology
+    prompts = [list(prompt) for prompt in random_prompts(3, seed=5)]
+    cache = base.allocate(3, 64)
+    base.prefill(prompts, cache, (0, 3))
+    tokens = torch.randint(3, 259, (3, topology.size), generator=torch.Generator().manual_seed(1))
+    logits = base.logits(base.forward(tokens, cache, (0, 3), topology))
+    for row, prompt in enumerate(prompts):
+        for node in range(topology.size):
+            path = [int(tokens[row, other]) for other in range(topology.size) if topology.ancestors[node, other]]
+            wanted = reference(folder, prompt + path)[-1]
+            torch.testing.assert_close(logits[row, node], wanted, atol=2e-4, rtol=2e-4)
+
+
+def test_only_the_ends_of_the_model(saved: tuple[Path, type]) -> None:
+    """What a trainer loads is what the whole base has."""
+    folder, _ = saved
+    base, ends = load(folder), load_vocabulary(str(folder), dtype="fp32", cache=folder.parent / "cache")
+    assert ends.identity == base.identity and ends.stop_ids == base.stop_ids == (2,)
+    assert torch.equal(ends.embedding, base.vocabulary.embedding)
+    assert torch.equal(ends.norm_weight, base.vocabulary.norm_weight) and ends.norm_eps == base.vocabulary.norm_eps
+    assert torch.equal(ends.head.weight, base.vocabulary.head.weight) and ends.head.bias is None
+
+
+def test_both_decoders_agree(tiny_base_dir: Path) -> None:
+    fused, plain = load(tiny_base_dir), load(tiny_base_dir, fused=False)
+    assert type(plain.decoder) is TransformersDecoder
+    prompts = [list(prompt) for prompt in random_prompts(4, seed=6)]
+    for ours, theirs in zip(fused.hidden_states(prompts), plain.hidden_states(prompts), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_a_long_prompt_goes_through_in_chunks(tiny_base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = load(tiny_base_dir)
+    prompts = [list(range(3, 60)), list(range(50, 60))]
+    whole = base.hidden_states(prompts)
+    monkeypatch.setattr("hydra_core.base.model.PREFILL_CHUNK", 16)
+    for wanted, found in zip(whole, base.hidden_states(prompts), strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_models_without_a_cache_to_branch_in_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "mamba"
+    MambaForCausalLM(MambaConfig(vocab_size=288, hidden_size=16, num_hidden_layers=1, state_size=4)).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    with pytest.raises(InputError, match="cannot decode with a draft tree"):
+        load(folder, context_limit=64)

