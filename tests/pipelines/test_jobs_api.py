@@ -36,6 +36,7 @@ def client() -> Iterator[JobSubmissionClient]:
     scripts = str(Path(sys.executable).parent)
     environment = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
     environment["PATH"] = f"{scripts}{os.pathsep}{environment['PATH']}"  # a job says `python`
+    environment["RAY_AUTH_MODE"] = "disabled"  # else it depends on whether this user's home holds a token
     log = (folder / "head.log").open("wb")
     head = subprocess.Popen(
         [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2", f"--temp-dir={folder}",
