@@ -26,8 +26,8 @@ from pipelines.stage import (
     RunPaths,
     StageResult,
     file_digest,
-    finished,
     fingerprint,
+    finished,
     require_manifest,
     stage_folder,
     write_text,
@@ -48,7 +48,8 @@ def run_batch(config: RunConfig) -> StageResult:
     rows, errors, skipped = _read_input(config)
     with stage_folder(config, STAGE, folder, wanted) as stage, ensure_ray(config):
         tracker = Tracker.open(config)
-        with tracker.start(STAGE, params={"batch": section.model_dump()}, fingerprint=wanted) as run, _application(config) as label:
+        with (tracker.start(STAGE, params={"batch": section.model_dump()}, fingerprint=wanted) as run,
+              _application(config) as label):
             report = _answer_all(config, folder, rows, errors, skipped, label)
             write_text(folder / "report.json", json.dumps(report, indent=2))
             run.log_metrics({name: value for name, value in report.items() if isinstance(value, (int, float))})

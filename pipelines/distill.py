@@ -23,7 +23,7 @@ from pipelines.contracts import ERRORS, FEATURES, PROMPTS, RESPONSES, check_coun
 from pipelines.distill_workers import FeatureWriter, PromptWriter, ResponseWriter, WorkerSettings
 from pipelines.parts import known_ids, part_files, read_parts, sweep, write_part
 from pipelines.prompts import file_prompts
-from pipelines.stage import RunPaths, StageResult, finished, fingerprint, stage_folder
+from pipelines.stage import RunPaths, StageResult, fingerprint, finished, stage_folder
 from pipelines.tracking import Tracker
 
 BLOCK_BATCHES = 8   # running batches in one block of work: long enough that a draining end costs little
@@ -178,7 +178,8 @@ def _features(config: RunConfig, folder: Path) -> dict[str, Any]:
     width = 2 if config.distill.feature_dtype == "bf16" else 4
     tokens = sum(len(a) + len(b) for a, b in zip(rows["prompt_ids"].to_pylist(), rows["response_ids"].to_pylist(), strict=True))
     print(f"distill: hidden states of {tokens} tokens, {width} bytes x model width each", file=sys.stderr)
-    totals = _run(config, FeatureWriter, _settings(config, folder, 1), _blocks(rows.take(pa.array(keep, pa.int64())), FEATURE_ROWS))
+    blocks = _blocks(rows.take(pa.array(keep, pa.int64())), FEATURE_ROWS)
+    totals = _run(config, FeatureWriter, _settings(config, folder, 1), blocks)
     compared = totals.get("compared", 0)
     share = totals.get("agreed", 0) / compared if compared else None
     if share is not None and share < LEAST_AGREEMENT[config.base.dtype]:

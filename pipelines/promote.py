@@ -13,7 +13,7 @@ from hydra_core.drafters import NgramDrafter
 from hydra_core.errors import InputError
 from pipelines.bench_run import NGRAM, PLAIN, TRANSFORMERS
 from pipelines.config import RunConfig
-from pipelines.stage import RunPaths, StageResult, finished, fingerprint, require_manifest, stage_folder
+from pipelines.stage import RunPaths, StageResult, fingerprint, finished, require_manifest, stage_folder
 from pipelines.tracking import Tracker, register
 
 STAGE = "promote"

@@ -25,7 +25,8 @@ def provenance(config: RunConfig) -> dict[str, Any]:
     """Resolved config with defaults, git commit (None outside a checkout), versions, argv and machine."""
     return {"config": redacted(config.model_dump(mode="json", by_alias=True)), "git": _git(), "versions": _versions(),
             "argv": [_redacted_argument(argument) for argument in sys.argv],
-            "python": platform.python_version(), "platform": platform.platform(), "cpus": os.cpu_count(), "processor": _processor()}
+            "python": platform.python_version(), "platform": platform.platform(), "cpus": os.cpu_count(),
+            "processor": _processor()}
 
 
 def is_secret(name: str) -> bool:

@@ -8,5 +8,5 @@ from hydra_core.base.resolve import resolve_base
 from hydra_core.base.text import encode_prompt, load_tokenizer, user_turn_opening
 from hydra_core.base.vocabulary import BaseIdentity, BaseVocabulary, VocabHead
 
-__all__ = ["EMBEDDED_BASE", "Base", "BaseIdentity", "BaseVocabulary", "KVCache", "Step", "VocabHead", "context_limit", "encode_prompt",
-           "load_base", "load_tokenizer", "load_vocabulary", "pick_device", "resolve_base", "user_turn_opening"]
+__all__ = ["EMBEDDED_BASE", "Base", "BaseIdentity", "BaseVocabulary", "KVCache", "Step", "VocabHead", "context_limit",
+           "encode_prompt", "load_base", "load_tokenizer", "load_vocabulary", "pick_device", "resolve_base", "user_turn_opening"]

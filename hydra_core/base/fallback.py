@@ -67,7 +67,7 @@ class TransformersDecoder:
         mask = step.mask
         if mask is None:  # a four-dimensional mask is taken as it is; without one transformers would build its own
             mask = torch.zeros(ids.shape[0], 1, ids.shape[1], step.span, dtype=cache.dtype, device=ids.device)
-        layers = [_StepLayer(cache, layer, step) for layer in range(self.layers)]
+        layers: list[Any] = [_StepLayer(cache, layer, step) for layer in range(self.layers)]
         output = self.model(input_ids=ids, attention_mask=mask, position_ids=step.positions,
                             past_key_values=Cache(layers=layers), use_cache=True)
         return output.last_hidden_state

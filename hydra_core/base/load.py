@@ -59,7 +59,7 @@ def load_vocabulary(model: str, *, dtype: str = "bf16", device: str = "cpu", cac
     target, kind = pick_device(device), DTYPES[dtype]
     names = _tensor_files(resolved.folder)
     embedding = _read(names, ("embed_tokens.weight", "embed_in.weight", "wte.weight"), model)
-    norm = _read(names, tuple(f"model.{name}.weight" for name in FINAL_NORMS) + ("final_layer_norm.weight",), model)
+    norm = _read(names, (*(f"model.{name}.weight" for name in FINAL_NORMS), "final_layer_norm.weight"), model)
     if config.tie_word_embeddings:
         weight, bias = embedding, None
     else:

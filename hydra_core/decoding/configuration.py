@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -32,7 +32,7 @@ class DecodingConfiguration:
     name: str
     drafter: Literal["plain", "ngram", "heads"]
     base: BaseIdentity
-    ngram: NgramDrafter = NgramDrafter()
+    ngram: NgramDrafter = field(default_factory=NgramDrafter)
     heads: Path | None = None
 
 

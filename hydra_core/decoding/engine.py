@@ -179,8 +179,8 @@ class Engine:
         last = hidden[torch.arange(len(requests), device=hidden.device), counts - 1]
         chosen = choose(self.base.logits(last)[:, None], counts[:, None], self._sampling(*rows))
         now = time.perf_counter()
-        for row in self._rows[first:]:
-            row.first_token = now
+        for fresh in self._rows[first:]:
+            fresh.first_token = now
         return self._emit(first, chosen.tolist())
 
     def _emit(self, first: int, emitted: list[list[int]]) -> list[StepOutput]:

@@ -97,7 +97,7 @@ class HeadSession(PlainSession):
 
     def __init__(self, drafter: HeadDrafter, trees: TreeSet, rows: int, slots: int) -> None:
         self.drafter, self.trees = drafter, trees
-        weight = drafter.heads[0].norm.weight
+        weight = drafter.weight
         self.features = torch.zeros(rows, weight.shape[0], dtype=weight.dtype, device=weight.device)
         self.draft_ids = drafter.draft_vocab.ids.to(weight.device)
         self.max_nodes = trees.max_nodes

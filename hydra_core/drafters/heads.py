@@ -72,6 +72,13 @@ class HeadDrafter(nn.Module):
     def num_heads(self) -> int:
         return self.config.num_heads
 
+    @property
+    def weight(self) -> Tensor:
+        """A trained tensor [D]: its dtype and device are those of all the heads."""
+        head = self.heads[0]
+        assert isinstance(head, MlpHead)
+        return head.norm.weight
+
     def head_width(self, i: int) -> int:
         """Width of what head `i` reads."""
         return self.vocabulary.width
@@ -82,14 +89,14 @@ class HeadDrafter(nn.Module):
         `hidden`: [B, T, D] of the base's last layer after its final norm; `positions`: [B, T] int64; `mask`: [B, 1, T, T]
         bool, true where a position may look. Returns [B, T, D].
         """
-        return hidden.to(self.heads[0].norm.weight.dtype)
+        return hidden.to(self.weight.dtype)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """RMS-normalised base embeddings [..., D] of `tokens` [...] int64.
 
         Raw embeddings are an order of magnitude smaller than hidden states: joined as they are, heads hardly hear them.
         """
-        raw = F.embedding(tokens, self.vocabulary.embedding).to(self.heads[0].norm.weight.dtype)
+        raw = F.embedding(tokens, self.vocabulary.embedding).to(self.weight.dtype)
         return F.rms_norm(raw, (raw.shape[-1],), eps=self.norm_eps)
 
     def head_hidden(self, i: int, features: Tensor, path: Tensor) -> Tensor:

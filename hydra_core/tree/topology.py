@@ -106,7 +106,7 @@ class Tree:
     def __post_init__(self) -> None:
         ordered = tuple(sorted((tuple(path) for path in self.paths), key=lambda path: (len(path), path)))
         object.__setattr__(self, "paths", ordered)
-        known = {()}
+        known: set[RankPath] = {()}
         for path in ordered:
             if not path or min(path) < 0 or path in known:
                 raise ValueError(f"tree path {path} is empty, negative or stands twice")

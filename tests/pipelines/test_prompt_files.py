@@ -46,7 +46,8 @@ def test_parquet(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "content", "word"), [
-    ("empty.jsonl", b"", "empty"), ("blank.jsonl", b"\n\n", "empty"), ("nofield.jsonl", b'{"x": 1}\n{"y": 2}', "no field `prompt`"),
+    ("empty.jsonl", b"", "empty"), ("blank.jsonl", b"\n\n", "empty"),
+    ("nofield.jsonl", b'{"x": 1}\n{"y": 2}', "no field `prompt`"),
     ("broken.parquet", b"PAR1 not really", "Parquet"), ("binary.jsonl", b"\xff\xfe\n", "UTF-8")])
 def test_files_that_are_wrong_as_a_whole(tmp_path: Path, name: str, content: bytes, word: str) -> None:
     (tmp_path / name).write_bytes(content)

@@ -171,7 +171,7 @@ def test_port_in_use_is_told_before_anything_starts(app: ServedApp, config: RunC
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         other = config.model_copy(update={"serve": config.serve.model_copy(update={"port": taken.getsockname()[1]})})
-        with pytest.raises(InputError, match="serve.port"):
+        with pytest.raises(InputError, match=r"serve\.port"):
             start_app(other)
     assert httpx.get(f"{app.url}/health").status_code == 200
 

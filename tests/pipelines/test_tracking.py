@@ -63,13 +63,13 @@ def test_registry(config: RunConfig, tmp_path: Path) -> None:
     version, found = resolve(config, f"models:/heads/{versions[0]}", tmp_path / "download")
     assert (version, (found / "f").read_text(encoding="utf-8")) == (versions[0], "one")
     for uri in ("models:/heads@nobody", "models:/nothing/1", "heads", "models:/heads"):
-        with pytest.raises(InputError, match="serve.model"):
+        with pytest.raises(InputError, match=r"serve\.model"):
             resolve(config, uri, tmp_path)
 
 
 def test_a_dead_server_is_told_at_once(config: RunConfig) -> None:
     started = time.monotonic()
-    with pytest.raises(InputError, match="tracking.uri=http://127.0.0.1:9"):
+    with pytest.raises(InputError, match=r"tracking\.uri=http://127\.0\.0\.1:9"):
         Tracker.open(load_config(None, {"storage": config.storage, "tracking.uri": "http://127.0.0.1:9"}))
     assert time.monotonic() - started < 10
     with pytest.raises(InputError, match="cannot be used"):

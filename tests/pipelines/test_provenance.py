@@ -1,0 +1,35 @@
+"""What is written down beside every output, and what is not."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipelines.config import load_config
+from pipelines.provenance import HIDDEN, provenance, redacted, without_credentials
+
+
+def test_config_code_versions_machine(tmp_path: Path) -> None:
+    found = provenance(load_config(None, {"storage": str(tmp_path), "train.lr": 0.5}))
+    assert found["config"]["train"]["lr"] == 0.5 and found["config"]["bench"]["max_new_tokens"] == 64  # defaults too
+    assert found["versions"]["torch"] and found["versions"]["ray"] and found["cpus"]
+    assert found["git"] is None or len(found["git"]["commit"]) == 40
+    json.dumps(found)
+
+
+def test_secrets_stay_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["hydra-heads", "tracking.password=hunter2", "tracking.uri=http://me:hunter2@host/",
+                                      "bench.max_new_tokens=5"])
+    config = load_config(None, {"storage": str(tmp_path), "tracking.uri": "http://me:hunter2@host:5000"})
+    text = json.dumps(provenance(config))
+    assert "hunter2" not in text and "http://host:5000" in text and "bench.max_new_tokens=5" in text
+
+
+def test_what_counts_as_a_secret() -> None:
+    values = {"api_key": "k", "hf_token": "t", "max_new_tokens": 5, "nested": [{"password": "p"}], "secret": ""}
+    assert redacted(values) == {"api_key": HIDDEN, "hf_token": HIDDEN, "max_new_tokens": 5,
+                                "nested": [{"password": HIDDEN}], "secret": ""}
+    assert without_credentials("postgresql://u:p@db/x and http://a@b") == "postgresql://db/x and http://b"
