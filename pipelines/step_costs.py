@@ -11,8 +11,9 @@ import torch
 
 from hydra_core.base import Base
 from hydra_core.decoding.accept import accept
-from hydra_core.decoding.choose import Sampling, choose
+from hydra_core.decoding.choose import Chooser
 from hydra_core.decoding.propose import HeadSession
+from hydra_core.decoding.records import Request
 from hydra_core.drafters import HeadDrafter
 from hydra_core.tree.topology import Topology, Tree, TreeSet
 
@@ -32,14 +33,13 @@ def verify_seconds(base: Base, batches: Sequence[int], nodes: Iterable[int], con
     cache = base.allocate(max(batches), context + sizes[-1])
 
     def job(batch: int, size: int) -> Job:
-        topology, sampling = bushy(size), greedy(batch)
+        topology = bushy(size)
         tokens = torch.full((batch, size), 5, dtype=torch.int64, device=base.device)
-        positions = torch.full((batch, size), context, device=base.device)
 
         def run() -> None:
             cache.lengths[:batch] = context
             hidden = base.forward(tokens, cache, (0, batch), topology)
-            accepted = accept(tokens, topology, choose(base.logits(hidden), positions, sampling))
+            accepted = accept(tokens, topology, base.logits(hidden).argmax(-1))
             cache.commit((0, batch), accepted.path, accepted.counts)
 
         return run
@@ -59,14 +59,14 @@ def draft_seconds(base: Base, drafter: HeadDrafter, trees: Mapping[int, Tree], b
     def job(batch: int, tree: Tree) -> Job:
         session = HeadSession(drafter, TreeSet({1: tree}), batch, slots)
         roots = torch.full((batch,), 5, dtype=torch.int64, device=base.device)
-        positions, counts = torch.full_like(roots, context), torch.full_like(roots, tree.depth + 1)
+        positions, counts = [context] * batch, torch.full_like(roots, tree.depth + 1)
         hidden = torch.zeros(batch, tree.depth + 1, width, dtype=base.dtype, device=base.device)
-        sampling = greedy(batch)
+        choosers = [Chooser(Request("greedy", (0,), 1), base.vocab_size)] * batch
 
         def run() -> None:
             if session.cache is not None:
                 session.cache.lengths[:] = context
-            session.propose(roots, positions, sampling)
+            session.propose(roots, positions, choosers)
             session.observe((0, batch), hidden, counts)
 
         return run
@@ -100,11 +100,6 @@ def medians(jobs: Mapping[Key, Job], repeats: int, device: torch.device,
 def bushy(nodes: int) -> Topology:
     """A binary tree, about as deep as trees that pay are. A forward's cost depends on the nodes, not their shape."""
     return Topology((-1, *((node - 1) // 2 for node in range(1, nodes))))
-
-
-def greedy(batch: int) -> Sampling:
-    """No temperature for `batch` rows."""
-    return Sampling((0.0,) * batch, (0,) * batch)
 
 
 def _settle(device: torch.device) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -62,12 +64,28 @@ def grouped_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tenso
     return mixed.reshape(batch, nodes, heads * width)
 
 
+@dataclass(frozen=True)
+class HeadNorms:
+    """RMSNorm of each query and key head before it is turned (Qwen3): weights [d]."""
+
+    query: Tensor
+    key: Tensor
+    eps: float
+
+    def __call__(self, states: Tensor, heads: int) -> Tensor:
+        """[B, N, Hq + H, d], the query heads first."""
+        shape = (states.shape[-1],)
+        return torch.cat((F.rms_norm(states[:, :, :heads], shape, self.query, self.eps),
+                          F.rms_norm(states[:, :, heads:], shape, self.key, self.eps)), dim=2)
+
+
 def cached_attention(qkv: Tensor, heads: int, cache: KVCache, layer: int, step: Step, cos: Tensor, sin: Tensor,
-                     mask: Tensor | None) -> Tensor:
-    """Rotate, store and attend: `qkv` [B, N, (Hq + 2 H) * d] in, [B, N, Hq * d] out."""
+                     mask: Tensor | None, norms: HeadNorms | None = None) -> Tensor:
+    """Norm, rotate, store and attend: `qkv` [B, N, (Hq + 2 H) * d] in, [B, N, Hq * d] out."""
     batch, nodes, _ = qkv.shape
     kv_heads, width = cache.keys.shape[3], cache.keys.shape[4]
     split = qkv.view(batch, nodes, heads + 2 * kv_heads, width)
-    turned = rotate(split[:, :, :heads + kv_heads], cos, sin)
+    states = split[:, :, :heads + kv_heads]
+    turned = rotate(states if norms is None else norms(states, heads), cos, sin)
     keys, values = cache.write(layer, step, turned[:, :, heads:], split[:, :, heads + kv_heads:])
     return grouped_attention(turned[:, :, :heads], keys, values, mask, width ** -0.5)

@@ -10,6 +10,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from hydra_core.base.kv_cache import KVCache, Step
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+
 
 class _StepLayer(CacheLayerMixin):
     """One layer of a `KVCache` seen through transformers' cache interface, for the length of one step."""
@@ -36,38 +38,67 @@ class _StepLayer(CacheLayerMixin):
 
 
 class TransformersDecoder:
-    """The transformers model itself behind the fused decoder's interface: slower, but it knows every architecture."""
+    """The transformers model itself behind the fused decoder's interface: slower, but it knows every architecture.
+
+    Layers with a sliding window keep all keys and are masked instead, as a tree's nodes share slots with nobody.
+    """
+
+    branching = True
 
     def __init__(self, model: Any) -> None:
-        config = model.config
+        config = model.config.get_text_config()
         self.model = model.get_decoder()
         self.embedding = model.get_input_embeddings().weight.detach()
         self.layers = config.num_hidden_layers
         self.kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         self.head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.kinds = set(getattr(config, "layer_types", None) or ())
+        self.window = _window(config)
 
     @staticmethod
     def reason_unsupported(config: Any) -> str | None:
         """Why a model of `config` cannot hold a branching tree in its cache, or None."""
-        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-        if kinds != {"full_attention"}:
-            return f"layers of kind {', '.join(sorted(kinds - {'full_attention'}))}"
+        kinds = set(getattr(config, "layer_types", None) or [FULL])
+        if not kinds <= {FULL, SLIDING}:
+            return f"layers of kind {', '.join(sorted(kinds - {FULL, SLIDING}))}"
         if getattr(config, "is_encoder_decoder", False):
             return "an encoder-decoder"
         if not getattr(config, "num_attention_heads", None):
             return "no attention heads"
+        if getattr(config, "mamba_d_state", None) or getattr(config, "state_size", None):
+            return "a recurrent state"
         return None
 
     def allocate(self, rows: int, slots: int) -> KVCache:
         return KVCache(self.layers, rows, slots, self.kv_heads, self.head_width, self.embedding.dtype,
                        self.embedding.device)
 
-    def __call__(self, ids: Tensor, cache: KVCache, step: Step) -> Tensor:
-        """As `FusedDecoder.__call__`."""
-        mask = step.mask
-        if mask is None:  # a four-dimensional mask is taken as it is; without one transformers would build its own
-            mask = torch.zeros(ids.shape[0], 1, ids.shape[1], step.span, dtype=cache.dtype, device=ids.device)
+    def cache_bytes(self, rows: int, slots: int) -> int:
+        return KVCache.bytes_for(self.layers, rows, slots, self.kv_heads, self.head_width, self.embedding.dtype)
+
+    def __call__(self, ids: Tensor, cache: KVCache, step: Step, counts: Tensor | None = None) -> Tensor:
+        """As `Decoder.__call__`."""
         layers: list[Any] = [_StepLayer(cache, layer, step) for layer in range(self.layers)]
-        output = self.model(input_ids=ids, attention_mask=mask, position_ids=step.positions,
+        output = self.model(input_ids=ids, attention_mask=self._masks(cache, step), position_ids=step.positions,
                             past_key_values=Cache(layers=layers), use_cache=True)
-        return output.last_hidden_state
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    def _masks(self, cache: KVCache, step: Step) -> Tensor | dict[str, Tensor]:
+        """A four-dimensional mask is taken as it is; without one transformers would build its own."""
+        full = step.mask
+        if full is None:
+            batch, nodes = step.slots.shape
+            full = torch.zeros(batch, 1, nodes, step.span, dtype=cache.dtype, device=step.slots.device)
+        if self.window is None:
+            return full
+        sliding = step.windowed(self.window).to(cache.dtype)
+        return {FULL: full, SLIDING: sliding} if self.kinds else sliding
+
+
+def _window(config: Any) -> int | None:
+    """Tokens a sliding layer looks back, or None when no layer slides."""
+    kinds = getattr(config, "layer_types", None)
+    slides = SLIDING in kinds if kinds else getattr(config, "use_sliding_window", True)
+    window = getattr(config, "sliding_window", None)
+    return int(window) if window and slides else None

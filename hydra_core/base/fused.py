@@ -1,4 +1,4 @@
-"""A Llama decoder as few, large operations: q/k/v in one matmul, gate/up in one, grouped attention, preallocated KV."""
+"""A Llama-type decoder as few, large operations: q/k/v in one matmul, gate/up in one, grouped attention, preallocated KV."""
 
 from __future__ import annotations
 
@@ -9,26 +9,53 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hydra_core.base.attention import Rotary, cached_attention, grouped_mask
+from hydra_core.base.attention import HeadNorms, Rotary, cached_attention, grouped_mask
 from hydra_core.base.kv_cache import KVCache, Step
 
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 @dataclass(frozen=True)
+class Linear:
+    """A matrix [out, in] and perhaps a bias [out]."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    @classmethod
+    def joined(cls, *modules: Any) -> Linear:
+        """Several of transformers' layers side by side; the originals are let go of, so nothing is held twice."""
+        weight = torch.cat([module.weight for module in modules]).detach()
+        bias = None
+        if any(module.bias is not None for module in modules):
+            bias = torch.cat([torch.zeros_like(module.weight[:, 0]) if module.bias is None else module.bias
+                              for module in modules]).detach()
+        for module in modules:
+            module.weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
+        return cls(weight, bias)
+
+
+@dataclass(frozen=True)
 class LayerWeights:
-    """One decoder layer; matrices are [out, in], norms [D]."""
+    """One decoder layer; norms are [D]."""
 
     input_norm: Tensor
-    qkv: Tensor
-    output: Tensor
+    qkv: Linear
+    head_norms: HeadNorms | None
+    output: Linear
     mlp_norm: Tensor
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Linear
+    down: Linear
 
 
 class FusedDecoder:
-    """Llama forward over a `KVCache`, built from a loaded transformers model (whose weights it takes over)."""
+    """Forward of the Llama family over a `KVCache`, built from a loaded transformers model (whose weights it takes over)."""
+
+    branching = True
 
     def __init__(self, model: Any) -> None:
         config = model.config
@@ -45,46 +72,55 @@ class FusedDecoder:
     @staticmethod
     def reason_unsupported(config: Any) -> str | None:
         """Why this decoder cannot run a model of `config`, or None."""
-        if config.model_type != "llama":
+        if config.model_type not in FAMILIES:
             return f"model type {config.model_type}"
-        if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
-            return "biased projections"
         if config.hidden_act != "silu":
             return f"activation {config.hidden_act}"
-        rope_type = (config.rope_parameters or {}).get("rope_type", "default")
-        return None if rope_type in FIXED_ROPE_TYPES else f"rope type {rope_type}"
+        kinds = getattr(config, "layer_types", None)
+        slides = set(kinds) != {"full_attention"} if kinds else getattr(config, "use_sliding_window", True)
+        if slides and getattr(config, "sliding_window", None):
+            return f"a sliding window of {config.sliding_window}"
+        rope = config.rope_parameters or {}
+        if (rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0) != 1.0:
+            return "partial rotary positions"
+        kind = rope.get("rope_type", "default")
+        return None if kind in FIXED_ROPE_TYPES else f"rope type {kind}"
 
     def allocate(self, rows: int, slots: int) -> KVCache:
         return KVCache(len(self.layers), rows, slots, self.kv_heads, self.head_width, self.embedding.dtype,
                        self.embedding.device)
 
-    def __call__(self, ids: Tensor, cache: KVCache, step: Step) -> Tensor:
-        """Token ids [B, N] to hidden states after the final norm [B, N, D]; writes the nodes' keys and values."""
+    def cache_bytes(self, rows: int, slots: int) -> int:
+        return KVCache.bytes_for(len(self.layers), rows, slots, self.kv_heads, self.head_width, self.embedding.dtype)
+
+    def __call__(self, ids: Tensor, cache: KVCache, step: Step, counts: Tensor | None = None) -> Tensor:
+        """As `Decoder.__call__`."""
         width = self.embedding.shape[1]
         cos, sin = self.rotary.at(step.positions)
         mask = grouped_mask(step.mask, self.heads // self.kv_heads)
         hidden = F.embedding(ids, self.embedding)
         for index, layer in enumerate(self.layers):
             normed = F.rms_norm(hidden, (width,), layer.input_norm, self.eps)
-            mixed = cached_attention(F.linear(normed, layer.qkv), self.heads, cache, index, step, cos, sin, mask)
-            hidden = hidden + F.linear(mixed, layer.output)
+            mixed = cached_attention(layer.qkv(normed), self.heads, cache, index, step, cos, sin, mask, layer.head_norms)
+            hidden = hidden + layer.output(mixed)
             normed = F.rms_norm(hidden, (width,), layer.mlp_norm, self.eps)
-            gate, up = F.linear(normed, layer.gate_up).chunk(2, dim=-1)
-            hidden = hidden + F.linear(F.silu(gate) * up, layer.down)
+            gate, up = layer.gate_up(normed).chunk(2, dim=-1)
+            hidden = hidden + layer.down(F.silu(gate) * up)
         return F.rms_norm(hidden, (width,), self.final_norm, self.eps)
 
 
 def _take_weights(layer: Any) -> LayerWeights:
-    """Join a transformers layer's matrices, letting go of the originals as it reads them."""
     attention, mlp = layer.self_attn, layer.mlp
-    weights = LayerWeights(
+    norms = None
+    if getattr(attention, "q_norm", None) is not None:
+        norms = HeadNorms(attention.q_norm.weight.detach(), attention.k_norm.weight.detach(),
+                          attention.q_norm.variance_epsilon)
+    return LayerWeights(
         input_norm=layer.input_layernorm.weight.detach(),
-        qkv=torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]).detach(),
-        output=attention.o_proj.weight.detach(),
+        qkv=Linear.joined(attention.q_proj, attention.k_proj, attention.v_proj),
+        head_norms=norms,
+        output=Linear.joined(attention.o_proj),
         mlp_norm=layer.post_attention_layernorm.weight.detach(),
-        gate_up=torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).detach(),
-        down=mlp.down_proj.weight.detach(),
+        gate_up=Linear.joined(mlp.gate_proj, mlp.up_proj),
+        down=Linear.joined(mlp.down_proj),
     )
-    for module in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj):
-        module.weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
-    return weights

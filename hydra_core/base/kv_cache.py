@@ -29,6 +29,14 @@ class Step:
     span: int
     mask: Tensor | None
 
+    def windowed(self, window: int) -> Tensor:
+        """The mask of a layer that looks back `window` positions, its own included: additive [B, 1, N, span] float32."""
+        batch = self.slots.shape[0]
+        keys = torch.arange(self.span, device=self.slots.device).expand(batch, -1).scatter(1, self.slots, self.positions)
+        far = keys[:, None, None, :] <= self.positions[:, None, :, None] - window
+        seen = torch.zeros(far.shape, device=far.device) if self.mask is None else self.mask.float()
+        return seen.masked_fill(far, float("-inf"))
+
 
 class KVCache:
     """Keys and values of R rows x S slots for L layers, allocated once."""
@@ -40,6 +48,11 @@ class KVCache:
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         self.rows, self.slots = rows, slots
         self._slot_range = torch.arange(slots, device=device)
+
+    @staticmethod
+    def bytes_for(layers: int, rows: int, slots: int, heads: int, width: int, dtype: torch.dtype) -> int:
+        """What such a cache takes."""
+        return 2 * layers * rows * slots * heads * width * dtype.itemsize
 
     @property
     def dtype(self) -> torch.dtype:
@@ -115,6 +128,12 @@ class KVCache:
         self.keys[:, target, :used] = self.keys[:, source, :used]
         self.values[:, target, :used] = self.values[:, source, :used]
         self.lengths[target] = used
+
+    def copy_beginning(self, source: int, target: int, count: int) -> None:
+        """Make the first `count` slots of one row those of another, and nothing else."""
+        self.keys[:, target, :count] = self.keys[:, source, :count]
+        self.values[:, target, :count] = self.values[:, source, :count]
+        self.lengths[target] = count
 
     def clear_rows(self, rows: tuple[int, int]) -> None:
         """Forget what the rows hold."""

@@ -15,6 +15,7 @@ from hydra_core.base.fallback import TransformersDecoder
 from hydra_core.base.fused import FusedDecoder
 from hydra_core.base.model import Base
 from hydra_core.base.resolve import ResolvedBase, resolve_base
+from hydra_core.base.sequential import SequentialDecoder
 from hydra_core.base.text import load_tokenizer
 from hydra_core.base.vocabulary import BaseIdentity, BaseVocabulary, VocabHead
 from hydra_core.errors import InputError
@@ -32,7 +33,7 @@ def load_base(model: str, *, dtype: str = "bf16", device: str = "cpu", cache: Pa
     `dtype`: weight format, bf16 or fp32; `device`: cpu, cuda or auto; `cache`: folder for fetched and converted models;
     `context_limit`: tokens of prompt + answer, at most the model's own; `fused=False` forces transformers' own forward;
     `widen` computes in float64 on the very values of the weight format (what near-ties are judged by).
-    Raises InputError for a model that cannot be had or cannot decode with a tree.
+    Raises InputError for a model that cannot be had.
     """
     resolved = resolve_base(model, cache)
     target = pick_device(device)
@@ -103,12 +104,9 @@ def _load_transformers(resolved: ResolvedBase, asked: str, dtype: torch.dtype) -
     transformers_logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(resolved.folder).get_text_config()
-        if (why_not := TransformersDecoder.reason_unsupported(config)) is not None:
-            raise InputError(f"base.model={asked}: {config.model_type} cannot decode with a draft tree ({why_not})")
+        masked = TransformersDecoder.reason_unsupported(config) is None  # then our tree mask must be heeded
         model = AutoModelForCausalLM.from_pretrained(resolved.folder, dtype=dtype, use_safetensors=True,
-                                                     attn_implementation="sdpa")
-    except InputError:
-        raise
+                                                     attn_implementation="sdpa" if masked else None)
     except (ValueError, OSError, KeyError) as error:
         raise InputError(f"base.model={asked}: cannot be loaded ({str(error).splitlines()[0]})") from None
     return model.eval().requires_grad_(False)
@@ -118,6 +116,10 @@ def _decoder_for(model: Any, config: Any, fused: bool) -> Any:
     reason = FusedDecoder.reason_unsupported(config) if fused else "asked not to fuse"
     if reason is None:
         return FusedDecoder(model)
+    why_not = TransformersDecoder.reason_unsupported(config)
+    if why_not is not None:
+        log.warning("the base decodes plainly, one row after another: a draft tree needs attention alone (%s)", why_not)
+        return SequentialDecoder(model)
     if fused:
         log.warning("the base runs by transformers' own forward, not the fused one (%s)", reason)
     return TransformersDecoder(model)

@@ -17,11 +17,23 @@ PREFILL_CHUNK = 512  # tokens of a prompt in one forward: bounds the mask and th
 
 
 class Decoder(Protocol):
-    """What runs the layers: `fused.FusedDecoder` or `fallback.TransformersDecoder`."""
+    """What runs the layers: `fused.FusedDecoder`, `fallback.TransformersDecoder` or `sequential.SequentialDecoder`.
 
-    def allocate(self, rows: int, slots: int) -> KVCache: ...
+    `branching`: whether its cache can hold a tree, share beginnings and take a prompt in pieces.
+    """
 
-    def __call__(self, ids: Tensor, cache: KVCache, step: Step) -> Tensor: ...
+    branching: bool
+
+    def allocate(self, rows: int, slots: int) -> Any: ...
+
+    def cache_bytes(self, rows: int, slots: int) -> int: ...
+
+    def __call__(self, ids: Tensor, cache: Any, step: Step, counts: Tensor | None = None) -> Tensor:
+        """Token ids [B, N] to hidden states after the final norm [B, N, D]; writes what the cache keeps of the nodes.
+
+        `counts`: [B] how many of a row's tokens are real, where rows are padded; None when all are.
+        """
+        ...
 
 
 class Base:
@@ -48,18 +60,25 @@ class Base:
     def vocab_size(self) -> int:
         return self.vocabulary.size
 
+    @property
+    def branching(self) -> bool:
+        """Whether a draft tree can be verified; else only plain decoding is possible."""
+        return self.decoder.branching
+
     def allocate(self, rows: int, slots: int) -> KVCache:
         """A cache for `rows` sequences of at most `slots` tokens, draft nodes included."""
-        return self.decoder.allocate(rows, slots)
+        cache: KVCache = self.decoder.allocate(rows, slots)
+        return cache
 
     @torch.inference_mode()
-    def forward(self, ids: Tensor, cache: KVCache, rows: tuple[int, int], topology: Topology) -> Tensor:
+    def forward(self, ids: Tensor, cache: KVCache, rows: tuple[int, int], topology: Topology,
+                counts: Tensor | None = None) -> Tensor:
         """One forward of [B, N] token ids on top of what cache `rows` hold: hidden states [B, N, D].
 
         Node j of a row stands at position length + depth(j) and sees the row's committed tokens and its ancestors. The
-        nodes' keys and values are written but not committed.
+        nodes' keys and values are written but not committed. `counts`: [B] real tokens of rows that are padded.
         """
-        return self.decoder(ids, cache, cache.plan(rows, topology))
+        return self.decoder(ids, cache, cache.plan(rows, topology), counts)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] to [..., V] float32."""
@@ -79,11 +98,12 @@ class Base:
         counts = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
         cache.clear_rows(rows)
         pieces = []
-        for start in range(0, longest, PREFILL_CHUNK):
-            chunk = ids[:, start:start + PREFILL_CHUNK]
-            pieces.append(self.forward(chunk, cache, rows, chain(chunk.shape[1])))
-            cache.lengths[rows[0]:rows[1]] += chunk.shape[1]
-        cache.lengths[rows[0]:rows[1]] = counts
+        size = PREFILL_CHUNK if self.decoder.branching else longest
+        for start in range(0, longest, size):
+            chunk = ids[:, start:start + size]
+            real = (counts - start).clamp(0, chunk.shape[1])
+            pieces.append(self.forward(chunk, cache, rows, chain(chunk.shape[1]), real))
+            cache.lengths[rows[0]:rows[1]] += real
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
     def hidden_states(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:

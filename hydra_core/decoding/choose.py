@@ -1,49 +1,118 @@
-"""The base's choice at each node, and the drafters' ranking by the same rule."""
+"""The base's choice of the next token, row by row and in any batch the same, and the drafters' ranking by its noise."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from hydra_core.decoding.noise import gumbel, position_key
+from hydra_core.decoding.noise import HIGHEST, gumbel, gumbel_at, position_key
+from hydra_core.decoding.records import Request, TokenLogprob
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How each of B rows draws: `temperatures` and `seeds`, one a row."""
+class Chooser:
+    """How one row draws: its request's settings, and the token counts that penalties need.
 
-    temperatures: tuple[float, ...]
-    seeds: tuple[int, ...]
+    `simple`: the choice is the argmax of the base's logits and nothing more is asked.
+    """
 
-    @property
-    def greedy(self) -> bool:
-        return not any(self.temperatures)
+    def __init__(self, request: Request, vocab_size: int, device: torch.device | str = "cpu") -> None:
+        self.request = request
+        self.simple = (request.temperature == 0 and not request.penalised and request.logprobs is None
+                       and request.typical is None)
+        self.in_prompt: Tensor | None = None
+        self.counts: Tensor | None = None
+        if request.penalised:
+            self.counts = torch.zeros(vocab_size, device=device)
+            self.in_prompt = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+            self.in_prompt[torch.tensor(request.prompt_ids, device=device)] = True
 
-    def perturb(self, logits: Tensor, positions: Tensor, ids: Tensor) -> Tensor:
-        """Scores whose argmax is the token drawn: [B, N, n] float32.
+    def record(self, token: int) -> None:
+        """Count a token that now stands."""
+        if self.counts is not None:
+            self.counts[token] += 1
 
-        `logits`: [B, N, n] over token `ids` [n]; `positions`: [B, N], where the drawn token will stand. Rows at
-        temperature 0 keep their logits. Nodes of one row at one position share their noise.
-        """
-        if self.greedy:
+    def process(self, logits: Tensor) -> Tensor:
+        """Penalties, temperature and truncation: scores [V] float32 from `logits` [V]; what is cut is -inf."""
+        request = self.request
+        if self.counts is not None and self.in_prompt is not None:
+            seen = self.in_prompt | (self.counts > 0)
+            weight = request.repetition_penalty
+            logits = torch.where(seen, torch.where(logits > 0, logits / weight, logits * weight), logits)
+            logits = logits - request.presence_penalty * (self.counts > 0) - request.frequency_penalty * self.counts
+        if request.temperature == 0:
             return logits
-        scores = logits.clone()
-        for row, (temperature, seed) in enumerate(zip(self.temperatures, self.seeds, strict=True)):
-            if temperature > 0:
-                unique, back = torch.unique(positions[row], return_inverse=True)
-                noise = gumbel([position_key(seed, int(position)) for position in unique], ids)
-                scores[row].div_(temperature).add_(noise[back])
+        scores = logits / request.temperature
+        if 0 < request.top_k < scores.shape[-1]:
+            scores = scores.masked_fill(scores < scores.topk(request.top_k).values[-1], -math.inf)
+        if request.top_p < 1:
+            scores = _nucleus(scores, request.top_p)
+        if request.min_p > 0:
+            scores = scores.masked_fill(scores < scores.max() + math.log(request.min_p), -math.inf)
         return scores
 
 
-def choose(logits: Tensor, positions: Tensor, sampling: Sampling) -> Tensor:
-    """Token ids [B, N] int64 that the base emits after each node.
+def _nucleus(scores: Tensor, mass: float) -> Tensor:
+    """Keep the fewest most likely tokens that hold `mass` of the probability; the most likely one always stays."""
+    probabilities = torch.softmax(scores, dim=-1)
+    # tokens below this hold less than 1 - mass together: they are cut in any case, and a full sort is saved
+    candidates = (probabilities > (1 - mass) / len(scores)).nonzero()[:, 0]
+    ordered, order = probabilities[candidates].sort(descending=True, stable=True)
+    before = ordered.cumsum(0) - ordered
+    kept = candidates[order[before < mass]]
+    return torch.full_like(scores, -math.inf).index_copy_(0, kept, scores[kept])
 
-    `logits`: [B, N, V] at the nodes; `positions`: [B, N], where the chosen token will stand (a node's own plus one).
+
+def choose(logits: Tensor, positions: Sequence[int], choosers: Sequence[Chooser]) -> list[int]:
+    """The token of each of R rows from `logits` [R, V] float32; `positions`: where the tokens will stand."""
+    if any(chooser.request.penalised or chooser.request.temperature for chooser in choosers):
+        logits = torch.stack([chooser.process(row) for row, chooser in zip(logits, choosers, strict=True)])
+        drawing = [row for row, chooser in enumerate(choosers) if chooser.request.temperature > 0]
+        if drawing:
+            keys = [_key(choosers[row], positions[row]) for row in drawing]
+            logits[drawing] = _noisy(logits[drawing], keys)
+    tokens: list[int] = logits.argmax(-1).tolist()
+    return tokens
+
+
+def _key(chooser: Chooser, position: int) -> tuple[int, int]:
+    return position_key(chooser.request.seed, position, chooser.request.choice)
+
+
+def _noisy(scores: Tensor, keys: Sequence[tuple[int, int]]) -> Tensor:
+    """Scores plus noise [R, V] where a token can still win, -inf elsewhere: its argmax is that of all of them.
+
+    The likeliest token's noisy score is a floor for the winner, and no noise exceeds `HIGHEST`; at a sharp
+    distribution a few hundred of 50,000 tokens are left to hash.
     """
-    if sampling.greedy:
-        return logits.argmax(-1)
-    ids = torch.arange(logits.shape[-1], device=logits.device)
-    return sampling.perturb(logits, positions, ids).argmax(-1)
+    rows = torch.arange(len(keys), device=scores.device)
+    top = scores.argmax(-1)
+    floor = scores[rows, top] + gumbel_at(keys, rows, top)
+    where, ids = (scores > (floor - HIGHEST)[:, None]).nonzero(as_tuple=True)
+    noisy = torch.full_like(scores, -math.inf)
+    noisy[where, ids] = scores[where, ids] + gumbel_at(keys, where, ids)
+    return noisy
+
+
+def rank_scores(logits: Tensor, positions: Sequence[int], choosers: Sequence[Chooser], ids: Tensor) -> Tensor:
+    """What drafters rank candidates by: logits / temperature + the noise of the draw to come; greedy rows keep logits.
+
+    `logits`: [B, S, n] over token `ids` [n]; `positions`: [B], where a row's candidates would stand.
+    """
+    temperatures = [chooser.request.temperature for chooser in choosers]
+    if not any(temperatures):
+        return logits
+    noise = gumbel([_key(chooser, position) for chooser, position in zip(choosers, positions, strict=True)], ids)
+    warm = torch.tensor([temperature > 0 for temperature in temperatures], device=logits.device)[:, None]
+    scale = torch.tensor([temperature or 1.0 for temperature in temperatures], device=logits.device)[:, None, None]
+    return logits / scale + torch.where(warm, noise, 0.0)[:, None]
+
+
+def token_logprob(logits: Tensor, token: int, count: int) -> TokenLogprob:
+    """Log probabilities at `logits` [V] of `token` and of the `count` likeliest."""
+    values = torch.log_softmax(logits.float(), dim=-1)
+    best = values.topk(min(count, len(values)))
+    top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return TokenLogprob(token, float(values[token]), top)

@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from hydra_core.base.model import Base
-from hydra_core.decoding.accept import Accepted, accept
-from hydra_core.decoding.choose import Sampling, choose
+from hydra_core.decoding.accept import Accepted, accept, accept_walking
+from hydra_core.decoding.choose import Chooser, choose, token_logprob
+from hydra_core.decoding.memory import check_memory
 from hydra_core.decoding.propose import Proposal, open_session
-from hydra_core.decoding.records import FinishReason, Request, Result, StepOutput
+from hydra_core.decoding.records import FinishReason, Request, Result, StepOutput, TokenLogprob
+from hydra_core.decoding.scheduler import Group, Row, Scheduler, Start
+from hydra_core.decoding.text import TextStream
 from hydra_core.drafters import HeadDrafter, NgramDrafter
 from hydra_core.errors import InputError
-from hydra_core.tree.topology import PLAIN, TreeSet, default_trees
+from hydra_core.tree.topology import PLAIN, TreeSet, chain, default_trees
 
-PREFILL_TOKENS = 4096  # padded prompt tokens in one forward
-
-
-@dataclass
-class _Row:
-    """A running request: bookkeeping without tensors."""
-
-    request: Request
-    started: float
-    stop_ids: frozenset[int]
-    tokens: list[int] = field(default_factory=list)
-    first_token: float = 0.0
-    steps: int = 0
-    drafted: int = 0
-    accepted: int = 0
+log = logging.getLogger(__name__)
+EMPTY = torch.empty(0)
 
 
 class Engine:
@@ -41,14 +30,17 @@ class Engine:
 
     `drafter`: heads, an `NgramDrafter`, or None for plain decoding; `trees`: the draft tree for each batch size (heads
     only; a small default when not given); `max_batch`: rows that run at once; `context_limit`: prompt and answer
-    together, at most the base's own. Not thread safe: one thread drives it. Raises InputError when the trees are deeper
-    than the drafter has heads.
+    together, at most the base's own. All memory is taken here and none later. Not thread safe: one thread drives it.
+    Raises InputError when the trees are deeper than the drafter has heads or the caches do not fit the memory.
     """
 
     def __init__(self, base: Base, drafter: HeadDrafter | NgramDrafter | None = None, trees: TreeSet | None = None, *,
                  max_batch: int = 8, context_limit: int | None = None) -> None:
         self.base, self.max_batch = base, max_batch
         self.context_limit = min(context_limit or base.context_limit, base.context_limit)
+        if drafter is not None and not base.branching:
+            log.warning("the base keeps a state that cannot be taken back: decoding plainly, without the drafter")
+            drafter = None
         if not isinstance(drafter, HeadDrafter):
             trees = TreeSet({1: PLAIN})
         elif trees is None:
@@ -57,51 +49,52 @@ class Engine:
             raise InputError(f"trees: depth {trees.max_depth} needs more than the drafter's {drafter.num_heads} heads")
         nodes = drafter.length + 1 if isinstance(drafter, NgramDrafter) else trees.max_nodes
         slots = self.context_limit + max(nodes, trees.max_depth + 1)
+        check_memory(base, drafter, max_batch, slots)
         self.cache = base.allocate(max_batch, slots)
         self.session = open_session(drafter, trees, max_batch, slots)
         self.roots = torch.zeros(max_batch, dtype=torch.int64, device=base.device)
-        self._rows: list[_Row] = []
-        self._waiting: deque[Request] = deque()
-        self._ids: set[str] = set()
-        self._cancelled: set[str] = set()
+        self.scheduler = Scheduler(max_batch, self.context_limit, base.branching)
+        self._last_hidden = EMPTY  # [P, D]: of the prompts going in, where their last token is reached
 
     @property
     def running(self) -> int:
-        return len(self._rows)
+        return self.scheduler.running
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        return len(self.scheduler.waiting)
 
     @property
     def has_work(self) -> bool:
-        return bool(self._rows or self._waiting)
+        return self.scheduler.has_work
 
     def check(self, request: Request) -> None:
         """Raise InputError when `request` cannot be decoded here."""
         request.check(self.base.vocab_size, self.context_limit)
-        if request.id in self._ids:
+        if request.stop and self.base.tokenizer is None:
+            raise InputError(f"request {request.id}: stop: the base has no tokenizer: use stop_ids")
+        if request.id in self.scheduler.ids:
             raise InputError(f"request {request.id}: id: is already running")
 
     def add(self, request: Request) -> None:
         """Queue a request; it joins the batch at a later step. Raises InputError as `check` does."""
         self.check(request)
-        self._ids.add(request.id)
-        self._waiting.append(request)
+        self.scheduler.add(request)
 
     def cancel(self, request_id: str) -> None:
         """End a request at the next step; an id that is not here is no error, since it may just have finished."""
-        if request_id in self._ids:
-            self._cancelled.add(request_id)
+        if request_id in self.scheduler.ids:
+            self.scheduler.cancelled.add(request_id)
 
     @torch.inference_mode()
     def step(self) -> list[StepOutput]:
-        """Admit waiting requests, then advance every running row by one verified tree."""
-        outputs = self._drop_cancelled() + self._admit()
-        if not self._rows:
+        """Advance every decoding row by one verified tree, and the prompts that are going in by one chunk."""
+        outputs = self._drop_cancelled() + self._prefill()
+        if not self.scheduler.decoding:
             return outputs
         proposal = self._propose()
-        hidden, accepted = self._verify(proposal)
+        hidden, logits = self._verify(proposal)
+        accepted = self._accept(proposal, logits)
         return outputs + self._commit(proposal, hidden, accepted)
 
     def generate(self, requests: Sequence[Request]) -> list[Result]:
@@ -129,133 +122,189 @@ class Engine:
     # -- one step ----------------------------------------------------------------------------------------------------
 
     def _propose(self) -> Proposal:
-        running = len(self._rows)
-        return self.session.propose(self.roots[:running], self.cache.lengths[:running], self._sampling(0, running))
+        rows = self.scheduler.decoding
+        return self.session.propose(self.roots[:len(rows)], _root_positions(rows), [row.chooser for row in rows])
 
-    def _verify(self, proposal: Proposal) -> tuple[Tensor, Accepted]:
-        """One base forward over all nodes, and the path of each row on which the base agrees."""
-        running = len(self._rows)
-        hidden = self.base.forward(proposal.tokens.clamp(min=0), self.cache, (0, running), proposal.topology)
-        depths = torch.tensor(proposal.topology.depths, device=hidden.device)
-        positions = self.cache.lengths[:running, None] + depths + 1
-        chosen = choose(self.base.logits(hidden), positions, self._sampling(0, running))
-        return hidden, accept(proposal.tokens, proposal.topology, chosen)
+    def _verify(self, proposal: Proposal) -> tuple[Tensor, Tensor]:
+        """One base forward over all nodes: hidden states [B, N, D] and logits [B, N, V]."""
+        rows = (0, len(self.scheduler.decoding))
+        hidden = self.base.forward(proposal.tokens.clamp(min=0), self.cache, rows, proposal.topology)
+        return hidden, self.base.logits(hidden)
+
+    def _accept(self, proposal: Proposal, logits: Tensor) -> Accepted:
+        """The path of each row on which the base agrees with the draft."""
+        rows = self.scheduler.decoding
+        if all(row.chooser.simple for row in rows):
+            return accept(proposal.tokens, proposal.topology, logits.argmax(-1))
+        return accept_walking(proposal.tokens, proposal.topology, logits, _root_positions(rows),
+                              [row.chooser for row in rows])
 
     def _commit(self, proposal: Proposal, hidden: Tensor, accepted: Accepted) -> list[StepOutput]:
-        rows = (0, len(self._rows))
-        self.cache.commit(rows, accepted.path, accepted.counts)
-        batch = torch.arange(rows[1], device=hidden.device)[:, None]
-        self.session.observe(rows, hidden[batch, accepted.path], accepted.counts)
-        drafted = (proposal.tokens[:, 1:] >= 0).sum(-1).tolist()
-        emitted, counts = accepted.emitted.tolist(), accepted.counts.tolist()
-        for row, drafts, count in zip(self._rows, drafted, counts, strict=True):
+        rows = self.scheduler.decoding
+        span = (0, len(rows))
+        self.cache.commit(span, accepted.path, accepted.counts)
+        batch = torch.arange(len(rows), device=hidden.device)[:, None]
+        self.session.observe(span, hidden[batch, accepted.path], accepted.counts)
+        for row, drafts, tokens in zip(rows, (proposal.tokens[:, 1:] >= 0).sum(-1).tolist(), accepted.emitted,
+                                       strict=True):
             row.steps += 1
             row.drafted += drafts
-            row.accepted += count - 1
-        return self._emit(0, [tokens[:count] for tokens, count in zip(emitted, counts, strict=True)])
+            row.accepted += len(tokens) - 1
+        return self._emit(0, accepted.emitted, accepted.logprobs)
 
-    # -- rows join and leave -----------------------------------------------------------------------------------------
+    # -- prompts go in -----------------------------------------------------------------------------------------------
 
-    def _admit(self) -> list[StepOutput]:
-        """Prefill waiting requests into free rows, similar lengths together so that little padding is computed."""
-        free = self.max_batch - len(self._rows)
-        fresh = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
-        outputs: list[StepOutput] = []
-        for group in _groups_by_length(fresh):
-            outputs += self._prefill(group)
-        return outputs
+    def _prefill(self) -> list[StepOutput]:
+        """One chunk of the prompts that are going in; the first token of each once all of them are."""
+        starts = self.scheduler.next_starts()
+        if starts:
+            self._open_group(starts)
+        group = self.scheduler.group
+        if group is None:
+            return []
+        self._forward_chunk(group, group.chunk(bool(self.scheduler.decoding), self.base.branching))
+        return self._close_group(group) if group.done == group.longest else []
 
-    def _prefill(self, requests: list[Request]) -> list[StepOutput]:
-        started = time.perf_counter()
-        first = len(self._rows)
-        rows = (first, first + len(requests))
-        for row, request in enumerate(requests, start=first):
-            stops = self.base.stop_ids if request.stop_ids is None else request.stop_ids
-            self._rows.append(_Row(request, started, frozenset(stops)))
-            self.session.admit(row, request.prompt_ids)
-        hidden = self.base.prefill([request.prompt_ids for request in requests], self.cache, rows)
-        counts = self.cache.lengths[rows[0]:rows[1]].clone()
+    def _open_group(self, starts: list[Start]) -> None:
+        """Rows for new prompts; beginnings shared with decoding rows are copied instead of computed."""
+        first, now = len(self.scheduler.decoding), time.perf_counter()
+        for row, start in enumerate(starts, start=first):
+            self.cache.clear_rows((row, row + 1))
+            self.session.admit(row, start.request.prompt_ids)
+            if start.shared:
+                self.cache.copy_beginning(start.donor, row, start.shared)
+                self.session.copy_beginning(start.donor, row, start.shared)
+        self.scheduler.group = Group(starts, [self._row(start.request, now) for start in starts])
+        width = self.base.vocabulary.width
+        self._last_hidden = torch.zeros(len(starts), width, dtype=self.base.dtype, device=self.base.device)
+
+    def _row(self, request: Request, now: float) -> Row:
+        stops = self.base.stop_ids if request.stop_ids is None else request.stop_ids
+        text = TextStream(self.base.decode, request.stop) if request.stop else None
+        return Row(request, Chooser(request, self.base.vocab_size, self.base.device), frozenset(stops), text, now)
+
+    def _forward_chunk(self, group: Group, width: int) -> None:
+        """The next `width` tokens of every prompt of the group; shorter prompts are padded."""
+        first = len(self.scheduler.decoding)
+        rows = (first, first + len(group.rows))
+        ids = torch.zeros(len(group.rows), width, dtype=torch.int64)
+        for row, start in enumerate(group.starts):
+            begin = start.shared + group.done
+            piece = start.request.prompt_ids[begin:begin + width]
+            ids[row, :len(piece)] = torch.tensor(piece)
+        left = torch.tensor([start.left for start in group.starts], device=self.base.device) - group.done
+        counts = left.clamp(0, width)
+        hidden = self.base.forward(ids.to(self.base.device), self.cache, rows, chain(width), counts)
+        self.cache.lengths[rows[0]:rows[1]] += counts
         self.session.observe(rows, hidden, counts)
-        last = hidden[torch.arange(len(requests), device=hidden.device), counts - 1]
-        chosen = choose(self.base.logits(last)[:, None], counts[:, None], self._sampling(*rows))
-        now = time.perf_counter()
-        for fresh in self._rows[first:]:
-            fresh.first_token = now
-        return self._emit(first, chosen.tolist())
+        ends = (left > 0) & (left <= width)
+        batch = torch.arange(len(group.rows), device=hidden.device)
+        last = hidden[batch, (left - 1).clamp(0, width - 1)]
+        self._last_hidden = torch.where(ends[:, None], last, self._last_hidden)
+        group.done += width
 
-    def _emit(self, first: int, emitted: list[list[int]]) -> list[StepOutput]:
-        """Give each row from `first` on its new tokens; end the rows that are done, last row first."""
+    def _close_group(self, group: Group) -> list[StepOutput]:
+        """Its rows join the decoding ones with their first token."""
+        first, now = len(self.scheduler.decoding), time.perf_counter()
+        logits = self.base.logits(self._last_hidden)
+        positions = [len(row.request.prompt_ids) for row in group.rows]
+        tokens = choose(logits, positions, [row.chooser for row in group.rows])
+        logprobs: list[list[TokenLogprob]] = []
+        for index, (row, token) in enumerate(zip(group.rows, tokens, strict=True)):
+            row.first_token = now
+            row.chooser.record(token)
+            asked = row.request.logprobs
+            logprobs.append([] if asked is None else [token_logprob(logits[index], token, asked)])
+        self.scheduler.decoding += group.rows
+        self.scheduler.group, self._last_hidden = None, EMPTY
+        return self._emit(first, [[token] for token in tokens], logprobs)
+
+    # -- rows leave --------------------------------------------------------------------------------------------------
+
+    def _emit(self, first: int, emitted: list[list[int]], logprobs: list[list[TokenLogprob]]) -> list[StepOutput]:
+        """Give each decoding row from `first` on its new tokens; end the rows that are done, last row first."""
         outputs = []
         for offset, tokens in reversed(list(enumerate(emitted))):
             index = first + offset
-            row = self._rows[index]
-            kept, reason = self._clip(row, tokens)
+            row = self.scheduler.decoding[index]
+            kept, reason = clip(row, tokens, self.context_limit)
             row.tokens += kept
+            said = tuple(logprobs[offset][:len(kept)]) if row.request.logprobs is not None else None
+            row.logprobs += said or ()
             self.session.emit(index, kept)
             self.roots[index] = kept[-1]
             result = self._finish(index, reason) if reason else None
-            outputs.append(StepOutput(row.request.id, tuple(kept), result))
+            outputs.append(StepOutput(row.request.id, tuple(kept), result, said))
         return outputs[::-1]
 
-    def _clip(self, row: _Row, tokens: list[int]) -> tuple[list[int], FinishReason | None]:
-        """What of the new tokens belongs to the answer, and why it ends there if it does."""
-        room = self.context_limit - len(row.request.prompt_ids) - len(row.tokens)
-        budget = row.request.max_new_tokens - len(row.tokens)
-        for count, token in enumerate(tokens, start=1):
-            if token in row.stop_ids:
-                return tokens[:count], "stop"
-            if count == budget:
-                return tokens[:count], "length"
-            if count == room:
-                return tokens[:count], "context"
-        return tokens, None
-
     def _finish(self, index: int, reason: FinishReason) -> Result:
-        """Take a row out; the last row moves into its place so that running rows have no holes."""
-        row = self._rows[index]
-        last = len(self._rows) - 1
-        if index != last:
-            self.cache.move_row(last, index)
-            self.session.move(last, index)
-            self.roots[index] = self.roots[last]
-            self._rows[index] = self._rows[last]
-        self._rows.pop()
-        self._ids.discard(row.request.id)
-        self._cancelled.discard(row.request.id)
-        now = time.perf_counter()
-        began = row.first_token or now
-        return Result(row.request.id, row.request.prompt_ids, tuple(row.tokens), reason, row.steps, row.drafted,
-                      row.accepted, began - row.started, now - began)
+        row, moves = self.scheduler.leave(index)
+        self._move(moves)
+        if self.scheduler.group is not None:
+            self._last_hidden = self._last_hidden.roll(1, dims=0)  # as the group's rows
+        self.scheduler.forget(row.request)
+        return _result(row, reason)
+
+    def _move(self, moves: list[tuple[int, int]]) -> None:
+        for source, target in moves:
+            self.cache.move_row(source, target)
+            self.session.move(source, target)
+            self.roots[target] = self.roots[source]
 
     def _drop_cancelled(self) -> list[StepOutput]:
-        if not self._cancelled:
+        scheduler = self.scheduler
+        if not scheduler.cancelled:
             return []
-        outputs = []
-        for request in [request for request in self._waiting if request.id in self._cancelled]:
-            self._waiting.remove(request)
-            self._ids.discard(request.id)
-            outputs.append(StepOutput(request.id, (), Result(request.id, request.prompt_ids, (), "cancelled")))
-        for index in reversed(range(len(self._rows))):
-            if self._rows[index].request.id in self._cancelled:
-                result = self._finish(index, "cancelled")
-                outputs.append(StepOutput(result.id, (), result))
-        self._cancelled.clear()
-        return outputs
+        ended = []
+        for request in [request for request in scheduler.waiting if request.id in scheduler.cancelled]:
+            scheduler.waiting.remove(request)
+            scheduler.forget(request)
+            ended.append(Result(request.id, request.prompt_ids, (), "cancelled"))
+        for index in reversed(range(len(scheduler.group.rows) if scheduler.group else 0)):
+            ended += self._drop_from_group(index)
+        for index in reversed(range(len(scheduler.decoding))):
+            if scheduler.decoding[index].request.id in scheduler.cancelled:
+                ended.append(self._finish(index, "cancelled"))
+        scheduler.cancelled.clear()
+        return [StepOutput(result.id, (), result) for result in ended]
 
-    def _sampling(self, start: int, stop: int) -> Sampling:
-        requests = [row.request for row in self._rows[start:stop]]
-        return Sampling(tuple(r.temperature for r in requests), tuple(r.seed for r in requests))
+    def _drop_from_group(self, index: int) -> list[Result]:
+        group = self.scheduler.group
+        assert group is not None
+        if group.rows[index].request.id not in self.scheduler.cancelled:
+            return []
+        self._last_hidden[index] = self._last_hidden[-1]
+        self._last_hidden = self._last_hidden[:-1]
+        row, moves = self.scheduler.leave_group(index)
+        self._move(moves)
+        self.scheduler.forget(row.request)
+        return [_result(row, "cancelled")]
 
 
-def _groups_by_length(requests: list[Request]) -> list[list[Request]]:
-    """Split into groups that pad little: a group's longest prompt is at most twice its shortest (or 32 tokens)."""
-    groups: list[list[Request]] = []
-    for request in sorted(requests, key=lambda r: len(r.prompt_ids)):
-        length = len(request.prompt_ids)
-        group = groups[-1] if groups else None
-        fits = group and length <= max(32, 2 * len(group[0].prompt_ids)) and length * (len(group) + 1) <= PREFILL_TOKENS
-        if group and fits:
-            group.append(request)
-        else:
-            groups.append([request])
-    return groups
+def clip(row: Row, tokens: list[int], context_limit: int) -> tuple[list[int], FinishReason | None]:
+    """What of the new tokens belongs to the answer, and why it ends there if it does."""
+    room = context_limit - len(row.request.prompt_ids) - len(row.tokens)
+    budget = row.request.max_new_tokens - len(row.tokens)
+    for count, token in enumerate(tokens, start=1):
+        if row.text is not None:
+            row.text.push([token])
+        if token in row.stop_ids or (row.text is not None and row.text.stopped):
+            return tokens[:count], "stop"
+        if count == budget:
+            return tokens[:count], "length"
+        if count == room:
+            return tokens[:count], "context"
+    return tokens, None
+
+
+def _root_positions(rows: Sequence[Row]) -> list[int]:
+    """Where the newest token of each row stands: chosen, but not yet in the cache."""
+    return [len(row.request.prompt_ids) + len(row.tokens) - 1 for row in rows]
+
+
+def _result(row: Row, reason: FinishReason) -> Result:
+    now = time.perf_counter()
+    began = row.first_token or now
+    return Result(row.request.id, row.request.prompt_ids, tuple(row.tokens), reason, row.steps, row.drafted,
+                  row.accepted, began - row.started, now - began,
+                  tuple(row.logprobs) if row.request.logprobs is not None else None)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from hydra_core.base.model import Base
-from hydra_core.decoding.choose import Sampling, choose
-from hydra_core.decoding.records import FinishReason, Request, Result
+from hydra_core.decoding.choose import Chooser, choose, token_logprob
+from hydra_core.decoding.records import FinishReason, Request, Result, TokenLogprob
+from hydra_core.decoding.text import TextStream
 from hydra_core.tree.topology import PLAIN
 
 
@@ -16,15 +17,22 @@ def naive_generate(base: Base, request: Request, context_limit: int | None = Non
     limit = min(context_limit or base.context_limit, base.context_limit)
     request.check(base.vocab_size, limit)
     stops = base.stop_ids if request.stop_ids is None else request.stop_ids
-    sampling = Sampling((request.temperature,), (request.seed,))
+    chooser = Chooser(request, base.vocab_size, base.device)
+    text = TextStream(base.decode, request.stop)
     cache = base.allocate(1, limit)
     hidden = base.prefill([request.prompt_ids], cache, (0, 1))[:, -1:]
     tokens: list[int] = []
+    logprobs: list[TokenLogprob] = []
     reason: FinishReason | None = None
     while reason is None:
-        position = torch.tensor([[len(request.prompt_ids) + len(tokens)]], device=base.device)
-        tokens.append(int(choose(base.logits(hidden), position, sampling)))
-        if tokens[-1] in stops:
+        logits = base.logits(hidden)[:, 0]
+        tokens += choose(logits, [len(request.prompt_ids) + len(tokens)], [chooser])
+        chooser.record(tokens[-1])
+        if request.logprobs is not None:
+            logprobs.append(token_logprob(logits[0], tokens[-1], request.logprobs))
+        if request.stop:
+            text.push(tokens[-1:])
+        if tokens[-1] in stops or text.stopped:
             reason = "stop"
         elif len(tokens) == request.max_new_tokens:
             reason = "length"
@@ -34,4 +42,5 @@ def naive_generate(base: Base, request: Request, context_limit: int | None = Non
             token = torch.tensor([[tokens[-1]]], device=base.device)
             hidden = base.forward(token, cache, (0, 1), PLAIN.topology)
             cache.lengths[0] += 1
-    return Result(request.id, request.prompt_ids, tuple(tokens), reason, steps=len(tokens) - 1)
+    return Result(request.id, request.prompt_ids, tuple(tokens), reason, steps=len(tokens) - 1,
+                  logprobs=tuple(logprobs) if request.logprobs is not None else None)

@@ -1,4 +1,4 @@
-"""Sampling as an argmax: Gumbel noise that is a function of (seed, position, token id) and of nothing else.
+"""Sampling as an argmax: Gumbel noise that is a function of (seed, choice, position, token id) and of nothing else.
 
 A token is argmax(logits / T + noise). Whoever asks, in any batch and any order, gets the same noise, so speculative
 sampling equals plain sampling with the same seed token for token, and drafters may rank by the very same noise.
@@ -6,11 +6,18 @@ sampling equals plain sampling with the same seed token for token, and drafters 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+HIGHEST = 16.64
+"""No noise is greater: the largest uniform is 1 - 2**-24, and -log(-log(1 - 2**-24)) = 16.6355."""
+
 _MASK32 = 0xFFFF_FFFF
 _MASK64 = 0xFFFF_FFFF_FFFF_FFFF
+
+Key = tuple[int, int]
 
 
 def _mix64(value: int) -> int:
@@ -24,20 +31,29 @@ def _signed32(value: int) -> int:
     return value - (1 << 32) if value & 0x8000_0000 else value
 
 
-def position_key(seed: int, position: int) -> tuple[int, int]:
-    """Two signed 32-bit words for one draw."""
-    key = _mix64((_mix64(seed & _MASK64) + position * 0x9E37_79B9_7F4A_7C15) & _MASK64)
+def position_key(seed: int, position: int, choice: int = 0) -> Key:
+    """Two signed 32-bit words for one draw. `choice`: which of several answers to one prompt is drawn."""
+    stream = _mix64((_mix64(seed & _MASK64) + choice * 0xD1B5_4A32_D192_ED03) & _MASK64)
+    key = _mix64((stream + position * 0x9E37_79B9_7F4A_7C15) & _MASK64)
     return _signed32(key & _MASK32), _signed32(key >> 32)
 
 
-def gumbel(keys: list[tuple[int, int]], ids: Tensor) -> Tensor:
-    """Standard Gumbel noise [len(keys), len(ids)] float32 for token `ids` [n] int64, one `position_key` a row.
+def gumbel(keys: Sequence[Key], ids: Tensor) -> Tensor:
+    """Standard Gumbel noise [len(keys), len(ids)] float32 for token `ids` [n] int64, one `position_key` a row."""
+    words = torch.tensor(keys, dtype=torch.int32, device=ids.device).view(-1, 2)
+    return _hashed(ids[None], words[:, :1], words[:, 1:])
 
-    A 32-bit counter-based hash: two rounds of a low-bias integer mixer with a key word before each.
-    """
-    words = torch.tensor(keys, dtype=torch.int32, device=ids.device)
-    mixed = _mix32((ids.to(torch.int32) * -1640531535)[None] ^ words[:, :1])
-    mixed = _mix32(mixed ^ words[:, 1:])
+
+def gumbel_at(keys: Sequence[Key], rows: Tensor, ids: Tensor) -> Tensor:
+    """The entries (rows[i], ids[i]) of `gumbel(keys, all ids)`: [n] float32, without making the others."""
+    words = torch.tensor(keys, dtype=torch.int32, device=ids.device).view(-1, 2)[rows]
+    return _hashed(ids, words[:, 0], words[:, 1])
+
+
+def _hashed(ids: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """A 32-bit counter-based hash: two rounds of a low-bias integer mixer with a key word before each."""
+    mixed = _mix32((ids.to(torch.int32) * -1640531535) ^ first)
+    mixed = _mix32(mixed ^ second)
     uniform = ((mixed >> 9) & 0x7F_FFFF).float().add_(0.5).mul_(2.0 ** -23)  # 23 bits: never rounds to 0 or 1
     return uniform.log_().neg_().log_().neg_()
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hydra_core.base.kv_cache import KVCache
 from hydra_core.base.model import PREFILL_CHUNK
-from hydra_core.decoding.choose import Sampling
+from hydra_core.decoding.choose import Chooser, rank_scores
 from hydra_core.drafters import HeadDrafter, NgramDrafter, NgramIndex
 from hydra_core.drafters.hydra_plus import HydraPlusPlus
 from hydra_core.tree.topology import PLAIN, Topology, Tree, TreeSet, chain
@@ -38,11 +38,15 @@ class Session(Protocol):
 
     def emit(self, row: int, tokens: Sequence[int]) -> None: ...
 
-    def propose(self, roots: Tensor, positions: Tensor, sampling: Sampling) -> Proposal:
-        """`roots`: [B] tokens; `positions`: [B] where they stand."""
+    def propose(self, roots: Tensor, positions: Sequence[int], choosers: Sequence[Chooser]) -> Proposal:
+        """`roots`: [B] tokens; `positions`: [B] where they stand; `choosers`: how each row will choose."""
         ...
 
     def move(self, source: int, target: int) -> None: ...
+
+    def copy_beginning(self, source: int, target: int, count: int) -> None:
+        """Row `target` begins with the first `count` tokens of row `source`."""
+        ...
 
 
 class PlainSession:
@@ -59,11 +63,14 @@ class PlainSession:
     def emit(self, row: int, tokens: Sequence[int]) -> None:
         """Nothing to remember."""
 
-    def propose(self, roots: Tensor, positions: Tensor, sampling: Sampling) -> Proposal:
+    def propose(self, roots: Tensor, positions: Sequence[int], choosers: Sequence[Chooser]) -> Proposal:
         return Proposal(roots[:, None], PLAIN.topology)
 
     def move(self, source: int, target: int) -> None:
         """Nothing to move."""
+
+    def copy_beginning(self, source: int, target: int, count: int) -> None:
+        """Nothing to copy."""
 
 
 class NgramSession(PlainSession):
@@ -81,7 +88,7 @@ class NgramSession(PlainSession):
     def emit(self, row: int, tokens: Sequence[int]) -> None:
         self.indexes[row].extend(tokens)
 
-    def propose(self, roots: Tensor, positions: Tensor, sampling: Sampling) -> Proposal:
+    def propose(self, roots: Tensor, positions: Sequence[int], choosers: Sequence[Chooser]) -> Proposal:
         length = max(1, self.drafter.length // len(roots))
         drafts = [self.indexes[row].draft(length) for row in range(len(roots))]
         longest = max(map(len, drafts))
@@ -124,17 +131,18 @@ class HeadSession(PlainSession):
         kept = self.features[rows[0]:rows[1]]
         self.features[rows[0]:rows[1]] = torch.where((counts > 0)[:, None], last, kept)
 
-    def propose(self, roots: Tensor, positions: Tensor, sampling: Sampling) -> Proposal:
+    def propose(self, roots: Tensor, positions: Sequence[int], choosers: Sequence[Chooser]) -> Proposal:
         tree = self.trees.for_batch(len(roots))
         tokens = roots.new_full((len(roots), tree.size), -1)
         tokens[:, 0] = roots
         for depth, level in enumerate(tree.levels):
-            ranked = self._ranked(tree, depth, tokens, positions, sampling)
+            ranked = self._ranked(tree, depth, tokens, positions, choosers)
             source_of = level.source_of if self.drafter.config.sequential else torch.zeros_like(level.source_of)
             tokens[:, level.nodes.start:level.nodes.stop] = ranked[:, source_of, level.ranks]
         return Proposal(tokens, tree.topology)
 
-    def _ranked(self, tree: Tree, depth: int, tokens: Tensor, positions: Tensor, sampling: Sampling) -> Tensor:
+    def _ranked(self, tree: Tree, depth: int, tokens: Tensor, positions: Sequence[int],
+                choosers: Sequence[Chooser]) -> Tensor:
         """Candidate tokens [B, sources, width] below the nodes of `depth` that have children, best first."""
         level = tree.levels[depth]
         batch = len(tokens)
@@ -145,15 +153,18 @@ class HeadSession(PlainSession):
             path = self.features.new_zeros(batch, 1, depth + 1, 0)
         features = self.features[:batch, None].expand(-1, path.shape[1], -1)
         logits = self.drafter.draft_logits(self.drafter.head_hidden(depth, features, path))
-        if not sampling.greedy:
-            where = (positions + depth + 1)[:, None].expand(-1, path.shape[1])
-            logits = sampling.perturb(logits, where, self.draft_ids)
-        return self.draft_ids[logits.topk(min(level.width, logits.shape[-1]), dim=-1).indices]
+        where = [position + depth + 1 for position in positions]
+        scores = rank_scores(logits, where, choosers, self.draft_ids)
+        return self.draft_ids[scores.topk(min(level.width, scores.shape[-1]), dim=-1).indices]
 
     def move(self, source: int, target: int) -> None:
         self.features[target] = self.features[source]
         if self.cache is not None:
             self.cache.move_row(source, target)
+
+    def copy_beginning(self, source: int, target: int, count: int) -> None:
+        if self.cache is not None:
+            self.cache.copy_beginning(source, target, count)
 
 
 def open_session(drafter: HeadDrafter | NgramDrafter | None, trees: TreeSet, rows: int, slots: int) -> Session:

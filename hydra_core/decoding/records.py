@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from hydra_core.errors import InputError
 
 FinishReason = Literal["stop", "length", "context", "cancelled"]
+MOST_LOGPROBS = 20
+
+
+@dataclass(frozen=True)
+class Typical:
+    """Typical acceptance (Medusa, arXiv 2401.10774): LOSSY, answers differ from plain decoding.
+
+    A drafted token stands when its probability exceeds min(threshold, alpha * exp(-entropy)).
+    """
+
+    threshold: float = 0.09
+    alpha: float = 0.3
 
 
 @dataclass(frozen=True)
 class Request:
     """One sequence to decode.
 
-    `temperature` 0 is greedy; above it tokens are drawn by noise that depends on `seed` and position alone. `stop_ids`
-    replaces the base's own end-of-turn ids when given. The stop token is the last one of the result.
+    `temperature` 0 is greedy; above it tokens are drawn by noise that depends on `seed`, `choice` and position alone.
+    Logits are processed in the order: repetition, presence and frequency penalty, temperature, top-k, top-p, min-p. The
+    repetition penalty counts prompt and answer, the other two the answer. `stop_ids` replaces the base's own
+    end-of-turn ids when given; `stop` strings end an answer with the token that completes one (they need a tokenizer).
+    The stop token is the last one of the result. `logprobs`: how many of the most likely tokens are reported at each
+    position, with the chosen one, from the base's unprocessed logits; None reports nothing.
     """
 
     id: str
@@ -25,22 +41,77 @@ class Request:
     temperature: float = 0.0
     seed: int = 0
     stop_ids: tuple[int, ...] | None = None
+    stop: tuple[str, ...] = ()
+    choice: int = 0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logprobs: int | None = None
+    typical: Typical | None = None
+
+    @property
+    def penalised(self) -> bool:
+        """Whether the choice of a token depends on those before it by more than the base's logits."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
     def check(self, vocab_size: int, context_limit: int) -> None:
         """Raise InputError that names the field when the request cannot be decoded."""
         if not self.prompt_ids:
-            raise InputError(f"request {self.id}: prompt: is empty")
+            raise self._wrong("prompt", "is empty")
         if min(self.prompt_ids) < 0 or max(self.prompt_ids) >= vocab_size:
-            raise InputError(f"request {self.id}: prompt_ids: a token id lies outside the vocabulary of {vocab_size}")
+            raise self._wrong("prompt_ids", f"a token id lies outside the vocabulary of {vocab_size}")
         if len(self.prompt_ids) >= context_limit:
-            raise InputError(f"request {self.id}: prompt: {len(self.prompt_ids)} tokens leave no room in a context of "
-                             f"{context_limit}: shorten it")
+            raise self._wrong("prompt", f"{len(self.prompt_ids)} tokens leave no room in a context of "
+                                        f"{context_limit}: shorten it")
         if self.max_new_tokens < 1:
-            raise InputError(f"request {self.id}: max_new_tokens: must be at least 1, got {self.max_new_tokens}")
-        if not math.isfinite(self.temperature) or self.temperature < 0:
-            raise InputError(f"request {self.id}: temperature: must be 0 or more, got {self.temperature}")
+            raise self._wrong("max_new_tokens", f"must be at least 1, got {self.max_new_tokens}")
         if not -2**63 <= self.seed < 2**63:
-            raise InputError(f"request {self.id}: seed: must fit 64 bits")
+            raise self._wrong("seed", "must fit 64 bits")
+        self._check_sampling()
+        self._check_stops(vocab_size)
+
+    def _check_sampling(self) -> None:
+        for name, value, low, high in (
+                ("temperature", self.temperature, 0, math.inf), ("top_k", self.top_k, 0, math.inf),
+                ("top_p", self.top_p, 0, 1), ("min_p", self.min_p, 0, 1),
+                ("repetition_penalty", self.repetition_penalty, 0, math.inf),
+                ("presence_penalty", self.presence_penalty, -math.inf, math.inf),
+                ("frequency_penalty", self.frequency_penalty, -math.inf, math.inf),
+                ("choice", self.choice, 0, 2**31), ("logprobs", self.logprobs or 0, 0, MOST_LOGPROBS)):
+            if not math.isfinite(value) or not low <= value <= high:
+                limits = f"between {low} and {high}" if math.isfinite(high) else f"{low} or more"
+                raise self._wrong(name, f"must be {limits}, got {value}" if math.isfinite(low) else f"got {value}")
+        for name, value in (("top_p", self.top_p), ("repetition_penalty", self.repetition_penalty)):
+            if value == 0:
+                raise self._wrong(name, "must be more than 0")
+        if self.typical is not None and not (0 < self.typical.threshold <= 1 and self.typical.alpha > 0):
+            raise self._wrong("typical", "threshold must lie in (0, 1] and alpha be more than 0")
+
+    def _check_stops(self, vocab_size: int) -> None:
+        if any(not isinstance(stop, str) or not stop for stop in self.stop):
+            raise self._wrong("stop", "must be strings that are not empty")
+        if any(not isinstance(token, int) or not 0 <= token < vocab_size for token in self.stop_ids or ()):
+            raise self._wrong("stop_ids", f"must be token ids below {vocab_size}")
+
+    def _wrong(self, field: str, what: str) -> InputError:
+        return InputError(f"request {self.id}: {field}: {what}")
+
+
+def choices(request: Request, count: int) -> list[Request]:
+    """`count` requests for as many answers to one prompt: other noise, other ids (`id/0`, `id/1`, ...), else equal."""
+    return [replace(request, id=f"{request.id}/{choice}", choice=choice) for choice in range(count)]
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Log probability of the chosen `token`, and of the most likely ones as (token, log probability), best first."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,7 +119,8 @@ class Result:
     """A finished sequence.
 
     `steps`: base forwards after prefill; `drafted`, `accepted`: draft nodes verified and kept; `prefill_seconds`:
-    from admission to the first token; `decode_seconds`: from then on, shared with the rows beside it.
+    from admission to the first token; `decode_seconds`: from then on, shared with the rows beside it; `logprobs`: one a
+    token, None when not asked for.
     """
 
     id: str
@@ -60,6 +132,7 @@ class Result:
     accepted: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    logprobs: tuple[TokenLogprob, ...] | None = None
 
     @property
     def tokens_per_step(self) -> float:
@@ -74,3 +147,4 @@ class StepOutput:
     id: str
     token_ids: tuple[int, ...]
     result: Result | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None

@@ -71,6 +71,10 @@ class PrefixLayer(nn.Module):
         gate, up = self.gate_up(self.mlp_norm(hidden)).chunk(2, dim=-1)
         return self.norm(hidden + self.down(F.silu(gate) * up))
 
+    def cache_bytes(self, rows: int, slots: int) -> int:
+        """What `allocate` will take."""
+        return KVCache.bytes_for(1, rows, slots, self.kv_heads, self.head_width, self.qkv.weight.dtype)
+
     def allocate(self, rows: int, slots: int) -> KVCache:
         """A one-layer cache in this layer's dtype and on its device."""
         weight = self.qkv.weight

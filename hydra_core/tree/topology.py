@@ -69,6 +69,14 @@ class Topology:
         return routes
 
     @cached_property
+    def children(self) -> tuple[tuple[int, ...], ...]:
+        """The nodes below each node."""
+        found: list[list[int]] = [[] for _ in self.parents]
+        for node, parent in enumerate(self.parents[1:], start=1):
+            found[parent].append(node)
+        return tuple(map(tuple, found))
+
+    @cached_property
     def is_chain(self) -> bool:
         return all(parent == node - 1 for node, parent in enumerate(self.parents))
 

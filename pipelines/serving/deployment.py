@@ -19,7 +19,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from hydra_core.base import load_base
-from hydra_core.decoding import Engine, Result, load_configuration
+from hydra_core.decoding import Engine, Result, TextStream, load_configuration
 from hydra_core.decoding import Request as EngineRequest
 from hydra_core.errors import InputError
 from pipelines.serving.host import EngineHost
@@ -32,7 +32,6 @@ from pipelines.serving.openai_api import (
     usage_chunk,
 )
 from pipelines.serving.records import Answer, AppArgs, Generation, Refusal
-from pipelines.serving.text import TextStream
 
 log = logging.getLogger("ray.serve")
 

@@ -10,12 +10,22 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    JambaConfig,
+    JambaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -23,7 +33,8 @@ from transformers import (
 from hydra_core.base import Base, load_base, load_vocabulary
 from hydra_core.base.fallback import TransformersDecoder
 from hydra_core.base.fused import FusedDecoder
-from hydra_core.errors import InputError
+from hydra_core.decoding import Engine, Request, naive_generate
+from hydra_core.drafters import NgramDrafter
 from hydra_core.tree import Tree
 from tests.tiny import make_config, make_tokenizer
 from tests.trained import random_prompts
@@ -37,9 +48,20 @@ MODELS: dict[str, tuple[Callable[[Any], Any], Any, type]] = {
     "untied": (LlamaForCausalLM, make_config(tie_word_embeddings=False, num_key_value_heads=4), FusedDecoder),
     "llama3-rope": (LlamaForCausalLM, make_config(rope_parameters=LLAMA3_ROPE), FusedDecoder),
     "wide-heads": (LlamaForCausalLM, make_config(head_dim=16, num_key_value_heads=1), FusedDecoder),
-    "biased": (LlamaForCausalLM, LlamaConfig(**SMALL, num_key_value_heads=2, attention_bias=True), TransformersDecoder),
+    "biased": (LlamaForCausalLM, LlamaConfig(**SMALL, num_key_value_heads=2, attention_bias=True, mlp_bias=True),
+               FusedDecoder),
+    "mistral": (MistralForCausalLM, MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=None), FusedDecoder),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SMALL, num_key_value_heads=2), FusedDecoder),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=16), FusedDecoder),
+    "mistral-sliding": (MistralForCausalLM, MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=6),
+                        TransformersDecoder),
+    "qwen2-sliding": (Qwen2ForCausalLM, Qwen2Config(**SMALL, num_key_value_heads=2, use_sliding_window=True,
+                                                    sliding_window=5, max_window_layers=1), TransformersDecoder),
+    "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig(**SMALL, num_key_value_heads=2, head_dim=8, sliding_window=5,
+                                                   layer_types=["sliding_attention", "full_attention"]),
+               TransformersDecoder),
     "neox": (GPTNeoXForCausalLM, GPTNeoXConfig(**SMALL), TransformersDecoder),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=8), TransformersDecoder),
+    "phi": (PhiForCausalLM, PhiConfig(**SMALL, partial_rotary_factor=0.5), TransformersDecoder),
 }
 
 
@@ -48,7 +70,12 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     build, config, decoder = MODELS[request.param]
     folder = tmp_path_factory.mktemp("model") / request.param
     torch.manual_seed(3)
-    build(config).save_pretrained(folder)
+    model = build(config)
+    with torch.no_grad():  # biases and norms start as zeros and ones: what leaves them out would pass
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder, decoder
 
@@ -97,7 +124,9 @@ def test_only_the_ends_of_the_model(saved: tuple[Path, type]) -> None:
     assert ends.identity == base.identity and ends.stop_ids == base.stop_ids == (2,)
     assert torch.equal(ends.embedding, base.vocabulary.embedding)
     assert torch.equal(ends.norm_weight, base.vocabulary.norm_weight) and ends.norm_eps == base.vocabulary.norm_eps
-    assert torch.equal(ends.head.weight, base.vocabulary.head.weight) and ends.head.bias is None
+    assert torch.equal(ends.head.weight, base.vocabulary.head.weight)
+    states = torch.randn(3, ends.width)
+    assert torch.equal(ends.head(states), base.logits(states))  # bias, scale and soft cap too
 
 
 def test_both_decoders_agree(tiny_base_dir: Path) -> None:
@@ -117,9 +146,26 @@ def test_a_long_prompt_goes_through_in_chunks(tiny_base_dir: Path, monkeypatch: 
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_models_without_a_cache_to_branch_in_are_refused(tmp_path: Path) -> None:
-    folder = tmp_path / "mamba"
-    MambaForCausalLM(MambaConfig(vocab_size=288, hidden_size=16, num_hidden_layers=1, state_size=4)).save_pretrained(folder)
+@pytest.mark.parametrize("kind", ["mamba", "jamba"])
+def test_recurrent_models_decode_plainly(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / kind
+    torch.manual_seed(0)
+    if kind == "mamba":
+        MambaForCausalLM(MambaConfig(vocab_size=288, hidden_size=16, num_hidden_layers=2, state_size=4, eos_token_id=2,
+                                     initializer_range=0.5)).save_pretrained(folder)
+    else:
+        JambaForCausalLM(JambaConfig(**SMALL, num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1,
+                                     expert_layer_period=9, expert_layer_offset=8, num_experts=2, mamba_d_state=4,
+                                     use_mamba_kernels=False, pad_token_id=0)).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
-    with pytest.raises(InputError, match="cannot decode with a draft tree"):
-        load(folder, context_limit=64)
+    base = load(folder, context_limit=64)
+    assert "decodes plainly" in caplog.text and not base.branching
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    requests = [Request(f"r{i}", prompt, 8, stop_ids=()) for i, prompt in enumerate(random_prompts(5, seed=2))]
+    engine = Engine(base, NgramDrafter(), max_batch=2)
+    assert "without the drafter" in caplog.text
+    for result, request in zip(engine.generate(requests), requests, strict=True):
+        wanted = model.generate(torch.tensor([request.prompt_ids]), max_new_tokens=8, do_sample=False, eos_token_id=None,
+                                pad_token_id=0)
+        assert result.token_ids == tuple(wanted[0, len(request.prompt_ids):].tolist())
+        assert naive_generate(base, request).token_ids == result.token_ids

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hydra_core.base import Base
-from hydra_core.decoding import Engine, Request, Result, naive_generate
+from hydra_core.decoding import Engine, Request, Result, Typical, choices, naive_generate
 from hydra_core.drafters import HeadDrafter, NgramDrafter
 from hydra_core.errors import InputError
 from hydra_core.tree import PLAIN, Tree, TreeSet, default_trees
@@ -63,6 +63,135 @@ def test_sampling_equals_naive(tiny_base: Base, make_engine: Callable[..., Engin
     requests = [Request(f"r{i}", prompt, 25, temperature=(0.0, 0.6, 1.3)[i % 3], seed=i)
                 for i, prompt in enumerate(prompts)]
     same(tiny_base, make_engine(name, max_batch=4).generate(requests), requests)
+
+
+PROCESSORS: list[dict[str, object]] = [
+    {"temperature": 1.0}, {"temperature": 0.7, "top_k": 5}, {"temperature": 1.0, "top_p": 0.8},
+    {"temperature": 1.2, "min_p": 0.1}, {"repetition_penalty": 1.5}, {"presence_penalty": 2.0},
+    {"frequency_penalty": 1.0}, {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.2,
+                                 "presence_penalty": 0.3, "frequency_penalty": 0.2}, {"logprobs": 3},
+    {"temperature": 1.0, "choice": 2}]
+
+
+@pytest.mark.parametrize("settings", PROCESSORS, ids=lambda settings: "-".join(settings))
+def test_every_processor_equals_plain_with_the_same_seed(tiny_base: Base, make_engine: Callable[..., Engine],
+                                                         settings: dict[str, object]) -> None:
+    """1,000 seeds in all over the processors, in a running batch with another drafter each time."""
+    prompts = random_prompts(100, seed=12, longest=10)
+    requests = [Request(f"r{i}", prompt, 10, seed=1000 + i, **settings) for i, prompt in enumerate(prompts)]  # type: ignore[arg-type]
+    wanted = [naive_generate(tiny_base, request) for request in requests]
+    for name, part in (("plain", slice(0, 20)), ("ngram", slice(20, 40)), ("medusa", slice(40, 60)),
+                       ("hydra", slice(60, 80)), ("hydra++", slice(80, 100))):
+        results = make_engine(name, max_batch=7).generate(requests[part])
+        for result, reference in zip(results, wanted[part], strict=True):
+            assert (result.token_ids, result.finish_reason) == (reference.token_ids, reference.finish_reason)
+            assert (result.logprobs is None) == (reference.logprobs is None)
+            for ours, theirs in zip(result.logprobs or (), reference.logprobs or (), strict=True):
+                assert ours.token == theirs.token and ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+                assert [token for token, _ in ours.top] == [token for token, _ in theirs.top]
+
+
+def test_noise_shared_with_the_drafters_is_accepted_more(make_engine: Callable[..., Engine],
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = requests_for(random_prompts(12, seed=1), temperature=1.0)
+    shared = make_engine("hydra").generate(requests)
+    monkeypatch.setattr("hydra_core.decoding.propose.rank_scores", lambda logits, *_: logits)
+    apart = make_engine("hydra").generate(requests)
+    assert [r.token_ids for r in shared] == [r.token_ids for r in apart]
+    assert sum(r.steps for r in shared) < 0.9 * sum(r.steps for r in apart)
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_choices_share_their_prompt(tiny_base: Base, make_engine: Callable[..., Engine], name: str) -> None:
+    """Several answers to one long prompt: different, each as if alone, and the prompt computed once."""
+    requests = choices(Request("r", tuple(range(3, 203)), 12, temperature=1.0, seed=5, stop_ids=()), 4)
+    engine = make_engine(name, max_batch=4)
+    computed = []
+    forward = engine.base.forward
+
+    def counting(ids: torch.Tensor, *args: object) -> torch.Tensor:
+        computed.append(ids.numel())
+        return forward(ids, *args)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.base, "forward", counting)
+        results = engine.generate(requests)
+    same(tiny_base, results, requests)
+    assert len({result.token_ids for result in results}) == 4
+    assert sum(count for count in computed if count > 100) == 200  # the other three rows are copies
+
+
+def test_stop_strings_end_an_answer_where_they_are_complete(tiny_base: Base, make_engine: Callable[..., Engine]) -> None:
+    prompts = random_prompts(6, seed=1)
+    texts = [tiny_base.decode(naive_generate(tiny_base, Request("a", prompt, 30)).token_ids) for prompt in prompts]
+    requests = [Request(f"r{i}", prompt, 30, stop=(text[5:7], "never here"))
+                for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)) if text[5:7].isprintable() and text[5:7]]
+    assert len(requests) >= 3
+    for name in DRAFTERS:
+        results = make_engine(name, max_batch=3).generate(requests)
+        same(tiny_base, results, requests)
+        for result, request in zip(results, requests, strict=True):
+            assert request.stop[0] in tiny_base.decode(result.token_ids) and result.finish_reason == "stop"
+            assert request.stop[0] not in tiny_base.decode(result.token_ids[:-1])
+
+
+def test_lossy_mode_is_asked_for_by_name(make_engine: Callable[..., Engine]) -> None:
+    prompts = random_prompts(20, seed=2)
+    exact = make_engine("hydra").generate(requests_for(prompts))
+    lossy = make_engine("hydra").generate(requests_for(prompts, typical=Typical(threshold=0.01, alpha=0.05)))
+    assert sum(r.steps for r in lossy) < sum(r.steps for r in exact)
+    assert [r.token_ids for r in lossy] != [r.token_ids for r in exact]
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_prompts_go_in_beside_decoding_rows(tiny_base: Base, make_engine: Callable[..., Engine], name: str,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long prompt is taken in pieces, and rows that decode get a token at every step meanwhile."""
+    monkeypatch.setattr("hydra_core.decoding.scheduler.BUSY_TOKENS", 16)
+    engine = make_engine(name, max_batch=3)
+    first = Request("first", (7, 8, 9), 100, stop_ids=())
+    late = [Request("long", tuple(range(3, 203)), 6, stop_ids=()), Request("short", (4, 5), 6, stop_ids=())]
+    engine.add(first)
+    engine.step()
+    for request in late:
+        engine.add(request)
+    results, waited = {}, 0
+    while engine.has_work:
+        outputs = engine.step()
+        results.update({o.id: o.result for o in outputs if o.result})
+        if "first" not in results:
+            assert any(output.id == "first" and output.token_ids for output in outputs)
+        waited += not any(output.id == "long" for output in outputs) and "long" not in results
+    assert waited >= 200 // 16
+    same(tiny_base, [results[r.id] for r in (first, *late)], [first, *late])
+
+
+def test_cancelled_while_going_in(tiny_base: Base, make_engine: Callable[..., Engine],
+                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hydra_core.decoding.scheduler.BUSY_TOKENS", 30)
+    requests = [Request("runs", (7, 8, 9), 12, stop_ids=()), Request("ends", (7, 8), 3, stop_ids=())]
+    late = [Request(f"late{i}", tuple(range(3 + i, 93 + i)), 8, stop_ids=()) for i in range(3)]
+    engine = make_engine("hydra++", max_batch=5)
+    for request in requests:
+        engine.add(request)
+    results = {o.id: o.result for o in engine.step() if o.result}
+    for request in late:
+        engine.add(request)
+    results.update({o.id: o.result for o in engine.step() if o.result})
+    engine.cancel("late1")
+    while engine.has_work:
+        results.update({o.id: o.result for o in engine.step() if o.result})
+    assert results["late1"].finish_reason == "cancelled" and results["late1"].token_ids == ()
+    kept = [*requests, late[0], late[2]]
+    same(tiny_base, [results[r.id] for r in kept], kept)
+
+
+def test_caches_that_do_not_fit_are_refused(tiny_base: Base, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "hydra_core"):
+        Engine(tiny_base, max_batch=4, context_limit=100)
+    assert "4 rows x 101 tokens: 0.00 GiB" in caplog.text
+    with pytest.raises(InputError, match="max_batch=1000000000.*lower one"):
+        Engine(tiny_base, max_batch=10**9)
 
 
 @pytest.mark.parametrize("name", ["hydra", "hydra++"])
@@ -186,7 +315,15 @@ def test_bad_requests_are_refused_alone(tiny_base: Base, make_engine: Callable[.
            (Request("x", (5,) * 256, 5), "room"), (Request("x", (5,), 0), "max_new_tokens"),
            (Request("x", (5,), 5, temperature=float("nan")), "temperature"),
            (Request("x", (5,), 5, temperature=-0.1), "temperature"), (Request("x", (5,), 5, seed=2**63), "seed"),
-           (Request("good", (5,), 5), "already")]
+           (Request("good", (5,), 5), "already"), (Request("x", (5,), -3), "max_new_tokens"),
+           (Request("x", (5,), 5, top_p=0.0), "top_p"), (Request("x", (5,), 5, top_p=1.5), "top_p"),
+           (Request("x", (5,), 5, top_k=-1), "top_k"), (Request("x", (5,), 5, min_p=float("nan")), "min_p"),
+           (Request("x", (5,), 5, repetition_penalty=0.0), "repetition_penalty"),
+           (Request("x", (5,), 5, presence_penalty=float("inf")), "presence_penalty"),
+           (Request("x", (5,), 5, logprobs=21), "logprobs"), (Request("x", (5,), 5, choice=-1), "choice"),
+           (Request("x", (5,), 5, stop=("",)), "stop"), (Request("x", (5,), 5, stop=(7,)), "stop"),  # type: ignore[arg-type]
+           (Request("x", (5,), 5, stop_ids=(288,)), "stop_ids"), (Request("x", (5,), 5, stop_ids=("a",)), "stop_ids"),  # type: ignore[arg-type]
+           (Request("x", (5,), 5, typical=Typical(threshold=0)), "typical")]
     for request, word in bad:
         with pytest.raises(InputError, match=word):
             engine.add(request)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.serving.text import TextStream
+from hydra_core.decoding.text import TextStream
 
 
 def decode_bytes(ids: list[int]) -> str:

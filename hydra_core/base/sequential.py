@@ -1,0 +1,76 @@
+"""Models whose cache is no list of keys (recurrent, hybrid): one row after another, nothing drafted, nothing padded."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hydra_core.base.kv_cache import Step
+from hydra_core.tree.topology import Topology
+
+
+class SequentialCache:
+    """transformers' own cache of each row, behind what the engine asks of a `KVCache`."""
+
+    def __init__(self, rows: int, slots: int, device: torch.device) -> None:
+        self.states: list[Any] = [None] * rows
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.rows, self.slots = rows, slots
+
+    def plan(self, rows: tuple[int, int], topology: Topology) -> Step:
+        """Only chains; raises ValueError for a tree that branches."""
+        if not topology.is_chain:
+            raise ValueError("a recurrent state cannot hold a tree")
+        lengths = self.lengths[rows[0]:rows[1]]
+        positions = lengths[:, None] + torch.arange(topology.size, device=lengths.device)
+        return Step(rows, positions, positions, int(lengths.max()) + topology.size, None)
+
+    def commit(self, rows: tuple[int, int], path: Tensor, counts: Tensor) -> None:
+        """The root is in the state already."""
+        assert path.shape[1] == 1
+        self.lengths[rows[0]:rows[1]] += counts
+
+    def move_row(self, source: int, target: int) -> None:
+        self.states[target], self.states[source] = self.states[source], None
+        self.lengths[target] = self.lengths[source]
+
+    def clear_rows(self, rows: tuple[int, int]) -> None:
+        self.states[rows[0]:rows[1]] = [None] * (rows[1] - rows[0])
+        self.lengths[rows[0]:rows[1]] = 0
+
+
+class SequentialDecoder:
+    """The transformers model over a cache of its own for every row."""
+
+    branching = False
+
+    def __init__(self, model: Any) -> None:
+        self.model = model.get_decoder()
+        self.embedding = model.get_input_embeddings().weight.detach()
+        names = inspect.signature(self.model.forward).parameters
+        known = ("cache", "cache_params", "past_key_values")  # argument and output field; the name depends on the model
+        self.argument = next((name for name in known if name in names), known[-1])
+
+    def allocate(self, rows: int, slots: int) -> SequentialCache:
+        return SequentialCache(rows, slots, self.embedding.device)
+
+    def cache_bytes(self, rows: int, slots: int) -> int:
+        """Not known beforehand: transformers allocates as it goes."""
+        return 0
+
+    def __call__(self, ids: Tensor, cache: SequentialCache, step: Step, counts: Tensor | None = None) -> Tensor:
+        """As `Decoder.__call__`; a row's first call takes its whole prompt, later ones a token each."""
+        batch, width = ids.shape
+        real = [width] * batch if counts is None else counts.tolist()
+        hidden = torch.zeros(batch, width, self.embedding.shape[1], dtype=self.embedding.dtype, device=ids.device)
+        for offset, count in enumerate(real):
+            row = step.rows[0] + offset
+            if count:
+                given = {self.argument: cache.states[row]} if cache.states[row] is not None else {}
+                output = self.model(input_ids=ids[offset:offset + 1, :count], use_cache=True, **given)
+                cache.states[row] = getattr(output, self.argument)
+                hidden[offset, :count] = output.last_hidden_state[0]
+        return hidden
