@@ -34,7 +34,7 @@ STAGES = {
 ALIASES = {"bench": {"prompts": "bench.prompts", "heads": "bench.heads", "limit": "bench.limit",
                      "max_new_tokens": "bench.max_new_tokens"}}
 DEFAULT_CONFIGS = {"quickstart": str(Path(__file__).parent / "configs" / "quickstart.yaml")}
-PATH_FIELDS = ("prompts.path", "bench.prompts", "bench.heads", "batch.input", "batch.output", "serve.model",
+PATH_FIELDS = ("prompts.path", "distill.heads", "bench.prompts", "bench.heads", "batch.input", "batch.output", "serve.model",
                "base.model")
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray (to this very name) for the entry point of a submitted job."""

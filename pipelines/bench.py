@@ -11,8 +11,11 @@ import ray
 
 from hydra_core.base import context_limit, load_tokenizer, resolve_base
 from hydra_core.errors import InputError
-from pipelines.bench_report import markdown, plot, print_table, summarise
-from pipelines.bench_run import NGRAM, PLAIN, TRANSFORMERS, BenchPlan, Question, measure, read_identity, read_rows
+from pipelines.bench_batch import read_batches, summarise_batches
+from pipelines.bench_identity import read_identity
+from pipelines.bench_plan import NGRAM, PLAIN, TRANSFORMERS, BenchPlan, Question, read_rows
+from pipelines.bench_report import batch_markdown, markdown, plot, print_table, summarise
+from pipelines.bench_run import measure
 from pipelines.cluster import ensure_ray, measuring_resources
 from pipelines.config import RunConfig
 from pipelines.contracts import PROMPTS
@@ -44,25 +47,34 @@ def run_bench(config: RunConfig) -> StageResult:
     if (done := finished(folder, wanted)) is not None:
         return done
     questions = load_questions(config)
-    plan = BenchPlan(config.base, str(paths.cache), str(folder / "rows.jsonl"), str(folder / "identity.jsonl"),
-                     plan_methods, {name: heads[name] for name in plan_methods if name in heads},
-                     (config.ngram.max_match, config.ngram.min_match, config.ngram.length), config.bench.max_new_tokens,
-                     config.bench.rounds, config.bench.identity_prompts, config.bench.threads)
+    plan = _plan(config, folder, plan_methods, {name: heads[name] for name in plan_methods if name in heads})
     with stage_folder(config, "bench", folder, wanted) as stage, ensure_ray(config):
         tracker = Tracker.open(config)
         with tracker.start("bench", params=config.model_dump(mode="json"), fingerprint=wanted) as run:
             task = ray.remote(measure).options(**measuring_resources(config))
             ray.get(task.remote(plan, questions))
             figures = summarise(read_rows(Path(plan.rows_file)), read_identity(Path(plan.identity_file)))
-            files = _write_report(config, folder, figures, plan)
-            result = stage.finish(StageResult("bench", run.run_id, {"report": str(folder / "report.json")},
-                                              {"questions": len(questions), "methods": figures}), files)
+            batches = summarise_batches(read_batches(Path(plan.batch_file)))
+            files = _write_report(config, folder, figures, batches, plan)
+            result = stage.finish(StageResult("bench", run.run_id, {"report": str(folder / "report.json")}, {
+                "questions": len(questions), "methods": figures, **({"batch": batches} if batches else {})}), files)
             for method, values in figures.items():
                 run.log_metrics({f"{_metric_name(method)}.{key}": value for key, value in values.items()
                                  if isinstance(value, (int, float))})
             for path in files:
                 run.log_artifact(path)
             return result
+
+
+def _plan(config: RunConfig, folder: Path, methods: tuple[str, ...], heads: dict[str, str]) -> BenchPlan:
+    bench, ngram = config.bench, config.ngram
+    return BenchPlan(
+        base=config.base, cache=str(RunPaths.of(config).cache), rows_file=str(folder / "rows.jsonl"),
+        identity_file=str(folder / "identity.jsonl"), batch_file=str(folder / "batch.jsonl"), methods=methods, heads=heads,
+        ngram=(ngram.max_match, ngram.min_match, ngram.length), max_new_tokens=bench.max_new_tokens, rounds=bench.rounds,
+        identity_prompts=0 if bench.temperature else bench.identity_prompts, identity_batch=bench.identity_batch,
+        batch_prompts=bench.batch_prompts, running_batch=bench.running_batch, temperature=bench.temperature,
+        shared_noise=bench.shared_noise, threads=bench.threads)
 
 
 def bench_fingerprint(config: RunConfig, heads: dict[str, str]) -> str:
@@ -103,7 +115,7 @@ def find_heads(config: RunConfig) -> dict[str, str]:
 
 
 def _methods(config: RunConfig, heads: dict[str, str]) -> tuple[str, ...]:
-    known = (PLAIN, TRANSFORMERS, NGRAM, *heads)
+    known = (PLAIN, *(() if config.bench.temperature else (TRANSFORMERS,)), NGRAM, *heads)
     asked = config.bench.methods or known
     for method in asked:
         if method not in known:
@@ -143,13 +155,16 @@ def load_questions(config: RunConfig) -> list[Question]:
     return questions
 
 
-def _write_report(config: RunConfig, folder: Path, figures: dict[str, Any], plan: BenchPlan) -> list[Path]:
-    title = f"{config.name}: {config.bench.max_new_tokens} new tokens at most, greedy, one request at a time"
-    write_text(folder / "report.json", json.dumps({"methods": figures, "plan": plan.to_json()}, indent=2))
-    write_text(folder / "report.md", markdown(figures, title, config.base.dtype))
+def _write_report(config: RunConfig, folder: Path, figures: dict[str, Any], batches: dict[str, Any],
+                  plan: BenchPlan) -> list[Path]:
+    how = f"temperature {plan.temperature:g}" if plan.temperature else "greedy"
+    title = f"{config.name}: {config.bench.max_new_tokens} new tokens at most, {how}, one request at a time"
+    report = {"methods": figures, "batch": batches, "plan": plan.to_json()}
+    write_text(folder / "report.json", json.dumps(report, indent=2))
+    write_text(folder / "report.md", markdown(figures, title, config.base.dtype) + batch_markdown(batches, plan))
     plot(figures, folder / "report.png")
     print_table(figures, title, config.base.dtype, sys.stderr)
-    return [folder / name for name in ("rows.jsonl", "identity.jsonl", "report.json", "report.md", "report.png")
+    return [folder / name for name in ("rows.jsonl", "identity.jsonl", "batch.jsonl", "report.json", "report.md", "report.png")
             if (folder / name).exists()]
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.bench_run import PLAIN, TRANSFORMERS, IdentityRow, Row
+from pipelines.bench_identity import IdentityRow
+from pipelines.bench_plan import PLAIN, TRANSFORMERS, BenchPlan, Row
 
 RESAMPLES = 2000
 
@@ -18,7 +19,8 @@ def summarise(rows: list[Row], identity: list[IdentityRow]) -> dict[str, Any]:
 
     `tokens_per_step`: tokens after the first over base forwards after prefill, pooled. `speed_vs_*`: ratio of mean
     per-question tokens/s, prefill included; `decode_speed_vs_plain` without it. `spread`: 95 % interval of
-    `speed_vs_plain` over resampled questions. `identical`: share of answers equal to plain's by token ids.
+    `speed_vs_plain` over resampled questions. `identical`: share of answers equal to plain's by token ids; `differing`:
+    the verdicts on the others; `fp32`: verdicts against the naive loop.
     """
     methods = list(dict.fromkeys(row.method for row in rows))
     by = {method: [row for row in rows if row.method == method] for method in methods}
@@ -37,7 +39,8 @@ def summarise(rows: list[Row], identity: list[IdentityRow]) -> dict[str, Any]:
             "decode_speed_vs_plain": _ratio(own, by.get(PLAIN, []), prefill=False),
             "spread": _spread(own, by.get(PLAIN, [])),
             "identical": _round(_share(plain_answers.get((row.round, row.question)) == row.token_ids for row in own)),
-            "fp32": _verdicts(identity, method),
+            "differing": _verdicts([row for row in identity if row.rows == 0], method),
+            "fp32": _verdicts([row for row in identity if row.rows], method),
         }
     return figures
 
@@ -78,7 +81,7 @@ def _verdicts(identity: list[IdentityRow], method: str) -> dict[str, int] | None
     own = [row for row in identity if row.method == method]
     if not own:
         return None
-    return {"prompts": len(own)} | {name.replace("-", "_"): sum(row.verdict == name for row in own)
+    return {"answers": len(own)} | {name.replace("-", "_"): sum(row.verdict == name for row in own)
                                     for name in ("identical", "near-tie", "different")}
 
 
@@ -101,24 +104,46 @@ def table_rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
     return [(name, _cell(f["tokens_per_step"], 2), _cell(f["speed_vs_plain"], 2, "x"),
              "-" if f["spread"] is None else f"{f['spread'][0]:.2f} - {f['spread'][1]:.2f}",
              _cell(f["decode_speed_vs_plain"], 2, "x"), _cell(f["speed_vs_transformers"], 2, "x"),
-             _cell(f["identical"] and 100 * f["identical"], 0, " %"), _identity_cell(f["fp32"])) for name, f in ordered]
+             _identical_cell(f), _identity_cell(f["fp32"])) for name, f in ordered]
 
 
 def _cell(value: float | None, digits: int, unit: str = "") -> str:
     return "-" if value is None else f"{value:.{digits}f}{unit}"
 
 
+def _identical_cell(figures: dict[str, Any]) -> str:
+    """The share, and how many of the others are more than a near-tie apart."""
+    if figures["identical"] is None:
+        return "-"
+    wrong = (figures["differing"] or {}).get("different", 0)
+    return f"{100 * figures['identical']:.0f} %" + (f", {wrong} not near-ties" if wrong else "")
+
+
 def _identity_cell(fp32: dict[str, int] | None) -> str:
     if fp32 is None:
         return "-"
     ties = f" + {fp32['near_tie']} near-ties" if fp32["near_tie"] else ""
-    return f"{fp32['identical']}{ties} of {fp32['prompts']}"
+    return f"{fp32['identical']}{ties} of {fp32['answers']}"
 
 
 def markdown(figures: dict[str, Any], title: str, dtype: str) -> str:
     columns = [column.replace("bf16", dtype) if "bf16" in column else column for column in COLUMNS]
     lines = [f"# {title}", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(cells) + " |" for cells in table_rows(figures)]
+    return "\n".join(lines) + "\n"
+
+
+def batch_markdown(batches: dict[str, Any], plan: BenchPlan) -> str:
+    """The throughput table, or nothing where it was not measured."""
+    if not batches:
+        return ""
+    lines = ["", f"## {plan.batch_prompts} prompts, {plan.running_batch} rows", "",
+             "| limits | method | tokens/s | vs transformers | range over rounds |", "|---|---|---|---|---|"]
+    for workload, methods in batches.items():
+        for name, f in methods.items():
+            low, high = f["range"] or (None, None)
+            lines.append(f"| {workload} | {name} | {f['tokens_per_second']:.0f} | {_cell(f['speed_vs_transformers'], 2, 'x')} "
+                         f"| {_cell(low, 2)} - {_cell(high, 2)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -75,6 +75,7 @@ class DistillSection(Section):
     held_out: float = Field(0.1, gt=0, lt=1, description="share of prompts kept for validation, by prompt_id")
     workers: Workers = Workers()
     running_batch: int = Field(32, ge=1, description="rows decoded together by one worker")
+    heads: str | None = Field(None, description="heads or configuration folder to decode with: the same rows, sooner")
     rows_per_file: int = Field(64, ge=1, description="rows a part file holds: what a kill can cost")
     feature_dtype: Literal["bf16", "fp32"] = "bf16"
     max_error_share: float = Field(0.05, ge=0, le=1)
@@ -154,6 +155,11 @@ class BenchSection(Section):
     methods: tuple[str, ...] = Field(
         (), description="contenders besides plain; empty: transformers, ngram and every drafter found")
     identity_prompts: int = Field(8, ge=0, description="prompts on which fp32 identity is checked for every drafter")
+    identity_batch: int = Field(8, ge=0, description="also in a running batch of so many rows, staggered; 0: no")
+    batch_prompts: int = Field(0, ge=0, description="prompts decoded together for throughput; 0: not measured")
+    running_batch: int = Field(32, ge=1, description="rows of that batch")
+    temperature: float = Field(0.0, ge=0, description="above 0 answers are sampled, and transformers is left out")
+    shared_noise: bool = Field(True, description="rank drafts by the draws own noise")
     threads: int = Field(2, ge=1)
 
 
@@ -168,7 +174,7 @@ class PromoteSection(Section):
 class ServeSection(Section):
     """The OpenAI-compatible endpoint."""
 
-    model: str | None = Field(None, description="models:/NAME@alias, a configuration folder, or `plain`; default: champion")
+    model: str | None = Field(None, description="models:/NAME@alias, a folder, or `plain`; default: champion")
     app_name: str = "hydra-heads"
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)

@@ -16,7 +16,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from hydra_core.base import BaseIdentity, load_tokenizer, resolve_base
+from hydra_core.base import BaseIdentity, load_tokenizer, load_vocabulary, resolve_base
+from hydra_core.decoding import check_heads
 from pipelines.cluster import ensure_ray, run_blocks
 from pipelines.config import RunConfig
 from pipelines.contracts import ERRORS, FEATURES, PROMPTS, RESPONSES, check_counts, content_id
@@ -35,7 +36,7 @@ MOST_WAVES = 6
 def distill_fingerprint(config: RunConfig) -> str:
     """What a `distill` folder is the answer to."""
     resolved = resolve_base(config.base.model, RunPaths.of(config).cache)
-    settings = {"prompts": config.prompts.model_dump(), "distill": config.distill.model_dump(exclude={"workers"}),
+    settings = {"prompts": config.prompts.model_dump(), "distill": config.distill.model_dump(exclude={"workers", "heads"}),
                 "base": config.base.model_dump(exclude={"device", "model"})}
     return fingerprint("distill", settings, {"base": resolved.digest})
 
@@ -46,6 +47,8 @@ def run_distill(config: RunConfig) -> StageResult:
     folder, wanted = paths.stage("distill"), distill_fingerprint(config)
     if (done := finished(folder, wanted)) is not None:
         return done
+    if config.distill.heads:
+        check_heads(config.distill.heads, load_vocabulary(config.base.model, dtype=config.base.dtype, cache=paths.cache))
     with stage_folder(config, "distill", folder, wanted) as stage, ensure_ray(config):
         tracker = Tracker.open(config)
         with tracker.start("distill", params=config.model_dump(mode="json"), fingerprint=wanted) as run:
@@ -68,7 +71,7 @@ def _settings(config: RunConfig, folder: Path, max_new_tokens: int, temperature:
     distill = config.distill
     return WorkerSettings(config.base, str(RunPaths.of(config).cache), str(folder), distill.workers.threads,
                           distill.running_batch, distill.rows_per_file, max_new_tokens, temperature, distill.held_out,
-                          distill.feature_dtype)
+                          distill.feature_dtype, distill.heads)
 
 
 def _run(config: RunConfig, actor: type, settings: WorkerSettings, blocks: list[pa.Table]) -> dict[str, int]:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import torch
 
 from hydra_core.base import Base, load_base, user_turn_opening
-from hydra_core.decoding import Engine, Request, Result
+from hydra_core.decoding import Engine, Request, Result, load_heads
 from hydra_core.errors import InputError
 from pipelines.config import BaseSection
 from pipelines.contracts import ERRORS, FEATURES, PROMPTS, RESPONSES, content_id, split_of
@@ -38,6 +38,7 @@ class WorkerSettings:
     temperature: float
     held_out: float
     feature_dtype: str
+    heads: str | None = None
 
     def load(self) -> Base:
         torch.set_num_threads(self.threads)
@@ -56,12 +57,14 @@ class _Decoder:
     def __init__(self, settings: WorkerSettings) -> None:
         self.settings = settings
         self.base = settings.load()
+        self.drafter, self.trees = load_heads(settings.heads, self.base) if settings.heads else (None, None)
 
     def engine(self, requests: list[Request]) -> Engine:
         """A running batch no larger than the work, and slots no longer than it can need."""
         longest = max(len(request.prompt_ids) + request.max_new_tokens for request in requests)
         rows = min(self.settings.running_batch, len(requests))
-        return Engine(self.base, max_batch=rows, context_limit=min(longest, self.base.context_limit))
+        limit = min(longest, self.base.context_limit)
+        return Engine(self.base, self.drafter, self.trees, max_batch=rows, context_limit=limit)
 
     def decode(self, requests: Iterable[Request], what: str) -> Iterator[Result]:
         wanted = list(requests)

@@ -11,7 +11,7 @@ from hydra_core.base import BaseIdentity, resolve_base
 from hydra_core.decoding import DecodingConfiguration, save_configuration
 from hydra_core.drafters import NgramDrafter
 from hydra_core.errors import InputError
-from pipelines.bench_run import NGRAM, PLAIN, TRANSFORMERS
+from pipelines.bench_plan import NGRAM, PLAIN, TRANSFORMERS
 from pipelines.config import RunConfig
 from pipelines.stage import RunPaths, StageResult, fingerprint, finished, require_manifest, stage_folder
 from pipelines.tracking import Tracker, register

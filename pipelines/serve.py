@@ -14,8 +14,7 @@ from typing import Any
 from ray import serve
 
 from hydra_core.base import load_vocabulary
-from hydra_core.checkpoint import load_checkpoint
-from hydra_core.decoding import read_configuration
+from hydra_core.decoding import check_heads
 from hydra_core.errors import InputError
 from pipelines.cluster import ensure_ray
 from pipelines.config import RunConfig
@@ -53,20 +52,10 @@ def resolve_args(config: RunConfig) -> AppArgs:
     elif model != "plain":
         folder, label = Path(model), model
     if folder is not None:
-        _validate(config, folder)
+        check_heads(folder, load_vocabulary(config.base.model, dtype=config.base.dtype, cache=paths.cache))
     return AppArgs(config.base.model_dump(), str(paths.cache), None if folder is None else str(folder), label,
                    section.app_name, section.max_batch, section.max_queued, section.max_new_tokens, section.replicas,
                    section.workers.cpus, section.workers.gpus, section.workers.threads)
-
-
-def _validate(config: RunConfig, folder: Path) -> None:
-    configuration = read_configuration(folder)
-    vocabulary = load_vocabulary(config.base.model, dtype=config.base.dtype, cache=RunPaths.of(config).cache)
-    if configuration.base != vocabulary.identity:
-        raise InputError(f"serve.model={folder}: was measured on base {configuration.base}, not on {vocabulary.identity}: "
-                         "set base.model and base.dtype to that one")
-    if configuration.heads is not None:
-        load_checkpoint(configuration.heads, vocabulary)
 
 
 def build_app(args: dict[str, Any]) -> serve.Application:

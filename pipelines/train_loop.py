@@ -264,7 +264,9 @@ def _gathered(shop: Workshop) -> AbstractContextManager[Any]:
 
 def _quieten() -> None:
     """Ray Train tells of every report in full, torch of every old call in DeepSpeed: our progress lines would drown."""
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    for name in list(logging.root.manager.loggerDict):  # some of Ray Train's loggers bear the name of their file
+        if name.startswith("ray.train") or "/ray/train/" in name:
+            logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from hydra_core.base.fallback import TransformersDecoder
 from hydra_core.base.fused import FusedDecoder
 from hydra_core.base.model import Base
-from hydra_core.base.resolve import ResolvedBase, resolve_base
+from hydra_core.base.resolve import ResolvedBase, default_cache, resolve_base
 from hydra_core.base.sequential import SequentialDecoder
 from hydra_core.base.text import load_tokenizer
 from hydra_core.base.vocabulary import BaseIdentity, BaseVocabulary, VocabHead
@@ -26,16 +26,17 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 
 
-def load_base(model: str, *, dtype: str = "bf16", device: str = "cpu", cache: Path,
+def load_base(model: str, *, dtype: str = "bf16", device: str = "cpu", cache: Path | None = None,
               context_limit: int | None = None, fused: bool = True, widen: bool = False) -> Base:
     """Load and freeze the base.
 
-    `dtype`: weight format, bf16 or fp32; `device`: cpu, cuda or auto; `cache`: folder for fetched and converted models;
-    `context_limit`: tokens of prompt + answer, at most the model's own; `fused=False` forces transformers' own forward;
+    `dtype`: weight format, bf16 or fp32; `device`: cpu, cuda or auto; `cache`: folder for fetched and converted models
+    (default: `default_cache()`); `context_limit`: tokens of prompt + answer, at most the model's own; `fused=False` forces
+    transformers' own forward;
     `widen` computes in float64 on the very values of the weight format (what near-ties are judged by).
     Raises InputError for a model that cannot be had.
     """
-    resolved = resolve_base(model, cache)
+    resolved = resolve_base(model, cache or default_cache())
     target = pick_device(device)
     loaded = _load_transformers(resolved, model, DTYPES[dtype]).to(target)
     if widen:

@@ -22,6 +22,12 @@ log = logging.getLogger(__name__)
 ORIGIN = "hydra_base.json"  # beside a converted model: what it was made from
 
 
+def default_cache() -> Path:
+    """Where fetched and converted models are kept when nothing is said: `cache` under the default storage."""
+    storage = os.environ.get("HYDRA_HEADS_STORAGE")
+    return (Path(storage) if storage else Path.home() / ".hydra-heads") / "cache"
+
+
 @dataclass(frozen=True)
 class ResolvedBase:
     """A transformers folder on this machine, with the name and digest that identify the base."""

@@ -4,7 +4,9 @@ from hydra_core.decoding.accept import Accepted, accept, accept_walking
 from hydra_core.decoding.choose import Chooser, choose
 from hydra_core.decoding.configuration import (
     DecodingConfiguration,
+    check_heads,
     load_configuration,
+    load_heads,
     read_configuration,
     save_configuration,
 )
@@ -17,6 +19,6 @@ from hydra_core.decoding.text import TextStream
 
 __all__ = [
     "Accepted", "Chooser", "Comparison", "DecodingConfiguration", "Engine", "Proposal", "Request", "Result", "StepOutput",
-    "TextStream", "TokenLogprob", "Typical", "accept", "accept_walking", "choices", "choose", "compare",
-    "load_configuration", "naive_generate", "read_configuration", "save_configuration",
+    "TextStream", "TokenLogprob", "Typical", "accept", "accept_walking", "check_heads", "choices", "choose", "compare",
+    "load_configuration", "load_heads", "naive_generate", "read_configuration", "save_configuration",
 ]

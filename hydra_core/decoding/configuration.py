@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from hydra_core.base.model import Base
-from hydra_core.base.vocabulary import BaseIdentity
+from hydra_core.base.vocabulary import BaseIdentity, BaseVocabulary
 from hydra_core.checkpoint import load_checkpoint
 from hydra_core.drafters import HeadDrafter, NgramDrafter
 from hydra_core.errors import InputError
@@ -74,15 +74,40 @@ def read_configuration(folder: Path) -> DecodingConfiguration:
         raise InputError(f"{path}: is not a decoding configuration ({error})") from None
 
 
+def load_heads(folder: str | Path, base: Base) -> tuple[HeadDrafter | NgramDrafter | None, TreeSet | None]:
+    """Drafter and trees of a heads checkpoint or of a configuration folder, ready for `Engine`, in the base's dtype.
+
+    Raises InputError for a folder that is neither, or that belongs to another base.
+    """
+    if (Path(folder) / FILE).exists():
+        return load_configuration(Path(folder), base)
+    loaded = load_checkpoint(Path(folder), base.vocabulary, base.dtype)
+    return loaded.drafter, loaded.trees
+
+
+def check_heads(folder: str | Path, vocabulary: BaseVocabulary) -> None:
+    """Raise InputError unless `load_heads` will do with the base of `vocabulary`; needs no more of the base than that."""
+    heads: Path | None = Path(folder)
+    if (Path(folder) / FILE).exists():
+        heads = _configuration_of(Path(folder), vocabulary.identity).heads
+    if heads is not None:
+        load_checkpoint(heads, vocabulary)
+
+
+def _configuration_of(folder: Path, identity: BaseIdentity) -> DecodingConfiguration:
+    configuration = read_configuration(folder)
+    if configuration.base != identity:
+        raise InputError(f"{folder}: was measured on base {configuration.base}, not on {identity}: "
+                         "set base.model and base.dtype to that one")
+    return configuration
+
+
 def load_configuration(folder: Path, base: Base) -> tuple[HeadDrafter | NgramDrafter | None, TreeSet | None]:
     """Drafter and trees of a configuration folder, ready for `Engine`, in the base's dtype.
 
     Raises InputError for a broken folder, another base (digest or weight format) or heads that do not load.
     """
-    configuration = read_configuration(folder)
-    if configuration.base != base.identity:
-        raise InputError(f"{folder}: was measured on base {configuration.base}, not on {base.identity}: "
-                         "set base.model and base.dtype to that one")
+    configuration = _configuration_of(folder, base.identity)
     if configuration.drafter == "plain":
         return None, None
     if configuration.drafter == "ngram":

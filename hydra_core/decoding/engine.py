@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,12 +31,13 @@ class Engine:
 
     `drafter`: heads, an `NgramDrafter`, or None for plain decoding; `trees`: the draft tree for each batch size (heads
     only; a small default when not given); `max_batch`: rows that run at once; `context_limit`: prompt and answer
-    together, at most the base's own. All memory is taken here and none later. Not thread safe: one thread drives it.
+    together, at most the base's own; `shared_noise`: drafters rank by the noise of the draw to come (False only shows
+    what that is worth). All memory is taken here and none later. Not thread safe: one thread drives it.
     Raises InputError when the trees are deeper than the drafter has heads or the caches do not fit the memory.
     """
 
     def __init__(self, base: Base, drafter: HeadDrafter | NgramDrafter | None = None, trees: TreeSet | None = None, *,
-                 max_batch: int = 8, context_limit: int | None = None) -> None:
+                 max_batch: int = 8, context_limit: int | None = None, shared_noise: bool = True) -> None:
         self.base, self.max_batch = base, max_batch
         self.context_limit = min(context_limit or base.context_limit, base.context_limit)
         if drafter is not None and not base.branching:
@@ -51,7 +53,7 @@ class Engine:
         slots = self.context_limit + max(nodes, trees.max_depth + 1)
         check_memory(base, drafter, max_batch, slots)
         self.cache = base.allocate(max_batch, slots)
-        self.session = open_session(drafter, trees, max_batch, slots)
+        self.session = open_session(drafter, trees, max_batch, slots, shared_noise)
         self.roots = torch.zeros(max_batch, dtype=torch.int64, device=base.device)
         self.scheduler = Scheduler(max_batch, self.context_limit, base.branching)
         self._last_hidden = EMPTY  # [P, D]: of the prompts going in, where their last token is reached
@@ -103,6 +105,21 @@ class Engine:
             self.check(request)
         results = {result.id: result for result in self.stream(requests)}
         return [results[request.id] for request in requests]
+
+    def answer(self, prompts: Sequence[str], max_new_tokens: int = 256, **settings: Any) -> list[str]:
+        """Texts for prompts, in order; each prompt is one user turn where the base has a chat template.
+
+        `settings`: fields of `Request`. Raises InputError before any work if a prompt or a setting is bad.
+        """
+        requests = [Request(str(number), tuple(self.base.encode_prompt(prompt)), max_new_tokens, **settings)
+                    for number, prompt in enumerate(prompts)]
+        texts = []
+        for request, result in zip(requests, self.generate(requests), strict=True):
+            text = TextStream(self.base.decode, request.stop)
+            text.push(result.token_ids)
+            text.finish()
+            texts.append(text.sent)
+        return texts
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Result]:
         """Results as they finish; requests are pulled only as rows come free."""

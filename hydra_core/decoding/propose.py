@@ -102,8 +102,8 @@ class NgramSession(PlainSession):
 class HeadSession(PlainSession):
     """Trained heads: the last committed position's features of every row and, for Hydra++, the prefix layer's cache."""
 
-    def __init__(self, drafter: HeadDrafter, trees: TreeSet, rows: int, slots: int) -> None:
-        self.drafter, self.trees = drafter, trees
+    def __init__(self, drafter: HeadDrafter, trees: TreeSet, rows: int, slots: int, shared_noise: bool = True) -> None:
+        self.drafter, self.trees, self.shared_noise = drafter, trees, shared_noise
         weight = drafter.weight
         self.features = torch.zeros(rows, weight.shape[0], dtype=weight.dtype, device=weight.device)
         self.draft_ids = drafter.draft_vocab.ids.to(weight.device)
@@ -154,7 +154,7 @@ class HeadSession(PlainSession):
         features = self.features[:batch, None].expand(-1, path.shape[1], -1)
         logits = self.drafter.draft_logits(self.drafter.head_hidden(depth, features, path))
         where = [position + depth + 1 for position in positions]
-        scores = rank_scores(logits, where, choosers, self.draft_ids)
+        scores = rank_scores(logits, where, choosers, self.draft_ids) if self.shared_noise else logits
         return self.draft_ids[scores.topk(min(level.width, scores.shape[-1]), dim=-1).indices]
 
     def move(self, source: int, target: int) -> None:
@@ -167,10 +167,11 @@ class HeadSession(PlainSession):
             self.cache.copy_beginning(source, target, count)
 
 
-def open_session(drafter: HeadDrafter | NgramDrafter | None, trees: TreeSet, rows: int, slots: int) -> Session:
+def open_session(drafter: HeadDrafter | NgramDrafter | None, trees: TreeSet, rows: int, slots: int,
+                 shared_noise: bool = True) -> Session:
     """The session of a drafter for `rows` rows of at most `slots` tokens."""
     if drafter is None:
         return PlainSession()
     if isinstance(drafter, NgramDrafter):
         return NgramSession(drafter, rows)
-    return HeadSession(drafter, trees, rows, slots)
+    return HeadSession(drafter, trees, rows, slots, shared_noise)

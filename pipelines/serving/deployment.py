@@ -19,7 +19,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from hydra_core.base import load_base
-from hydra_core.decoding import Engine, Result, TextStream, load_configuration
+from hydra_core.decoding import Engine, Result, TextStream, load_heads
 from hydra_core.decoding import Request as EngineRequest
 from hydra_core.errors import InputError
 from pipelines.serving.host import EngineHost
@@ -45,7 +45,7 @@ class DecodeServer:
         base = args.base
         self.base = load_base(base["model"], dtype=base["dtype"], device=base["device"], cache=Path(args.cache),
                               context_limit=base["context_limit"])
-        drafter, trees = load_configuration(Path(args.configuration), self.base) if args.configuration else (None, None)
+        drafter, trees = load_heads(args.configuration, self.base) if args.configuration else (None, None)
         self.host = EngineHost(Engine(self.base, drafter, trees, max_batch=args.max_batch))
         self.in_flight = 0
 

@@ -14,7 +14,7 @@ from hydra_core.base import Base, load_vocabulary
 from hydra_core.checkpoint import load_checkpoint
 from hydra_core.decoding import Request, naive_generate
 from pipelines.batch_worker import read_batch_rows
-from pipelines.bench_run import read_rows
+from pipelines.bench_plan import read_rows
 from pipelines.contracts import PROMPTS
 from pipelines.parts import read_parts
 from tests.pipelines.test_distill import write_prompts
@@ -47,7 +47,7 @@ def test_quickstart(tiny_base_dir: Path, tiny_base: Base, storage: Path, worker_
     assert set(methods) == {"plain", "transformers", "ngram", "medusa", "hydra", "hydra++"}
     for name, values in methods.items():
         assert values["rows"] == 4 and values["identical"] == 1.0, name  # fp32: nothing may differ
-        assert name == "transformers" or values["fp32"] == {"prompts": 4, "identical": 4, "near_tie": 0, "different": 0}
+        assert name == "transformers" or values["fp32"] == {"answers": 8, "identical": 8, "near_tie": 0, "different": 0}
     assert methods["plain"]["tokens_per_step"] == 1.0 and figures["champion"] in methods
 
     folder = storage / "runs" / "tiny"

@@ -84,7 +84,7 @@ def test_relative_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     monkeypatch.chdir(tmp_path)
     config = runner.read_config("batch", None, ["batch.input=in.jsonl", "serve.model=plain"])
     assert config.batch.input == str(tmp_path / "in.jsonl") and config.serve.model == "plain"
-    monkeypatch.setenv("RAY_JOB_SUBMISSION_ID", "job")
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     with pytest.raises(InputError, match="relative"):
         runner.read_config("batch", None, ["batch.input=in.jsonl"])
     assert runner.read_config("batch", None, ["batch.input=/in.jsonl"]).batch.input == "/in.jsonl"

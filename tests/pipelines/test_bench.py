@@ -15,8 +15,10 @@ from hydra_core.decoding import Request, naive_generate
 from hydra_core.errors import InputError
 from hydra_core.tree import Tree, TreeSet
 from pipelines.bench import load_questions, run_bench
+from pipelines.bench_batch import BatchRow, make_requests, summarise_batches
+from pipelines.bench_identity import IdentityRow, read_identity
+from pipelines.bench_plan import Question, Row, read_rows
 from pipelines.bench_report import summarise, table_rows
-from pipelines.bench_run import IdentityRow, Row, read_identity, read_rows
 from pipelines.config import RunConfig, load_config
 from pipelines.promote import choose_winner, run_promote
 from tests.tiny import save_tiny
@@ -36,8 +38,9 @@ def test_figures_by_hand() -> None:
     rows = [row("plain", "a", 11, 1.0), row("plain", "b", 21, 1.0),
             row("hydra", "a", 11, 0.5, steps=5), row("hydra", "b", 21, 0.25, steps=10, answer=1),
             row("transformers", "a", 11, 2.0), row("transformers", "b", 21, 4.0)]
-    identity = [IdentityRow("a", "hydra", "identical", None, None), IdentityRow("b", "hydra", "near-tie", 3, 1e-6),
-                IdentityRow("a", "plain", "different", 0, 2.0)]
+    identity = [IdentityRow("a", "hydra", "fp32", 1, "identical"), IdentityRow("b", "hydra", "fp32", 8, "near-tie", 3, 1e-6),
+                IdentityRow("a", "plain", "fp32", 1, "different", 0, 2.0),
+                IdentityRow("b", "hydra", "bf16", 0, "different", 0, 2.0)]
     found = summarise(rows, identity)
     assert found["plain"]["tokens_per_step"] == found["plain"]["speed_vs_plain"] == found["plain"]["identical"] == 1.0
     hydra = found["hydra"]
@@ -47,13 +50,34 @@ def test_figures_by_hand() -> None:
     assert hydra["decode_speed_vs_plain"] == pytest.approx((10 / 0.4 + 20 / 0.2) / (10 / 0.8 + 20 / 0.8), abs=1e-3)
     low, high = hydra["spread"]
     assert 2.0 == low <= hydra["speed_vs_plain"] <= high == 4.0
-    assert hydra["fp32"] == {"prompts": 2, "identical": 1, "near_tie": 1, "different": 0}
+    assert hydra["fp32"] == {"answers": 2, "identical": 1, "near_tie": 1, "different": 0}
+    assert hydra["differing"] == {"answers": 1, "identical": 0, "near_tie": 0, "different": 1}
     assert found["plain"]["fp32"]["different"] == 1 and found["transformers"]["fp32"] is None
-    assert [cells[0] for cells in table_rows(found)] == ["hydra", "plain", "transformers"]
+    cells = table_rows(found)
+    assert [row[0] for row in cells] == ["hydra", "plain", "transformers"]
+    assert cells[0][6:] == ("50 %, 1 not near-ties", "1 + 1 near-ties of 2")
+
+
+def test_throughput_by_hand() -> None:
+    rows = [BatchRow(0, "equal", "transformers", 4, 100, 10.0), BatchRow(0, "equal", "plain", 4, 100, 5.0),
+            BatchRow(1, "equal", "transformers", 4, 100, 20.0), BatchRow(1, "equal", "plain", 4, 100, 5.0),
+            BatchRow(2, "equal", "transformers", 4, 100, 10.0), BatchRow(2, "equal", "plain", 4, 100, 4.0)]
+    plain = summarise_batches(rows)["equal"]["plain"]
+    assert plain["speed_vs_transformers"] == 2.5 and plain["range"] == [2.0, 4.0]
+    assert plain["tokens_per_second"] == pytest.approx((20 + 20 + 25) / 3, abs=0.1)
+
+
+def test_ragged_limits_depend_on_the_place_alone() -> None:
+    questions = [Question(str(i), "all", (5,)) for i in range(64)]
+    limits = [request.max_new_tokens for request in make_requests(questions, "ragged", 9, 500)]
+    assert limits == [request.max_new_tokens for request in make_requests(questions, "ragged", 99, 500)]
+    assert min(limits) >= 16 and max(limits) <= 400 and len(set(limits)) > 40
+    assert {request.max_new_tokens for request in make_requests(questions, "equal", 9, 500)} == {9}
+    assert max(request.max_new_tokens for request in make_requests(questions, "ragged", 9, 100)) == 99
 
 
 def figures(speed: float | None, different: int | None = 0) -> dict[str, object]:
-    fp32 = None if different is None else {"prompts": 8, "identical": 8 - different, "near_tie": 0, "different": different}
+    fp32 = None if different is None else {"answers": 8, "identical": 8 - different, "near_tie": 0, "different": different}
     return {"speed_vs_plain": speed, "tokens_per_step": 2.0, "fp32": fp32}
 
 
@@ -128,13 +152,18 @@ def test_mistakes_are_told_before_anything_runs(tiny_base_dir: Path, tmp_path: P
 @pytest.mark.slow
 def test_stopped_and_gone_on_with(local_ray: None, tiny_base_dir: Path, tiny_base: Base, heads: Path,
                                   tmp_path: Path) -> None:
-    config = config_for(tiny_base_dir, tmp_path, SPEC_BENCH, bench__heads=str(heads))
+    config = config_for(tiny_base_dir, tmp_path, SPEC_BENCH, bench__heads=str(heads), bench__batch_prompts=2,
+                        bench__running_batch=2, base__context_limit=200)
     result = run_bench(config)
     folder = tmp_path / "runs" / "default" / "bench"
     assert set(result.figures["methods"]) == {"plain", "transformers", "ngram", "hydra"}
     hydra = result.figures["methods"]["hydra"]
     assert hydra["identical"] == 1.0 and hydra["rows"] == 2 and hydra["tokens_per_step"] > 1.2
-    assert hydra["fp32"] == {"prompts": 2, "identical": 2, "near_tie": 0, "different": 0}
+    assert hydra["fp32"] == {"answers": 4, "identical": 4, "near_tie": 0, "different": 0}  # alone and in a batch
+    assert result.figures["batch"].keys() == {"equal", "ragged"}
+    assert {name: f["tokens"] for name, f in result.figures["batch"]["equal"].items()} == dict.fromkeys(
+        ("plain", "transformers", "ngram", "hydra"), 24)
+    assert len({f["tokens"] for f in result.figures["batch"]["ragged"].values()}) == 1  # greedy: all say the same
     questions = {question.id: question.prompt_ids for question in load_questions(config)}
     before = read_rows(folder / "rows.jsonl")
     for entry in before:
@@ -161,6 +190,20 @@ def test_stopped_and_gone_on_with(local_ray: None, tiny_base_dir: Path, tiny_bas
     (folder / "rows.jsonl").unlink()
     with pytest.raises(InputError, match="another run"):
         run_bench(config_for(tiny_base_dir, tmp_path, SPEC_BENCH, bench__heads=str(heads), bench__max_new_tokens=5))
+
+
+@pytest.mark.slow
+def test_sampled_with_and_without_the_draws_own_noise(local_ray: None, tiny_base_dir: Path, heads: Path,
+                                                      tmp_path: Path) -> None:
+    reached = {}
+    for shared in (True, False):
+        result = run_bench(config_for(tiny_base_dir, tmp_path, SPEC_BENCH, bench__heads=str(heads), name=f"noise-{shared}",
+                                      bench__temperature=1.0, bench__max_new_tokens=40, bench__shared_noise=shared))
+        methods = result.figures["methods"]
+        assert set(methods) == {"plain", "ngram", "hydra"} and methods["hydra"]["identical"] == 1.0
+        assert methods["hydra"]["fp32"] is None
+        reached[shared] = methods["hydra"]["tokens_per_step"]
+    assert reached[True] > reached[False]
 
 
 @pytest.mark.slow

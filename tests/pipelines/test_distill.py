@@ -16,12 +16,16 @@ import pytest
 import torch
 
 from hydra_core.base import Base
+from hydra_core.checkpoint import save_checkpoint
 from hydra_core.decoding import Request, naive_generate
 from hydra_core.errors import InputError
+from hydra_core.tree import Tree, TreeSet
 from pipelines.config import RunConfig, load_config
 from pipelines.contracts import ERRORS, FEATURES, PROMPTS, RESPONSES, check_counts, check_schema, split_of
-from pipelines.distill import run_distill
+from pipelines.distill import distill_fingerprint, run_distill
 from pipelines.parts import part_files, read_parts, write_part
+from tests.tiny import save_tiny
+from tests.trained import overfit_heads
 
 pytestmark = pytest.mark.slow
 
@@ -118,6 +122,28 @@ def test_empty_prompt_file_leaves_nothing_behind(local_ray: None, tiny_base_dir:
     with pytest.raises(InputError, match="is empty"):
         run_distill(config_for(storage, tiny_base_dir, empty))
     assert not part_files(storage / "runs" / "default" / "distill" / "prompts")
+
+
+def test_heads_make_the_same_rows_sooner(local_ray: None, tiny_base_dir: Path, tiny_base: Base, storage: Path) -> None:
+    """Greedy and sampled answers, token for token; the fingerprint is the same, since the rows are."""
+    prompts = write_prompts(storage.parent / "p.jsonl", 10)
+    known = [tuple(tiny_base.encode_prompt(f"question {i}")) for i in range(10)]
+    heads = storage.parent / "heads"
+    save_checkpoint(heads, overfit_heads(tiny_base, "hydra++", known, tokens=20), tiny_base.identity,
+                    TreeSet({1: Tree(((0,), (1,), (0, 0)))}), {})
+    plain = config_for(storage, tiny_base_dir, prompts, name="plain")
+    sooner = config_for(storage, tiny_base_dir, prompts, name="sooner", distill__heads=str(heads))
+    assert distill_fingerprint(plain) == distill_fingerprint(sooner)
+    rows = []
+    for config in (plain, sooner):
+        run_distill(config)
+        found = read_parts(storage / "runs" / config.name / "distill" / "responses", RESPONSES).to_pylist()
+        rows.append({row["id"]: row for row in found})
+    assert rows[0] == rows[1] and len(rows[0]) == 20
+    other = save_tiny(storage.parent / "other", seed=1)
+    with pytest.raises(InputError, match="these heads belong to base"):
+        run_distill(config_for(storage, other, prompts, name="foreign", distill__heads=str(heads)))
+    assert not (storage / "runs" / "foreign").exists()
 
 
 def test_lost_rows_are_our_fault_and_failed_ones_are_told() -> None:

@@ -1,0 +1,109 @@
+"""The identity checks of `bench`: fp32 answers against the naive loop, and what parts bf16 answers from plain ones."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra_core.base import Base, load_base
+from hydra_core.decoding import Engine, Request, compare, naive_generate
+from pipelines.bench_plan import PLAIN, TRANSFORMERS, BenchPlan, Question, Row, append_row, read_lines, room_for
+from pipelines.bench_plan import make_drafter as drafter_of
+
+ARRIVAL_STEPS = 3
+"""Engine steps between two arrivals in the staggered batch."""
+
+
+@dataclass(frozen=True)
+class IdentityRow:
+    """One answer judged. `dtype`: fp32 (against the naive loop) or the run's own (against plain); `rows`: of the running
+    batch it was made in; `index`, `gap`: where it first differs, and by how much in logits."""
+
+    question: str
+    method: str
+    dtype: str
+    rows: int
+    verdict: str
+    index: int | None = None
+    gap: float | None = None
+
+
+def read_identity(path: Path) -> list[IdentityRow]:
+    return [IdentityRow(**values) for values in read_lines(path)]
+
+
+def check_differences(plan: BenchPlan, questions: list[Question], rows: list[Row]) -> None:
+    """Judge every first answer that differs from plain decoding's in the run's own weight format."""
+    if plan.temperature:
+        return
+    path = Path(plan.identity_file)
+    done = {(row.question, row.method) for row in read_identity(path) if row.dtype == plan.base.dtype and row.rows == 0}
+    prompts = {question.id: question.prompt_ids for question in questions}
+    plain = {row.question: row.token_ids for row in rows if row.method == PLAIN and row.round == 0}
+    exact: Base | None = None
+    for row in rows:
+        if row.round or row.method == PLAIN or (row.question, row.method) in done or row.token_ids == plain[row.question]:
+            continue
+        exact = exact or _exact(plan, plan.base.dtype)
+        found = compare(exact, prompts[row.question], plain[row.question], row.token_ids)
+        append_row(path, IdentityRow(row.question, row.method, plan.base.dtype, 0, found.verdict, found.index, found.gap))
+
+
+def check_identity(plan: BenchPlan, questions: list[Question]) -> None:
+    """fp32, greedy: every engine contender against the naive loop, alone and in a batch with staggered arrivals."""
+    path = Path(plan.identity_file)
+    done = {(row.question, row.method, row.rows) for row in read_identity(path) if row.dtype == "fp32" and row.rows}
+    methods = [method for method in plan.methods if method != TRANSFORMERS]
+    batches = [1] + [plan.identity_batch] * (plan.identity_batch > 1)
+    chosen = questions[:plan.identity_prompts]
+    todo = [(method, rows) for rows in batches for method in methods
+            if any((question.id, method, rows) not in done for question in chosen)]
+    if not todo:
+        return
+    base = load_base(plan.base.model, dtype="fp32", device=plan.base.device, cache=Path(plan.cache),
+                     context_limit=plan.base.context_limit)
+    limit = room_for(base, plan.max_new_tokens, questions)
+    requests = [Request(question.id, question.prompt_ids, plan.max_new_tokens) for question in chosen]
+    wanted = {}
+    for count, request in enumerate(requests, start=1):
+        wanted[request.id] = naive_generate(base, request, limit).token_ids
+        _say(f"naive loop, prompt {count}/{len(requests)}")
+    exact: Base | None = None
+    for method, rows in todo:
+        engine = Engine(base, *drafter_of(method, plan, base), max_batch=rows, context_limit=limit)
+        differing = 0
+        for request_id, answer in _answers(engine, requests, rows):
+            if (request_id, method, rows) in done:
+                continue
+            reference, prompt = wanted[request_id], next(r.prompt_ids for r in requests if r.id == request_id)
+            if answer != reference:
+                differing, exact = differing + 1, exact or _exact(plan, "fp32")
+            found = compare(exact or base, prompt, reference, answer)
+            append_row(path, IdentityRow(request_id, method, "fp32", rows, found.verdict, found.index, found.gap))
+        _say(f"{method}, batch of {rows}: {len(requests) - differing} of {len(requests)} token for token")
+
+
+def _answers(engine: Engine, requests: list[Request], rows: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """One after another for a batch of one; else a new one every few steps."""
+    if rows == 1:
+        for request in requests:
+            yield request.id, engine.generate([request])[0].token_ids
+        return
+    waiting, step = list(reversed(requests)), 0
+    while waiting or engine.has_work:
+        if waiting and step % ARRIVAL_STEPS == 0:
+            engine.add(waiting.pop())
+        step += 1
+        for output in engine.step():
+            if output.result is not None:
+                yield output.id, output.result.token_ids
+
+
+def _exact(plan: BenchPlan, dtype: str) -> Base:
+    return load_base(plan.base.model, dtype=dtype, device=plan.base.device, cache=Path(plan.cache), widen=True)
+
+
+def _say(text: str) -> None:
+    print(f"bench: fp32 identity, {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,118 @@
+"""What the parts of `bench` share: the plan, the questions, the rows they write, and how a contender is made."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra_core.base import Base
+from hydra_core.checkpoint import load_checkpoint
+from hydra_core.drafters import HeadDrafter, NgramDrafter
+from hydra_core.tree import TreeSet
+from pipelines.config import BaseSection
+
+PLAIN, TRANSFORMERS, NGRAM = "plain", "transformers", "ngram"
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt to decode, already as token ids."""
+
+    id: str
+    category: str
+    prompt_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class BenchPlan:
+    """Everything the measuring task needs; plain values, so that Ray can ship it. `heads`: name -> checkpoint folder."""
+
+    base: BaseSection
+    cache: str
+    rows_file: str
+    identity_file: str
+    batch_file: str
+    methods: tuple[str, ...]
+    heads: dict[str, str]
+    ngram: tuple[int, int, int]
+    max_new_tokens: int
+    rounds: int
+    identity_prompts: int
+    identity_batch: int
+    batch_prompts: int
+    running_batch: int
+    temperature: float
+    shared_noise: bool
+    threads: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for a report."""
+        return asdict(self) | {"base": self.base.model_dump(mode="json")}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender on one question in one round. Seconds are wall time; `steps` are base forwards after prefill."""
+
+    round: int
+    question: str
+    category: str
+    method: str
+    token_ids: tuple[int, ...]
+    steps: int
+    drafted: int
+    accepted: int
+    prefill_seconds: float
+    decode_seconds: float
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows written so far; a line cut short by a kill is left out."""
+    return [Row(**{**values, "token_ids": tuple(values["token_ids"])}) for values in read_lines(path)]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSONL file that a kill may have cut; none where there is no file."""
+    values = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            values.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return values
+
+
+def append_row(path: Path, row: Any) -> None:
+    """Write a record's line, for good, after whatever stands there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as handle:
+        if handle.tell() and not _ends_with_newline(handle):
+            handle.write(b"\n")  # a killed run left half a line: keep it apart
+        handle.write(json.dumps(asdict(row)).encode() + b"\n")
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def _ends_with_newline(handle: Any) -> bool:
+    handle.seek(-1, os.SEEK_END)
+    return bool(handle.read(1) == b"\n")
+
+
+def make_drafter(method: str, plan: BenchPlan, base: Base) -> tuple[HeadDrafter | NgramDrafter | None, TreeSet | None]:
+    """What drafts for an engine contender."""
+    if method == PLAIN:
+        return None, None
+    if method == NGRAM:
+        return NgramDrafter(*plan.ngram), None
+    loaded = load_checkpoint(Path(plan.heads[method]), base.vocabulary, base.dtype)
+    return loaded.drafter, loaded.trees
+
+
+def room_for(base: Base, max_new_tokens: int, questions: Sequence[Question]) -> int:
+    """Tokens a row needs for the longest question and its answer, at most what the base holds."""
+    longest = max(len(question.prompt_ids) for question in questions) + max_new_tokens
+    return min(base.context_limit, longest)
