@@ -5,7 +5,7 @@ from __future__ import annotations
 from pipelines.config import RunConfig
 from pipelines.stage import RunPaths
 
-BUDGET_MINUTES = {"distill": 8, "train": 12, "tree": 3, "bench": 7, "promote": 1, "serve": 1, "batch": 2}
+BUDGET_MINUTES = {"distill": 10, "train": 9, "tree": 2, "bench": 9, "promote": 1, "serve": 1, "batch": 1}
 """Time each stage of the quickstart may take on two CPU cores."""
 CHAIN = tuple(BUDGET_MINUTES)
 SELF_MADE = 640

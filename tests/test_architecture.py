@@ -8,13 +8,19 @@ from pathlib import Path
 
 import pytest
 
+from hydra_core.base import Base
+from hydra_core.checkpoint import save_checkpoint
+from hydra_core.decoding import Engine
+from hydra_core.tree import Tree, TreeSet
 from jobs.runner import STAGES, read_config
 from tests.conftest import ROOT
+from tests.trained import random_heads
 
 PACKAGES = {"hydra_core": set(), "pipelines": {"hydra_core"}, "jobs": {"hydra_core", "pipelines"}}
 """Package -> packages of this project that it may import."""
 HEAVY = {"ray", "deepspeed", "mlflow"}
 SOURCES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+QUESTIONS = ["What is a draft tree?", "Count to ten."]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -56,6 +62,22 @@ def test_small_documented_files_without_pickles(path: Path) -> None:
 def test_every_test_folder_is_a_package() -> None:
     folders = {path.parent for path in (ROOT / "tests").rglob("*.py")}
     assert all((folder / "__init__.py").exists() for folder in folders)
+
+
+def test_readme_library_lines_run(tiny_base_dir: Path, tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                  capsys: pytest.CaptureFixture[str]) -> None:
+    """As printed, but for the model and the heads."""
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)
+    assert code
+    lines = [line for line in code[1].splitlines() if line.strip()]
+    assert len(lines) <= 5
+    save_checkpoint(tmp_path / "heads", random_heads(tiny_base, "hydra++"), tiny_base.identity,
+                    TreeSet({1: Tree(((0,), (0, 0)))}), {})
+    monkeypatch.setenv("HYDRA_HEADS_STORAGE", str(tmp_path))
+    text = "\n".join(lines).replace('"embedded:smollm2-135m"', f'"{tiny_base_dir}", dtype="fp32"')
+    exec(text.replace("/data/heads", str(tmp_path / "heads")), {})
+    with_heads = capsys.readouterr().out
+    assert with_heads.startswith("[") and with_heads == f"{Engine(tiny_base).answer(QUESTIONS, max_new_tokens=64)}\n"
 
 
 def test_readme_names_the_top_level() -> None:

@@ -11,32 +11,10 @@ from torch import Tensor
 
 from hydra_core.base.attention import HeadNorms, Rotary, cached_attention, grouped_mask
 from hydra_core.base.kv_cache import KVCache, Step
+from hydra_core.base.linear import FrozenLinear
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A matrix [out, in] and perhaps a bias [out]."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-    @classmethod
-    def joined(cls, *modules: Any) -> Linear:
-        """Several of transformers' layers side by side; the originals are let go of, so nothing is held twice."""
-        weight = torch.cat([module.weight for module in modules]).detach()
-        bias = None
-        if any(module.bias is not None for module in modules):
-            bias = torch.cat([torch.zeros_like(module.weight[:, 0]) if module.bias is None else module.bias
-                              for module in modules]).detach()
-        for module in modules:
-            module.weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
-        return cls(weight, bias)
 
 
 @dataclass(frozen=True)
@@ -44,12 +22,12 @@ class LayerWeights:
     """One decoder layer; norms are [D]."""
 
     input_norm: Tensor
-    qkv: Linear
+    qkv: FrozenLinear
     head_norms: HeadNorms | None
-    output: Linear
+    output: FrozenLinear
     mlp_norm: Tensor
-    gate_up: Linear
-    down: Linear
+    gate_up: FrozenLinear
+    down: FrozenLinear
 
 
 class FusedDecoder:
@@ -117,10 +95,22 @@ def _take_weights(layer: Any) -> LayerWeights:
                           attention.q_norm.variance_epsilon)
     return LayerWeights(
         input_norm=layer.input_layernorm.weight.detach(),
-        qkv=Linear.joined(attention.q_proj, attention.k_proj, attention.v_proj),
+        qkv=_joined(attention.q_proj, attention.k_proj, attention.v_proj),
         head_norms=norms,
-        output=Linear.joined(attention.o_proj),
+        output=_joined(attention.o_proj),
         mlp_norm=layer.post_attention_layernorm.weight.detach(),
-        gate_up=Linear.joined(mlp.gate_proj, mlp.up_proj),
-        down=Linear.joined(mlp.down_proj),
+        gate_up=_joined(mlp.gate_proj, mlp.up_proj),
+        down=_joined(mlp.down_proj),
     )
+
+
+def _joined(*modules: Any) -> FrozenLinear:
+    """Several of transformers' layers side by side; the originals are let go of, so nothing is held twice."""
+    weight = torch.cat([module.weight for module in modules]).detach()
+    bias = None
+    if any(module.bias is not None for module in modules):
+        bias = torch.cat([torch.zeros_like(module.weight[:, 0]) if module.bias is None else module.bias
+                          for module in modules]).detach()
+    for module in modules:
+        module.weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
+    return FrozenLinear.of(weight, bias)

@@ -134,7 +134,7 @@ def _vocabulary_of(model: Any, config: Any, identity: BaseIdentity, stops: tuple
     embedding = model.get_input_embeddings().weight.detach()
     if norm is None:
         norm = torch.ones_like(embedding[0])
-    vocab_head = VocabHead.of(config, head.weight.detach(), None if bias is None else bias.detach())
+    vocab_head = VocabHead.of(config, head.weight.detach(), None if bias is None else bias.detach()).for_decoding()
     return BaseVocabulary(identity, config, stops, embedding, norm, _norm_eps(config), vocab_head)
 
 

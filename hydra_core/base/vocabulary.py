@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from hydra_core.base.linear import pack, packable, packed_linear
 
 
 @dataclass(frozen=True)
@@ -29,22 +31,32 @@ class BaseIdentity:
 class VocabHead:
     """Hidden state to logits: the one function for matrix, bias, scale and soft cap.
 
-    `weight`: [V, D]; `bias`: [V] or None; `scale` multiplies the logits (Granite, Cohere); `softcap` bounds them (Gemma).
+    `weight`: [V, D]; `bias`: [V] or None; `scale` multiplies the logits (Granite, Cohere); `softcap` bounds them (Gemma);
+    `packed`: a copy of `weight` in the layout that decodes fastest, see `for_decoding`.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    packed: Tensor | None = None
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """[..., D] of any float dtype to logits [..., V] in float32."""
-        logits = F.linear(hidden.to(self.weight.dtype), self.weight, self.bias).float()
+        hidden = hidden.to(self.weight.dtype)
+        if self.packed is not None and not hidden.requires_grad:
+            logits = packed_linear(hidden, self.packed, self.bias).float()
+        else:
+            logits = F.linear(hidden, self.weight, self.bias).float()
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
+
+    def for_decoding(self) -> VocabHead:
+        """The same head with a packed copy of its matrix, where this machine has a faster layout."""
+        return replace(self, packed=pack(self.weight)) if packable(self.weight) else self
 
     def restrict(self, ids: Tensor) -> VocabHead:
         """The head over the tokens `ids` [Vd] alone, in that order."""

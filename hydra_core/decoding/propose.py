@@ -104,6 +104,7 @@ class HeadSession(PlainSession):
 
     def __init__(self, drafter: HeadDrafter, trees: TreeSet, rows: int, slots: int, shared_noise: bool = True) -> None:
         self.drafter, self.trees, self.shared_noise = drafter, trees, shared_noise
+        drafter.pack()
         weight = drafter.weight
         self.features = torch.zeros(rows, weight.shape[0], dtype=weight.dtype, device=weight.device)
         self.draft_ids = drafter.draft_vocab.ids.to(weight.device)

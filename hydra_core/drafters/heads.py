@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hydra_core.base.linear import PackableLinear
 from hydra_core.base.vocabulary import BaseVocabulary
 from hydra_core.drafters.config import HeadsConfig
 from hydra_core.drafters.vocab import DraftVocab
@@ -22,10 +23,10 @@ class ResBlock(nn.Module):
 
     def __init__(self, width_in: int, width: int) -> None:
         super().__init__()
-        self.inner = nn.Linear(width_in, width)
+        self.inner = PackableLinear(width_in, width)
         nn.init.zeros_(self.inner.weight)
         nn.init.zeros_(self.inner.bias)
-        self.skip = nn.Linear(width_in, width, bias=False) if width_in != width else None
+        self.skip = PackableLinear(width_in, width, bias=False) if width_in != width else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width_in] to [..., width]."""
@@ -78,6 +79,13 @@ class HeadDrafter(nn.Module):
         head = self.heads[0]
         assert isinstance(head, MlpHead)
         return head.norm.weight
+
+    def pack(self) -> None:
+        """Lay the weights out for decoding, where this machine has a faster layout; going on training undoes it."""
+        self.rows = self.rows.for_decoding()
+        for module in self.modules():
+            if isinstance(module, PackableLinear):
+                module.pack()
 
     def head_width(self, i: int) -> int:
         """Width of what head `i` reads."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hydra_core.base.attention import Rotary, cached_attention, grouped_attention, grouped_mask, rotate
 from hydra_core.base.kv_cache import KVCache, Step
+from hydra_core.base.linear import PackableLinear
 
 
 class PrefixLayer(nn.Module):
@@ -28,11 +29,11 @@ class PrefixLayer(nn.Module):
         inner = getattr(config, "intermediate_size", None) or 4 * width
         eps = getattr(config, "rms_norm_eps", 1e-5)
         self.input_norm = nn.RMSNorm(width, eps=eps)
-        self.qkv = nn.Linear(width, (self.query_heads + 2 * self.kv_heads) * self.head_width, bias=False)
-        self.output = nn.Linear(self.query_heads * self.head_width, width, bias=False)
+        self.qkv = PackableLinear(width, (self.query_heads + 2 * self.kv_heads) * self.head_width, bias=False)
+        self.output = PackableLinear(self.query_heads * self.head_width, width, bias=False)
         self.mlp_norm = nn.RMSNorm(width, eps=eps)
-        self.gate_up = nn.Linear(width, 2 * inner, bias=False)
-        self.down = nn.Linear(inner, width, bias=False)
+        self.gate_up = PackableLinear(width, 2 * inner, bias=False)
+        self.down = PackableLinear(inner, width, bias=False)
         self.norm = nn.RMSNorm(width, eps=eps)
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.down.weight)
