@@ -33,13 +33,13 @@ def verify_seconds(base: Base, batches: Sequence[int], nodes: Iterable[int], con
     cache = base.allocate(max(batches), context + sizes[-1])
 
     def job(batch: int, size: int) -> Job:
-        topology = bushy(size)
+        forest = bushy(size).forest
         tokens = torch.full((batch, size), 5, dtype=torch.int64, device=base.device)
 
         def run() -> None:
             cache.lengths[:batch] = context
-            hidden = base.forward(tokens, cache, (0, batch), topology)
-            accepted = accept(tokens, topology, base.logits(hidden).argmax(-1))
+            hidden = base.forward(tokens, cache, (0, batch), forest)
+            accepted = accept(tokens, forest, base.logits(hidden).argmax(-1))
             cache.commit((0, batch), accepted.path, accepted.counts)
 
         return run

@@ -14,14 +14,20 @@ from hydra_core.base.kv_cache import KVCache, Step
 class Rotary:
     """Rotary position tables of the base: cos and sin [P, d] in the working dtype.
 
-    Rows are made for positions as they are first needed and kept, since a table costs far less than the trigonometry
-    of every step. `inverse_frequencies`: [d / 2] float32; `scaling` multiplies both tables (transformers' name for it).
+    Rows are made for positions as they are first needed (or `reserve`d) and kept, since a table costs far less than the
+    trigonometry of every step. `inverse_frequencies`: [d / 2] float32; `scaling` multiplies both tables (transformers'
+    name for it).
     """
 
     def __init__(self, inverse_frequencies: Tensor, scaling: float, dtype: torch.dtype) -> None:
         self.inverse_frequencies, self.scaling, self.dtype = inverse_frequencies.float(), scaling, dtype
         self.cos = self.sin = torch.empty(0, 2 * len(inverse_frequencies), dtype=dtype)
-        self._grow(1024)
+        self.reserve(1024)
+
+    def reserve(self, positions: int) -> None:
+        """Make the rows of so many positions now, so that no step has to."""
+        if positions > len(self.cos):
+            self._grow(positions)
 
     @torch.inference_mode(False)  # a table made while validating must still serve a training step
     def _grow(self, positions: int) -> None:

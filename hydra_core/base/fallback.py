@@ -10,6 +10,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from hydra_core.base.kv_cache import KVCache, Step
 
+ALIBI = ("bloom", "mpt")
+"""Model types that know positions only by a mask of one dimension."""
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -52,6 +54,7 @@ class TransformersDecoder:
         self.layers = config.num_hidden_layers
         self.kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         self.head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.most_positions = getattr(config, "max_position_embeddings", None)
         self.kinds = set(getattr(config, "layer_types", None) or ())
         self.window = _window(config)
 
@@ -67,6 +70,10 @@ class TransformersDecoder:
             return "no attention heads"
         if getattr(config, "mamba_d_state", None) or getattr(config, "state_size", None):
             return "a recurrent state"
+        if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
+            return "positions that are turned by the longest row's length"
+        if config.model_type in ALIBI or getattr(config, "alibi", False):
+            return "positions read off the attention mask"
         return None
 
     def allocate(self, rows: int, slots: int) -> KVCache:
@@ -79,7 +86,10 @@ class TransformersDecoder:
     def __call__(self, ids: Tensor, cache: KVCache, step: Step, counts: Tensor | None = None) -> Tensor:
         """As `Decoder.__call__`."""
         layers: list[Any] = [_StepLayer(cache, layer, step) for layer in range(self.layers)]
-        output = self.model(input_ids=ids, attention_mask=self._masks(cache, step), position_ids=step.positions,
+        positions = step.positions
+        if self.most_positions:  # draft nodes past the limit can never be kept, but a learned table ends there
+            positions = positions.clamp(max=self.most_positions - 1)
+        output = self.model(input_ids=ids, attention_mask=self._masks(cache, step), position_ids=positions,
                             past_key_values=Cache(layers=layers), use_cache=True)
         hidden: Tensor = output.last_hidden_state
         return hidden

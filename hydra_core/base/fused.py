@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from hydra_core.base.attention import HeadNorms, Rotary, cached_attention, grouped_mask
 from hydra_core.base.kv_cache import KVCache, Step
 from hydra_core.base.linear import FrozenLinear
+from hydra_core.base.q4_1 import Q4Matrix
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -31,11 +33,14 @@ class LayerWeights:
 
 
 class FusedDecoder:
-    """Forward of the Llama family over a `KVCache`, built from a loaded transformers model (whose weights it takes over)."""
+    """Forward of the Llama family over a `KVCache`, built from a loaded transformers model (whose weights it takes over).
+
+    `codes`: tensor name -> 4-bit codes of the layers' matrices, where they are to be multiplied as such.
+    """
 
     branching = True
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, codes: Mapping[str, Q4Matrix] | None = None) -> None:
         config = model.config
         self.heads = config.num_attention_heads
         self.kv_heads = config.num_key_value_heads
@@ -43,7 +48,8 @@ class FusedDecoder:
         self.eps = config.rms_norm_eps
         self.embedding = model.model.embed_tokens.weight.detach()
         self.final_norm = model.model.norm.weight.detach()
-        self.layers = [_take_weights(layer) for layer in model.model.layers]
+        self.layers = [_take_weights(layer, f"model.layers.{number}", codes)
+                       for number, layer in enumerate(model.model.layers)]
         rotary = model.model.rotary_emb
         self.rotary = Rotary(rotary.inv_freq, rotary.attention_scaling, self.embedding.dtype)
 
@@ -65,6 +71,7 @@ class FusedDecoder:
         return None if kind in FIXED_ROPE_TYPES else f"rope type {kind}"
 
     def allocate(self, rows: int, slots: int) -> KVCache:
+        self.rotary.reserve(slots)
         return KVCache(len(self.layers), rows, slots, self.kv_heads, self.head_width, self.embedding.dtype,
                        self.embedding.device)
 
@@ -87,24 +94,30 @@ class FusedDecoder:
         return F.rms_norm(hidden, (width,), self.final_norm, self.eps)
 
 
-def _take_weights(layer: Any) -> LayerWeights:
-    attention, mlp = layer.self_attn, layer.mlp
+def _take_weights(layer: Any, name: str, codes: Mapping[str, Q4Matrix] | None) -> LayerWeights:
+    attention = layer.self_attn
     norms = None
     if getattr(attention, "q_norm", None) is not None:
         norms = HeadNorms(attention.q_norm.weight.detach(), attention.k_norm.weight.detach(),
                           attention.q_norm.variance_epsilon)
+
+    def joined(part: str, *projections: str) -> FrozenLinear:
+        modules = [getattr(getattr(layer, part), projection) for projection in projections]
+        found = codes and Q4Matrix.joined([codes[f"{name}.{part}.{projection}.weight"] for projection in projections])
+        return _joined(modules, found or None)
+
     return LayerWeights(
         input_norm=layer.input_layernorm.weight.detach(),
-        qkv=_joined(attention.q_proj, attention.k_proj, attention.v_proj),
+        qkv=joined("self_attn", "q_proj", "k_proj", "v_proj"),
         head_norms=norms,
-        output=_joined(attention.o_proj),
+        output=joined("self_attn", "o_proj"),
         mlp_norm=layer.post_attention_layernorm.weight.detach(),
-        gate_up=_joined(mlp.gate_proj, mlp.up_proj),
-        down=_joined(mlp.down_proj),
+        gate_up=joined("mlp", "gate_proj", "up_proj"),
+        down=joined("mlp", "down_proj"),
     )
 
 
-def _joined(*modules: Any) -> FrozenLinear:
+def _joined(modules: list[Any], codes: Q4Matrix | None) -> FrozenLinear:
     """Several of transformers' layers side by side; the originals are let go of, so nothing is held twice."""
     weight = torch.cat([module.weight for module in modules]).detach()
     bias = None
@@ -113,4 +126,4 @@ def _joined(*modules: Any) -> FrozenLinear:
                           for module in modules]).detach()
     for module in modules:
         module.weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
-    return FrozenLinear.of(weight, bias)
+    return FrozenLinear.of(weight, bias, codes)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hydra_core.tree.topology import Topology
+from hydra_core.tree.forest import Forest
 
 
 @dataclass(frozen=True)
@@ -62,31 +62,31 @@ class KVCache:
     def nbytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
 
-    def plan(self, rows: tuple[int, int], topology: Topology) -> Step:
-        """Positions, slots and mask of a forward over `topology` on top of what `rows` hold.
+    def plan(self, rows: tuple[int, int], forest: Forest) -> Step:
+        """Positions, slots and mask of a forward over `forest` on top of what `rows` hold.
 
         Raises ValueError when a row has no room for the nodes.
         """
         lengths = self.lengths[rows[0]:rows[1]]
-        nodes, longest = topology.size, int(lengths.max())
+        forest = forest.to(lengths.device)
+        nodes, longest = forest.size, int(lengths.max())
         if longest + nodes > self.slots:
             raise ValueError(f"{nodes} nodes on top of {longest} tokens do not fit {self.slots} slots")
-        depths = torch.tensor(topology.depths, device=lengths.device)
-        positions = lengths[:, None] + depths
+        positions = lengths[:, None] + forest.depths
         slots = lengths[:, None] + self._slot_range[:nodes]
         span = longest + nodes
         if nodes == 1 and len(lengths) == 1:
             return Step(rows, positions, slots, span, None)
-        return Step(rows, positions, slots, span, self._mask(lengths, topology, span))
+        return Step(rows, positions, slots, span, self._mask(lengths, forest, span))
 
-    def _mask(self, lengths: Tensor, topology: Topology, span: int) -> Tensor:
+    def _mask(self, lengths: Tensor, forest: Forest, span: int) -> Tensor:
         """A node sees its row's committed slots and its ancestors: additive [B, 1, N, span]."""
-        ancestors = topology.ancestors.to(lengths.device)
-        nodes = topology.size
+        nodes = forest.size
         offset = self._slot_range[:span] - lengths[:, None]                     # [B, span], node index of a slot
         inside = (offset >= 0) & (offset < nodes)
-        seen = ancestors[:, offset.clamp(0, nodes - 1)] & inside                # [N, B, span]
-        seen = seen.transpose(0, 1) | (offset < 0)[:, None, :]
+        index = offset.clamp(0, nodes - 1)[:, None].expand(-1, nodes, -1)       # [B, N, span]
+        seen = forest.ancestors.expand(len(lengths), -1, -1).gather(2, index) & inside[:, None]
+        seen |= (offset < 0)[:, None]
         mask = torch.zeros(seen.shape, dtype=self.dtype, device=lengths.device)
         return mask.masked_fill_(~seen, float("-inf"))[:, None]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from hydra_core.base.fallback import TransformersDecoder
 from hydra_core.base.fused import FusedDecoder
 from hydra_core.base.model import Base
+from hydra_core.base.q4_1 import Q4Matrix, load_codes
 from hydra_core.base.resolve import ResolvedBase, default_cache, resolve_base
 from hydra_core.base.sequential import SequentialDecoder
 from hydra_core.base.text import load_tokenizer
@@ -22,7 +24,8 @@ from hydra_core.errors import InputError
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int4": torch.bfloat16}
+"""Weight format -> dtype of everything that is not packed."""
 FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 
 
@@ -30,21 +33,23 @@ def load_base(model: str, *, dtype: str = "bf16", device: str = "cpu", cache: Pa
               context_limit: int | None = None, fused: bool = True, widen: bool = False) -> Base:
     """Load and freeze the base.
 
-    `dtype`: weight format, bf16 or fp32; `device`: cpu, cuda or auto; `cache`: folder for fetched and converted models
-    (default: `default_cache()`); `context_limit`: tokens of prompt + answer, at most the model's own; `fused=False` forces
-    transformers' own forward;
-    `widen` computes in float64 on the very values of the weight format (what near-ties are judged by).
+    `dtype`: weight format, bf16, fp32 or int4 (a Q4_1 checkpoint's own codes, on a CPU); `device`: cpu, cuda or auto;
+    `cache`: folder for fetched and converted models (default: `default_cache()`); `context_limit`: tokens of prompt +
+    answer, at most the model's own; `fused=False` forces transformers' own forward; `widen` computes in float64 on the
+    very values of the weight format (what near-ties are judged by).
     Raises InputError for a model that cannot be had.
     """
     resolved = resolve_base(model, cache or default_cache())
     target = pick_device(device)
-    loaded = _load_transformers(resolved, model, DTYPES[dtype]).to(target)
+    codes = _codes(resolved, model, target, fused) if dtype == "int4" and not widen else None
+    # the values of int4 are the checkpoint's own, which only its float32 copy holds
+    loaded = _load_transformers(resolved, model, torch.float32 if widen and dtype == "int4" else DTYPES[dtype]).to(target)
     if widen:
         loaded = loaded.double()
     config = loaded.config.get_text_config()
     identity = BaseIdentity(resolved.name, resolved.digest, dtype)
     vocabulary = _vocabulary_of(loaded, config, identity, _stop_ids(loaded, config))
-    decoder = _decoder_for(loaded, config, fused)
+    decoder = _decoder_for(loaded, config, fused, codes)
     limit = _context_limit(config, context_limit, model)
     return Base(vocabulary, decoder, load_tokenizer(resolved.folder), limit, target)
 
@@ -61,7 +66,8 @@ def load_vocabulary(model: str, *, dtype: str = "bf16", device: str = "cpu", cac
     target, kind = pick_device(device), DTYPES[dtype]
     names = _tensor_files(resolved.folder)
     embedding = _read(names, ("embed_tokens.weight", "embed_in.weight", "wte.weight"), model)
-    norm = _read(names, (*(f"model.{name}.weight" for name in FINAL_NORMS), "final_layer_norm.weight"), model)
+    norm = _read(names, (*(f"model.{name}.weight" for name in FINAL_NORMS), "final_layer_norm.weight",
+                         "transformer.ln_f.weight"), model)
     if config.tie_word_embeddings:
         weight, bias = embedding, None
     else:
@@ -105,18 +111,36 @@ def _load_transformers(resolved: ResolvedBase, asked: str, dtype: torch.dtype) -
     transformers_logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(resolved.folder).get_text_config()
-        masked = TransformersDecoder.reason_unsupported(config) is None  # then our tree mask must be heeded
+        attention = _attention_for(AutoModelForCausalLM, config)
         model = AutoModelForCausalLM.from_pretrained(resolved.folder, dtype=dtype, use_safetensors=True,
-                                                     attn_implementation="sdpa" if masked else None)
+                                                     attn_implementation=attention)
     except (ValueError, OSError, KeyError) as error:
         raise InputError(f"base.model={asked}: cannot be loaded ({str(error).splitlines()[0]})") from None
     return model.eval().requires_grad_(False)
 
 
-def _decoder_for(model: Any, config: Any, fused: bool) -> Any:
+def _attention_for(auto: Any, config: Any) -> str | None:
+    """An implementation that heeds our tree mask where one is needed; None leaves the choice to transformers."""
+    if TransformersDecoder.reason_unsupported(config) is not None:
+        return None
+    known = type(config) in auto._model_mapping
+    return "sdpa" if not known or getattr(auto._model_mapping[type(config)], "_supports_sdpa", False) else "eager"
+
+
+def _codes(resolved: ResolvedBase, model: str, device: torch.device, fused: bool) -> Mapping[str, Q4Matrix]:
+    codes = load_codes(resolved.folder)
+    if codes is None:
+        raise InputError(f"base.dtype=int4: {model} is not stored in Q4_1, and quantising it would change its output: "
+                         "use bf16 or fp32")
+    if device.type != "cpu" or not fused:
+        raise InputError("base.dtype=int4: the 4-bit kernel runs in the fused decoder on a CPU: use bf16 or fp32")
+    return codes
+
+
+def _decoder_for(model: Any, config: Any, fused: bool, codes: Mapping[str, Q4Matrix] | None) -> Any:
     reason = FusedDecoder.reason_unsupported(config) if fused else "asked not to fuse"
     if reason is None:
-        return FusedDecoder(model)
+        return FusedDecoder(model, codes)
     why_not = TransformersDecoder.reason_unsupported(config)
     if why_not is not None:
         log.warning("the base decodes plainly, one row after another: a draft tree needs attention alone (%s)", why_not)

@@ -11,7 +11,8 @@ from torch import Tensor
 from hydra_core.base.kv_cache import KVCache, Step
 from hydra_core.base.text import encode_prompt
 from hydra_core.base.vocabulary import BaseIdentity, BaseVocabulary
-from hydra_core.tree.topology import Topology, chain
+from hydra_core.tree.forest import Forest
+from hydra_core.tree.topology import chain
 
 PREFILL_CHUNK = 512  # tokens of a prompt in one forward: bounds the mask and the activations
 
@@ -71,14 +72,14 @@ class Base:
         return cache
 
     @torch.inference_mode()
-    def forward(self, ids: Tensor, cache: KVCache, rows: tuple[int, int], topology: Topology,
+    def forward(self, ids: Tensor, cache: KVCache, rows: tuple[int, int], forest: Forest,
                 counts: Tensor | None = None) -> Tensor:
         """One forward of [B, N] token ids on top of what cache `rows` hold: hidden states [B, N, D].
 
         Node j of a row stands at position length + depth(j) and sees the row's committed tokens and its ancestors. The
         nodes' keys and values are written but not committed. `counts`: [B] real tokens of rows that are padded.
         """
-        return self.decoder(ids, cache, cache.plan(rows, topology), counts)
+        return self.decoder(ids, cache, cache.plan(rows, forest), counts)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] to [..., V] float32."""

@@ -16,10 +16,12 @@ from typing import Any
 from filelock import FileLock
 
 from hydra_core.base.embedded import EMBEDDED_BASE, fetch_embedded
+from hydra_core.base.q4_1 import save_codes
 from hydra_core.errors import InputError
 
 log = logging.getLogger(__name__)
 ORIGIN = "hydra_base.json"  # beside a converted model: what it was made from
+LAYOUT = 2  # of a converted folder: 2 keeps Q4_1 codes beside the dequantised weights
 
 
 def default_cache() -> Path:
@@ -98,7 +100,7 @@ def _download(hub_id: str) -> Path:
 def _converted(gguf: Path, cache: Path) -> ResolvedBase:
     """The float32 transformers copy of a .gguf file, made under a lock since several workers may ask at once."""
     digest = _digest(((str(gguf), gguf.stat().st_size, gguf.stat().st_mtime_ns),))
-    folder = cache / "converted" / f"{gguf.stem}-{digest[:12]}"
+    folder = cache / "converted" / f"{gguf.stem}-{digest[:12]}-{LAYOUT}"
     if not (folder / ORIGIN).exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
@@ -124,6 +126,7 @@ def _convert(gguf: Path, folder: Path, digest: str) -> None:
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.save_pretrained(temporary)
+        save_codes(gguf, model, temporary)
         tokenizer.save_pretrained(temporary)
         (temporary / ORIGIN).write_text(json.dumps({"name": gguf.stem, "digest": digest}), encoding="utf-8")
         os.replace(temporary, folder)

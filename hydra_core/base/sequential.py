@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hydra_core.base.kv_cache import Step
-from hydra_core.tree.topology import Topology
+from hydra_core.tree.forest import Forest
 
 
 class SequentialCache:
@@ -20,13 +20,13 @@ class SequentialCache:
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         self.rows, self.slots = rows, slots
 
-    def plan(self, rows: tuple[int, int], topology: Topology) -> Step:
+    def plan(self, rows: tuple[int, int], forest: Forest) -> Step:
         """Only chains; raises ValueError for a tree that branches."""
-        if not topology.is_chain:
+        if forest.depth != forest.size - 1:
             raise ValueError("a recurrent state cannot hold a tree")
         lengths = self.lengths[rows[0]:rows[1]]
-        positions = lengths[:, None] + torch.arange(topology.size, device=lengths.device)
-        return Step(rows, positions, positions, int(lengths.max()) + topology.size, None)
+        positions = lengths[:, None] + torch.arange(forest.size, device=lengths.device)
+        return Step(rows, positions, positions, int(lengths.max()) + forest.size, None)
 
     def commit(self, rows: tuple[int, int], path: Tensor, counts: Tensor) -> None:
         """The root is in the state already."""

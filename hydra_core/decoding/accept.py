@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hydra_core.decoding.choose import Chooser, choose, token_logprob
 from hydra_core.decoding.records import TokenLogprob, Typical
-from hydra_core.tree.topology import Topology
+from hydra_core.tree.forest import Forest
 
 
 @dataclass(frozen=True)
@@ -29,28 +29,25 @@ class Accepted:
     logprobs: list[list[TokenLogprob]] = field(default_factory=list)
 
 
-def accept(tokens: Tensor, topology: Topology, chosen: Tensor) -> Accepted:
+def accept(tokens: Tensor, forest: Forest, chosen: Tensor) -> Accepted:
     """Keep a node when its parent is kept and the base's choice at the parent is the node's token.
 
     `tokens`: [B, N] drafted (node 0 the root; a negative id is a node that was not filled and never matches);
     `chosen`: [B, N] the base's choice after each node. Siblings must hold different tokens, so at most one child of a
     node can match and the kept nodes form one path.
     """
-    device = tokens.device
-    parents = torch.tensor(topology.parents, device=device).clamp(min=0)
-    match = tokens == chosen[:, parents]
+    forest = forest.to(tokens.device)
+    match = tokens == chosen.gather(1, forest.parents.clamp(min=0).expand(len(tokens), -1))
     match[:, 0] = True
-    ancestors = topology.ancestors.to(device)
-    kept = (match[:, None, :] | ~ancestors).all(-1)                              # [B, N]
-    depths = torch.tensor(topology.depths, device=device)
-    deepest = torch.where(kept, depths, -1).argmax(-1)                           # [B]
-    path = topology.routes.to(device)[deepest]
-    counts = depths[deepest] + 1
+    kept = (match[:, None, :] | ~forest.ancestors).all(-1)                       # [B, N]
+    depths, deepest = torch.where(kept, forest.depths, -1).max(-1)               # [B]
+    path = forest.routes_to(deepest)
+    counts = depths + 1
     emitted = [row[:count] for row, count in zip(chosen.gather(1, path).tolist(), counts.tolist(), strict=True)]
     return Accepted(path, counts, emitted)
 
 
-def accept_walking(tokens: Tensor, topology: Topology, logits: Tensor, positions: Sequence[int],
+def accept_walking(tokens: Tensor, forest: Forest, logits: Tensor, positions: Sequence[int],
                    choosers: Sequence[Chooser]) -> Accepted:
     """The same, choosing depth by depth at the nodes that are reached.
 
@@ -58,7 +55,8 @@ def accept_walking(tokens: Tensor, topology: Topology, logits: Tensor, positions
     chosen, as penalties at a node count its ancestors.
     """
     drafted = tokens.tolist()
-    children = topology.children
+    children = [_children(parents) for parents in forest.parents.tolist()]
+    children = children * len(choosers) if len(children) == 1 else children
     paths = [[0] for _ in choosers]
     emitted: list[list[int]] = [[] for _ in choosers]
     logprobs: list[list[TokenLogprob]] = [[] for _ in choosers]
@@ -66,14 +64,14 @@ def accept_walking(tokens: Tensor, topology: Topology, logits: Tensor, positions
     while active:
         at = [paths[row][-1] for row in active]
         reached = logits[active, at]
-        where = [positions[row] + topology.depths[node] + 1 for row, node in zip(active, at, strict=True)]
+        where = [positions[row] + len(paths[row]) for row in active]
         picked = choose(reached, where, [choosers[row] for row in active])
         going = []
         for place, (row, node, token) in enumerate(zip(active, at, picked, strict=True)):
             request = choosers[row].request
-            child = _child(children[node], drafted[row], token)
-            if request.typical is not None and (other := _typical_child(
-                    choosers[row], request.typical, reached[place], children[node], drafted[row])) is not None:
+            child = _child(children[row][node], drafted[row], token)
+            if request.lossy_typical is not None and (other := _typical_child(
+                    choosers[row], request.lossy_typical, reached[place], children[row][node], drafted[row])) is not None:
                 child, token = other, drafted[row][other]
             emitted[row].append(token)
             choosers[row].record(token)
@@ -83,10 +81,18 @@ def accept_walking(tokens: Tensor, topology: Topology, logits: Tensor, positions
                 paths[row].append(child)
                 going.append(row)
         active = going
-    longest = topology.depth + 1
+    longest = forest.depth + 1
     padded = [path + [path[-1]] * (longest - len(path)) for path in paths]
     counts = torch.tensor([len(path) for path in paths], device=tokens.device)
     return Accepted(torch.tensor(padded, device=tokens.device), counts, emitted, logprobs)
+
+
+def _children(parents: Sequence[int]) -> list[list[int]]:
+    """The nodes below each node."""
+    found: list[list[int]] = [[] for _ in parents]
+    for node, parent in enumerate(parents[1:], start=1):
+        found[parent].append(node)
+    return found
 
 
 def _child(children: Sequence[int], drafted: Sequence[int], token: int) -> int | None:

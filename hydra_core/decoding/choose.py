@@ -21,7 +21,7 @@ class Chooser:
     def __init__(self, request: Request, vocab_size: int, device: torch.device | str = "cpu") -> None:
         self.request = request
         self.simple = (request.temperature == 0 and not request.penalised and request.logprobs is None
-                       and request.typical is None)
+                       and request.lossy_typical is None)
         self.in_prompt: Tensor | None = None
         self.counts: Tensor | None = None
         if request.penalised:
@@ -90,7 +90,7 @@ def _noisy(scores: Tensor, keys: Sequence[tuple[int, int]]) -> Tensor:
     rows = torch.arange(len(keys), device=scores.device)
     top = scores.argmax(-1)
     floor = scores[rows, top] + gumbel_at(keys, rows, top)
-    where, ids = (scores > (floor - HIGHEST)[:, None]).nonzero(as_tuple=True)
+    where, ids = (scores >= (floor - HIGHEST)[:, None]).nonzero(as_tuple=True)
     noisy = torch.full_like(scores, -math.inf)
     noisy[where, ids] = scores[where, ids] + gumbel_at(keys, where, ids)
     return noisy

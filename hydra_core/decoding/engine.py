@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -33,11 +34,15 @@ class Engine:
     only; a small default when not given); `max_batch`: rows that run at once; `context_limit`: prompt and answer
     together, at most the base's own; `shared_noise`: drafters rank by the noise of the draw to come (False only shows
     what that is worth). All memory is taken here and none later. Not thread safe: one thread drives it.
-    Raises InputError when the trees are deeper than the drafter has heads or the caches do not fit the memory.
+    Raises InputError for limits below 1, when the trees ask for more heads or candidates than the drafter has, and when
+    the caches do not fit the memory.
     """
 
     def __init__(self, base: Base, drafter: HeadDrafter | NgramDrafter | None = None, trees: TreeSet | None = None, *,
                  max_batch: int = 8, context_limit: int | None = None, shared_noise: bool = True) -> None:
+        for name, value in (("max_batch", max_batch), ("context_limit", context_limit)):
+            if value is not None and value < 1:
+                raise InputError(f"{name}={value}: must be at least 1")
         self.base, self.max_batch = base, max_batch
         self.context_limit = min(context_limit or base.context_limit, base.context_limit)
         if drafter is not None and not base.branching:
@@ -47,8 +52,8 @@ class Engine:
             trees = TreeSet({1: PLAIN})
         elif trees is None:
             trees = default_trees()
-        if isinstance(drafter, HeadDrafter) and trees.max_depth > drafter.num_heads:
-            raise InputError(f"trees: depth {trees.max_depth} needs more than the drafter's {drafter.num_heads} heads")
+        if isinstance(drafter, HeadDrafter):
+            _check_trees(trees, drafter)
         nodes = drafter.length + 1 if isinstance(drafter, NgramDrafter) else trees.max_nodes
         slots = self.context_limit + max(nodes, trees.max_depth + 1)
         check_memory(base, drafter, max_batch, slots)
@@ -56,6 +61,7 @@ class Engine:
         self.session = open_session(drafter, trees, max_batch, slots, shared_noise)
         self.roots = torch.zeros(max_batch, dtype=torch.int64, device=base.device)
         self.scheduler = Scheduler(max_batch, self.context_limit, base.branching)
+        self.choosers: dict[str, Chooser] = {}  # by request id, for the rows that run
         self._last_hidden = EMPTY  # [P, D]: of the prompts going in, where their last token is reached
 
     @property
@@ -72,9 +78,7 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Raise InputError when `request` cannot be decoded here."""
-        request.check(self.base.vocab_size, self.context_limit)
-        if request.stop and self.base.tokenizer is None:
-            raise InputError(f"request {request.id}: stop: the base has no tokenizer: use stop_ids")
+        request.check(self.base.vocab_size, self.context_limit, texts=self.base.tokenizer is not None)
         if request.id in self.scheduler.ids:
             raise InputError(f"request {request.id}: id: is already running")
 
@@ -100,9 +104,12 @@ class Engine:
         return outputs + self._commit(proposal, hidden, accepted)
 
     def generate(self, requests: Sequence[Request]) -> list[Result]:
-        """Decode all of them; results in the order given. Raises InputError before any work if one is bad."""
+        """Decode all of them; results in the order given. Raises InputError before any work if one is bad, or if two
+        have the same id."""
         for request in requests:
             self.check(request)
+        if twice := [name for name, count in Counter(request.id for request in requests).items() if count > 1]:
+            raise InputError(f"request {twice[0]}: id: stands twice in the list")
         results = {result.id: result for result in self.stream(requests)}
         return [results[request.id] for request in requests]
 
@@ -122,39 +129,49 @@ class Engine:
         return texts
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Result]:
-        """Results as they finish; requests are pulled only as rows come free."""
-        source = iter(requests)
-        exhausted = False
-        while True:
-            while not exhausted and self.running + self.waiting < self.max_batch:
-                request = next(source, None)
-                if request is None:
-                    exhausted = True
-                else:
+        """Results as they finish; requests are pulled only as rows come free.
+
+        Left early, or by the InputError of a bad request, it cancels those of its requests that still run.
+        """
+        source, mine = iter(requests), set[str]()
+        try:
+            while True:
+                while self.running + self.waiting < self.max_batch and (request := next(source, None)) is not None:
                     self.add(request)
-            if not self.has_work:
-                return
-            yield from (output.result for output in self.step() if output.result is not None)
+                    mine.add(request.id)
+                if not self.has_work:
+                    return
+                for output in self.step():
+                    if output.result is not None:
+                        mine.discard(output.id)
+                        yield output.result
+        finally:
+            for name in mine:
+                self.cancel(name)
+            self._drop_cancelled()
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
     def _propose(self) -> Proposal:
         rows = self.scheduler.decoding
-        return self.session.propose(self.roots[:len(rows)], _root_positions(rows), [row.chooser for row in rows])
+        return self.session.propose(self.roots[:len(rows)], _root_positions(rows), self._choosers(rows))
 
     def _verify(self, proposal: Proposal) -> tuple[Tensor, Tensor]:
         """One base forward over all nodes: hidden states [B, N, D] and logits [B, N, V]."""
         rows = (0, len(self.scheduler.decoding))
-        hidden = self.base.forward(proposal.tokens.clamp(min=0), self.cache, rows, proposal.topology)
+        hidden = self.base.forward(proposal.tokens.clamp(min=0), self.cache, rows, proposal.forest)
         return hidden, self.base.logits(hidden)
 
     def _accept(self, proposal: Proposal, logits: Tensor) -> Accepted:
         """The path of each row on which the base agrees with the draft."""
         rows = self.scheduler.decoding
-        if all(row.chooser.simple for row in rows):
-            return accept(proposal.tokens, proposal.topology, logits.argmax(-1))
-        return accept_walking(proposal.tokens, proposal.topology, logits, _root_positions(rows),
-                              [row.chooser for row in rows])
+        choosers = self._choosers(rows)
+        if all(chooser.simple for chooser in choosers):
+            return accept(proposal.tokens, proposal.forest, logits.argmax(-1))
+        return accept_walking(proposal.tokens, proposal.forest, logits, _root_positions(rows), choosers)
+
+    def _choosers(self, rows: Sequence[Row]) -> list[Chooser]:
+        return [self.choosers[row.request.id] for row in rows]
 
     def _commit(self, proposal: Proposal, hidden: Tensor, accepted: Accepted) -> list[StepOutput]:
         rows = self.scheduler.decoding
@@ -179,8 +196,9 @@ class Engine:
         group = self.scheduler.group
         if group is None:
             return []
-        self._forward_chunk(group, group.chunk(bool(self.scheduler.decoding), self.base.branching))
-        return self._close_group(group) if group.done == group.longest else []
+        if not group.complete:
+            self._forward_chunk(group, group.chunk(bool(self.scheduler.decoding), self.base.branching))
+        return self._close_group(group) if group.complete else []
 
     def _open_group(self, starts: list[Start]) -> None:
         """Rows for new prompts; beginnings shared with decoding rows are copied instead of computed."""
@@ -198,7 +216,8 @@ class Engine:
     def _row(self, request: Request, now: float) -> Row:
         stops = self.base.stop_ids if request.stop_ids is None else request.stop_ids
         text = TextStream(self.base.decode, request.stop) if request.stop else None
-        return Row(request, Chooser(request, self.base.vocab_size, self.base.device), frozenset(stops), text, now)
+        self.choosers[request.id] = Chooser(request, self.base.vocab_size, self.base.device)
+        return Row(request, frozenset(stops), text, now)
 
     def _forward_chunk(self, group: Group, width: int) -> None:
         """The next `width` tokens of every prompt of the group; shorter prompts are padded."""
@@ -225,11 +244,12 @@ class Engine:
         first, now = len(self.scheduler.decoding), time.perf_counter()
         logits = self.base.logits(self._last_hidden)
         positions = [len(row.request.prompt_ids) for row in group.rows]
-        tokens = choose(logits, positions, [row.chooser for row in group.rows])
+        choosers = self._choosers(group.rows)
+        tokens = choose(logits, positions, choosers)
         logprobs: list[list[TokenLogprob]] = []
-        for index, (row, token) in enumerate(zip(group.rows, tokens, strict=True)):
+        for index, (row, chooser, token) in enumerate(zip(group.rows, choosers, tokens, strict=True)):
             row.first_token = now
-            row.chooser.record(token)
+            chooser.record(token)
             asked = row.request.logprobs
             logprobs.append([] if asked is None else [token_logprob(logits[index], token, asked)])
         self.scheduler.decoding += group.rows
@@ -259,8 +279,12 @@ class Engine:
         self._move(moves)
         if self.scheduler.group is not None:
             self._last_hidden = self._last_hidden.roll(1, dims=0)  # as the group's rows
-        self.scheduler.forget(row.request)
+        self._forget(row)
         return _result(row, reason)
+
+    def _forget(self, row: Row) -> None:
+        self.scheduler.forget(row.request)
+        del self.choosers[row.request.id]
 
     def _move(self, moves: list[tuple[int, int]]) -> None:
         for source, target in moves:
@@ -268,6 +292,7 @@ class Engine:
             self.session.move(source, target)
             self.roots[target] = self.roots[source]
 
+    @torch.inference_mode()
     def _drop_cancelled(self) -> list[StepOutput]:
         scheduler = self.scheduler
         if not scheduler.cancelled:
@@ -294,8 +319,16 @@ class Engine:
         self._last_hidden = self._last_hidden[:-1]
         row, moves = self.scheduler.leave_group(index)
         self._move(moves)
-        self.scheduler.forget(row.request)
+        self._forget(row)
         return [_result(row, "cancelled")]
+
+
+def _check_trees(trees: TreeSet, drafter: HeadDrafter) -> None:
+    if trees.max_depth > drafter.num_heads:
+        raise InputError(f"trees: depth {trees.max_depth} needs more than the drafter's {drafter.num_heads} heads")
+    highest = max((rank for tree in trees.trees.values() for path in tree.paths for rank in path), default=0)
+    if highest >= len(drafter.draft_vocab):
+        raise InputError(f"trees: rank {highest} needs more than the {len(drafter.draft_vocab)} tokens that may be drafted")
 
 
 def clip(row: Row, tokens: list[int], context_limit: int) -> tuple[list[int], FinishReason | None]:
@@ -324,4 +357,4 @@ def _result(row: Row, reason: FinishReason) -> Result:
     began = row.first_token or now
     return Result(row.request.id, row.request.prompt_ids, tuple(row.tokens), reason, row.steps, row.drafted,
                   row.accepted, began - row.started, now - began,
-                  tuple(row.logprobs) if row.request.logprobs is not None else None)
+                  tuple(row.logprobs) if row.request.logprobs is not None else None, row.request.lossy_typical is not None)

@@ -12,7 +12,9 @@ import torch
 from hydra_core.base.model import Base
 
 FP32_TIE = 1e-4
-BF16_TIE_STEPS = 4
+TIE_STEPS = {"bf16": 4, "int4": 8}
+"""bf16 steps within which two logits are near-tied. In int4 few and many rows are multiplied by different kernels, whose
+weights are rounded differently: twice as many."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ def compare(exact: Base, prompt_ids: Sequence[int], reference: Sequence[int], ot
     """Judge two greedy answers to one prompt.
 
     `exact`: the same base computing in float64 (`load_base(..., widen=True)`), whose identity tells the weight format
-    and with it the tolerance: 1e-4 in fp32, four bf16 steps at the logits' own size in bf16.
+    and with it the tolerance: 1e-4 in fp32, `TIE_STEPS` bf16 steps at the logits' own size else.
     """
     if tuple(reference) == tuple(other):
         return Comparison("identical")
@@ -49,7 +51,8 @@ def compare(exact: Base, prompt_ids: Sequence[int], reference: Sequence[int], ot
     pair = logits[[reference[index], other[index]]].double()
     gap = abs(float(pair[0] - pair[1]))
     size = float(pair.abs().max())
-    allowed = FP32_TIE if exact.identity.weight_format == "fp32" else BF16_TIE_STEPS * bf16_step(size)
+    kind = exact.identity.weight_format
+    allowed = FP32_TIE if kind == "fp32" else TIE_STEPS[kind] * bf16_step(size)
     # near-tied with each other is not enough: both must be near-tied for the top
     top = float(logits.max().double())
     near = gap < allowed and top - float(pair.min()) < allowed

@@ -8,14 +8,14 @@ from hydra_core.base.model import Base
 from hydra_core.decoding.choose import Chooser, choose, token_logprob
 from hydra_core.decoding.records import FinishReason, Request, Result, TokenLogprob
 from hydra_core.decoding.text import TextStream
-from hydra_core.tree.topology import PLAIN
+from hydra_core.tree.topology import chain
 
 
 @torch.inference_mode()
 def naive_generate(base: Base, request: Request, context_limit: int | None = None) -> Result:
     """Decode one request plainly. Raises InputError as `Request.check` does."""
     limit = min(context_limit or base.context_limit, base.context_limit)
-    request.check(base.vocab_size, limit)
+    request.check(base.vocab_size, limit, texts=base.tokenizer is not None)
     stops = base.stop_ids if request.stop_ids is None else request.stop_ids
     chooser = Chooser(request, base.vocab_size, base.device)
     text = TextStream(base.decode, request.stop)
@@ -40,7 +40,7 @@ def naive_generate(base: Base, request: Request, context_limit: int | None = Non
             reason = "context"
         else:
             token = torch.tensor([[tokens[-1]]], device=base.device)
-            hidden = base.forward(token, cache, (0, 1), PLAIN.topology)
+            hidden = base.forward(token, cache, (0, 1), chain(1))
             cache.lengths[0] += 1
     return Result(request.id, request.prompt_ids, tuple(tokens), reason, steps=len(tokens) - 1,
                   logprobs=tuple(logprobs) if request.logprobs is not None else None)

@@ -14,15 +14,16 @@ from hydra_core.base.model import PREFILL_CHUNK
 from hydra_core.decoding.choose import Chooser, rank_scores
 from hydra_core.drafters import HeadDrafter, NgramDrafter, NgramIndex
 from hydra_core.drafters.hydra_plus import HydraPlusPlus
-from hydra_core.tree.topology import PLAIN, Topology, Tree, TreeSet, chain
+from hydra_core.tree.forest import Forest
+from hydra_core.tree.topology import Tree, TreeSet, chain
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """`tokens`: [B, N] int64, node 0 the root, -1 where nothing was drafted; `topology`: its shape."""
+    """`tokens`: [B, N] int64, node 0 the root, -1 where nothing was drafted; `forest`: its shape."""
 
     tokens: Tensor
-    topology: Topology
+    forest: Forest
 
 
 class Session(Protocol):
@@ -64,7 +65,7 @@ class PlainSession:
         """Nothing to remember."""
 
     def propose(self, roots: Tensor, positions: Sequence[int], choosers: Sequence[Chooser]) -> Proposal:
-        return Proposal(roots[:, None], PLAIN.topology)
+        return Proposal(roots[:, None], chain(1))
 
     def move(self, source: int, target: int) -> None:
         """Nothing to move."""
@@ -140,7 +141,7 @@ class HeadSession(PlainSession):
             ranked = self._ranked(tree, depth, tokens, positions, choosers)
             source_of = level.source_of if self.drafter.config.sequential else torch.zeros_like(level.source_of)
             tokens[:, level.nodes.start:level.nodes.stop] = ranked[:, source_of, level.ranks]
-        return Proposal(tokens, tree.topology)
+        return Proposal(tokens, tree.topology.forest)
 
     def _ranked(self, tree: Tree, depth: int, tokens: Tensor, positions: Sequence[int],
                 choosers: Sequence[Chooser]) -> Tensor:

@@ -10,6 +10,8 @@ from hydra_core.errors import InputError
 
 FinishReason = Literal["stop", "length", "context", "cancelled"]
 MOST_LOGPROBS = 20
+LEAST_TEMPERATURE = 1e-4
+"""Below it a draw is greedy but for rounding: 0 says so exactly."""
 
 
 @dataclass(frozen=True)
@@ -50,15 +52,23 @@ class Request:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logprobs: int | None = None
-    typical: Typical | None = None
+    lossy_typical: Typical | None = None
+
+    def __post_init__(self) -> None:
+        """Lists become tuples; what is neither is left for `check` to refuse."""
+        for name in ("prompt_ids", "stop_ids", "stop"):
+            value = getattr(self, name)
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
 
     @property
     def penalised(self) -> bool:
         """Whether the choice of a token depends on those before it by more than the base's logits."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
-    def check(self, vocab_size: int, context_limit: int) -> None:
-        """Raise InputError that names the field when the request cannot be decoded."""
+    def check(self, vocab_size: int, context_limit: int, *, texts: bool = True) -> None:
+        """Raise InputError that names the field when the request cannot be decoded; `texts`: there is a tokenizer."""
+        self._check_types()
         if not self.prompt_ids:
             raise self._wrong("prompt", "is empty")
         if min(self.prompt_ids) < 0 or max(self.prompt_ids) >= vocab_size:
@@ -71,7 +81,19 @@ class Request:
         if not -2**63 <= self.seed < 2**63:
             raise self._wrong("seed", "must fit 64 bits")
         self._check_sampling()
-        self._check_stops(vocab_size)
+        self._check_stops(vocab_size, texts)
+
+    def _check_types(self) -> None:
+        for name in ("max_new_tokens", "seed", "choice", "top_k", *(() if self.logprobs is None else ("logprobs",))):
+            if type(value := getattr(self, name)) is not int:
+                raise self._wrong(name, f"must be a whole number, got {value!r}")
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+            if type(value := getattr(self, name)) not in (int, float):
+                raise self._wrong(name, f"must be a number, got {value!r}")
+        for name, kind in (("prompt_ids", int), ("stop", str), *(() if self.stop_ids is None else (("stop_ids", int),))):
+            value = getattr(self, name)
+            if type(value) is not tuple or any(type(item) is not kind for item in value):
+                raise self._wrong(name, f"must be a list of {'token ids' if kind is int else 'strings'}, got {value!r:.60}")
 
     def _check_sampling(self) -> None:
         for name, value, low, high in (
@@ -87,13 +109,18 @@ class Request:
         for name, value in (("top_p", self.top_p), ("repetition_penalty", self.repetition_penalty)):
             if value == 0:
                 raise self._wrong(name, "must be more than 0")
-        if self.typical is not None and not (0 < self.typical.threshold <= 1 and self.typical.alpha > 0):
-            raise self._wrong("typical", "threshold must lie in (0, 1] and alpha be more than 0")
+        if 0 < self.temperature < LEAST_TEMPERATURE:
+            raise self._wrong("temperature", f"must be 0 (greedy) or at least {LEAST_TEMPERATURE:g}, got {self.temperature}")
+        typical = self.lossy_typical
+        if typical is not None and not (0 < typical.threshold <= 1 and typical.alpha > 0):
+            raise self._wrong("lossy_typical", "threshold must lie in (0, 1] and alpha be more than 0")
 
-    def _check_stops(self, vocab_size: int) -> None:
-        if any(not isinstance(stop, str) or not stop for stop in self.stop):
+    def _check_stops(self, vocab_size: int, texts: bool) -> None:
+        if any(not stop for stop in self.stop):
             raise self._wrong("stop", "must be strings that are not empty")
-        if any(not isinstance(token, int) or not 0 <= token < vocab_size for token in self.stop_ids or ()):
+        if self.stop and not texts:
+            raise self._wrong("stop", "the base has no tokenizer: use stop_ids")
+        if any(not 0 <= token < vocab_size for token in self.stop_ids or ()):
             raise self._wrong("stop_ids", f"must be token ids below {vocab_size}")
 
     def _wrong(self, field: str, what: str) -> InputError:
@@ -120,7 +147,7 @@ class Result:
 
     `steps`: base forwards after prefill; `drafted`, `accepted`: draft nodes verified and kept; `prefill_seconds`:
     from admission to the first token; `decode_seconds`: from then on, shared with the rows beside it; `logprobs`: one a
-    token, None when not asked for.
+    token, None when not asked for; `lossy`: the request asked for a mode that changes answers.
     """
 
     id: str
@@ -133,6 +160,7 @@ class Result:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     logprobs: tuple[TokenLogprob, ...] | None = None
+    lossy: bool = False
 
     @property
     def tokens_per_step(self) -> float:

@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from hydra_core.decoding.choose import Chooser
 from hydra_core.decoding.records import Request, TokenLogprob
 from hydra_core.decoding.text import TextStream
 
@@ -34,7 +33,6 @@ class Row:
     """A request in the batch."""
 
     request: Request
-    chooser: Chooser
     stop_ids: frozenset[int]
     text: TextStream | None
     started: float
@@ -77,7 +75,12 @@ class Group:
         if not branching:
             return self.longest
         budget = (BUSY_TOKENS if busy else IDLE_TOKENS) // len(self.rows)
-        return max(1, min(budget, CHUNK, self.longest - self.done))
+        return min(max(1, budget), CHUNK, self.longest - self.done)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all of every prompt is in the cache; so it may become when the longest is cancelled."""
+        return self.done >= self.longest
 
 
 class Scheduler:

@@ -16,6 +16,8 @@ class TextStream:
     def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = ()) -> None:
         self._decode, self._stops = decode, tuple(stop for stop in stops if stop)
         self._ids: list[int] = []
+        self._begin = self._read = 0  # ids[:_read] are in `_whole`; decoding goes on from `_begin`, a few tokens before
+        self._whole = ""
         self.sent = ""
         self.stopped = False
 
@@ -31,7 +33,7 @@ class TextStream:
     def _advance(self, final: bool) -> str:
         if self.stopped:
             return ""
-        text = self._decode(self._ids)
+        text = self._decoded()
         found = [at for at in (text.find(stop, max(0, len(self.sent) - len(stop))) for stop in self._stops) if at >= 0]
         if found:
             self.stopped = True
@@ -42,6 +44,15 @@ class TextStream:
         fresh = text[len(self.sent):]
         self.sent += fresh
         return fresh
+
+    def _decoded(self) -> str:
+        """The text so far; only the newest tokens are decoded, with those before them, as some tokenizers need."""
+        known = self._decode(self._ids[self._begin:self._read])
+        grown = self._decode(self._ids[self._begin:])
+        text = self._whole + grown[len(known):]
+        if not grown.endswith(REPLACEMENT):
+            self._whole, self._begin, self._read = text, self._read, len(self._ids)
+        return text
 
     def _held_back(self, text: str) -> int:
         """Length of the longest end of `text` that may grow into a stop string."""

@@ -42,17 +42,17 @@ class PrefixLayer(nn.Module):
         self._frequencies = 1.0 / theta ** steps
         self._rotary: Rotary | None = None
 
-    def _rotary_at(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _rotary_like(self, like: Tensor) -> Rotary:
         if self._rotary is None or self._rotary.dtype != like.dtype or self._rotary.cos.device != like.device:
             self._rotary = Rotary(self._frequencies.to(like.device), 1.0, like.dtype)
-        return self._rotary.at(positions)
+        return self._rotary
 
     def forward(self, hidden: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         """Teacher forced: `hidden` [B, T, D], `positions` [B, T], `mask` [B, 1, T, T] bool; returns [B, T, D]."""
         qkv = self.qkv(self.input_norm(hidden))
         batch, tokens, _ = qkv.shape
         split = qkv.view(batch, tokens, self.query_heads + 2 * self.kv_heads, self.head_width)
-        cos, sin = self._rotary_at(positions, qkv)
+        cos, sin = self._rotary_like(qkv).at(positions)
         turned = rotate(split[:, :, :self.query_heads + self.kv_heads], cos, sin)
         keys = turned[:, :, self.query_heads:].transpose(1, 2)
         values = split[:, :, self.query_heads + self.kv_heads:].transpose(1, 2)
@@ -63,7 +63,7 @@ class PrefixLayer(nn.Module):
     def step(self, hidden: Tensor, cache: KVCache, step: Step) -> Tensor:
         """While decoding: [B, N, D] newly committed hidden states on top of the cache; writes their keys and values."""
         qkv = self.qkv(self.input_norm(hidden))
-        cos, sin = self._rotary_at(step.positions, qkv)
+        cos, sin = self._rotary_like(qkv).at(step.positions)
         mask = grouped_mask(step.mask, self.query_heads // self.kv_heads)
         return self._finish(hidden, cached_attention(qkv, self.query_heads, cache, 0, step, cos, sin, mask))
 
@@ -79,4 +79,5 @@ class PrefixLayer(nn.Module):
     def allocate(self, rows: int, slots: int) -> KVCache:
         """A one-layer cache in this layer's dtype and on its device."""
         weight = self.qkv.weight
+        self._rotary_like(weight).reserve(slots)
         return KVCache(1, rows, slots, self.kv_heads, self.head_width, weight.dtype, weight.device)

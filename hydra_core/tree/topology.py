@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hydra_core.errors import InputError
+from hydra_core.tree.forest import Forest
 
 RankPath = tuple[int, ...]
 
@@ -52,12 +53,9 @@ class Topology:
         return max(self.depths)
 
     @cached_property
-    def ancestors(self) -> Tensor:
-        """[N, N] bool: entry (i, j) says that j is i or one of its ancestors."""
-        mask = torch.eye(self.size, dtype=torch.bool)
-        for node, parent in enumerate(self.parents[1:], start=1):
-            mask[node] |= mask[parent]
-        return mask
+    def forest(self) -> Forest:
+        """The shape as tensors, for a batch whose rows all have it."""
+        return Forest.of(torch.tensor([self.parents]), self.depth)
 
     @cached_property
     def routes(self) -> Tensor:
@@ -68,23 +66,24 @@ class Topology:
             routes[node, self.depths[node]:] = node
         return routes
 
-    @cached_property
-    def children(self) -> tuple[tuple[int, ...], ...]:
-        """The nodes below each node."""
-        found: list[list[int]] = [[] for _ in self.parents]
-        for node, parent in enumerate(self.parents[1:], start=1):
-            found[parent].append(node)
-        return tuple(map(tuple, found))
 
-    @cached_property
-    def is_chain(self) -> bool:
-        return all(parent == node - 1 for node, parent in enumerate(self.parents))
+KEPT_CHAIN = 64
+"""Longest chain that is made once: drafts are shorter, and prompts come in too many lengths to keep a mask for each."""
 
 
-@lru_cache(maxsize=4096)
-def chain(nodes: int) -> Topology:
-    """Root and `nodes - 1` descendants in one line."""
-    return Topology(tuple(range(-1, nodes - 1)))
+def chain(nodes: int) -> Forest:
+    """Root and `nodes - 1` descendants in one line, for all rows."""
+    return _kept_chain(nodes) if nodes <= KEPT_CHAIN else _make_chain(nodes)
+
+
+@lru_cache(maxsize=KEPT_CHAIN)
+def _kept_chain(nodes: int) -> Forest:
+    return _make_chain(nodes)
+
+
+def _make_chain(nodes: int) -> Forest:
+    index = torch.arange(nodes)[None]
+    return Forest(index - 1, index, torch.ones(1, nodes, nodes, dtype=torch.bool).tril(), nodes - 1)
 
 
 @dataclass(frozen=True)

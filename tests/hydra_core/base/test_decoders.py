@@ -10,8 +10,12 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     JambaConfig,
@@ -43,10 +47,16 @@ SMALL: dict[str, Any] = dict(vocab_size=288, hidden_size=32, intermediate_size=6
                              num_attention_heads=4, max_position_embeddings=128, eos_token_id=2, initializer_range=0.35)
 LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0,
                "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
 MODELS: dict[str, tuple[Callable[[Any], Any], Any, type]] = {
     "tied": (LlamaForCausalLM, make_config(), FusedDecoder),
     "untied": (LlamaForCausalLM, make_config(tie_word_embeddings=False, num_key_value_heads=4), FusedDecoder),
     "llama3-rope": (LlamaForCausalLM, make_config(rope_parameters=LLAMA3_ROPE), FusedDecoder),
+    "yarn-rope": (LlamaForCausalLM, make_config(rope_parameters=YARN_ROPE), FusedDecoder),
+    "linear-rope": (LlamaForCausalLM, make_config(rope_parameters=LINEAR_ROPE), FusedDecoder),
+    "dynamic-rope": (LlamaForCausalLM, make_config(rope_parameters=DYNAMIC_ROPE), TransformersDecoder),
     "wide-heads": (LlamaForCausalLM, make_config(head_dim=16, num_key_value_heads=1), FusedDecoder),
     "biased": (LlamaForCausalLM, LlamaConfig(**SMALL, num_key_value_heads=2, attention_bias=True, mlp_bias=True),
                FusedDecoder),
@@ -60,6 +70,10 @@ MODELS: dict[str, tuple[Callable[[Any], Any], Any, type]] = {
     "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig(**SMALL, num_key_value_heads=2, head_dim=8, sliding_window=5,
                                                    layer_types=["sliding_attention", "full_attention"]),
                TransformersDecoder),
+    "gemma2": (Gemma2ForCausalLM, Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8, sliding_window=5,
+                                               layer_types=["sliding_attention", "full_attention"]), TransformersDecoder),
+    "gpt2": (GPT2LMHeadModel, GPT2Config(vocab_size=288, n_embd=32, n_layer=2, n_head=4, n_positions=128, eos_token_id=2,
+                                         initializer_range=0.35), TransformersDecoder),
     "neox": (GPTNeoXForCausalLM, GPTNeoXConfig(**SMALL), TransformersDecoder),
     "phi": (PhiForCausalLM, PhiConfig(**SMALL, partial_rotary_factor=0.5), TransformersDecoder),
 }
@@ -100,19 +114,43 @@ def test_prompts_of_different_lengths(saved: tuple[Path, type]) -> None:
         torch.testing.assert_close(base.logits(hidden), reference(folder, prompt), atol=2e-4, rtol=2e-4)
 
 
+@torch.inference_mode()
+def test_greedy_answers_are_transformers_own(saved: tuple[Path, type], caplog: pytest.LogCaptureFixture) -> None:
+    folder, decoder = saved
+    with caplog.at_level("WARNING", "hydra_core"):
+        base = load(folder)
+    told = [record.message for record in caplog.records if "transformers' own forward" in record.message]
+    assert len(told) == (decoder is TransformersDecoder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for number, prompt in enumerate(random_prompts(3, seed=6)):
+        ids = torch.tensor([prompt])
+        wanted = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12, eos_token_id=2,
+                                pad_token_id=2)[0, len(prompt):].tolist()
+        assert list(naive_generate(base, Request(str(number), prompt, 12, stop_ids=(2,))).token_ids) == wanted
+
+
+def test_drafts_may_overshoot_the_context(saved: tuple[Path, type]) -> None:
+    """Nodes past the last position can never be kept, and must not end the step either."""
+    folder, _ = saved
+    base = load(folder, context_limit=128)
+    request = Request("long", tuple([9, 8] * 58), 100, stop_ids=())
+    result = Engine(base, NgramDrafter(min_match=1), max_batch=1).generate([request])[0]
+    assert result.finish_reason == "context" and result.token_ids == naive_generate(base, request).token_ids
+
+
 def test_every_node_of_a_tree_sees_its_own_path(saved: tuple[Path, type]) -> None:
     folder, _ = saved
     base = load(folder)
     tree = Tree(((0,), (1,), (0, 0), (0, 1), (1, 0), (0, 1, 0)))
-    topology = tree.topology
+    forest = tree.topology.forest
     prompts = [list(prompt) for prompt in random_prompts(3, seed=5)]
     cache = base.allocate(3, 64)
     base.prefill(prompts, cache, (0, 3))
-    tokens = torch.randint(3, 259, (3, topology.size), generator=torch.Generator().manual_seed(1))
-    logits = base.logits(base.forward(tokens, cache, (0, 3), topology))
+    tokens = torch.randint(3, 259, (3, forest.size), generator=torch.Generator().manual_seed(1))
+    logits = base.logits(base.forward(tokens, cache, (0, 3), forest))
     for row, prompt in enumerate(prompts):
-        for node in range(topology.size):
-            path = [int(tokens[row, other]) for other in range(topology.size) if topology.ancestors[node, other]]
+        for node in range(forest.size):
+            path = [int(tokens[row, other]) for other in range(forest.size) if forest.ancestors[0, node, other]]
             wanted = reference(folder, prompt + path)[-1]
             torch.testing.assert_close(logits[row, node], wanted, atol=2e-4, rtol=2e-4)
 

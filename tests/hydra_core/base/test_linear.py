@@ -40,6 +40,14 @@ def test_a_packed_layer_never_outlives_its_weights() -> None:
     with torch.no_grad():
         torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), atol=0.02, rtol=0.02)
     layer.pack()
+    with torch.no_grad():
+        layer.load_state_dict({"weight": layer.weight * 2.0, "bias": layer.bias * 2.0})
+        torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), atol=0.02, rtol=0.02)
+        layer.pack()
+        layer.to(torch.float32).weight.mul_(3.0)
+        torch.testing.assert_close(layer(x.float()), F.linear(x.float(), layer.weight, layer.bias))
+        layer.to(torch.bfloat16)
+    layer.pack()
     loss = layer(x).float().sum()  # with gradients the plain layout is used
     loss.backward()
     assert layer.weight.grad is not None

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from gguf import GGUFWriter
 
 from hydra_core.base import context_limit, embedded, load_base, resolve_base
 from hydra_core.errors import InputError
+from tests.gguf_file import write_gguf
 from tests.tiny import save_tiny
 
 
@@ -86,50 +86,3 @@ def test_gguf_is_dequantised_once(tiny_base_dir: Path, tmp_path: Path) -> None:
     prompt = [list(range(5, 30))]
     torch.testing.assert_close(ours.hidden_states(prompt)[0], wanted.hidden_states(prompt)[0], atol=1e-4, rtol=1e-4)
     assert ours.identity.name == "tiny" and ours.identity.digest == resolved.digest
-
-
-def write_gguf(folder: Path, target: Path) -> None:
-    """The tiny model in llama.cpp's format."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    config = model.config
-    writer = GGUFWriter(str(target), "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
-    writer.add_vocab_size(config.vocab_size)
-    tokens = [tokenizer.convert_ids_to_tokens(i) or f"<unused{i}>" for i in range(config.vocab_size)]
-    tokens[259] = tokens[3] + tokens[4]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if i < 3 else 1 for i in range(len(tokens))])
-    writer.add_token_merges([f"{tokens[3]} {tokens[4]}"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    names = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
-    parts = {"input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
-             "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",
-             "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
-    for layer in range(config.num_hidden_layers):
-        names |= {f"model.layers.{layer}.{ours}.weight": f"blk.{layer}.{theirs}.weight" for ours, theirs in parts.items()}
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    for name, tensor in model.state_dict().items():
-        if name not in names:
-            continue  # the tied head
-        found = names[name]
-        count = next((heads[part] for part in heads if part in found), None)
-        if count is not None:  # llama.cpp turns neighbouring pairs where transformers turns halves
-            tensor = tensor.view(count, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
-        writer.add_tensor(found, tensor.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()

@@ -10,7 +10,7 @@ import torch
 from hydra_core.decoding import Chooser, Request, Typical, accept, accept_walking
 from hydra_core.tree import Topology, chain
 
-BRANCHED = Topology((-1, 0, 0, 1, 1, 3))
+BRANCHED = Topology((-1, 0, 0, 1, 1, 3)).forest
 
 
 @pytest.mark.parametrize(("tokens", "chosen", "path", "emitted"), [
@@ -51,10 +51,10 @@ def test_equals_a_plain_walk() -> None:
                 break
             node = step[0]
             path.append(node)
-        found = accept(torch.tensor([tokens]), sorted_topology, torch.tensor([chosen]))
+        found = accept(torch.tensor([tokens]), sorted_topology.forest, torch.tensor([chosen]))
         assert found.path[0, :int(found.counts[0])].tolist() == path
         logits = torch.nn.functional.one_hot(torch.tensor([chosen]), 4).float()
-        walked = accept_walking(torch.tensor([tokens]), sorted_topology, logits, [7], [Chooser(Request("r", (1,), 9), 4)])
+        walked = accept_walking(torch.tensor([tokens]), sorted_topology.forest, logits, [7], [Chooser(Request("r", (1,), 9), 4)])
         assert torch.equal(walked.path, found.path) and torch.equal(walked.counts, found.counts)
         assert walked.emitted == found.emitted
 
@@ -68,12 +68,12 @@ def test_typical_acceptance_follows_the_likeliest_child_above_the_bound() -> Non
     """Probabilities 0.5 and 0.3 stand, 0.05 does not; without the mode only the argmax does."""
     p = torch.tensor([0.5, 0.3, 0.15, 0.05])
     logits = p.log().expand(1, 3, 4)
-    topology = Topology((-1, 0, 0))
+    forest = Topology((-1, 0, 0)).forest
     for drafted, stands in (((1, 3), 1), ((3, 1), 2), ((3, -1), 0), ((1, 2), 1)):
         tokens = torch.tensor([[0, *drafted]])
-        lossy = Chooser(Request("r", (1,), 9, typical=Typical(threshold=0.2, alpha=0.9)), 4)
-        found = accept_walking(tokens, topology, logits, [0], [lossy])
+        lossy = Chooser(Request("r", (1,), 9, lossy_typical=Typical(threshold=0.2, alpha=0.9)), 4)
+        found = accept_walking(tokens, forest, logits, [0], [lossy])
         assert int(found.path[0, -1]) == stands
         assert found.emitted[0] == ([drafted[stands - 1], 0] if stands else [0])
-        exact = accept_walking(tokens, topology, logits, [0], [Chooser(Request("r", (1,), 9), 4)])
+        exact = accept_walking(tokens, forest, logits, [0], [Chooser(Request("r", (1,), 9), 4)])
         assert exact.counts.tolist() == [1] and exact.emitted == [[0]]

@@ -69,10 +69,10 @@ def test_sampling_equals_naive(tiny_base: Base, make_engine: Callable[..., Engin
 
 PROCESSORS: list[dict[str, object]] = [
     {"temperature": 1.0}, {"temperature": 0.7, "top_k": 5}, {"temperature": 1.0, "top_p": 0.8},
-    {"temperature": 1.2, "min_p": 0.1}, {"repetition_penalty": 1.5}, {"presence_penalty": 2.0},
-    {"frequency_penalty": 1.0}, {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.2,
-                                 "presence_penalty": 0.3, "frequency_penalty": 0.2}, {"logprobs": 3},
-    {"temperature": 1.0, "choice": 2}]
+    {"temperature": 1.2, "min_p": 0.1}, {"temperature": 0.8, "repetition_penalty": 1.5},
+    {"temperature": 0.8, "presence_penalty": 2.0}, {"temperature": 0.8, "frequency_penalty": 1.0},
+    {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.2, "presence_penalty": 0.3,
+     "frequency_penalty": 0.2}, {"temperature": 1.0, "logprobs": 3}, {"temperature": 1.0, "choice": 2}]
 
 
 @pytest.mark.parametrize("settings", PROCESSORS, ids=lambda settings: "-".join(settings))
@@ -138,7 +138,7 @@ def test_stop_strings_end_an_answer_where_they_are_complete(tiny_base: Base, mak
 def test_lossy_mode_is_asked_for_by_name(make_engine: Callable[..., Engine]) -> None:
     prompts = random_prompts(20, seed=2)
     exact = make_engine("hydra").generate(requests_for(prompts))
-    lossy = make_engine("hydra").generate(requests_for(prompts, typical=Typical(threshold=0.01, alpha=0.05)))
+    lossy = make_engine("hydra").generate(requests_for(prompts, lossy_typical=Typical(threshold=0.01, alpha=0.05)))
     assert sum(r.steps for r in lossy) < sum(r.steps for r in exact)
     assert [r.token_ids for r in lossy] != [r.token_ids for r in exact]
 
@@ -323,7 +323,7 @@ def test_bad_requests_are_refused_alone(tiny_base: Base, make_engine: Callable[.
            (Request("x", (5,), 5, logprobs=21), "logprobs"), (Request("x", (5,), 5, choice=-1), "choice"),
            (Request("x", (5,), 5, stop=("",)), "stop"), (Request("x", (5,), 5, stop=(7,)), "stop"),  # type: ignore[arg-type]
            (Request("x", (5,), 5, stop_ids=(288,)), "stop_ids"), (Request("x", (5,), 5, stop_ids=("a",)), "stop_ids"),  # type: ignore[arg-type]
-           (Request("x", (5,), 5, typical=Typical(threshold=0)), "typical")]
+           (Request("x", (5,), 5, lossy_typical=Typical(threshold=0)), "lossy_typical")]
     for request, word in bad:
         with pytest.raises(InputError, match=word):
             engine.add(request)

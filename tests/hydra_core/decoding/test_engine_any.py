@@ -19,7 +19,7 @@ from tests.trained import overfit_heads, random_prompts
 KINDS = ("medusa", "hydra", "hydra++")
 SETTINGS: tuple[dict[str, Any], ...] = (
     {}, {}, {"temperature": 0.8}, {"temperature": 1.1, "top_p": 0.9, "top_k": 30}, {"repetition_penalty": 1.3},
-    {"temperature": 1.0, "frequency_penalty": 0.5, "min_p": 0.05})
+    {"temperature": 1.0, "frequency_penalty": 0.5, "min_p": 0.05}, {"temperature": 1.0, "choice": 2}, {"stop": ("a", "Z")})
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +42,7 @@ def trees(draw: st.DrawFn) -> Tree:
 @st.composite
 def requests(draw: st.DrawFn) -> list[Request]:
     known = random_prompts(6, seed=1) + random_prompts(10, seed=21, longest=70)
+    known += [known[9][:20] + prompt for prompt in random_prompts(4, seed=22, longest=30)]
     made = []
     for number in range(draw(st.integers(1, 7))):
         stops = draw(st.sampled_from([None, (), (5, 17, 40, 99, 130, 200, 250)]))
@@ -59,6 +60,14 @@ def reference(base: Base, request: Request) -> Result:
           suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
 def test_any_running_batch(tiny_base: Base, heads: dict[str, HeadDrafter], data: st.DataObject) -> None:
+    with pytest.MonkeyPatch.context() as patch:  # prompts that take several steps, and share what they begin with
+        for name, sizes in (("BUSY_TOKENS", (5, 30, 512)), ("IDLE_TOKENS", (20, 4096)), ("CHUNK", (7, 512)),
+                            ("SHARED_TOKENS", (4, 32))):
+            patch.setattr(f"hydra_core.decoding.scheduler.{name}", data.draw(st.sampled_from(sizes)))
+        run_batch(tiny_base, heads, data)
+
+
+def run_batch(tiny_base: Base, heads: dict[str, HeadDrafter], data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from(("plain", "ngram", *KINDS)))
     batch = data.draw(st.integers(1, 4))
     drafter = heads.get(kind) or (NgramDrafter(min_match=1) if kind == "ngram" else None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hydra_core.decoding import Chooser, Request
+from hydra_core.decoding import Request
 from hydra_core.decoding.scheduler import BUSY_TOKENS, CHUNK, SHARED_TOKENS, Group, Row, Scheduler, Start
 
 LIMIT = 2000
@@ -13,7 +13,7 @@ def prompt(length: int, first: int = 1) -> tuple[int, ...]:
 
 
 def row(request: Request) -> Row:
-    return Row(request, Chooser(request, 5000), frozenset(), None, 0.0)
+    return Row(request, frozenset(), None, 0.0)
 
 
 def request(name: str, ids: tuple[int, ...]) -> Request:

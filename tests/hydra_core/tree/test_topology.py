@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hydra_core.errors import InputError
-from hydra_core.tree import PLAIN, Topology, Tree, TreeSet, chain, default_trees
+from hydra_core.tree import PLAIN, Forest, Topology, Tree, TreeSet, chain, default_trees
 
 PATHS = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4), max_size=8)
 
@@ -25,7 +27,7 @@ def test_nodes_know_their_ancestors(paths: list[list[int]]) -> None:
     assert topology.size == tree.size == len(every) and topology.depth == tree.depth
     for node, path in enumerate(every):
         above = {other for other, prefix in enumerate(every) if path[:len(prefix)] == prefix}
-        assert set(topology.ancestors[node].nonzero().flatten().tolist()) == above
+        assert set(topology.forest.ancestors[0, node].nonzero().flatten().tolist()) == above
         assert topology.depths[node] == len(path)
         route = [every.index(path[:end]) for end in range(len(path) + 1)]
         assert topology.routes[node, :len(path) + 1].tolist() == route
@@ -58,8 +60,24 @@ def test_bad_topologies(parents: tuple[int, ...]) -> None:
 
 
 def test_chain() -> None:
-    assert chain(4).parents == (-1, 0, 1, 2) and chain(4).is_chain and not Topology((-1, 0, 0)).is_chain
-    assert torch.equal(chain(3).ancestors, torch.ones(3, 3, dtype=torch.bool).tril())
+    forest, wanted = chain(4), Topology((-1, 0, 1, 2)).forest
+    assert forest.size == 4 and forest.depth == wanted.depth == 3
+    for name in ("parents", "depths", "ancestors"):
+        assert torch.equal(getattr(forest, name), getattr(wanted, name))
+
+
+def test_forest_of_different_trees() -> None:
+    """Every row is as if it stood alone."""
+    rows = [tuple(random.Random(seed).randrange(node) if node else -1 for node in range(13)) for seed in range(20)]
+    alone = [Topology(row) for row in rows]
+    together = Forest.of(torch.tensor(rows), max(topology.depth for topology in alone))
+    for row, topology in enumerate(alone):
+        assert torch.equal(together.ancestors[row], topology.forest.ancestors[0])
+        assert together.depths[row].tolist() == list(topology.depths)
+    for node in range(13):
+        routes = together.routes_to(torch.full((len(rows),), node))
+        for row, topology in enumerate(alone):
+            assert routes[row, :topology.depth + 1].tolist() == topology.routes[node].tolist()
 
 
 def test_batch_sizes_round_up() -> None:

@@ -1,0 +1,58 @@
+"""A draft tree for each row of a batch, as tensors: what verification, acceptance and the cache work on.
+
+`Topology` is one shape, known beforehand and shared by all rows; its `forest` is such a batch of one. Trees that are
+grown while decoding have a shape for each row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Forest:
+    """B trees of N nodes each, or one for all rows (B = 1). Node 0 is the root, parents come before their children.
+
+    `parents`: [B, N] int64, -1 at the root; `depths`: [B, N] int64, root 0; `ancestors`: [B, N, N] bool, entry (i, j)
+    says that j is i or above it; `depth`: no node is deeper.
+    """
+
+    parents: Tensor
+    depths: Tensor
+    ancestors: Tensor
+    depth: int
+
+    @classmethod
+    def of(cls, parents: Tensor, depth: int) -> Forest:
+        """From [B, N] parents, none of whose nodes is deeper than `depth`."""
+        batch, nodes = parents.shape
+        above = parents.clamp(min=0)
+        ancestors = torch.eye(nodes, dtype=torch.bool, device=parents.device).expand(batch, -1, -1)
+        reached, index = 1, above  # `index`: each node's ancestor `reached` steps up; doubling takes log2(depth) rounds
+        while reached <= depth:
+            ancestors = ancestors | ancestors.gather(1, index[:, :, None].expand(-1, -1, nodes))
+            index = index.gather(1, index)
+            reached *= 2
+        return cls(parents, ancestors.sum(-1) - 1, ancestors, depth)
+
+    @property
+    def size(self) -> int:
+        """Nodes of each tree, root included."""
+        return self.parents.shape[1]
+
+    def to(self, device: torch.device) -> Forest:
+        """The same on `device`."""
+        if self.parents.device == device:
+            return self
+        return Forest(self.parents.to(device), self.depths.to(device), self.ancestors.to(device), self.depth)
+
+    def routes_to(self, nodes: Tensor) -> Tensor:
+        """The nodes from the root down to `nodes` [B]: [B, depth + 1] int64, padded with the node itself."""
+        batch = len(nodes)
+        above = self.ancestors.expand(batch, -1, -1)[torch.arange(batch, device=nodes.device), nodes]
+        index = torch.arange(self.size, device=nodes.device)
+        ordered = torch.where(above, index, self.size).sort(-1).values[:, :self.depth + 1]
+        return torch.where(ordered < self.size, ordered, nodes[:, None])

@@ -1,0 +1,111 @@
+"""Packed 4-bit weights: the checkpoint's own codes, multiplied within the stated bound, row by row the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
+
+from hydra_core.base import Base, load_base, load_vocabulary, resolve_base
+from hydra_core.base.int4 import MOST_ROWS, Int4Weight
+from hydra_core.base.q4_1 import load_codes, unpack_blocks
+from hydra_core.decoding import Engine, Request, compare, naive_generate
+from hydra_core.drafters import NgramDrafter
+from hydra_core.errors import InputError
+from hydra_core.tree import Tree, TreeSet
+from tests.gguf_file import write_gguf
+from tests.trained import overfit_heads, random_prompts
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    write_gguf(tiny_base_dir, path, quantised=True)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def base(model: str, cache: Path) -> Base:
+    return load_base(model, dtype="int4", cache=cache)
+
+
+def random_blocks(rows: int, columns: int, seed: int = 0) -> np.ndarray:
+    values = np.random.default_rng(seed).normal(size=(rows, columns)).astype(np.float32)
+    return quantize(values, GGMLQuantizationType.Q4_1)
+
+
+def test_codes_are_the_files() -> None:
+    blocks = random_blocks(24, 96)
+    matrix = unpack_blocks(blocks)
+    assert int(matrix.codes.max()) == 15 and int(matrix.codes.min()) == 0
+    assert torch.equal(matrix.dequantise(), torch.from_numpy(dequantize(blocks, GGMLQuantizationType.Q4_1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_stay_within_the_bound(dtype: torch.dtype) -> None:
+    matrix = unpack_blocks(random_blocks(64, 96))
+    exact = matrix.dequantise(torch.float64)
+    identity = torch.eye(96, dtype=dtype)
+    values = Int4Weight.of(matrix, dtype)(identity).double().T
+    scale, minimum = matrix.scale.double(), matrix.minimum.double()
+    bound = ((8 * scale.abs() + (minimum + 8 * scale).abs())[..., None] + exact.abs().unflatten(1, (-1, 32))) / 256
+    error = (values - exact).abs().unflatten(1, (-1, 32))
+    assert bool((error <= (bound if dtype == torch.bfloat16 else 1e-6)).all())
+    x = torch.randn(5, 96, generator=torch.Generator().manual_seed(1)).to(dtype)
+    wanted = x.double() @ exact.T
+    assert float((Int4Weight.of(matrix, dtype)(x).double() - wanted).abs().max()) < (0.15 if dtype == torch.bfloat16 else 1e-4)
+
+
+def test_a_row_does_not_depend_on_the_others() -> None:
+    """So that verifying a small tree rounds as plain decoding does."""
+    weight = Int4Weight.of(unpack_blocks(random_blocks(64, 96)))
+    x = torch.randn(MOST_ROWS, 96, generator=torch.Generator().manual_seed(2)).bfloat16()
+    together = weight(x)
+    for count in range(1, MOST_ROWS + 1):
+        assert torch.equal(weight(x[:count]), together[:count])
+
+
+def test_the_checkpoint_keeps_its_codes(model: str, base: Base, cache: Path) -> None:
+    """Under transformers' names and row order (queries and keys are stored permuted in the file)."""
+    folder = resolve_base(model, cache).folder
+    codes = load_codes(folder)
+    assert codes is not None and len(codes) == 7 * 2
+    plain = load_base(model, dtype="fp32", cache=cache)
+    assert base.identity.digest == plain.identity.digest and base.identity.weight_format == "int4"
+    assert base.identity == load_vocabulary(model, dtype="int4", cache=cache).identity
+    for rows in (MOST_ROWS, MOST_ROWS + 1, 60):  # few and many rows are multiplied by different kernels
+        prompt = [list(range(5, 5 + rows))]
+        ours, wanted = base.hidden_states(prompt)[0].float(), plain.hidden_states(prompt)[0]
+        assert float((ours - wanted).norm() / wanted.norm()) < 0.03
+
+
+def test_answers_are_the_naive_loops(model: str, base: Base, cache: Path) -> None:
+    """Where the rows take the same kernel (prompts the dense one, steps the packed): token for token, or a near-tie."""
+    prompts = [prompt for prompt in random_prompts(24, seed=1) if len(prompt) > MOST_ROWS][:8]
+    heads = overfit_heads(load_base(model, dtype="fp32", cache=cache), "hydra", prompts[:4]).to(torch.bfloat16)
+    heads.vocabulary, heads.rows = base.vocabulary, base.vocabulary.head.restrict(heads.draft_vocab.ids)
+    exact = load_base(model, dtype="int4", cache=cache, widen=True)
+    requests = [Request(str(i), prompt, 24) for i, prompt in enumerate(prompts)]
+    wanted = [naive_generate(base, request) for request in requests]
+    tree = TreeSet({1: Tree(((0,), (1,), (0, 0)))})
+    for drafter, trees, batch in ((None, None, 1), (None, None, 8), (NgramDrafter(min_match=1), None, 1), (heads, tree, 1),
+                                  (heads, tree, 3)):
+        for result, reference in zip(Engine(base, drafter, trees, max_batch=batch).generate(requests), wanted, strict=True):
+            verdict = compare(exact, result.prompt_ids, reference.token_ids, result.token_ids)
+            assert verdict.verdict in ("identical", "near-tie"), verdict
+
+
+def test_what_is_refused(model: str, tiny_base_dir: Path, cache: Path) -> None:
+    with pytest.raises(InputError, match=r"base.dtype=int4: .* is not stored in Q4_1"):
+        load_base(str(tiny_base_dir), dtype="int4", cache=cache)
+    with pytest.raises(InputError, match="fused decoder on a CPU"):
+        load_base(model, dtype="int4", cache=cache, fused=False)

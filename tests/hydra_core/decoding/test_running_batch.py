@@ -1,0 +1,176 @@
+"""What joining, leaving, sharing and cancelling do to a running batch: to its rows, and to what the drafter remembers."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from hydra_core.base import Base
+from hydra_core.decoding import Engine, Request, Result, naive_generate
+from hydra_core.drafters import HeadDrafter, NgramDrafter
+from hydra_core.errors import InputError
+from hydra_core.tree import Tree, TreeSet
+from tests.trained import overfit_heads, random_heads, random_prompts
+
+TREE = TreeSet({1: Tree(((0,), (1,), (0, 0), (0, 1)))})
+
+
+@pytest.fixture(scope="module")
+def heads(tiny_base: Base) -> HeadDrafter:
+    return overfit_heads(tiny_base, "hydra++", random_prompts(6, seed=1))
+
+
+@pytest.fixture
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of a few dozen tokens take several steps, and share their beginnings."""
+    for name, value in (("BUSY_TOKENS", 24), ("IDLE_TOKENS", 60), ("CHUNK", 20), ("SHARED_TOKENS", 8), ("SHORT_PROMPT", 8)):
+        monkeypatch.setattr(f"hydra_core.decoding.scheduler.{name}", value)
+
+
+def finish(engine: Engine) -> dict[str, Result]:
+    results = {}
+    for _ in range(2000):
+        if not engine.has_work:
+            return results
+        results.update({output.id: output.result for output in engine.step() if output.result})
+    raise AssertionError("the engine never comes to an end")
+
+
+def test_a_group_closes_though_its_longest_is_cancelled(tiny_base: Base, small_steps: None) -> None:
+    """Cancelled when all of the shorter prompts are in the cache already: the others decode, and the next go in."""
+    for steps in range(1, 12):
+        engine = Engine(tiny_base, max_batch=5)
+        engine.add(Request("runs", (7, 8, 9), 60, stop_ids=()))
+        engine.step()
+        group = [Request(f"g{i}", tuple(range(3 + i, 3 + i + length)), 4, stop_ids=())
+                 for i, length in enumerate((100, 60, 52))]
+        late = Request("late", (5, 6), 4, stop_ids=())
+        for request in (*group, late):
+            engine.add(request)
+        results = {}
+        for _ in range(steps):
+            results.update({output.id: output.result for output in engine.step() if output.result})
+        engine.cancel("g0")
+        results |= finish(engine)
+        for request in (*group[1:], late):
+            assert results[request.id].token_ids == naive_generate(tiny_base, request).token_ids
+
+
+def test_cancelling_frees_a_row_at_once(tiny_base: Base, heads: HeadDrafter) -> None:
+    engine = Engine(tiny_base, heads, TREE, max_batch=2)
+    for name in ("a", "b", "c"):
+        engine.add(Request(name, (7, 8, 9), 50, stop_ids=()))
+    engine.step()
+    assert (engine.running, engine.waiting) == (2, 1)
+    engine.cancel("a")
+    ended = [output.id for output in engine.step() if output.result]
+    assert ended == ["a"] and (engine.running, engine.waiting) == (2, 0) and set(engine.choosers) == {"b", "c"}
+
+
+def test_what_the_drafter_remembers_survives_everything(tiny_base: Base, heads: HeadDrafter, small_steps: None) -> None:
+    """Chunks, copied beginnings, moved rows and cancellations: each row's features stay the teacher-forced ones.
+
+    Tokens would be right whatever the heads read; only acceptance would suffer.
+    """
+    dice = random.Random(3)
+    common = tuple(range(3, 40))
+    prompts = {f"r{i}": (common + (50 + i,) * dice.randint(1, 30)) if i % 2 else tuple(
+        dice.randrange(3, 259) for _ in range(dice.randint(1, 60))) for i in range(16)}
+    engine = Engine(tiny_base, heads, TREE, max_batch=4)
+    waiting = [Request(name, prompt, dice.randint(3, 20), stop_ids=()) for name, prompt in prompts.items()]
+    tokens = {name: list(prompt) for name, prompt in prompts.items()}
+    compared, copied = 0, 0
+    while waiting or engine.has_work:
+        if waiting and dice.random() < 0.6:
+            engine.add(waiting.pop(0))
+        if dice.random() < 0.1:
+            engine.cancel(dice.choice(sorted(tokens)))
+        for output in engine.step():
+            tokens[output.id] += output.token_ids
+        copied += sum(start.shared for start in engine.scheduler.group.starts) if engine.scheduler.group else 0
+        for index, row in enumerate(engine.scheduler.decoding):
+            ids = tokens[row.request.id]
+            hidden = tiny_base.hidden_states([ids])[0][None]
+            mask = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()[None, None]
+            wanted = heads.features(hidden, torch.arange(len(ids))[None], mask)[0, -2]  # the newest token is the root
+            torch.testing.assert_close(engine.session.features[index], wanted, atol=1e-4, rtol=1e-4)  # type: ignore[attr-defined]
+            compared += 1
+    assert compared > 100 and copied > 0
+
+
+def test_prompts_of_all_lengths_go_in_with_little_padding(tiny_base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hydra_core.decoding.scheduler.SHORT_PROMPT", 4)
+    dice = random.Random(4)
+    requests = [Request(f"r{i}", tuple(dice.randrange(3, 259) for _ in range(dice.choice((3, 5, 40, 60, 180)))), 2,
+                        stop_ids=()) for i in range(60)]
+    engine, computed = Engine(tiny_base, max_batch=16), 0
+    forward = tiny_base.forward
+
+    def counting(ids: torch.Tensor, *args: object) -> torch.Tensor:
+        nonlocal computed
+        computed += ids.numel() if len(args) == 4 else 0  # prompts come with counts
+        return forward(ids, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tiny_base, "forward", counting)
+    engine.generate(requests)
+    real = sum(len(request.prompt_ids) for request in requests)
+    assert real <= computed <= 1.35 * real
+
+
+def test_an_abandoned_stream_leaves_nothing_running(tiny_base: Base) -> None:
+    engine = Engine(tiny_base, NgramDrafter(), max_batch=2)
+    requests = [Request(str(i), (7, 8, 9 + i), 2 + 20 * i) for i in range(4)]
+    stream = engine.stream(requests)
+    assert next(stream).id == "0"
+    stream.close()
+    assert not engine.has_work and engine.running == engine.waiting == 0 and not engine.choosers
+    with pytest.raises(InputError, match="request bad: prompt: is empty"):
+        list(engine.stream([requests[3], Request("bad", (), 3)]))
+    assert not engine.has_work
+    assert [result.token_ids for result in engine.generate(requests)] == [
+        naive_generate(tiny_base, request).token_ids for request in requests]
+
+
+def test_a_list_with_a_fault_is_refused_before_any_work(tiny_base: Base) -> None:
+    engine = Engine(tiny_base, max_batch=2)
+    same = [Request("one", (5, 6), 3), Request("one", (7,), 3)]
+    with pytest.raises(InputError, match="request one: id: stands twice"):
+        engine.generate(same)
+    assert not engine.has_work
+
+
+@pytest.mark.parametrize(("changes", "word"), [
+    ({"seed": 1.5}, "seed: must be a whole number"), ({"top_k": 2.5}, "top_k"), ({"choice": 1.5}, "choice"),
+    ({"max_new_tokens": 2.5}, "max_new_tokens"), ({"max_new_tokens": float("nan")}, "max_new_tokens"),
+    ({"logprobs": True}, "logprobs"), ({"stop": "END"}, "stop: must be a list of strings"), ({"stop": None}, "stop"),
+    ({"stop_ids": 5}, "stop_ids"), ({"temperature": None}, "temperature: must be a number"),
+    ({"temperature": 1e-9}, "temperature: must be 0 "), ({"prompt_ids": "text"}, "prompt_ids"),
+    ({"prompt_ids": (5, 6.0)}, "prompt_ids"), ({"top_p": "0.5"}, "top_p")])
+def test_fields_of_the_wrong_kind(tiny_base: Base, changes: dict[str, object], word: str) -> None:
+    """Refused one by one, and what runs beside them is unharmed."""
+    engine, good = Engine(tiny_base, max_batch=2), Request("good", [5, 6], 5)  # type: ignore[arg-type]
+    engine.add(good)
+    with pytest.raises(InputError, match=word):
+        engine.add(Request(**{"id": "x", "prompt_ids": (5,), "max_new_tokens": 5, **changes}))  # type: ignore[arg-type]
+    assert finish(engine)["good"].token_ids == naive_generate(tiny_base, good).token_ids
+
+
+def test_limits_of_the_engine(tiny_base: Base) -> None:
+    with pytest.raises(InputError, match="max_batch=0"):
+        Engine(tiny_base, max_batch=0)
+    with pytest.raises(InputError, match="context_limit=-1"):
+        Engine(tiny_base, context_limit=-1)
+    few = random_heads(tiny_base, "hydra", draft_vocab_size=4)
+    with pytest.raises(InputError, match="rank 6 needs more than the 4 tokens"):
+        Engine(tiny_base, few, TreeSet({1: Tree(((6,),))}))
+
+
+def test_stop_strings_without_a_tokenizer(tiny_base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny_base, "tokenizer", None)
+    request = Request("x", (5,), 5, stop=("END",))
+    with pytest.raises(InputError, match="stop: the base has no tokenizer"):
+        Engine(tiny_base).add(request)
+    with pytest.raises(InputError, match="stop: the base has no tokenizer"):
+        naive_generate(tiny_base, request)
