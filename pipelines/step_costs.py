@@ -11,10 +11,12 @@ import torch
 
 from hydra_core.base import Base
 from hydra_core.decoding.accept import accept
+from hydra_core.decoding.adaptive import MOST_NODES, AdaptiveSession
 from hydra_core.decoding.choose import Chooser
 from hydra_core.decoding.propose import HeadSession
 from hydra_core.decoding.records import Request
-from hydra_core.drafters import HeadDrafter
+from hydra_core.drafters import AdaptiveDrafter, HeadDrafter
+from hydra_core.tree.costs import StepCosts
 from hydra_core.tree.topology import Topology, Tree, TreeSet
 
 Job = Callable[[], None]
@@ -64,8 +66,8 @@ def draft_seconds(base: Base, drafter: HeadDrafter, trees: Mapping[int, Tree], b
         choosers = [Chooser(Request("greedy", (0,), 1), base.vocab_size)] * batch
 
         def run() -> None:
-            if session.cache is not None:
-                session.cache.lengths[:] = context
+            if session.inputs.cache is not None:
+                session.inputs.cache.lengths[:] = context
             session.propose(roots, positions, choosers)
             session.observe((0, batch), hidden, counts)
 
@@ -74,6 +76,38 @@ def draft_seconds(base: Base, drafter: HeadDrafter, trees: Mapping[int, Tree], b
     jobs = {(batch, depth): job(batch, tree) for batch in batches for depth, tree in trees.items()}
     measured = medians(jobs, repeats, base.device, say)
     return {batch: {depth: measured[batch, depth] for depth in trees} for batch in batches}
+
+
+def growth_seconds(base: Base, heads: HeadDrafter, batches: Sequence[int], context: int, repeats: int,
+                   say: Callable[[str], None] = lambda text: None) -> dict[int, dict[int, float]]:
+    """Batch size -> depth -> median seconds of growing a tree with so many heads (0: of copied text alone), the prefix
+    layer's catching up on the step's tokens included."""
+    free = StepCosts({1: {1: 1.0, MOST_NODES: 1.0}}, {1: {0: 0.0}})  # nothing is left out because it does not pay
+
+    def job(batch: int, depth: int) -> Job:
+        drafter = AdaptiveDrafter(heads if depth else None, costs=free)
+        session = AdaptiveSession(drafter, batch, context + MOST_NODES)
+        session.depths = depth
+        text = [5 + place % 7 for place in range(context)]  # repeats itself, so that there is something to copy
+        for row in range(batch):
+            session.admit(row, text)
+        roots = torch.full((batch,), 5, dtype=torch.int64, device=base.device)
+        positions, counts = [context] * batch, torch.full_like(roots, depth + 1)
+        hidden = torch.zeros(batch, depth + 1, heads.vocabulary.width, dtype=base.dtype, device=base.device)
+        choosers = [Chooser(Request("greedy", (0,), 1), base.vocab_size)] * batch
+
+        def run() -> None:
+            if depth and session.inputs.cache is not None:
+                session.inputs.cache.lengths[:] = context
+            session.observe((0, batch), hidden, counts)
+            session.propose(roots, positions, choosers)
+
+        return run
+
+    depths = range(heads.num_heads + 1)
+    jobs = {(batch, depth): job(batch, depth) for batch in batches for depth in depths}
+    measured = medians(jobs, repeats, base.device, say)
+    return {batch: {depth: measured[batch, depth] for depth in depths} for batch in batches}
 
 
 @torch.inference_mode()

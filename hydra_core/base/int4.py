@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hydra_core.base.q4_1 import GROUP, Q4Matrix
 
-MOST_ROWS = 12
+MOST_ROWS = 8
 """Rows up to which the packed kernel is taken. Each row's product is the same to the last bit whatever rows go with it;
 only crossing this number changes a rounding."""
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hydra_core.base.fallback import TransformersDecoder
@@ -59,27 +60,28 @@ def load_vocabulary(model: str, *, dtype: str = "bf16", device: str = "cpu", cac
 
     Raises InputError for a model that cannot be had.
     """
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
     resolved = resolve_base(model, cache)
-    config = AutoConfig.from_pretrained(resolved.folder).get_text_config()
+    config = _read_config(resolved, model)
     target, kind = pick_device(device), DTYPES[dtype]
-    names = _tensor_files(resolved.folder)
-    embedding = _read(names, ("embed_tokens.weight", "embed_in.weight", "wte.weight"), model)
-    norm = _read(names, (*(f"model.{name}.weight" for name in FINAL_NORMS), "final_layer_norm.weight",
-                         "transformer.ln_f.weight"), model)
-    if config.tie_word_embeddings:
-        weight, bias = embedding, None
-    else:
-        weight = _read(names, ("lm_head.weight", "embed_out.weight"), model)
-        bias = _read(names, ("lm_head.bias",), model) if any(name.endswith("lm_head.bias") for name in names) else None
+    generation = None
+    with _whole(model):
+        names = _tensor_files(resolved.folder)
+        embedding = _read(names, ("embed_tokens.weight", "embed_in.weight", "wte.weight"), model)
+        norm = _read(names, (*(f"model.{name}.weight" for name in FINAL_NORMS), "final_layer_norm.weight",
+                             "transformer.ln_f.weight"), model)
+        if config.tie_word_embeddings:
+            weight, bias = embedding, None
+        else:
+            weight = _read(names, ("lm_head.weight", "embed_out.weight"), model)
+            bias = _read(names, ("lm_head.bias",), model) if any(name.endswith("lm_head.bias") for name in names) else None
+        if (resolved.folder / "generation_config.json").exists():
+            generation = GenerationConfig.from_pretrained(resolved.folder)
     embedding = embedding.to(target, kind)
     weight = embedding if config.tie_word_embeddings else weight.to(target, kind)
     head = VocabHead.of(config, weight, None if bias is None else bias.to(target, kind))
     identity = BaseIdentity(resolved.name, resolved.digest, dtype)
-    generation = None
-    if (resolved.folder / "generation_config.json").exists():
-        generation = GenerationConfig.from_pretrained(resolved.folder)
     return BaseVocabulary(identity, config, _collect_stops(generation, config), embedding, norm.to(target, kind),
                           _norm_eps(config), head)
 
@@ -89,10 +91,7 @@ def context_limit(model: str, *, cache: Path, asked: int | None = None) -> int:
 
     Raises InputError for a model that cannot be had or that holds less than `asked`.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(resolve_base(model, cache).folder).get_text_config()
-    return _context_limit(config, asked, model)
+    return _context_limit(_read_config(resolve_base(model, cache), model), asked, model)
 
 
 def pick_device(device: str) -> torch.device:
@@ -104,18 +103,40 @@ def pick_device(device: str) -> torch.device:
     return torch.device(device)
 
 
+def _read_config(resolved: ResolvedBase, asked: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(resolved.folder).get_text_config()
+    except Exception as error:  # each model's configuration checks itself in its own way
+        raise _unloadable(asked, f"config.json: {error}") from None
+
+
+@contextmanager
+def _whole(asked: str) -> Iterator[None]:
+    """What a folder that is broken or cut short makes its readers raise, as one line. Raises InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, OSError, KeyError, SafetensorError) as error:
+        raise _unloadable(asked, str(error) or type(error).__name__) from None
+
+
+def _unloadable(asked: str, reason: str) -> InputError:
+    return InputError(f"base.model={asked}: cannot be loaded ({' '.join(reason.split())[:300]}): mend or fetch it again")
+
+
 def _load_transformers(resolved: ResolvedBase, asked: str, dtype: torch.dtype) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    try:
-        config = AutoConfig.from_pretrained(resolved.folder).get_text_config()
+    config = _read_config(resolved, asked)
+    with _whole(asked):
         attention = _attention_for(AutoModelForCausalLM, config)
         model = AutoModelForCausalLM.from_pretrained(resolved.folder, dtype=dtype, use_safetensors=True,
                                                      attn_implementation=attention)
-    except (ValueError, OSError, KeyError) as error:
-        raise InputError(f"base.model={asked}: cannot be loaded ({str(error).splitlines()[0]})") from None
     return model.eval().requires_grad_(False)
 
 

@@ -15,11 +15,12 @@ from hydra_core.base.model import Base
 from hydra_core.decoding.accept import Accepted, accept, accept_walking
 from hydra_core.decoding.choose import Chooser, choose, token_logprob
 from hydra_core.decoding.memory import check_memory
-from hydra_core.decoding.propose import Proposal, open_session
+from hydra_core.decoding.propose import Proposal
 from hydra_core.decoding.records import FinishReason, Request, Result, StepOutput, TokenLogprob
 from hydra_core.decoding.scheduler import Group, Row, Scheduler, Start
+from hydra_core.decoding.session import open_session, spare_slots
 from hydra_core.decoding.text import TextStream
-from hydra_core.drafters import HeadDrafter, NgramDrafter
+from hydra_core.drafters import Drafter, HeadDrafter
 from hydra_core.errors import InputError
 from hydra_core.tree.topology import PLAIN, TreeSet, chain, default_trees
 
@@ -30,15 +31,16 @@ EMPTY = torch.empty(0)
 class Engine:
     """Decodes requests together and never changes a token, whatever runs beside a row or drafts for it.
 
-    `drafter`: heads, an `NgramDrafter`, or None for plain decoding; `trees`: the draft tree for each batch size (heads
-    only; a small default when not given); `max_batch`: rows that run at once; `context_limit`: prompt and answer
-    together, at most the base's own; `shared_noise`: drafters rank by the noise of the draw to come (False only shows
-    what that is worth). All memory is taken here and none later. Not thread safe: one thread drives it.
+    `drafter`: heads, an `NgramDrafter`, an `AdaptiveDrafter` of both, or None for plain decoding; `trees`: the draft tree
+    for each batch size (heads alone; a small default when not given); `max_batch`: rows that run at once;
+    `context_limit`: prompt and answer together, at most the base's own; `shared_noise`: drafters rank by the noise of the
+    draw to come (False only shows what that is worth). All memory is taken here and none later. Not thread safe: one
+    thread drives it.
     Raises InputError for limits below 1, when the trees ask for more heads or candidates than the drafter has, and when
     the caches do not fit the memory.
     """
 
-    def __init__(self, base: Base, drafter: HeadDrafter | NgramDrafter | None = None, trees: TreeSet | None = None, *,
+    def __init__(self, base: Base, drafter: Drafter | None = None, trees: TreeSet | None = None, *,
                  max_batch: int = 8, context_limit: int | None = None, shared_noise: bool = True) -> None:
         for name, value in (("max_batch", max_batch), ("context_limit", context_limit)):
             if value is not None and value < 1:
@@ -54,8 +56,7 @@ class Engine:
             trees = default_trees()
         if isinstance(drafter, HeadDrafter):
             _check_trees(trees, drafter)
-        nodes = drafter.length + 1 if isinstance(drafter, NgramDrafter) else trees.max_nodes
-        slots = self.context_limit + max(nodes, trees.max_depth + 1)
+        slots = self.context_limit + spare_slots(drafter, trees)
         check_memory(base, drafter, max_batch, slots)
         self.cache = base.allocate(max_batch, slots)
         self.session = open_session(drafter, trees, max_batch, slots, shared_noise)
@@ -177,6 +178,7 @@ class Engine:
         rows = self.scheduler.decoding
         span = (0, len(rows))
         self.cache.commit(span, accepted.path, accepted.counts)
+        self.session.learn(proposal, accepted)
         batch = torch.arange(len(rows), device=hidden.device)[:, None]
         self.session.observe(span, hidden[batch, accepted.path], accepted.counts)
         for row, drafts, tokens in zip(rows, (proposal.tokens[:, 1:] >= 0).sum(-1).tolist(), accepted.emitted,

@@ -8,7 +8,8 @@ import psutil
 import torch
 
 from hydra_core.base.model import Base
-from hydra_core.drafters import HeadDrafter, NgramDrafter
+from hydra_core.decoding.pending import ROOM
+from hydra_core.drafters import AdaptiveDrafter, Drafter
 from hydra_core.drafters.hydra_plus import HydraPlusPlus
 from hydra_core.errors import InputError
 
@@ -16,9 +17,10 @@ log = logging.getLogger(__name__)
 GIB = 2.0 ** 30
 
 
-def cache_bytes(base: Base, drafter: HeadDrafter | NgramDrafter | None, rows: int, slots: int) -> int:
+def cache_bytes(base: Base, drafter: Drafter | None, rows: int, slots: int) -> int:
     """Bytes of keys and values for `rows` rows of `slots` tokens: the base's, and a prefix layer's."""
-    prefix = drafter.prefix.cache_bytes(rows, slots) if isinstance(drafter, HydraPlusPlus) else 0
+    heads = drafter.heads if isinstance(drafter, AdaptiveDrafter) else drafter
+    prefix = heads.prefix.cache_bytes(rows, slots + ROOM) if isinstance(heads, HydraPlusPlus) else 0
     return base.decoder.cache_bytes(rows, slots) + prefix
 
 
@@ -29,7 +31,7 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def check_memory(base: Base, drafter: HeadDrafter | NgramDrafter | None, rows: int, slots: int) -> None:
+def check_memory(base: Base, drafter: Drafter | None, rows: int, slots: int) -> None:
     """Log what the caches will take. Raises InputError when that is more than is free."""
     wanted, free = cache_bytes(base, drafter, rows, slots), free_bytes(base.device)
     log.info("keys and values of %d rows x %d tokens: %.2f GiB, of %.2f GiB free", rows, slots, wanted / GIB, free / GIB)

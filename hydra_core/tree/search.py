@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hydra_core.tree.costs import StepCosts
 from hydra_core.tree.topology import PLAIN, RankPath, Tree
 from hydra_core.tree.walk import RankRows, walk
 
@@ -47,37 +47,6 @@ def reference_tokens_per_step(rows: RankRows, nodes: int = REFERENCE_NODES) -> f
     will be used for. Fitting 15 paths to thousands of tuples flatters all checkpoints alike.
     """
     return walk(Tree(rank_paths(rows, nodes - 1)), rows).tokens_per_step
-
-
-@dataclass(frozen=True)
-class StepCosts:
-    """Measured seconds of a step's two parts.
-
-    `verify`: batch size -> {nodes: seconds} of one base forward, commit included; 1 node is plain decoding.
-    `draft`: batch size -> {depth: seconds} of growing a tree that deep; depth 0 is what drafting costs before any head.
-    """
-
-    verify: Mapping[int, Mapping[int, float]]
-    draft: Mapping[int, Mapping[int, float]]
-
-    def seconds(self, batch: int, nodes: int, depth: int) -> float:
-        """One step of `batch` rows with a tree of that size and depth; plain decoding (1 node) drafts nothing."""
-        drafted = interpolate(self.draft[batch], depth) if nodes > 1 else 0.0
-        return interpolate(self.verify[batch], nodes) + drafted
-
-
-def interpolate(points: Mapping[int, float], at: int) -> float:
-    """Linear between measured points, the slope of the last two beyond them. Raises ValueError for no points."""
-    keys = sorted(points)
-    if not keys:
-        raise ValueError("no measured points")
-    if len(keys) == 1 or at <= keys[0]:
-        return points[keys[0]]
-    right = min(bisect_right(keys, at), len(keys) - 1)
-    low, high = keys[right - 1], keys[right]
-    slope = (points[high] - points[low]) / (high - low)
-    # Beyond the last point noise must not promise ever cheaper steps.
-    return points[high] + max(slope, 0.0) * (at - high) if at > high else points[low] + slope * (at - low)
 
 
 @dataclass(frozen=True)

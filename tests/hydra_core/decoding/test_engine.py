@@ -12,13 +12,13 @@ import torch
 
 from hydra_core.base import Base
 from hydra_core.decoding import Engine, Request, Result, Typical, choices, naive_generate
-from hydra_core.drafters import HeadDrafter, NgramDrafter
+from hydra_core.drafters import AdaptiveDrafter, HeadDrafter, NgramDrafter
 from hydra_core.errors import InputError
 from hydra_core.tree import PLAIN, Tree, TreeSet, default_trees
 from tests.trained import overfit_heads, random_heads, random_prompts
 
 BUSHY = Tree(((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 1, 0)))
-DRAFTERS = ("plain", "ngram", "medusa", "hydra", "hydra++")
+DRAFTERS = ("plain", "ngram", "medusa", "hydra", "hydra++", "adaptive")
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +34,10 @@ def make_engine(tiny_base: Base, trained: dict[str, HeadDrafter]) -> Callable[..
             return Engine(tiny_base, max_batch=max_batch, **changes)
         if name == "ngram":
             return Engine(tiny_base, NgramDrafter(min_match=1), max_batch=max_batch, **changes)
+        if name == "adaptive":
+            heads = trained["hydra++"] if weights == "trained" else random_heads(tiny_base, "hydra++")
+            drafter = AdaptiveDrafter(heads, NgramDrafter(min_match=1))
+            return Engine(tiny_base, drafter, max_batch=max_batch, **changes)
         heads = trained[name] if weights == "trained" else random_heads(tiny_base, name)
         return Engine(tiny_base, heads, TreeSet({1: tree}), max_batch=max_batch, **changes)
 
@@ -82,8 +86,8 @@ def test_every_processor_equals_plain_with_the_same_seed(tiny_base: Base, make_e
     prompts = random_prompts(100, seed=12, longest=10)
     requests = [Request(f"r{i}", prompt, 10, seed=1000 + i, **settings) for i, prompt in enumerate(prompts)]  # type: ignore[arg-type]
     wanted = [naive_generate(tiny_base, request) for request in requests]
-    for name, part in (("plain", slice(0, 20)), ("ngram", slice(20, 40)), ("medusa", slice(40, 60)),
-                       ("hydra", slice(60, 80)), ("hydra++", slice(80, 100))):
+    for name, part in (("plain", slice(0, 10)), ("ngram", slice(10, 30)), ("medusa", slice(30, 45)),
+                       ("hydra", slice(45, 60)), ("hydra++", slice(60, 80)), ("adaptive", slice(80, 100))):
         results = make_engine(name, max_batch=7).generate(requests[part])
         for result, reference in zip(results, wanted[part], strict=True):
             assert (result.token_ids, result.finish_reason) == (reference.token_ids, reference.finish_reason)

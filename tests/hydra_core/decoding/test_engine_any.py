@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 
 from hydra_core.base import Base
 from hydra_core.decoding import Engine, Request, Result, naive_generate
-from hydra_core.drafters import HeadDrafter, NgramDrafter
+from hydra_core.drafters import AdaptiveDrafter, Drafter, HeadDrafter, NgramDrafter
 from hydra_core.tree import Tree, TreeSet
+from hydra_core.tree.costs import StepCosts
 from tests.trained import overfit_heads, random_prompts
 
 KINDS = ("medusa", "hydra", "hydra++")
@@ -37,6 +38,16 @@ def trees(draw: st.DrawFn) -> Tree:
         if child not in paths:
             paths.append(child)
     return Tree(tuple(paths))
+
+
+@st.composite
+def adaptive(draw: st.DrawFn, heads: dict[str, HeadDrafter]) -> AdaptiveDrafter:
+    """Any heads, any settings, and prices at which much, little or nothing pays."""
+    price = draw(st.sampled_from((0.0, 0.02, 0.3, 5.0)))
+    costs = StepCosts({1: {1: 1.0, 24: 1.0 + 23 * price}, 4: {1: 1.2, 24: 1.2 + 80 * price}},
+                      {1: {0: 0.01, 3: draw(st.sampled_from((0.02, 0.5)))}})
+    ngram = draw(st.sampled_from((None, NgramDrafter(min_match=1), NgramDrafter(length=15))))
+    return AdaptiveDrafter(heads[draw(st.sampled_from(KINDS))], ngram, costs)
 
 
 @st.composite
@@ -68,9 +79,11 @@ def test_any_running_batch(tiny_base: Base, heads: dict[str, HeadDrafter], data:
 
 
 def run_batch(tiny_base: Base, heads: dict[str, HeadDrafter], data: st.DataObject) -> None:
-    kind = data.draw(st.sampled_from(("plain", "ngram", *KINDS)))
+    kind = data.draw(st.sampled_from(("plain", "ngram", *KINDS, "adaptive", "adaptive")))
     batch = data.draw(st.integers(1, 4))
-    drafter = heads.get(kind) or (NgramDrafter(min_match=1) if kind == "ngram" else None)
+    drafter: Drafter | None = heads.get(kind) or (NgramDrafter(min_match=1) if kind == "ngram" else None)
+    if kind == "adaptive":
+        drafter = data.draw(adaptive(heads))
     chosen = TreeSet({1: data.draw(trees()), 3: data.draw(trees())}) if kind in KINDS else None
     engine = Engine(tiny_base, drafter, chosen, max_batch=batch, context_limit=80)
     waiting = data.draw(requests())

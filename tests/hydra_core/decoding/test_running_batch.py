@@ -9,7 +9,8 @@ import torch
 
 from hydra_core.base import Base
 from hydra_core.decoding import Engine, Request, Result, naive_generate
-from hydra_core.drafters import HeadDrafter, NgramDrafter
+from hydra_core.decoding.adaptive import AdaptiveSession
+from hydra_core.drafters import AdaptiveDrafter, HeadDrafter, NgramDrafter
 from hydra_core.errors import InputError
 from hydra_core.tree import Tree, TreeSet
 from tests.trained import overfit_heads, random_heads, random_prompts
@@ -69,16 +70,22 @@ def test_cancelling_frees_a_row_at_once(tiny_base: Base, heads: HeadDrafter) -> 
     assert ended == ["a"] and (engine.running, engine.waiting) == (2, 0) and set(engine.choosers) == {"b", "c"}
 
 
-def test_what_the_drafter_remembers_survives_everything(tiny_base: Base, heads: HeadDrafter, small_steps: None) -> None:
-    """Chunks, copied beginnings, moved rows and cancellations: each row's features stay the teacher-forced ones.
+@pytest.mark.parametrize("kind", ["fixed", "adaptive"])
+def test_what_the_drafter_remembers_survives_everything(tiny_base: Base, heads: HeadDrafter, small_steps: None, kind: str,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks, copied beginnings, moved rows, cancellations, and steps drafted without heads: each row's features stay the
+    teacher-forced ones.
 
     Tokens would be right whatever the heads read; only acceptance would suffer.
     """
-    dice = random.Random(3)
+    dice, coin = random.Random(3), random.Random(4)
+    used = []
+    monkeypatch.setattr(AdaptiveSession, "_heads_pay", lambda *_: used.append(coin.random() < 0.3) or used[-1])
     common = tuple(range(3, 40))
     prompts = {f"r{i}": (common + (50 + i,) * dice.randint(1, 30)) if i % 2 else tuple(
-        dice.randrange(3, 259) for _ in range(dice.randint(1, 60))) for i in range(16)}
-    engine = Engine(tiny_base, heads, TREE, max_batch=4)
+        dice.randrange(3, 259) for _ in range(dice.randint(1, 60))) for i in range(24)}
+    engine = Engine(tiny_base, heads if kind == "fixed" else AdaptiveDrafter(heads, NgramDrafter(min_match=1)), TREE,
+                    max_batch=4)
     waiting = [Request(name, prompt, dice.randint(3, 20), stop_ids=()) for name, prompt in prompts.items()]
     tokens = {name: list(prompt) for name, prompt in prompts.items()}
     compared, copied = 0, 0
@@ -90,6 +97,8 @@ def test_what_the_drafter_remembers_survives_everything(tiny_base: Base, heads: 
         for output in engine.step():
             tokens[output.id] += output.token_ids
         copied += sum(start.shared for start in engine.scheduler.group.starts) if engine.scheduler.group else 0
+        if kind == "adaptive" and coin.random() < 0.7:
+            continue  # reading the features catches up, as a draft with heads does: mostly let them wait
         for index, row in enumerate(engine.scheduler.decoding):
             ids = tokens[row.request.id]
             hidden = tiny_base.hidden_states([ids])[0][None]
@@ -97,7 +106,8 @@ def test_what_the_drafter_remembers_survives_everything(tiny_base: Base, heads: 
             wanted = heads.features(hidden, torch.arange(len(ids))[None], mask)[0, -2]  # the newest token is the root
             torch.testing.assert_close(engine.session.features[index], wanted, atol=1e-4, rtol=1e-4)  # type: ignore[attr-defined]
             compared += 1
-    assert compared > 100 and copied > 0
+    assert compared > (100 if kind == "fixed" else 30) and copied > 0
+    assert kind == "fixed" or {True, False} <= set(used)
 
 
 def test_prompts_of_all_lengths_go_in_with_little_padding(tiny_base: Base, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,11 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hydra_core.tree import PLAIN, Tree
+from hydra_core.tree.costs import StepCosts, interpolate
 from hydra_core.tree.search import (
     Choice,
-    StepCosts,
     best_choice,
-    interpolate,
     nested_trees,
     rank_paths,
     reference_tokens_per_step,

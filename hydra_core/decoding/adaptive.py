@@ -1,0 +1,212 @@
+"""Drafting that decides at every step: nothing, copied text, heads or both, and how many nodes, by expected gain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hydra_core.decoding.accept import Accepted
+from hydra_core.decoding.choose import Chooser, rank_scores
+from hydra_core.decoding.growth import Candidates, Copied, Grown, add_copied, select
+from hydra_core.decoding.pending import HeadFeatures
+from hydra_core.decoding.propose import PlainSession, Proposal
+from hydra_core.decoding.rates import Rates, match_class
+from hydra_core.drafters import AdaptiveDrafter, HeadDrafter, NgramIndex
+
+WIDTH = 6
+"""Candidates taken from a node."""
+BEAM = 4
+"""Nodes of a depth that are drafted on."""
+MOST_NODES = 48
+"""Nodes of a row at most, whatever they cost."""
+RETRY_STEPS = 24
+"""Steps after which heads that did not seem to pay are tried again."""
+PATIENCE = 0.1
+"""Weight of a new step in the running figures."""
+
+
+def most_nodes(drafter: AdaptiveDrafter) -> int:
+    """Nodes of the largest tree that can be grown: as many as were timed, and no more than there is to draft."""
+    limit = min(MOST_NODES, drafter.costs.most_nodes)
+    if drafter.heads is None:
+        return min(limit, drafter.ngram.length + 1 if drafter.ngram else 1)
+    return limit
+
+
+class AdaptiveSession(PlainSession):
+    """Trees grown by learned chances and measured costs; see `growth` and `rates`."""
+
+    def __init__(self, drafter: AdaptiveDrafter, rows: int, slots: int, shared_noise: bool = True) -> None:
+        self.drafter, self.shared_noise = drafter, shared_noise
+        self.max_nodes = most_nodes(drafter)
+        heads = drafter.heads
+        self.depths = heads.num_heads if heads is not None else 0
+        self.indexes = [NgramIndex(drafter.ngram) for _ in range(rows)] if drafter.ngram else []
+        device: torch.device | str = "cpu"
+        if heads is not None:
+            heads.pack()
+            device = heads.weight.device
+            self.inputs = HeadFeatures(heads, rows, slots)
+            self.draft_ids = heads.draft_vocab.ids.to(device)
+        self.rates = Rates(self.depths, rows, device)
+        self._seconds: dict[tuple[int, int], Tensor] = {}
+        self._extra = [1.0] * 4     # tokens a row that heads add to copied ones, by how sure those are
+        self._idle = 0              # steps since heads were used
+        self._kinds: Tensor | None = None
+
+    @property
+    def features(self) -> Tensor:
+        """[R, D] that heads read, what waits included."""
+        self.inputs.catch_up()
+        return self.inputs.features
+
+    # -- what is remembered of rows ------------------------------------------------------------------------------------
+
+    def admit(self, row: int, prompt_ids: Sequence[int]) -> None:
+        self.rates.restart(row)
+        if self.drafter.ngram is not None:
+            self.indexes[row] = NgramIndex(self.drafter.ngram)
+            self.indexes[row].extend(prompt_ids)
+        if self.drafter.heads is not None:
+            self.inputs.clear(row)
+
+    def observe(self, rows: tuple[int, int], hidden: Tensor, counts: Tensor) -> None:
+        if self.drafter.heads is not None:
+            self.inputs.observe(rows, hidden, counts)
+
+    def emit(self, row: int, tokens: Sequence[int]) -> None:
+        if self.indexes:
+            self.indexes[row].extend(tokens)
+
+    def move(self, source: int, target: int) -> None:
+        self.rates.move(source, target)
+        if self.indexes:
+            self.indexes[target] = self.indexes[source]
+        if self.drafter.heads is not None:
+            self.inputs.move(source, target)
+
+    def copy_beginning(self, source: int, target: int, count: int) -> None:
+        if self.drafter.heads is not None:
+            self.inputs.copy_beginning(source, target, count)
+
+    def learn(self, proposal: Proposal, accepted: Accepted) -> None:
+        """File what stood and what did not."""
+        kinds = self._kinds
+        if kinds is None or kinds.shape[1] == 1:
+            return
+        stood = torch.zeros(kinds.shape, dtype=torch.bool, device=kinds.device).scatter_(1, accepted.path, True)
+        parents = proposal.forest.parents.clamp(min=0).expand_as(kinds)
+        known = kinds >= 0
+        self.rates.learn(kinds, known & stood.gather(1, parents), known & stood)
+
+    # -- one draft -----------------------------------------------------------------------------------------------------
+
+    def propose(self, roots: Tensor, positions: Sequence[int], choosers: Sequence[Chooser]) -> Proposal:
+        sampled = torch.tensor([chooser.request.temperature > 0 for chooser in choosers], device=roots.device)
+        candidates = Candidates.roots(roots)
+        copied = self._copied(len(roots), roots.device)
+        grown = select(candidates if copied is None else add_copied(candidates, copied, self.rates, sampled),
+                       self._step_seconds(len(roots), 0))
+        if self.drafter.heads is not None and self._heads_pay(len(roots), grown):
+            alone = grown.expected
+            candidates = self._grow(self.drafter.heads, candidates, positions, choosers, sampled)
+            depth = candidates.depth
+            if copied is not None:
+                candidates = add_copied(candidates, copied, self.rates, sampled)
+            grown = select(candidates, self._step_seconds(len(roots), depth))
+            self._note(alone, grown.expected)
+        else:
+            self._idle += 1
+        self._kinds = grown.kinds
+        return Proposal(grown.tokens, grown.forest)
+
+    def _copied(self, batch: int, device: torch.device) -> Copied | None:
+        """What the text of each row would go on with, or None where no row finds anything."""
+        if self.drafter.ngram is None:
+            return None
+        length = min(self.drafter.ngram.length, self.max_nodes - 1)
+        found = [index.match(length) for index in self.indexes[:batch]]
+        if length < 1 or not any(match.matched for match in found):
+            return None
+        tokens = torch.tensor([match.tokens or (-1,) * length for match in found], device=device)
+        return Copied(tokens, torch.tensor([match_class(match.matched) for match in found], device=device))
+
+    def _grow(self, heads: HeadDrafter, known: Candidates, positions: Sequence[int], choosers: Sequence[Chooser],
+              sampled: Tensor) -> Candidates:
+        """Candidates of every head, the likeliest nodes of a depth drafted on."""
+        self.inputs.catch_up()
+        batch = len(positions)
+        features = self.inputs.features[:batch, None]
+        at = torch.zeros_like(known.tokens)                                     # [B, W] nodes that are drafted on
+        chances, path = known.chances, heads.embed(known.tokens)[:, :, None]    # [B, W], [B, W, depth + 1, D]
+        for depth in range(self.depths):
+            tokens, given = self._candidates(heads, depth, features, path, positions, choosers)
+            kinds = self.rates.head_kinds(depth, given, sampled)                # [B, W or 1, width]
+            below = chances[..., None] * self.rates.chances(kinds)
+            tokens, kinds = tokens.expand_as(below), kinds.expand_as(below)
+            first, parents = known.tokens.shape[1], at[..., None].expand_as(below)
+            known = known.joined(tokens.flatten(1), parents.flatten(1), kinds.flatten(1), below.flatten(1), depth + 1)
+            if depth + 1 == self.depths:
+                break
+            chances, best = below.flatten(1).topk(min(BEAM, below[0].numel()), dim=1)
+            if not self._deeper_pays(batch, depth + 1, chances):
+                break
+            at = first + best
+            chosen = heads.embed(tokens.flatten(1).gather(1, best))[:, :, None]
+            above = path.gather(1, (best // below.shape[2])[..., None, None].expand(-1, -1, *path.shape[2:]))
+            path = torch.cat((above, chosen), dim=2)
+        return known
+
+    def _candidates(self, heads: HeadDrafter, depth: int, features: Tensor, path: Tensor, positions: Sequence[int],
+                    choosers: Sequence[Chooser]) -> tuple[Tensor, Tensor]:
+        """Tokens [B, W, width] and the head's probabilities of them; W is 1 where the path makes no difference."""
+        if not heads.config.sequential:
+            path = path[:, :1]
+        logits = heads.draft_logits(heads.head_hidden(depth, features.expand(-1, path.shape[1], -1), path))
+        if self.shared_noise:
+            where = [position + depth + 1 for position in positions]
+            logits = rank_scores(logits, where, choosers, self.draft_ids)
+        best = logits.topk(min(WIDTH, logits.shape[-1]), dim=-1)
+        given = (best.values - logits.logsumexp(-1, keepdim=True)).exp()
+        return self.draft_ids[best.indices], given
+
+    # -- what pays -----------------------------------------------------------------------------------------------------
+
+    def _step_seconds(self, batch: int, depth: int) -> Tensor:
+        """Seconds of a step by nodes [most]; `depth` heads are drafted with, 0: none."""
+        known = self._seconds.get((batch, depth))
+        if known is None:
+            costs = self.drafter.costs
+            drafting = costs.draft_seconds(batch, depth)
+            known = torch.tensor([costs.verify_seconds(batch, nodes) + drafting for nodes in range(1, self.max_nodes + 1)],
+                                 device=self.rates.edges.device)
+            self._seconds[batch, depth] = known
+        return known
+
+    def _heads_pay(self, batch: int, grown: Grown) -> bool:
+        """Whether heads are expected to make more tokens a second than what is copied; now and then simply tried."""
+        if self._idle >= RETRY_STEPS:
+            return True
+        nodes = grown.tokens.shape[1]
+        seconds = self._step_seconds(batch, self.depths)
+        with_heads = (grown.expected + self._extra[_sureness(grown.expected)]) / float(
+            seconds[min(nodes + WIDTH, len(seconds)) - 1])
+        return with_heads * batch > grown.gain
+
+    def _deeper_pays(self, batch: int, depth: int, chances: Tensor) -> bool:
+        """Whether the likeliest paths are likely enough for another head to be asked."""
+        costs = self.drafter.costs
+        price = costs.draft_seconds(batch, depth + 1) - costs.draft_seconds(batch, depth)
+        return float(chances.sum()) / batch * costs.verify_seconds(batch, 1) > price
+
+    def _note(self, alone: float, together: float) -> None:
+        kind = _sureness(alone)
+        self._extra[kind] += PATIENCE * (together - alone - self._extra[kind])
+        self._idle = 0
+
+
+def _sureness(expected: float) -> int:
+    """How sure a copied draft is, in four classes, by the tokens a step makes with it."""
+    return sum(expected > edge for edge in (1.05, 2.0, 4.0))

@@ -1,0 +1,91 @@
+"""How often drafts of each kind come true, learned while decoding.
+
+A draft head's probability is not the chance that the base will choose the token: greedy decoding takes the likeliest one,
+sampling shares its noise with the drafter, and a head is only so good. So every drafted node is filed under a kind, each
+kind keeps how often its nodes stood when their parent did, and that is what trees are grown by. Rates steer what is
+drafted; no token ever depends on them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BIN_EDGES = (0.005, 0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.96)
+BINS = len(BIN_EDGES) + 1
+MATCH_EDGES = (2.5, 3.5, 5.5, 8.5, 15.5, 31.5)
+"""Tokens before a copied draft that agree: two or fewer, three, up to five, eight, fifteen, thirty-one, more."""
+MATCHES = len(MATCH_EDGES) + 1
+COPIED_AT_FIRST = (0.35, 0.5, 0.65, 0.8, 0.88, 0.94, 0.97)
+"""Chance of a copied token by those, before anything is learned."""
+SAMPLED_SHARE = 0.5  # of it where tokens are drawn rather than the likeliest taken
+DEEP = 4  # copied tokens from here on share one rate
+PRIOR_TRIALS = 12.0
+"""Tries that a first guess counts for."""
+REQUEST_TRIALS = 6.0
+"""The same for a request's own ratio."""
+
+
+class Rates:
+    """Learned rates of `heads` depths, and a ratio for each of `rows`: how its drafts fare against the common rate.
+
+    Kinds are numbered: drafts of head d by probability, copied tokens by depth and agreement, and copied tokens that a
+    head drafts too; each for greedy and for sampled rows.
+    """
+
+    def __init__(self, heads: int, rows: int, device: torch.device | str = "cpu") -> None:
+        self.heads = heads
+        self.edges = torch.tensor(BIN_EDGES, device=device)
+        centres = torch.tensor([(low + high) / 2 for low, high in zip((0.0, *BIN_EDGES), (*BIN_EDGES, 1.0), strict=True)])
+        copied = torch.tensor(COPIED_AT_FIRST)
+        both = 1 - (1 - copied[:, None]) * (1 - centres)
+        halves = [torch.cat([centres.repeat(heads), (share * copied).repeat(DEEP), both.flatten()])
+                  for share in (1.0, SAMPLED_SHARE)]
+        self.half = len(halves[0])
+        prior = torch.cat(halves).to(device)
+        self.hits, self.trials = prior * PRIOR_TRIALS, torch.full_like(prior, PRIOR_TRIALS)
+        self.came, self.expected = (torch.full((rows,), REQUEST_TRIALS, device=device) for _ in range(2))
+        self._values = self.hits / self.trials
+
+    def restart(self, row: int) -> None:
+        """Another request in `row`: nothing is known of it."""
+        self.came[row] = self.expected[row] = REQUEST_TRIALS
+
+    def move(self, source: int, target: int) -> None:
+        """Row `source` goes on in place `target`."""
+        self.came[target], self.expected[target] = self.came[source], self.expected[source]
+
+    def head_kinds(self, depth: int, probabilities: Tensor, sampled: Tensor) -> Tensor:
+        """Kinds [B, ...] of head `depth`'s drafts by probability [B, ...]; `sampled`: [B] bool."""
+        offset = (sampled * self.half).view(-1, *[1] * (probabilities.dim() - 1))
+        return torch.bucketize(probabilities, self.edges) + (depth * BINS + offset)
+
+    def copied_kinds(self, depth: int, matches: Tensor, sampled: Tensor) -> Tensor:
+        """Kinds [B] of copied tokens at `depth` after matches of class [B]."""
+        return sampled * self.half + self.heads * BINS + min(depth, DEEP - 1) * MATCHES + matches
+
+    def agreed_kinds(self, head_kinds: Tensor, matches: Tensor, sampled: Tensor) -> Tensor:
+        """Kinds [B] of copied tokens that a head drafts too, under `head_kinds` [B]."""
+        own_bin = (head_kinds - sampled * self.half) % BINS
+        return sampled * self.half + self.heads * BINS + DEEP * MATCHES + matches * BINS + own_bin
+
+    def chances(self, kinds: Tensor) -> Tensor:
+        """Chance [B, ...] that a node of `kinds` [B, ...] stands if its parent does, in rows 0 .. B - 1."""
+        batch = len(kinds)
+        ratio = (self.came[:batch] / self.expected[:batch]).view(-1, *[1] * (kinds.dim() - 1))
+        return (self._values[kinds] * ratio).clamp(max=0.995)
+
+    def learn(self, kinds: Tensor, tried: Tensor, stood: Tensor) -> None:
+        """Nodes [B, N]: their kinds, which had a parent that stood, and which of those stood themselves (both bool)."""
+        batch = len(kinds)
+        expected = self._values[kinds.clamp(min=0)]
+        self.came[:batch] += stood.sum(-1)
+        self.expected[:batch] += (expected * tried).sum(-1)
+        self.trials.index_add_(0, kinds[tried], torch.ones_like(expected[tried]))
+        self.hits.index_add_(0, kinds[stood], torch.ones_like(expected[stood]))
+        self._values = self.hits / self.trials
+
+
+def match_class(matched: int) -> int:
+    """The class of a match of so many agreeing tokens."""
+    return sum(matched > edge for edge in MATCH_EDGES)

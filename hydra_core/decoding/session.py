@@ -1,0 +1,28 @@
+"""The session of each drafter, put together in one place."""
+
+from __future__ import annotations
+
+from hydra_core.decoding.adaptive import AdaptiveSession, most_nodes
+from hydra_core.decoding.propose import HeadSession, PlainSession, Session
+from hydra_core.drafters import AdaptiveDrafter, Drafter, HeadDrafter, NgramDrafter
+from hydra_core.tree.topology import TreeSet
+
+
+def open_session(drafter: Drafter | None, trees: TreeSet, rows: int, slots: int, shared_noise: bool = True) -> Session:
+    """The session of a drafter for `rows` rows of at most `slots` tokens."""
+    if drafter is None:
+        return PlainSession()
+    if isinstance(drafter, HeadDrafter):
+        return HeadSession(drafter, trees, rows, slots, shared_noise)
+    return AdaptiveSession(_adaptive(drafter), rows, slots, shared_noise)
+
+
+def spare_slots(drafter: Drafter | None, trees: TreeSet) -> int:
+    """Slots of a row beyond its committed tokens that a draft may fill."""
+    if drafter is None or isinstance(drafter, HeadDrafter):
+        return max(trees.max_nodes, trees.max_depth + 1)
+    return most_nodes(_adaptive(drafter))
+
+
+def _adaptive(drafter: NgramDrafter | AdaptiveDrafter) -> AdaptiveDrafter:
+    return AdaptiveDrafter(ngram=drafter) if isinstance(drafter, NgramDrafter) else drafter

@@ -1,0 +1,139 @@
+"""Grown trees: which nodes, under which parents, and as many as pay."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from hydra_core.base import Base
+from hydra_core.decoding import Engine, Request
+from hydra_core.decoding.growth import Candidates, Copied, add_copied, select
+from hydra_core.decoding.rates import MATCHES, Rates, match_class
+from hydra_core.drafters import AdaptiveDrafter, NgramDrafter
+from hydra_core.tree.costs import StepCosts, unmeasured_costs
+from tests.trained import overfit_heads, random_prompts
+
+GREEDY = torch.tensor([False])
+FREE = StepCosts({1: {1: 1.0, 32: 1.0}}, {1: {0: 0.0}})
+DEAR = StepCosts({1: {1: 1.0, 32: 1000.0}}, {1: {0: 0.0}})
+
+
+def candidates(nodes: list[tuple[int, int, float]]) -> Candidates:
+    """One row: (token, parent, chance of the path) of the nodes below the root."""
+    tokens, parents, chances = (torch.tensor([list(column)]) for column in zip(*nodes, strict=True))
+    known = Candidates.roots(torch.tensor([9]))
+    return known.joined(tokens, parents, torch.zeros_like(tokens), chances.float(), len(nodes))
+
+
+def seconds(*values: float) -> torch.Tensor:
+    return torch.tensor(values)
+
+
+def test_the_likeliest_nodes_are_kept_with_their_parents() -> None:
+    known = candidates([(5, 0, 0.6), (6, 0, 0.2), (7, 1, 0.5), (8, 1, 0.05), (4, 3, 0.4)])
+    grown = select(known, torch.ones(4))
+    assert grown.tokens.tolist() == [[9, 5, 7, 4]] and grown.forest.parents.tolist() == [[-1, 0, 1, 2]]
+    assert grown.expected == pytest.approx(2.5) and grown.gain == pytest.approx(2.5)
+
+
+def test_as_many_nodes_as_pay() -> None:
+    known = candidates([(5, 0, 0.6), (6, 0, 0.2), (7, 1, 0.5), (8, 1, 0.05), (4, 3, 0.4)])
+    assert select(known, seconds(1.0, 1.1, 1.2, 1.3, 1.4, 1.5)).tokens.tolist() == [[9, 5, 6, 7, 4]]
+    assert select(known, seconds(1.0, 1.5, 2.2, 3.0, 4.0, 5.0)).tokens.tolist() == [[9, 5]]
+    assert select(known, seconds(1.0, 2.0, 3.0, 4.0, 5.0, 6.0)).tokens.tolist() == [[9]]
+
+
+def test_rows_share_the_number_of_nodes_and_nothing_else() -> None:
+    one, other = candidates([(5, 0, 0.9), (6, 1, 0.8)]), candidates([(7, 0, 0.3), (8, 0, 0.2)])
+    both = Candidates(*(torch.cat((getattr(one, name), getattr(other, name)))
+                        for name in ("tokens", "parents", "kinds", "chances")), depth=2)
+    grown = select(both, torch.ones(3))
+    assert grown.tokens.tolist() == [[9, 5, 6], [9, 7, 8]] and grown.forest.parents.tolist() == [[-1, 0, 1], [-1, 0, 0]]
+    assert grown.expected == pytest.approx(1 + (0.9 + 0.8 + 0.3 + 0.2) / 2)
+
+
+def test_a_copied_chain_runs_along_what_stands_and_then_leaves_it() -> None:
+    rates = Rates(2, 1)
+    kinds = rates.head_kinds(0, torch.tensor([[0.4, 0.3]]), GREEDY)
+    known = Candidates.roots(torch.tensor([9])).joined(torch.tensor([[5, 6]]), torch.tensor([[0, 0]]), kinds,
+                                                       torch.tensor([[0.4, 0.3]]), 1)
+    with_copy = add_copied(known, Copied(torch.tensor([[6, 7, 8]]), torch.tensor([3])), rates, GREEDY)
+    assert with_copy.tokens.tolist() == [[9, 5, 6, -1, 7, 8]]  # 6 stands already: no node of its own
+    assert with_copy.parents.tolist()[0][4:] == [2, 4]
+    chances = with_copy.chances[0].tolist()
+    assert chances[1] == pytest.approx(0.4) and chances[2] > 0.8  # both agree: likelier than either alone
+    assert chances[2] > chances[4] > chances[5] > 0 and chances[3] == 0
+    assert with_copy.kinds[0, 3] == -1 and len(set(with_copy.kinds[0, [2, 4, 5]].tolist())) == 3
+
+
+def test_a_short_chain_beside_a_long_one() -> None:
+    rates = Rates(0, 2)
+    known = Candidates.roots(torch.tensor([9, 9]))
+    sampled = torch.tensor([False, True])
+    copied = add_copied(known, Copied(torch.tensor([[5, 6], [-1, -1]]), torch.tensor([0, 0])), rates, sampled)
+    grown = select(copied, torch.ones(3))
+    assert grown.tokens.tolist() == [[9, 5, 6], [9, -1, -1]] and grown.forest.parents.tolist()[0] == [-1, 0, 1]
+
+
+def test_rates_are_learned_by_kind_and_by_request() -> None:
+    """What always comes true goes up, what never does goes down; a request's own luck moves its row alone."""
+    rates = Rates(1, 2)
+    kinds = torch.stack([rates.copied_kinds(0, torch.tensor([0, 0]), torch.tensor([False, False])),
+                         rates.copied_kinds(1, torch.tensor([2, 2]), torch.tensor([False, False]))], 1)
+    before = rates.chances(kinds)
+    assert bool((before[:, 1] > before[:, 0]).all())
+    tried = torch.ones(2, 2, dtype=torch.bool)
+    for _ in range(60):
+        rates.learn(kinds, tried, torch.tensor([[True, False], [True, False]]))
+    after = rates.chances(kinds)
+    assert bool((after[:, 0] > 0.7).all()) and bool((after[:, 1] < 0.3).all()) and bool((after <= 0.995).all())
+    for _ in range(5):
+        rates.learn(kinds[:, :1], tried[:, :1], torch.tensor([[True], [False]]))
+    lucky, unlucky = rates.chances(kinds)[:, 0].tolist()
+    assert lucky > unlucky
+    rates.move(0, 1)
+    assert rates.chances(kinds)[1, 0] == rates.chances(kinds)[0, 0]
+    rates.restart(1)
+    assert float(rates.came[1]) == float(rates.expected[1])
+
+
+def test_every_kind_has_a_number_of_its_own() -> None:
+    rates = Rates(3, 1)
+    seen = set()
+    for sampled in (torch.tensor([False]), torch.tensor([True])):
+        for depth in range(3):
+            for p in (0.001, 0.3, 0.99):
+                kind = rates.head_kinds(depth, torch.tensor([[p]]), sampled)
+                seen.add(int(kind))
+                for match in range(MATCHES):
+                    seen.add(("both", int(rates.agreed_kinds(kind[:, 0], torch.tensor([match]), sampled)))[1])
+        for depth in range(4):
+            seen |= {int(rates.copied_kinds(depth, torch.tensor([match]), sampled)) for match in range(MATCHES)}
+    assert len(seen) == 2 * (3 * 3 + 3 * MATCHES + 4 * MATCHES) and max(seen) < len(rates.hits)
+    assert [match_class(matched) for matched in (1, 2, 3, 5, 6, 31, 32)] == [0, 0, 1, 2, 3, 5, 6]
+
+
+def test_nothing_is_drafted_where_it_does_not_pay(tiny_base: Base) -> None:
+    prompts = random_prompts(4, seed=1)
+    heads = overfit_heads(tiny_base, "hydra", prompts)
+    requests = [Request(str(i), prompt, 30, stop_ids=()) for i, prompt in enumerate(prompts)]
+    dear = Engine(tiny_base, AdaptiveDrafter(heads, NgramDrafter(), DEAR), max_batch=1).generate(requests)
+    assert all(result.drafted == 0 and result.steps == 29 for result in dear)
+    free = Engine(tiny_base, AdaptiveDrafter(heads, NgramDrafter(), FREE), max_batch=1).generate(requests)
+    assert [r.token_ids for r in free] == [r.token_ids for r in dear]
+    assert sum(r.steps for r in free) < 0.75 * sum(r.steps for r in dear)
+
+
+def test_costs_between_the_points() -> None:
+    costs = StepCosts({1: {1: 1.0, 3: 2.0}, 3: {1: 2.0, 3: 4.0}}, {1: {0: 0.1, 2: 0.3}})
+    assert costs.verify_seconds(2, 2) == pytest.approx(2.25) and costs.most_nodes == 3
+    assert costs.seconds(1, 3, 1) == pytest.approx(2.2) and costs.seconds(1, 1, 0) == 1.0
+    assert StepCosts.from_json(costs.to_json()) == costs
+    with pytest.raises(ValueError, match="verify: no measured points"):
+        StepCosts({}, {1: {0: 0.0}})
+    guess, dice = unmeasured_costs(), random.Random(0)
+    for _ in range(50):
+        batch, nodes = dice.randint(1, 80), dice.randint(1, 40)
+        assert 0 < guess.verify_seconds(batch, nodes) <= guess.verify_seconds(batch + 1, nodes + 1)
