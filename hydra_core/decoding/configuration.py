@@ -1,7 +1,7 @@
 """A way of decoding as a folder: what `promote` registers and `serve` loads.
 
-    FOLDER/configuration.json   schema version, drafter (plain, ngram, heads), base identity, n-gram settings
-    FOLDER/heads/               a heads checkpoint, where drafter is heads
+    FOLDER/configuration.json   schema version, drafter (plain, ngram, heads, combined), base identity, n-gram settings
+    FOLDER/heads/               a heads checkpoint, where the drafter has heads
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -17,20 +18,26 @@ from typing import Literal
 from hydra_core.base.model import Base
 from hydra_core.base.vocabulary import BaseIdentity, BaseVocabulary
 from hydra_core.checkpoint import load_checkpoint
-from hydra_core.drafters import HeadDrafter, NgramDrafter
+from hydra_core.drafters import AdaptiveDrafter, Drafter, HeadDrafter, NgramDrafter
 from hydra_core.errors import InputError
+from hydra_core.tree.costs import StepCosts, unmeasured_costs
 from hydra_core.tree.topology import TreeSet
 
 SCHEMA_VERSION = 1
+WITH_HEADS = ("heads", "combined")
 FILE = "configuration.json"
+
+
+Costs = Callable[[HeadDrafter | None], StepCosts]
 
 
 @dataclass(frozen=True)
 class DecodingConfiguration:
-    """Drafter and settings. `name`: what it is called in a report; `heads`: a checkpoint folder, for heads alone."""
+    """Drafter and settings. `name`: what it is called in a report; `drafter`: heads decode with their fixed trees, combined
+    grows trees from heads and copied text; `heads`: a checkpoint folder, for those two."""
 
     name: str
-    drafter: Literal["plain", "ngram", "heads"]
+    drafter: Literal["plain", "ngram", "heads", "combined"]
     base: BaseIdentity
     ngram: NgramDrafter = field(default_factory=NgramDrafter)
     heads: Path | None = None
@@ -43,7 +50,7 @@ def save_configuration(folder: Path, configuration: DecodingConfiguration) -> No
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        if configuration.drafter == "heads":
+        if configuration.drafter in WITH_HEADS:
             assert configuration.heads is not None
             shutil.copytree(configuration.heads, temporary / "heads")
         values = {"schema_version": SCHEMA_VERSION, "name": configuration.name, "drafter": configuration.drafter,
@@ -63,9 +70,9 @@ def read_configuration(folder: Path) -> DecodingConfiguration:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values["schema_version"] != SCHEMA_VERSION:
             raise InputError(f"{path}: schema_version {values['schema_version']} is not {SCHEMA_VERSION}")
-        if values["drafter"] not in ("plain", "ngram", "heads"):
-            raise InputError(f"{path}: drafter: {values['drafter']!r} is not plain, ngram or heads")
-        heads = Path(folder) / "heads" if values["drafter"] == "heads" else None
+        if values["drafter"] not in ("plain", "ngram", *WITH_HEADS):
+            raise InputError(f"{path}: drafter: {values['drafter']!r} is not plain, ngram, heads or combined")
+        heads = Path(folder) / "heads" if values["drafter"] in WITH_HEADS else None
         return DecodingConfiguration(values["name"], values["drafter"], BaseIdentity(**values["base"]),
                                      NgramDrafter(**values["ngram"]), heads)
     except OSError as error:
@@ -74,13 +81,15 @@ def read_configuration(folder: Path) -> DecodingConfiguration:
         raise InputError(f"{path}: is not a decoding configuration ({error})") from None
 
 
-def load_heads(folder: str | Path, base: Base) -> tuple[HeadDrafter | NgramDrafter | None, TreeSet | None]:
+def load_heads(folder: str | Path, base: Base,
+               costs: Costs | None = None) -> tuple[Drafter | None, TreeSet | None]:
     """Drafter and trees of a heads checkpoint or of a configuration folder, ready for `Engine`, in the base's dtype.
 
+    `costs`: says what steps take on this machine, given the heads if there are any; a guess without it.
     Raises InputError for a folder that is neither, or that belongs to another base.
     """
     if (Path(folder) / FILE).exists():
-        return load_configuration(Path(folder), base)
+        return load_configuration(Path(folder), base, costs)
     loaded = load_checkpoint(Path(folder), base.vocabulary, base.dtype)
     return loaded.drafter, loaded.trees
 
@@ -102,16 +111,20 @@ def _configuration_of(folder: Path, identity: BaseIdentity) -> DecodingConfigura
     return configuration
 
 
-def load_configuration(folder: Path, base: Base) -> tuple[HeadDrafter | NgramDrafter | None, TreeSet | None]:
-    """Drafter and trees of a configuration folder, ready for `Engine`, in the base's dtype.
+def load_configuration(folder: Path, base: Base,
+                       costs: Costs | None = None) -> tuple[Drafter | None, TreeSet | None]:
+    """Drafter and trees of a configuration folder, ready for `Engine`, in the base's dtype; `costs` as in `load_heads`.
 
     Raises InputError for a broken folder, another base (digest or weight format) or heads that do not load.
     """
     configuration = _configuration_of(folder, base.identity)
     if configuration.drafter == "plain":
         return None, None
-    if configuration.drafter == "ngram":
-        return configuration.ngram, None
-    assert configuration.heads is not None
-    loaded = load_checkpoint(configuration.heads, base.vocabulary, base.dtype)
-    return loaded.drafter, loaded.trees
+    heads: HeadDrafter | None = None
+    if configuration.heads is not None:
+        loaded = load_checkpoint(configuration.heads, base.vocabulary, base.dtype)
+        if configuration.drafter == "heads":
+            return loaded.drafter, loaded.trees
+        heads = loaded.drafter
+    measured = costs(heads) if costs is not None else unmeasured_costs()
+    return AdaptiveDrafter(heads, configuration.ngram, measured), None

@@ -56,8 +56,9 @@ class Engine:
             trees = default_trees()
         if isinstance(drafter, HeadDrafter):
             _check_trees(trees, drafter)
-        slots = self.context_limit + spare_slots(drafter, trees)
-        check_memory(base, drafter, max_batch, slots)
+        spare = spare_slots(drafter, trees)
+        slots = self.context_limit + spare
+        check_memory(base, drafter, max_batch, slots, spare)
         self.cache = base.allocate(max_batch, slots)
         self.session = open_session(drafter, trees, max_batch, slots, shared_noise)
         self.roots = torch.zeros(max_batch, dtype=torch.int64, device=base.device)

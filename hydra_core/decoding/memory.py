@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import psutil
 import torch
 
 from hydra_core.base.model import Base
 from hydra_core.decoding.pending import ROOM
+from hydra_core.decoding.scheduler import CHUNK, IDLE_TOKENS
 from hydra_core.drafters import AdaptiveDrafter, Drafter
 from hydra_core.drafters.hydra_plus import HydraPlusPlus
 from hydra_core.errors import InputError
@@ -24,17 +26,39 @@ def cache_bytes(base: Base, drafter: Drafter | None, rows: int, slots: int) -> i
     return base.decoder.cache_bytes(rows, slots) + prefix
 
 
+def workspace_bytes(base: Base, rows: int, slots: int, nodes: int) -> int:
+    """Bytes of what a step makes and drops again, roughly: logits of every node, and a chunk of prompts on its way."""
+    config, item = base.vocabulary.config, base.dtype.itemsize
+    logits = rows * nodes * base.vocab_size * (item + 4)
+    inner = getattr(config, "intermediate_size", None) or 4 * base.vocabulary.width
+    tokens = min(IDLE_TOKENS, rows * min(slots, CHUNK))
+    mask = tokens * slots * item * (1 + config.num_attention_heads // (getattr(config, "num_key_value_heads", None)
+                                                                      or config.num_attention_heads))
+    return int(logits + tokens * (6 * base.vocabulary.width + 3 * inner) * item + mask)
+
+
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be taken on `device`."""
+    """Memory that can still be taken on `device`, within what this process's group may have."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    return min(int(psutil.virtual_memory().available), _left_in_group(Path("/sys/fs/cgroup")))
 
 
-def check_memory(base: Base, drafter: Drafter | None, rows: int, slots: int) -> None:
-    """Log what the caches will take. Raises InputError when that is more than is free."""
-    wanted, free = cache_bytes(base, drafter, rows, slots), free_bytes(base.device)
-    log.info("keys and values of %d rows x %d tokens: %.2f GiB, of %.2f GiB free", rows, slots, wanted / GIB, free / GIB)
-    if wanted > free:
-        raise InputError(f"max_batch={rows}, context_limit={slots}: keys and values need {wanted / GIB:.1f} GiB, "
-                         f"{free / GIB:.1f} GiB are free on {base.device}: lower one of the two")
+def _left_in_group(folder: Path) -> int:
+    """What a container's limit leaves; very much where there is no limit."""
+    try:
+        most, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # no such file, or "max"
+        return 2**62
+    return most - used
+
+
+def check_memory(base: Base, drafter: Drafter | None, rows: int, slots: int, nodes: int = 1) -> None:
+    """Log what the caches and a step of `nodes` a row will take. Raises InputError when that is more than is free."""
+    kept, passing = cache_bytes(base, drafter, rows, slots), workspace_bytes(base, rows, slots, nodes)
+    free = free_bytes(base.device)
+    log.info("keys and values of %d rows x %d tokens: %.2f GiB, a step: %.2f GiB, of %.2f GiB free", rows, slots,
+             kept / GIB, passing / GIB, free / GIB)
+    if kept + passing > free:
+        raise InputError(f"max_batch={rows}, context_limit={slots}: keys and values need {kept / GIB:.1f} GiB and a step "
+                         f"{passing / GIB:.1f} GiB, {free / GIB:.1f} GiB are free on {base.device}: lower one of the two")

@@ -193,7 +193,7 @@ def test_cancelled_while_going_in(tiny_base: Base, make_engine: Callable[..., En
 def test_caches_that_do_not_fit_are_refused(tiny_base: Base, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "hydra_core"):
         Engine(tiny_base, max_batch=4, context_limit=100)
-    assert "4 rows x 101 tokens: 0.00 GiB" in caplog.text
+    assert "4 rows x 101 tokens: 0.00 GiB, a step: 0.00 GiB" in caplog.text
     with pytest.raises(InputError, match=r"max_batch=1000000000.*lower one"):
         Engine(tiny_base, max_batch=10**9)
 
