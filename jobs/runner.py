@@ -1,6 +1,6 @@
 """What every job does: arguments to a configuration, one pipeline call, one JSON line, an exit code.
 
-Exit 0: done; 2: the user's mistake, told in one line; 130: interrupted; 1: anything else, with its traceback.
+Exit 0: done; 2: the user's mistake, told in one line; 1: anything else, with its traceback (an interrupt: with one line).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class _Parser(argparse.ArgumentParser):
 def run(stage: str, argv: Sequence[str] | None = None) -> int:
     """Run `stage` with command-line arguments (default: the process's own) and return the exit code."""
     try:
-        arguments = _parser(stage).parse_args(argv)
+        arguments = _parser(stage).parse_intermixed_args(argv)  # overrides may stand on both sides of --config
     except InputError as error:
         return _mistake(error)
     with _stdout_for_result() as emit:
@@ -63,14 +63,35 @@ def run(stage: str, argv: Sequence[str] | None = None) -> int:
                 return 0
             emit(_pipeline(stage)(config).to_json() + "\n")
             return 0
-        except InputError as error:
-            return _mistake(error)
         except KeyboardInterrupt:
             print(f"{stage}: interrupted; run the same command again to go on", file=sys.stderr)
-            return 130
-        except Exception:
+            return 1
+        except Exception as error:
+            if (mistake := find_mistake(error)) is not None:
+                return _mistake(mistake)
             traceback.print_exc()
             return 1
+
+
+def find_mistake(error: BaseException) -> InputError | None:
+    """The InputError that `error` is or was made of, or None.
+
+    Ray makes other exceptions of one that leaves a task, a training worker or an actor; their text is a traceback. What was
+    being handled counts for those alone: a fault of ours in the middle of handling a mistake is a fault.
+    """
+    seen: list[BaseException] = []
+    todo: list[Any] = [error]
+    while todo:
+        found = todo.pop(0)
+        if not isinstance(found, BaseException) or found in seen:
+            continue
+        inner = getattr(found, "cause", None)  # of a RayTaskError, which is an InputError itself when that is its cause
+        if isinstance(found, InputError) and not isinstance(inner, BaseException):
+            return found
+        seen.append(found)
+        todo += [inner, *getattr(found, "worker_failures", {}).values(), found.__cause__]
+        todo += [found.__context__] if type(found).__module__.startswith("ray.") else []
+    return None
 
 
 def _mistake(error: InputError) -> int:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,11 @@ from pipelines.cluster import ensure_ray, run_blocks
 from pipelines.config import RunConfig
 from pipelines.contracts import ERRORS, PROMPTS, check_counts, content_id
 from pipelines.parts import part_files, read_parts, sweep, write_part
-from pipelines.prompt_files import RowError, read_prompt_rows
-from pipelines.serve import start_app
+from pipelines.prompt_files import RowError, prompt_files, read_prompt_rows
+from pipelines.serve import check_args, find_args, start_app
+from pipelines.serving.identity import Serving, serving_of
+from pipelines.serving.instance import running_instance
+from pipelines.serving.records import AppArgs
 from pipelines.stage import (
     RunPaths,
     StageResult,
@@ -35,46 +39,72 @@ from pipelines.stage import (
 from pipelines.tracking import Tracker
 
 STAGE = "batch"
+HOW = {"concurrency", "rows_per_file", "max_error_share", "input", "output"}
+"""Settings that change no answer: a run that failed may go on with others. The input counts by what it holds."""
 
 
 def run_batch(config: RunConfig) -> StageResult:
     """Answer every row once. Raises InputError for the user's mistakes, and when too many rows fail."""
     section = config.batch
-    folder = Path(section.output) if section.output else RunPaths.of(config).stage(STAGE)
-    wanted = fingerprint(STAGE, section.model_dump(exclude={"concurrency", "output"}) | {"model": config.serve.model},
-                         {"input": _input_digest(config), "base": config.base.model})
+    args = find_args(config)
+    serving = serving_of(args)
+    folder, wanted = _folder(config), _fingerprint(config, serving)
     if (done := finished(folder, wanted)) is not None:
         return done
+    tracker = Tracker.open(config)
+    check_args(args)
     rows, errors, skipped = _read_input(config)
-    with stage_folder(config, STAGE, folder, wanted) as stage, ensure_ray(config):
-        tracker = Tracker.open(config)
-        with (tracker.start(STAGE, params={"batch": section.model_dump()}, fingerprint=wanted) as run,
-              _application(config) as label):
-            report = _answer_all(config, folder, rows, errors, skipped, label)
-            write_text(folder / "report.json", json.dumps(report, indent=2))
-            run.log_metrics({name: value for name, value in report.items() if isinstance(value, (int, float))})
-            run.log_artifact(folder / "report.json")
-            outputs = {"rows": str(folder / "rows"), "errors": str(folder / "errors"), "report": str(folder / "report.json")}
-            files = [*batch_parts(folder / "rows", section.format), *part_files(folder / "errors"), folder / "report.json"]
-            return stage.finish(StageResult(STAGE, run.run_id, outputs, report), files)
+    with (stage_folder(config, STAGE, folder, wanted) as stage, ensure_ray(config),
+          tracker.start(STAGE, fingerprint=wanted) as run,
+          _application(config, args, serving) as label):
+        report = _answer_all(config, folder, rows, errors, skipped, label)
+        write_text(folder / "report.json", json.dumps(report, indent=2))
+        run.log_metrics({name: value for name, value in report.items() if isinstance(value, (int, float))})
+        run.log_artifact(folder / "report.json")
+        outputs = {"rows": str(folder / "rows"), "errors": str(folder / "errors"), "report": str(folder / "report.json")}
+        files = [*batch_parts(folder / "rows", section.format), *part_files(folder / "errors"), folder / "report.json"]
+        return stage.finish(StageResult(STAGE, run.run_id, outputs, report), files)
+
+
+def batch_finished(config: RunConfig) -> bool:
+    """Whether `run_batch` would find this very work done. Raises InputError for a model, base or input that is not there."""
+    return finished(_folder(config), _fingerprint(config, serving_of(find_args(config)))) is not None
+
+
+def _folder(config: RunConfig) -> Path:
+    return Path(config.batch.output) if config.batch.output else RunPaths.of(config).stage(STAGE)
+
+
+def _fingerprint(config: RunConfig, serving: Serving) -> str:
+    """What a `batch` folder is the answer to: settings, rows, and what decodes (not by which name it was asked for)."""
+    return fingerprint(STAGE, config.batch.model_dump(exclude=HOW) | asdict(serving), {"input": _input_digest(config)})
 
 
 @contextmanager
-def _application(config: RunConfig) -> Iterator[str]:
-    """The running application, or one of our own that goes when the rows are done."""
-    try:
-        running = serve.status().applications.get(config.serve.app_name)
-    except Exception:  # no Serve on this cluster yet
-        running = None
-    if running is not None and running.status == "RUNNING":
-        handle = serve.get_deployment_handle("DecodeServer", config.serve.app_name)
-        yield handle.info.remote().result()["label"]
+def _application(config: RunConfig, args: AppArgs, serving: Serving) -> Iterator[str]:
+    """The running application, or one of our own that goes when the rows are done.
+
+    Raises InputError when one of that name runs that is not ready or decodes with something else.
+    """
+    name, instance = config.serve.app_name, running_instance()
+    if instance is None or name not in instance.applications:
+        app = start_app(config, args)
+        try:
+            yield app.label
+        finally:
+            app.stop()
         return
-    app = start_app(config)
+    if (status := instance.applications[name][0]) != "RUNNING":
+        raise InputError(f"serve.app_name={name}: the application of that name is {status}: wait, delete it or choose another")
     try:
-        yield app.label
-    finally:
-        app.stop()
+        info = serve.get_deployment_handle("DecodeServer", name).info.remote().result()
+        running = Serving(info["base"], info["context_limit"], info["configuration"])
+    except KeyError as missing:
+        raise InputError(f"serve.app_name={name}: runs something else, without {missing}: choose another name") from None
+    if running != serving:
+        raise InputError(f"serve.app_name={name}: runs {info['label']} ({running}), but {args.label} ({serving}) is asked "
+                         "for: choose another name or stop it")
+    yield info["label"]
 
 
 def _answer_all(config: RunConfig, folder: Path, rows: list[dict[str, Any]], errors: list[dict[str, Any]], skipped: int,
@@ -117,8 +147,8 @@ def _report(answered: list[dict[str, Any]], known: set[str], failed: int, skippe
     tokens = sum(len(row["token_ids"]) for row in fresh)
     steps = sum(row["steps"] for row in answered)
     latencies = [row["latency_seconds"] for row in answered] or [0.0]
-    return {"rows": len(answered), "errors": failed, "skipped": skipped, "resumed": len(known), "tokens": tokens,
-            "seconds": round(seconds, 2), "tokens_per_second": round(tokens / seconds, 2) if fresh else None,
+    return {"rows": len(answered), "errors": failed, "rows_skipped": skipped, "resumed": len(known),
+            "tokens": tokens, "seconds": round(seconds, 2), "tokens_per_second": round(tokens / seconds, 2) if fresh else None,
             "tokens_per_step": round(sum(len(r["token_ids"]) - 1 for r in answered) / steps, 3) if steps else None,
             "latency_p50": round(float(np.percentile(latencies, 50)), 3),
             "latency_p99": round(float(np.percentile(latencies, 99)), 3), "model": label}
@@ -130,8 +160,7 @@ def _input_digest(config: RunConfig) -> str:
     path = Path(config.batch.input)
     if not path.exists():
         raise InputError(f"batch.input={path}: no such file")
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    return content_id(*(file_digest(file) for file in files))
+    return content_id(*(file_digest(file) for file in prompt_files(path)))
 
 
 def _read_input(config: RunConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:

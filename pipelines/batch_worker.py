@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -79,8 +80,9 @@ class BatchWriter:
         """One answer; a full queue means wait."""
         settings = self.settings
         messages = None if row["messages"] is None else json.loads(row["messages"])
-        generation = Generation(f"batch-{row['id']}", settings.max_new_tokens, settings.temperature, settings.seed,
-                                prompt=row["prompt"] if messages is None else None, messages=messages,
+        # a killed job's request may still be decoding, and two jobs may ask for the same row
+        generation = Generation(f"batch-{row['id']}-{uuid.uuid4().hex}", settings.max_new_tokens, settings.temperature,
+                                settings.seed, prompt=row["prompt"] if messages is None else None, messages=messages,
                                 prompt_ids=row["prompt_ids"])
         wait = 0.1
         while True:
@@ -123,5 +125,5 @@ def read_batch_rows(folder: Path, kind: str) -> Iterator[dict[str, Any]]:
         yield from read_parts(folder, BATCH).to_pylist()
         return
     for path in batch_parts(folder, kind):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            yield json.loads(line)
+        with path.open(encoding="utf-8", newline="\n") as lines:  # an answer may hold other line ends, such as U+2028
+            yield from map(json.loads, lines)

@@ -9,19 +9,18 @@ from typing import Any
 
 import ray
 
-from hydra_core.base import context_limit, load_tokenizer, resolve_base
+from hydra_core.base import load_vocabulary, resolve_base
+from hydra_core.decoding import check_heads
 from hydra_core.errors import InputError
 from pipelines.bench_batch import read_batches, summarise_batches
 from pipelines.bench_identity import read_identity
-from pipelines.bench_plan import NGRAM, PLAIN, TRANSFORMERS, BenchPlan, Question, read_rows
-from pipelines.bench_report import batch_markdown, markdown, plot, print_table, summarise
+from pipelines.bench_plan import COMBINED, LOOKUP, NGRAM, PLAIN, TRANSFORMERS, BenchPlan, read_rows
+from pipelines.bench_questions import load_questions
+from pipelines.bench_report import batch_markdown, category_markdown, markdown, plot, print_table, summarise
 from pipelines.bench_run import measure
 from pipelines.cluster import ensure_ray, measuring_resources
 from pipelines.config import RunConfig
-from pipelines.contracts import PROMPTS
-from pipelines.parts import read_parts
-from pipelines.prompt_files import PromptRow, RowError, read_prompt_rows
-from pipelines.prompts import prompt_ids_of
+from pipelines.contracts import content_id
 from pipelines.stage import (
     RunPaths,
     StageResult,
@@ -35,35 +34,40 @@ from pipelines.stage import (
 )
 from pipelines.tracking import Tracker
 
-DEFAULT_QUESTIONS = 24
+ERRORS = "errors.jsonl"
+HEADS_FILES = ("model.safetensors", "tree.json")
 
 
 def run_bench(config: RunConfig) -> StageResult:
     """Run the stage, or go on where a stopped one was. Raises InputError for the user's mistakes."""
     paths = RunPaths.of(config)
-    heads = find_heads(config)
-    plan_methods = _methods(config, heads)
-    folder, wanted = paths.stage("bench"), bench_fingerprint(config, heads)
+    known = find_heads(config)
+    methods = _methods(config, known)
+    heads = known if COMBINED in methods else {name: known[name] for name in methods if name in known}
+    tracker = Tracker.open(config)
+    folder, wanted = paths.stage("bench"), bench_fingerprint(config, known)
     if (done := finished(folder, wanted)) is not None:
         return done
-    questions = load_questions(config)
-    plan = _plan(config, folder, plan_methods, {name: heads[name] for name in plan_methods if name in heads})
-    with stage_folder(config, "bench", folder, wanted) as stage, ensure_ray(config):
-        tracker = Tracker.open(config)
-        with tracker.start("bench", params=config.model_dump(mode="json"), fingerprint=wanted) as run:
-            task = ray.remote(measure).options(**measuring_resources(config))
-            ray.get(task.remote(plan, questions))
-            figures = summarise(read_rows(Path(plan.rows_file)), read_identity(Path(plan.identity_file)))
-            batches = summarise_batches(read_batches(Path(plan.batch_file)))
-            files = _write_report(config, folder, figures, batches, plan)
-            result = stage.finish(StageResult("bench", run.run_id, {"report": str(folder / "report.json")}, {
-                "questions": len(questions), "methods": figures, **({"batch": batches} if batches else {})}), files)
-            for method, values in figures.items():
-                run.log_metrics({f"{_metric_name(method)}.{key}": value for key, value in values.items()
-                                 if isinstance(value, (int, float))})
-            for path in files:
-                run.log_artifact(path)
-            return result
+    _check_heads(config, heads)
+    questions, errors = load_questions(config)
+    plan = _plan(config, folder, methods, heads)
+    with (stage_folder(config, "bench", folder, wanted) as stage, ensure_ray(config),
+          tracker.start("bench", fingerprint=wanted) as run):
+        for name, (digest, where) in _inputs(config, heads).items():
+            run.log_dataset(name, digest, where, "bench")
+        task = ray.remote(measure).options(**measuring_resources(config))
+        ray.get(task.remote(plan, questions))
+        write_text(folder / ERRORS, "".join(json.dumps(error) + "\n" for error in errors))
+        figures = summarise(read_rows(Path(plan.rows_file)), read_identity(Path(plan.identity_file)))
+        batches = summarise_batches(read_batches(Path(plan.batch_file)))
+        files = _write_report(config, folder, figures, batches, plan)
+        for method, values in figures.items():
+            run.log_metrics({f"{method}.{key}": value for key, value in values.items() if isinstance(value, (int, float))})
+        for path in files:
+            run.log_artifact(path)
+        return stage.finish(StageResult("bench", run.run_id, {"report": str(folder / "report.json")}, {
+            "questions": len(questions), "errors": len(errors), "methods": figures,
+            **({"batch": batches} if batches else {})}), files)
 
 
 def _plan(config: RunConfig, folder: Path, methods: tuple[str, ...], heads: dict[str, str]) -> BenchPlan:
@@ -73,16 +77,17 @@ def _plan(config: RunConfig, folder: Path, methods: tuple[str, ...], heads: dict
         identity_file=str(folder / "identity.jsonl"), batch_file=str(folder / "batch.jsonl"), methods=methods, heads=heads,
         ngram=(ngram.max_match, ngram.min_match, ngram.length), max_new_tokens=bench.max_new_tokens, rounds=bench.rounds,
         identity_prompts=0 if bench.temperature else bench.identity_prompts, identity_batch=bench.identity_batch,
+        identity_formats=bench.identity_formats,
         batch_prompts=bench.batch_prompts, running_batch=bench.running_batch, temperature=bench.temperature,
         shared_noise=bench.shared_noise, threads=bench.threads)
 
 
 def bench_fingerprint(config: RunConfig, heads: dict[str, str]) -> str:
-    """What a `bench` folder is the answer to: settings, prompts and the very heads."""
+    """What a `bench` folder is the answer to: settings, prompts and the very heads. Raises InputError for missing files."""
     resolved = resolve_base(config.base.model, RunPaths.of(config).cache)
     upstream = {"base": resolved.digest}
     for name, folder in heads.items():
-        upstream |= {f"{name}/{file}": file_digest(Path(folder) / file) for file in ("model.safetensors", "tree.json")}
+        upstream |= {f"{name}/{file}": _digest(Path(folder) / file) for file in HEADS_FILES}
     if config.bench.prompts:
         path = Path(config.bench.prompts)
         if not path.is_file():
@@ -95,6 +100,35 @@ def bench_fingerprint(config: RunConfig, heads: dict[str, str]) -> str:
     return fingerprint("bench", settings, upstream)
 
 
+def _digest(path: Path) -> str:
+    if not path.is_file():
+        raise InputError(f"bench.heads={path.parent}: is no whole heads checkpoint: {path.name} is missing")
+    return file_digest(path)
+
+
+def _check_heads(config: RunConfig, heads: dict[str, str]) -> None:
+    """Raise InputError unless every checkpoint loads on this base: told before anything runs, not in the middle."""
+    if not heads:
+        return
+    vocabulary = load_vocabulary(config.base.model, dtype=config.base.dtype, cache=RunPaths.of(config).cache)
+    for folder in heads.values():
+        try:
+            check_heads(folder, vocabulary)
+        except InputError as error:
+            raise InputError(f"bench.heads: {error}") from None
+
+
+def _inputs(config: RunConfig, heads: dict[str, str]) -> dict[str, tuple[str, str]]:
+    """Name -> digest and place of everything that is read."""
+    distilled = RunPaths.of(config).stage("distill")
+    if config.bench.prompts:
+        found = {"prompts": (file_digest(Path(config.bench.prompts)), config.bench.prompts)}
+    else:
+        found = {"prompts": (str(require_manifest(distilled, "distill")["fingerprint"]), str(distilled / "prompts"))}
+    return found | {f"{name} heads": (content_id(*(file_digest(Path(folder) / file) for file in HEADS_FILES)), folder)
+                    for name, folder in heads.items()}
+
+
 def find_heads(config: RunConfig) -> dict[str, str]:
     """Drafter name -> checkpoint folder: `bench.heads`, else what `tree` (or `train`) left in this run."""
     if config.bench.heads:
@@ -103,7 +137,7 @@ def find_heads(config: RunConfig) -> dict[str, str]:
             kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["heads"]["kind"]
         except (OSError, ValueError, KeyError, TypeError):
             raise InputError(f"bench.heads={folder}: is not a heads checkpoint (no readable config.json)") from None
-        return {kind: str(folder)}
+        return {str(kind): str(folder)}
     found = {}
     for name in config.train.drafters:
         for stage in ("tree", "train"):
@@ -115,44 +149,13 @@ def find_heads(config: RunConfig) -> dict[str, str]:
 
 
 def _methods(config: RunConfig, heads: dict[str, str]) -> tuple[str, ...]:
-    known = (PLAIN, *(() if config.bench.temperature else (TRANSFORMERS,)), NGRAM, *heads)
-    asked = config.bench.methods or known
+    foreign = () if config.bench.temperature else (TRANSFORMERS, LOOKUP)
+    known = (PLAIN, *foreign, NGRAM, *heads, *((COMBINED,) if heads else ()))
+    asked = config.bench.methods or tuple(method for method in known if method != LOOKUP)
     for method in asked:
         if method not in known:
             raise InputError(f"bench.methods: {method!r} is none of {', '.join(known)} (heads must be trained first)")
     return tuple(dict.fromkeys((PLAIN, *asked)))
-
-
-def load_questions(config: RunConfig) -> list[Question]:
-    """The prompts to decode: a file, or this run's held-out ones. Raises InputError when there are none."""
-    limit = config.bench.limit
-    if not config.bench.prompts:
-        folder = RunPaths.of(config).stage("distill")
-        require_manifest(folder, "distill")
-        rows = [row for row in read_parts(folder / "prompts", PROMPTS).to_pylist() if row["split"] == "held_out"]
-        rows = sorted(rows, key=lambda row: row["prompt_id"])[:limit or DEFAULT_QUESTIONS]
-        if not rows:
-            raise InputError("bench.prompts: this run has no held-out prompt: name a JSONL file")
-        return [Question(row["prompt_id"], row["source"].split("/")[0], tuple(row["prompt_ids"])) for row in rows]
-    cache = RunPaths.of(config).cache
-    tokenizer = load_tokenizer(resolve_base(config.base.model, cache).folder)
-    longest = context_limit(config.base.model, cache=cache, asked=config.base.context_limit) - 1
-    questions = []
-    for item in read_prompt_rows(config.bench.prompts, "prompt", limit):
-        ids = item if isinstance(item, RowError) else prompt_ids_of(item, tokenizer)
-        if not isinstance(ids, RowError) and len(ids) > longest:
-            ids = RowError(item.row, f"row {item.row}: prompt: has {len(ids)} tokens, the context has room for {longest}")
-        if isinstance(ids, RowError):
-            print(f"bench: {config.bench.prompts}: {ids.message}: left out", file=sys.stderr)
-            continue
-        assert isinstance(item, PromptRow)
-        question_id = str(item.extra.get("question_id", item.row))
-        if any(question.id == question_id for question in questions):  # results are kept by id
-            question_id = f"{question_id}#{item.row}"
-        questions.append(Question(question_id, str(item.extra.get("category", "all")), tuple(ids)))
-    if not questions:
-        raise InputError(f"bench.prompts={config.bench.prompts}: has no usable prompt")
-    return questions
 
 
 def _write_report(config: RunConfig, folder: Path, figures: dict[str, Any], batches: dict[str, Any],
@@ -161,13 +164,9 @@ def _write_report(config: RunConfig, folder: Path, figures: dict[str, Any], batc
     title = f"{config.name}: {config.bench.max_new_tokens} new tokens at most, {how}, one request at a time"
     report = {"methods": figures, "batch": batches, "plan": plan.to_json()}
     write_text(folder / "report.json", json.dumps(report, indent=2))
-    write_text(folder / "report.md", markdown(figures, title, config.base.dtype) + batch_markdown(batches, plan))
+    write_text(folder / "report.md", markdown(figures, title, config.base.dtype) + category_markdown(figures)
+               + batch_markdown(batches, plan))
     plot(figures, folder / "report.png")
     print_table(figures, title, config.base.dtype, sys.stderr)
-    return [folder / name for name in ("rows.jsonl", "identity.jsonl", "batch.jsonl", "report.json", "report.md", "report.png")
-            if (folder / name).exists()]
-
-
-def _metric_name(method: str) -> str:
-    """MLflow allows no `+` in a metric's name."""
-    return method.replace("++", "_pp")
+    written = ("rows.jsonl", ERRORS, "identity.jsonl", "batch.jsonl", "report.json", "report.md", "report.png")
+    return [folder / name for name in written if (folder / name).exists()]

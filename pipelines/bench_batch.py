@@ -14,7 +14,17 @@ import torch
 
 from hydra_core.base import Base, load_base
 from hydra_core.decoding import Engine, Request
-from pipelines.bench_plan import TRANSFORMERS, BenchPlan, Question, append_row, make_drafter, read_lines, room_for
+from pipelines.bench_plan import (
+    LOOKUP,
+    TRANSFORMERS,
+    BenchPlan,
+    Question,
+    append_row,
+    make_drafter,
+    read_lines,
+    room_for,
+    transformers_model,
+)
 
 LIMITS = (16, 400)
 """Between these the answers' limits are drawn in the ragged workload."""
@@ -38,18 +48,18 @@ def read_batches(path: Path) -> list[BatchRow]:
 
 def measure_batches(plan: BenchPlan, questions: list[Question]) -> None:
     """Every contender on both workloads, taking turns; what stands already is not run again."""
-    chosen = questions[:plan.batch_prompts]
+    chosen, methods = questions[:plan.batch_prompts], tuple(method for method in plan.methods if method != LOOKUP)
     if not chosen:
         return
     path = Path(plan.batch_file)
     done = {(row.round, row.workload, row.method) for row in read_batches(path)}
     todo = [(number, workload, method) for number in range(plan.rounds) for workload in ("equal", "ragged")
-            for method in _turned(plan.methods, number) if (number, workload, method) not in done]
+            for method in _turned(methods, number) if (number, workload, method) not in done]
     if not todo:
         return
     base = load_base(plan.base.model, dtype=plan.base.dtype, device=plan.base.device, cache=Path(plan.cache),
                      context_limit=plan.base.context_limit)
-    contenders = {method: _contender(method, plan, base, chosen) for method in plan.methods}
+    contenders = {method: _contender(method, plan, base, chosen) for method in methods}
     for run in contenders.values():
         run([Request(question.id, question.prompt_ids, 4) for question in chosen[:plan.running_batch]])
     for number, workload, method in todo:
@@ -86,14 +96,7 @@ def _contender(method: str, plan: BenchPlan, base: Base, questions: list[Questio
 
 def _transformers(plan: BenchPlan, base: Base) -> Callable[[list[Request]], int]:
     """`generate` on left-padded batches, each of which runs until its longest row is done."""
-    from transformers import AutoModelForCausalLM
-
-    from hydra_core.base import resolve_base
-    from hydra_core.base.load import DTYPES
-
-    folder = resolve_base(plan.base.model, Path(plan.cache)).folder
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[plan.base.dtype], use_safetensors=True)
-    model = model.to(base.device).eval()
+    model = transformers_model(plan, base)
     stops = set(base.stop_ids)
 
     def run(requests: list[Request]) -> int:
@@ -107,10 +110,8 @@ def _transformers(plan: BenchPlan, base: Base) -> Callable[[list[Request]], int]
                 ids[row, -len(request.prompt_ids):] = torch.tensor(request.prompt_ids)
                 mask[row, -len(request.prompt_ids):] = 1
             with torch.inference_mode():
-                output = model.generate(
-                    ids.to(base.device), attention_mask=mask.to(base.device), do_sample=False, use_cache=True,
-                    max_new_tokens=max(request.max_new_tokens for request in batch), pad_token_id=0,
-                    eos_token_id=sorted(stops) or None, temperature=None, top_p=None, top_k=None)
+                output = model.generate(ids.to(base.device), attention_mask=mask.to(base.device),
+                                        max_new_tokens=max(request.max_new_tokens for request in batch))
             for request, row_ids in zip(batch, output[:, longest:].tolist(), strict=True):
                 tokens += _length(row_ids[:request.max_new_tokens], stops)
         return tokens

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hydra_core.base import Base, load_base
 from hydra_core.decoding import Engine, Request, compare, naive_generate
-from pipelines.bench_plan import PLAIN, TRANSFORMERS, BenchPlan, Question, Row, append_row, read_lines, room_for
+from pipelines.bench_plan import FOREIGN, PLAIN, BenchPlan, Question, Row, append_row, read_lines, room_for
 from pipelines.bench_plan import make_drafter as drafter_of
 
 ARRIVAL_STEPS = 3
@@ -52,37 +52,43 @@ def check_differences(plan: BenchPlan, questions: list[Question], rows: list[Row
 
 
 def check_identity(plan: BenchPlan, questions: list[Question]) -> None:
-    """fp32, greedy: every engine contender against the naive loop, alone and in a batch with staggered arrivals."""
+    """Greedy, in every format of the plan: each engine contender against the naive loop, alone and in a batch with
+    staggered arrivals."""
+    for dtype in plan.identity_formats:
+        _check_format(plan, questions, dtype)
+
+
+def _check_format(plan: BenchPlan, questions: list[Question], dtype: str) -> None:
     path = Path(plan.identity_file)
-    done = {(row.question, row.method, row.rows) for row in read_identity(path) if row.dtype == "fp32" and row.rows}
-    methods = [method for method in plan.methods if method != TRANSFORMERS]
+    done = {(row.question, row.method, row.rows) for row in read_identity(path) if row.dtype == dtype and row.rows}
+    methods = [method for method in plan.methods if method not in FOREIGN]
     batches = [1] + [plan.identity_batch] * (plan.identity_batch > 1)
     chosen = questions[:plan.identity_prompts]
     todo = [(method, rows) for rows in batches for method in methods
             if any((question.id, method, rows) not in done for question in chosen)]
     if not todo:
         return
-    base = load_base(plan.base.model, dtype="fp32", device=plan.base.device, cache=Path(plan.cache),
+    base = load_base(plan.base.model, dtype=dtype, device=plan.base.device, cache=Path(plan.cache),
                      context_limit=plan.base.context_limit)
     limit = room_for(base, plan.max_new_tokens, questions)
     requests = [Request(question.id, question.prompt_ids, plan.max_new_tokens) for question in chosen]
     wanted = {}
     for count, request in enumerate(requests, start=1):
         wanted[request.id] = naive_generate(base, request, limit).token_ids
-        _say(f"naive loop, prompt {count}/{len(requests)}")
+        _say(f"{dtype} identity, naive loop, prompt {count}/{len(requests)}")
     exact: Base | None = None
     for method, rows in todo:
-        engine = Engine(base, *drafter_of(method, plan, base), max_batch=rows, context_limit=limit)
+        engine = Engine(base, *drafter_of(method, plan, base, measured=False), max_batch=rows, context_limit=limit)
         differing = 0
         for request_id, answer in _answers(engine, requests, rows):
             if (request_id, method, rows) in done:
                 continue
             reference, prompt = wanted[request_id], next(r.prompt_ids for r in requests if r.id == request_id)
             if answer != reference:
-                differing, exact = differing + 1, exact or _exact(plan, "fp32")
+                differing, exact = differing + 1, exact or _exact(plan, dtype)
             found = compare(exact or base, prompt, reference, answer)
-            append_row(path, IdentityRow(request_id, method, "fp32", rows, found.verdict, found.index, found.gap))
-        _say(f"{method}, batch of {rows}: {len(requests) - differing} of {len(requests)} token for token")
+            append_row(path, IdentityRow(request_id, method, dtype, rows, found.verdict, found.index, found.gap))
+        _say(f"{dtype} identity, {method}, batch of {rows}: {len(requests) - differing} of {len(requests)} token for token")
 
 
 def _answers(engine: Engine, requests: list[Request], rows: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -106,4 +112,4 @@ def _exact(plan: BenchPlan, dtype: str) -> Base:
 
 
 def _say(text: str) -> None:
-    print(f"bench: fp32 identity, {text}", file=sys.stderr, flush=True)
+    print(f"bench: {text}", file=sys.stderr, flush=True)

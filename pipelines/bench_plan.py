@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra_core.base import Base
+from hydra_core.base import Base, resolve_base
+from hydra_core.base.load import DTYPES
 from hydra_core.checkpoint import load_checkpoint
-from hydra_core.drafters import HeadDrafter, NgramDrafter
+from hydra_core.drafters import AdaptiveDrafter, Drafter, NgramDrafter
 from hydra_core.tree import TreeSet
+from hydra_core.tree.costs import unmeasured_costs
 from pipelines.config import BaseSection
+from pipelines.machine_costs import machine_costs
 
 PLAIN, TRANSFORMERS, NGRAM = "plain", "transformers", "ngram"
+LOOKUP = "transformers-lookup"
+"""transformers' own prompt lookup."""
+COMBINED = "combined"
+"""The last of the heads and copied text, in trees grown at each step."""
+FOREIGN = (TRANSFORMERS, LOOKUP)
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,7 @@ class BenchPlan:
     rounds: int
     identity_prompts: int
     identity_batch: int
+    identity_formats: tuple[str, ...]
     batch_prompts: int
     running_batch: int
     temperature: float
@@ -102,14 +111,36 @@ def _ends_with_newline(handle: Any) -> bool:
     return bool(handle.read(1) == b"\n")
 
 
-def make_drafter(method: str, plan: BenchPlan, base: Base) -> tuple[HeadDrafter | NgramDrafter | None, TreeSet | None]:
-    """What drafts for an engine contender."""
+def make_drafter(method: str, plan: BenchPlan, base: Base, *, measured: bool = True) -> tuple[Drafter | None, TreeSet | None]:
+    """What drafts for an engine contender; `measured`: trees are grown by this machine's step costs, not by a guess."""
     if method == PLAIN:
         return None, None
-    if method == NGRAM:
-        return NgramDrafter(*plan.ngram), None
-    loaded = load_checkpoint(Path(plan.heads[method]), base.vocabulary, base.dtype)
-    return loaded.drafter, loaded.trees
+    heads = None
+    if method != NGRAM:
+        loaded = load_checkpoint(Path(combined_heads(plan.heads) if method == COMBINED else plan.heads[method]),
+                                 base.vocabulary, base.dtype)
+        if method != COMBINED:
+            return loaded.drafter, loaded.trees
+        heads = loaded.drafter
+    costs = machine_costs(base, Path(plan.cache), heads) if measured else unmeasured_costs()
+    return AdaptiveDrafter(heads, NgramDrafter(*plan.ngram), costs), None
+
+
+def combined_heads(heads: Mapping[str, str]) -> str:
+    """The checkpoint folder that `combined` drafts with: the last one, by the order of `train.drafters`."""
+    return list(heads.values())[-1]
+
+
+def transformers_model(plan: BenchPlan, base: Base) -> Any:
+    """transformers' own model on the same folder and weight format, its `generate` plainly greedy: a generation config
+    beside the weights may hold penalties and suppressed tokens, which nobody else here heeds."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    folder = resolve_base(plan.base.model, Path(plan.cache)).folder
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[plan.base.dtype], use_safetensors=True)
+    model.generation_config = GenerationConfig(do_sample=False, use_cache=True, pad_token_id=0,
+                                               eos_token_id=list(base.stop_ids) or None)
+    return model.to(base.device).eval()
 
 
 def room_for(base: Base, max_new_tokens: int, questions: Sequence[Question]) -> int:

@@ -20,7 +20,8 @@ def summarise(rows: list[Row], identity: list[IdentityRow]) -> dict[str, Any]:
     `tokens_per_step`: tokens after the first over base forwards after prefill, pooled. `speed_vs_*`: ratio of mean
     per-question tokens/s, prefill included; `decode_speed_vs_plain` without it. `spread`: 95 % interval of
     `speed_vs_plain` over resampled questions. `identical`: share of answers equal to plain's by token ids; `differing`:
-    the verdicts on the others; `fp32`: verdicts against the naive loop.
+    the verdicts on the others; `fp32`: verdicts against the naive loop, `naive` in every format that was checked;
+    `categories`: tokens per step and ratios of each.
     """
     methods = list(dict.fromkeys(row.method for row in rows))
     by = {method: [row for row in rows if row.method == method] for method in methods}
@@ -40,9 +41,23 @@ def summarise(rows: list[Row], identity: list[IdentityRow]) -> dict[str, Any]:
             "spread": _spread(own, by.get(PLAIN, [])),
             "identical": _round(_share(plain_answers.get((row.round, row.question)) == row.token_ids for row in own)),
             "differing": _verdicts([row for row in identity if row.rows == 0], method),
-            "fp32": _verdicts([row for row in identity if row.rows], method),
+            "fp32": _verdicts([row for row in identity if row.rows and row.dtype == "fp32"], method),
+            "naive": {dtype: _verdicts([row for row in identity if row.rows and row.dtype == dtype], method)
+                      for dtype in dict.fromkeys(row.dtype for row in identity if row.rows)},
+            "categories": _categories(own, by.get(PLAIN, []), by.get(TRANSFORMERS, [])),
         }
     return figures
+
+
+def _categories(rows: list[Row], plain: list[Row], transformers: list[Row]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for category in dict.fromkeys(row.category for row in rows):
+        own, *others = ([row for row in part if row.category == category] for part in (rows, plain, transformers))
+        steps = sum(row.steps for row in own)
+        found[category] = {"questions": len({row.question for row in own}),
+                           "tokens_per_step": _round(sum(len(row.token_ids) - 1 for row in own) / steps if steps else None),
+                           "speed_vs_plain": _ratio(own, others[0]), "speed_vs_transformers": _ratio(own, others[1])}
+    return found
 
 
 def _rates(rows: list[Row], prefill: bool = True) -> dict[str, float]:
@@ -130,6 +145,20 @@ def markdown(figures: dict[str, Any], title: str, dtype: str) -> str:
     columns = [column.replace("bf16", dtype) if "bf16" in column else column for column in COLUMNS]
     lines = [f"# {title}", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(cells) + " |" for cells in table_rows(figures)]
+    return "\n".join(lines) + "\n"
+
+
+def category_markdown(figures: dict[str, Any]) -> str:
+    """Speed against plain and tokens per step of every category, or nothing where there is but one."""
+    names = list(dict.fromkeys(name for values in figures.values() for name in values["categories"]))
+    if len(names) < 2:
+        return ""
+    lines = ["", "## By category: speed against plain (tokens per step)", "", "| method | " + " | ".join(names) + " |",
+             "|---" * (len(names) + 1) + "|"]
+    for method, values in figures.items():
+        cells = [values["categories"].get(name, {}) for name in names]
+        lines.append(f"| {method} | " + " | ".join(
+            f"{_cell(cell.get('speed_vs_plain'), 2, 'x')} ({_cell(cell.get('tokens_per_step'), 2)})" for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
 

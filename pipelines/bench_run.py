@@ -14,7 +14,19 @@ from hydra_core.base import Base, load_base
 from hydra_core.decoding import Engine, Request
 from pipelines.bench_batch import measure_batches
 from pipelines.bench_identity import check_differences, check_identity
-from pipelines.bench_plan import TRANSFORMERS, BenchPlan, Question, Row, append_row, make_drafter, read_rows, room_for
+from pipelines.bench_plan import (
+    FOREIGN,
+    LOOKUP,
+    BenchPlan,
+    Question,
+    Row,
+    append_row,
+    make_drafter,
+    read_rows,
+    room_for,
+    transformers_model,
+)
+from pipelines.quiet import speak
 
 WARM_UP_TOKENS = 8
 
@@ -23,6 +35,7 @@ Contender = Callable[[Question, int], tuple[tuple[int, ...], int, int, int, floa
 
 def measure(plan: BenchPlan, questions: list[Question]) -> None:
     """Run what is still missing from the rows file, each row written at once, then identity and throughput."""
+    speak()
     torch.set_num_threads(plan.threads)
     done = {(row.round, row.question, row.method) for row in read_rows(Path(plan.rows_file))}
     todo = [(number, turn, question) for number in range(plan.rounds) for turn, question in enumerate(questions)
@@ -51,8 +64,8 @@ def _contenders(plan: BenchPlan, questions: list[Question]) -> dict[str, Contend
     limit = room_for(base, plan.max_new_tokens, questions)
     made: dict[str, Contender] = {}
     for method in plan.methods:
-        if method == TRANSFORMERS:
-            made[method] = _transformers(plan, base)
+        if method in FOREIGN:
+            made[method] = _transformers(plan, base, plan.ngram[2] if method == LOOKUP else None)
         else:
             drafter, trees = make_drafter(method, plan, base)
             engine = Engine(base, drafter, trees, max_batch=1, context_limit=limit, shared_noise=plan.shared_noise)
@@ -70,16 +83,14 @@ def _engine(engine: Engine, base: Base, temperature: float) -> Contender:
     return run
 
 
-def _transformers(plan: BenchPlan, base: Base) -> Contender:
-    """transformers' own `generate`, greedy, on the same folder and weight format."""
-    from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
+def _transformers(plan: BenchPlan, base: Base, lookup: int | None) -> Contender:
+    """transformers' own `generate`, greedy, as long as the context lasts: beyond it transformers would go on.
 
-    from hydra_core.base import resolve_base
-    from hydra_core.base.load import DTYPES
+    `lookup`: tokens that its prompt lookup drafts, None for none.
+    """
+    from transformers import StoppingCriteria, StoppingCriteriaList
 
-    folder = resolve_base(plan.base.model, Path(plan.cache)).folder
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[plan.base.dtype], use_safetensors=True)
-    model = model.to(base.device).eval()
+    model = transformers_model(plan, base)
 
     class FirstToken(StoppingCriteria):
         """Never stops; notes when the first token stood."""
@@ -90,18 +101,28 @@ def _transformers(plan: BenchPlan, base: Base) -> Contender:
             self.at = self.at or time.perf_counter()
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
+    steps = 0
+
+    def counted(*_: Any) -> None:
+        nonlocal steps
+        steps += 1
+
+    model.register_forward_hook(counted)
+    drafting = {} if lookup is None else {"prompt_lookup_num_tokens": lookup}
+
     def run(question: Question, max_new_tokens: int) -> tuple[tuple[int, ...], int, int, int, float, float]:
+        nonlocal steps
+        steps = 0
         ids = torch.tensor([question.prompt_ids], device=base.device)
         clock = FirstToken()
         _settle(base)
         started = time.perf_counter()
         with torch.inference_mode():
-            output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, use_cache=True,
-                                    max_new_tokens=max_new_tokens, stopping_criteria=StoppingCriteriaList([clock]),
-                                    eos_token_id=list(base.stop_ids) or None, temperature=None, top_p=None, top_k=None)
+            output = model.generate(ids, attention_mask=torch.ones_like(ids), stopping_criteria=StoppingCriteriaList([clock]),
+                                    max_new_tokens=min(max_new_tokens, base.context_limit - ids.shape[1]), **drafting)
         tokens = tuple(output[0, ids.shape[1]:].tolist())
         ended = time.perf_counter()
-        return tokens, len(tokens) - 1, 0, 0, clock.at - started, ended - clock.at
+        return tokens, steps - 1, 0, 0, clock.at - started, ended - clock.at
 
     return run
 

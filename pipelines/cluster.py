@@ -13,7 +13,9 @@ import ray
 import ray.data
 
 from hydra_core.errors import InputError
-from pipelines.config import RunConfig
+from pipelines.config import RunConfig, Workers
+
+MISTAKE = "mistake"
 
 
 @contextmanager
@@ -43,6 +45,15 @@ def ensure_ray(config: RunConfig) -> Iterator[None]:
         ray.shutdown()
 
 
+def check_workers(field: str, workers: Workers, count: int | None = None) -> None:
+    """Raise InputError if the cluster can never hold `count` (default: its own) workers: Ray would wait for ever."""
+    count, have = count or workers.count, ray.cluster_resources()
+    for kind, each in (("CPU", workers.cpus), ("GPU", workers.gpus)):
+        if each * count > have.get(kind, 0.0):
+            raise InputError(f"{field}: {count} x {each} {kind} are asked for, the cluster has {have.get(kind, 0.0):g}: "
+                             f"lower {field}.count or .{kind.lower()}s")
+
+
 def measuring_resources(config: RunConfig) -> dict[str, Any]:
     """Ray options of a task that times decoding: a GPU where the base is to run on one, else a share of a CPU."""
     gpus = ray.cluster_resources().get("GPU", 0)
@@ -50,20 +61,42 @@ def measuring_resources(config: RunConfig) -> dict[str, Any]:
     return {"num_cpus": 0.5, "num_gpus": 1 if wants_gpu else 0, "max_retries": 0}
 
 
+class _Told:
+    """An actor whose InputError comes back as a row: one that leaves it is buried in Ray Data's own pages of traceback."""
+
+    def __init__(self, actor: type, settings: Any) -> None:
+        self.mistake: str | None = None
+        try:
+            self.actor = actor(settings)
+        except InputError as error:
+            self.mistake = str(error)
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        if self.mistake is None:
+            try:
+                return self.actor(block)
+            except InputError as error:
+                self.mistake = str(error)
+        return pa.table({MISTAKE: [self.mistake]})
+
+
 def run_blocks(actor: type, settings: Any, blocks: list[pa.Table], *, actors: int, cpus: float,
                gpus: float = 0) -> dict[str, int]:
     """Map `actor(settings)` over `blocks` with a pool of Ray Data actors.
 
-    Actors write their own output and hand back one row of counts a block; returns the sums.
+    Actors write their own output and hand back one row of counts a block; returns the sums. Raises the InputError that an
+    actor raised.
     """
     totals: dict[str, int] = {}
     if not blocks:
         return totals
     ray.data.DataContext.get_current().enable_progress_bars = sys.stderr.isatty()
     mapped = ray.data.from_arrow(blocks).map_batches(
-        actor, fn_constructor_args=(settings,), batch_size=None, batch_format="pyarrow",
+        _Told, fn_constructor_args=(actor, settings), batch_size=None, batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=min(actors, len(blocks))), num_cpus=cpus, num_gpus=gpus)
     for row in mapped.iter_rows():
+        if MISTAKE in row:
+            raise InputError(row[MISTAKE])
         for name, value in row.items():
             totals[name] = totals.get(name, 0) + int(value)
     return totals

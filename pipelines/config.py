@@ -19,7 +19,6 @@ from hydra_core.errors import InputError
 STORAGE_VARIABLE = "HYDRA_HEADS_STORAGE"
 
 
-
 class Section(BaseModel):
     """A frozen group of settings; a name it does not know is an error."""
 
@@ -30,7 +29,8 @@ class BaseSection(Section):
     """The frozen base model whose output is to come out faster."""
 
     model: str = Field(EMBEDDED_BASE, description="directory, hub id, .gguf file, or the embedded model")
-    dtype: Literal["bf16", "fp32"] = Field("bf16", description="weight format; part of the base's identity")
+    dtype: Literal["bf16", "fp32", "int4"] = Field(
+        "bf16", description="weight format; part of the base's identity. int4: a Q4_1 checkpoint's own codes, on a CPU")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     context_limit: int | None = Field(None, ge=2, description="tokens of prompt + answer; default: the model's own")
 
@@ -64,6 +64,13 @@ class Workers(Section):
     cpus: float = Field(0.5, ge=0, description="logical CPUs to reserve: a share, not a thread count")
     gpus: float = Field(0, ge=0)
     threads: int = Field(2, ge=1, description="torch threads in each")
+
+
+class TrainWorkers(Workers):
+    """Workers that step together: with the others' defaults, an override of one field would change the rest."""
+
+    count: int = Field(2, ge=1)
+    threads: int = Field(1, ge=1, description="torch threads in each")
 
 
 class DistillSection(Section):
@@ -103,7 +110,7 @@ class TrainSection(Section):
     seed: int = 0
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["bf16", "fp32"] = Field("fp32", description="of the heads while they train")
-    workers: Workers = Workers(count=2, cpus=0.5, threads=1)
+    workers: TrainWorkers = TrainWorkers()
     validate_every: int = Field(50, ge=1, description="steps between validations, each with a checkpoint")
     validation_rows: int = Field(64, ge=1)
     max_failures: int = Field(2, ge=0, description="times Ray restarts dead workers from the last checkpoint")
@@ -135,7 +142,7 @@ class NgramSection(Section):
 
     max_match: int = Field(3, ge=1)
     min_match: int = Field(2, ge=1)
-    length: int = Field(8, ge=1, description="tokens drafted after a match")
+    length: int = Field(15, ge=1, description="tokens drafted after a match, at most: fewer where they do not pay")
 
     @model_validator(mode="after")
     def _shortest_first(self) -> NgramSection:
@@ -153,9 +160,12 @@ class BenchSection(Section):
     max_new_tokens: int = Field(64, ge=1)
     rounds: int = Field(1, ge=1)
     methods: tuple[str, ...] = Field(
-        (), description="contenders besides plain; empty: transformers, ngram and every drafter found")
+        (), description="contenders besides plain; empty: transformers, ngram, every drafter found and combined; "
+                        "transformers-lookup is one more")
     identity_prompts: int = Field(8, ge=0, description="prompts on which fp32 identity is checked for every drafter")
     identity_batch: int = Field(8, ge=0, description="also in a running batch of so many rows, staggered; 0: no")
+    identity_formats: tuple[Literal["fp32", "bf16", "int4"], ...] = Field(
+        ("fp32",), description="weight formats in which those are checked against the naive loop")
     batch_prompts: int = Field(0, ge=0, description="prompts decoded together for throughput; 0: not measured")
     running_batch: int = Field(32, ge=1, description="rows of that batch")
     temperature: float = Field(0.0, ge=0, description="above 0 answers are sampled, and transformers is left out")
@@ -214,6 +224,7 @@ class RunConfig(Section):
     name: str = Field("default", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run's folder")
     storage: str = Field(
         default_factory=lambda: os.environ.get(STORAGE_VARIABLE) or str(Path.home() / ".hydra-heads"),
+        validate_default=True,
         description="absolute root of all outputs, the cache and the tracking database")
     ray_address: str | None = Field(None, description="cluster to join; default: RAY_ADDRESS, else a local one is started")
     base: BaseSection = BaseSection()
@@ -233,7 +244,8 @@ class RunConfig(Section):
     def _storage_is_absolute(cls, value: str) -> str:
         expanded = os.path.expandvars(os.path.expanduser(value))
         if not os.path.isabs(expanded):
-            raise ValueError(f"storage must be an absolute path, got {value!r}: a submitted job runs in an unpacked copy")
+            raise ValueError(f"must be an absolute path, got {value!r} (storage= or {STORAGE_VARIABLE}): a submitted job "
+                             "runs in an unpacked copy")
         return expanded
 
 

@@ -74,10 +74,10 @@ def check_schema(schema: pa.Schema, contract: pa.Schema, where: str) -> None:
             raise InputError(f"{where}: column {field.name} is {schema.field(index).type}, not {field.type}")
 
 
-def check_counts(stage: str, total: int, ok: int, errors: int, skipped: int, max_error_share: float) -> None:
-    """Raise RuntimeError when rows were lost, InputError when too many failed."""
+def check_counts(stage: str, total: int, ok: int, errors: int, skipped: int, max_error_share: float,
+                 hint: str = "see the errors file") -> None:
+    """Raise RuntimeError when rows were lost, InputError when too many failed; `hint` says where they are told of."""
     if ok + errors + skipped != total:
         raise RuntimeError(f"{stage}: {ok} ok + {errors} errors + {skipped} skipped is not {total} rows read")
     if total and errors / total > max_error_share:
-        raise InputError(f"{stage}: {errors} of {total} rows failed, over the allowed share {max_error_share}: "
-                         "see the errors file")
+        raise InputError(f"{stage}: {errors} of {total} rows failed, over the allowed share {max_error_share}: {hint}")

@@ -1,13 +1,16 @@
 """`distill`: prompts in, the base model's own answers and hidden states out.
 
-    prompts/     part files of contracts.PROMPTS     self-made, or read from JSONL, Parquet or a data set
-    responses/   part files of contracts.RESPONSES   one answer per prompt and temperature
-    features/    part files of contracts.FEATURES    responses with the hidden states that training reads
-    errors/      part files of contracts.ERRORS
+    prompts/          part files of contracts.PROMPTS     self-made, or read from JSONL, Parquet or a data set
+    prompts.json      how many were read, could not be, were left out
+    responses/        part files of contracts.RESPONSES   one answer per prompt and temperature
+    features/         part files of contracts.FEATURES    responses with the hidden states that training reads
+    errors/prompts/   part files of contracts.ERRORS      rows that are no prompt; they stand as long as the prompts do
+    errors/answers/   part files of contracts.ERRORS      answers that failed; they are tried again
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -16,55 +19,95 @@ from typing import Any
 
 import pyarrow as pa
 
-from hydra_core.base import BaseIdentity, load_tokenizer, load_vocabulary, resolve_base
+from hydra_core.base import (
+    BaseIdentity,
+    context_limit,
+    load_tokenizer,
+    load_vocabulary,
+    resolve_base,
+    user_turn_opening,
+)
 from hydra_core.decoding import check_heads
-from pipelines.cluster import ensure_ray, run_blocks
+from hydra_core.errors import InputError
+from pipelines.cluster import check_workers, ensure_ray, run_blocks
 from pipelines.config import RunConfig
 from pipelines.contracts import ERRORS, FEATURES, PROMPTS, RESPONSES, check_counts, content_id
 from pipelines.distill_workers import FeatureWriter, PromptWriter, ResponseWriter, WorkerSettings
 from pipelines.parts import known_ids, part_files, read_parts, sweep, write_part
-from pipelines.prompts import file_prompts
-from pipelines.stage import RunPaths, StageResult, fingerprint, finished, stage_folder
-from pipelines.tracking import Tracker
+from pipelines.prompts import file_prompts, source_digest
+from pipelines.stage import RunPaths, StageResult, fingerprint, finished, require_manifest, stage_folder, write_text
+from pipelines.tracking import Run, Tracker
 
 BLOCK_BATCHES = 8   # running batches in one block of work: long enough that a draining end costs little
 FEATURE_ROWS = 128  # rows in one feature part
-LEAST_AGREEMENT = {"fp32": 0.99, "bf16": 0.9}  # share of greedy tokens that their own hidden states must reproduce
+LEAST_AGREEMENT = {"fp32": 0.99, "bf16": 0.9, "int4": 0.9}  # share of greedy tokens that their own hidden states must reproduce
 MOST_WAVES = 6
+COUNTS = "prompts.json"
+PARTS = ("prompts", "responses", "features", "errors/prompts", "errors/answers")
+HOW = {"workers", "heads", "running_batch", "rows_per_file", "max_error_share"}
+"""Settings that change no row: a run that failed goes on with others."""
 
 
 def distill_fingerprint(config: RunConfig) -> str:
-    """What a `distill` folder is the answer to."""
+    """What a `distill` folder is the answer to. Raises InputError for prompts or a base that are not there."""
+    source = source_digest(config.prompts)
     resolved = resolve_base(config.base.model, RunPaths.of(config).cache)
-    settings = {"prompts": config.prompts.model_dump(), "distill": config.distill.model_dump(exclude={"workers", "heads"}),
+    settings = {"prompts": config.prompts.model_dump(), "distill": config.distill.model_dump(exclude=HOW),
                 "base": config.base.model_dump(exclude={"device", "model"})}
-    return fingerprint("distill", settings, {"base": resolved.digest})
+    return fingerprint("distill", settings, {"base": resolved.digest} | ({"prompts": source} if source else {}))
 
 
 def run_distill(config: RunConfig) -> StageResult:
     """Run the stage, or take up where a killed one stopped. Raises InputError for the user's mistakes."""
-    paths = RunPaths.of(config)
-    folder, wanted = paths.stage("distill"), distill_fingerprint(config)
+    tracker = Tracker.open(config)  # first of all: a dead server is told before a base is fetched
+    folder, wanted = RunPaths.of(config).stage("distill"), distill_fingerprint(config)
     if (done := finished(folder, wanted)) is not None:
         return done
+    _check_base(config)
+    with stage_folder(config, "distill", folder, wanted) as stage:
+        for part in (*PARTS, "candidates"):
+            sweep(folder / part)
+        shutil.rmtree(folder / "errors" / "answers", ignore_errors=True)  # failed answers are tried again
+        if config.prompts.source != "self":
+            _read_prompts(config, folder)  # a file without a usable row is told before anything is started
+        with ensure_ray(config), tracker.start("distill", fingerprint=wanted) as run:
+            check_workers("distill.workers", config.distill.workers)
+            return stage.finish(*_run_in_ray(config, folder, run))
+
+
+def _run_in_ray(config: RunConfig, folder: Path, run: Run) -> tuple[StageResult, list[Path]]:
+    """Whatever is still missing; the result and the files it is made of."""
+    figures = _prompts(config, folder)
+    prompt_ids = read_parts(folder / "prompts", PROMPTS, ["prompt_id"])["prompt_id"].to_pylist()
+    run.log_dataset("prompts", content_id(sorted(prompt_ids)), config.prompts.path or str(folder / "prompts"), "distill")
+    figures |= _responses(config, folder)
+    figures |= _features(config, folder)
+    run.log_metrics({name: value for name, value in figures.items() if isinstance(value, (int, float))})
+    outputs = {part: str(folder / part) for part in ("prompts", "responses", "features", "errors")}
+    files = [path for part in PARTS for path in part_files(folder / part)]
+    return StageResult("distill", run.run_id, outputs, figures), [*files, folder / COUNTS]
+
+
+def _check_base(config: RunConfig) -> None:
+    """Raise InputError for what the base cannot do, before a folder is claimed or a worker started."""
+    model, cache = config.base.model, RunPaths.of(config).cache
+    context_limit(model, cache=cache, asked=config.base.context_limit)
+    if config.prompts.source == "self":
+        user_turn_opening(load_tokenizer(resolve_base(model, cache).folder))
+    vocabulary = load_vocabulary(model, dtype=config.base.dtype, cache=cache)
     if config.distill.heads:
-        check_heads(config.distill.heads, load_vocabulary(config.base.model, dtype=config.base.dtype, cache=paths.cache))
-    with stage_folder(config, "distill", folder, wanted) as stage, ensure_ray(config):
-        tracker = Tracker.open(config)
-        with tracker.start("distill", params=config.model_dump(mode="json"), fingerprint=wanted) as run:
-            for part in ("candidates", "prompts", "responses", "features"):
-                sweep(folder / part)
-            shutil.rmtree(folder / "errors", ignore_errors=True)  # failed rows are tried again
-            figures = _prompts(config, folder)
-            figures |= _responses(config, folder)
-            figures |= _features(config, folder)
-            files = [path for part in ("prompts", "responses", "features", "errors") for path in part_files(folder / part)]
-            outputs = {part: str(folder / part) for part in ("prompts", "responses", "features")}
-            result = stage.finish(StageResult("distill", run.run_id, outputs, figures), files)
-            run.log_metrics({name: value for name, value in figures.items() if isinstance(value, (int, float))})
-            run.log_dataset("responses", stage.fingerprint, str(folder / "responses"), "distill")
-            run.log_artifact(folder / "manifest.json")
-            return result
+        check_heads(config.distill.heads, vocabulary)
+
+
+def distilled(config: RunConfig) -> tuple[Path, str]:
+    """Features folder and digest of this run's finished `distill`. Raises InputError if it has not finished.
+
+    The digest is of what was asked and of the rows' ids: rows that were lost and made again stand in other files.
+    """
+    folder = RunPaths.of(config).stage("distill")
+    manifest = require_manifest(folder, "distill")
+    ids = known_ids(folder / "features", FEATURES)
+    return folder / "features", content_id(manifest["fingerprint"], sorted(ids))
 
 
 def _settings(config: RunConfig, folder: Path, max_new_tokens: int, temperature: float = 0.0) -> WorkerSettings:
@@ -85,15 +128,40 @@ def _blocks(table: pa.Table, rows: int) -> list[pa.Table]:
 
 # -- prompts -----------------------------------------------------------------------------------------------------------
 
-def _prompts(config: RunConfig, folder: Path) -> dict[str, Any]:
-    if not part_files(folder / "prompts"):  # written at once and last, so that a part stands for all of them
-        made = _self_made(config, folder) if config.prompts.source == "self" else _read_from_files(config, folder)
-        return {"prompts": made[0], "prompt_errors": made[1], "prompts_skipped": made[2]}
-    rows = read_parts(folder / "prompts", PROMPTS, ["prompt_id"])
-    return {"prompts": len(rows)}
+def _prompts(config: RunConfig, folder: Path) -> dict[str, int]:
+    """Counts of the prompts, which stand afterwards."""
+    counts = _standing(folder)
+    if counts is None:
+        counts = _self_made(config, folder)
+    total = sum(counts.values())
+    print(f"distill: prompts read {total} = {counts['prompts']} ok + {counts['prompt_errors']} errors + "
+          f"{counts['prompts_skipped']} skipped", file=sys.stderr)
+    return counts
 
 
-def _self_made(config: RunConfig, folder: Path) -> tuple[int, int, int]:
+def _standing(folder: Path) -> dict[str, int] | None:
+    """Counts of the prompts if they stand, with the rows that are none; else None. They are written last, at once."""
+    if not part_files(folder / "prompts") or not (folder / COUNTS).exists():
+        return None
+    counts: dict[str, int] = json.loads((folder / COUNTS).read_text(encoding="utf-8"))
+    found = (len(read_parts(folder / "prompts", PROMPTS, ["prompt_id"])),
+             len(read_parts(folder / "errors" / "prompts", ERRORS, ["id"])))
+    return counts if found == (counts["prompts"], counts["prompt_errors"]) else None
+
+
+def _keep(folder: Path, rows: list[dict[str, Any]], errors: list[dict[str, Any]], skipped: int) -> dict[str, int]:
+    """Write prompts, the prompts themselves last; their counts."""
+    for part in ("errors/prompts", "prompts"):
+        shutil.rmtree(folder / part, ignore_errors=True)
+    if errors:
+        write_part(folder / "errors" / "prompts", errors, ERRORS)
+    counts = {"prompts": len(rows), "prompt_errors": len(errors), "prompts_skipped": skipped}
+    write_text(folder / COUNTS, json.dumps(counts))
+    write_part(folder / "prompts", rows, PROMPTS, key="prompt_id")
+    return counts
+
+
+def _self_made(config: RunConfig, folder: Path) -> dict[str, int]:
     """Sample candidates in waves of consecutive seeds until enough distinct ones stand."""
     prompts = config.prompts
     wanted = prompts.count or 640
@@ -115,12 +183,11 @@ def _self_made(config: RunConfig, folder: Path) -> tuple[int, int, int]:
         rejected += _run(config, PromptWriter, settings, _blocks(table, block)).get("rejected", 0)
     rows = _distinct(folder, wanted)
     if len(rows) < wanted:
-        raise RuntimeError(f"the base wrote only {len(rows)} usable prompts of {wanted} in {tried} tries: "
-                           "raise prompts.max_tokens or bring prompts of your own")
-    write_part(folder / "prompts", rows, PROMPTS, key="prompt_id")
+        raise InputError(f"prompts.source=self: the base wrote only {len(rows)} usable prompts of {wanted} in {tried} tries: "
+                         "raise prompts.max_tokens under another name, or bring prompts of your own")
+    counts = _keep(folder, rows, [], rejected)
     shutil.rmtree(folder / "candidates", ignore_errors=True)
-    print(f"distill: {len(rows)} prompts made, {rejected} candidates rejected", file=sys.stderr)
-    return len(rows), 0, rejected
+    return counts
 
 
 def _distinct(folder: Path, wanted: int) -> list[dict[str, Any]]:
@@ -129,16 +196,16 @@ def _distinct(folder: Path, wanted: int) -> list[dict[str, Any]]:
     return list({row["prompt_id"]: row for row in reversed(rows)}.values())[::-1][:wanted]
 
 
-def _read_from_files(config: RunConfig, folder: Path) -> tuple[int, int, int]:
+def _read_prompts(config: RunConfig, folder: Path) -> None:
+    """Read the user's prompts unless they stand. Raises InputError, with nothing written, when too many rows are none."""
+    if _standing(folder) is not None:
+        return
     tokenizer = load_tokenizer(resolve_base(config.base.model, RunPaths.of(config).cache).folder)
     rows, errors, skipped = file_prompts(config.prompts, tokenizer, config.distill.held_out)
-    if errors:
-        write_part(folder / "errors", errors, ERRORS)
-    total = len(rows) + len(errors) + skipped
-    print(f"distill: prompts read {total} = {len(rows)} ok + {len(errors)} errors + {skipped} skipped", file=sys.stderr)
-    check_counts("distill prompts", total, len(rows), len(errors), skipped, config.distill.max_error_share)
-    write_part(folder / "prompts", rows, PROMPTS, key="prompt_id")
-    return len(rows), len(errors), skipped
+    hint = f"{errors[0]['message']}; mend the file or raise distill.max_error_share" if errors else ""
+    check_counts(f"prompts.path={config.prompts.path}", len(rows) + len(errors) + skipped, len(rows), len(errors), skipped,
+                 config.distill.max_error_share, hint)
+    _keep(folder, rows, errors, skipped)
 
 
 # -- responses and features --------------------------------------------------------------------------------------------
@@ -170,7 +237,8 @@ def _responses(config: RunConfig, folder: Path) -> dict[str, Any]:
     errors = totals.get("errors", 0)
     print(f"distill: answers {len(tasks)} = {len(rows)} ok + {errors} errors ({len(known)} stood already), "
           f"{tokens} tokens", file=sys.stderr)
-    check_counts("distill answers", len(tasks), len(rows), errors, 0, config.distill.max_error_share)
+    check_counts("distill answers", len(tasks), len(rows), errors, 0, config.distill.max_error_share,
+                 f"see {folder / 'errors' / 'answers'}; shorten those prompts or raise distill.max_error_share")
     return {"responses": len(rows), "response_tokens": tokens, "errors": errors, "resumed": len(known)}
 
 

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from hydra_core.decoding import Engine, Request, Result, load_heads
 from hydra_core.errors import InputError
 from pipelines.config import BaseSection
 from pipelines.contracts import ERRORS, FEATURES, PROMPTS, RESPONSES, content_id, split_of
+from pipelines.machine_costs import machine_costs
 from pipelines.parts import write_part
+from pipelines.quiet import speak
 
 SHORTEST_PROMPT = 4  # tokens: less is a greeting cut short, not a request
 FEATURE_TOKENS = 4096  # padded tokens in one feature forward
@@ -41,6 +44,7 @@ class WorkerSettings:
     heads: str | None = None
 
     def load(self) -> Base:
+        speak()
         torch.set_num_threads(self.threads)
         return load_base(self.base.model, dtype=self.base.dtype, device=self.base.device, cache=Path(self.cache),
                          context_limit=self.base.context_limit)
@@ -57,7 +61,8 @@ class _Decoder:
     def __init__(self, settings: WorkerSettings) -> None:
         self.settings = settings
         self.base = settings.load()
-        self.drafter, self.trees = load_heads(settings.heads, self.base) if settings.heads else (None, None)
+        costs = partial(machine_costs, self.base, Path(settings.cache))
+        self.drafter, self.trees = load_heads(settings.heads, self.base, costs) if settings.heads else (None, None)
 
     def engine(self, requests: list[Request]) -> Engine:
         """A running batch no larger than the work, and slots no longer than it can need."""
@@ -137,7 +142,7 @@ class ResponseWriter(_Decoder):
         if pending:
             write_part(folder / "responses", pending, RESPONSES)
         if errors:
-            write_part(folder / "errors", errors, ERRORS)
+            write_part(folder / "errors" / "answers", errors, ERRORS)
         return counts(ok=done, errors=len(errors), tokens=tokens)
 
 

@@ -17,10 +17,12 @@ import pyarrow.parquet as pq
 
 from hydra_core.errors import InputError
 
+PARQUET = (".parquet", ".pq")
+
 
 @dataclass(frozen=True)
 class PromptRow:
-    """One prompt: text or a chat. `row`: its number in the file from 1; `extra`: its other columns."""
+    """One prompt: text or a chat. `row`: its number in the file from 1 (JSONL: of its line); `extra`: its other columns."""
 
     row: int
     prompt: str | None
@@ -38,18 +40,15 @@ class RowError:
 
 
 def read_prompt_rows(path: str | Path, name: str = "prompt", limit: int | None = None) -> Iterator[PromptRow | RowError]:
-    """Rows of a .jsonl or .parquet file (or a folder of Parquet files), at most `limit`.
+    """Rows of a JSONL or Parquet file (.parquet, .pq), or of a folder of Parquet files, at most `limit`.
 
     Raises InputError for a file that is missing, empty, unreadable, or in which no row has the field `name`.
     """
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: no such file")
-    if path.is_dir() or path.suffix == ".parquet":
-        values: Iterable[Any] = _parquet(path)
-    else:
-        values = _jsonl(path)
-    yield from _checked(values, str(path), name, limit)
+    parquet = path.is_dir() or path.suffix.lower() in PARQUET
+    yield from _checked(_parquet(path) if parquet else _jsonl(path), str(path), name, limit)
 
 
 def read_dataset_rows(path: str, split: str, name: str = "prompt",
@@ -69,14 +68,20 @@ def read_dataset_rows(path: str, split: str, name: str = "prompt",
     except Exception as error:  # the library raises a dozen types for "cannot be had"
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"prompts.path={path}: the data set cannot be loaded ({reason})") from None
-    yield from _checked(loaded, path, name, limit)
+    yield from _checked(enumerate(loaded, start=1), path, name, limit)
 
 
-def _checked(values: Iterable[Any], where: str, name: str, limit: int | None) -> Iterator[PromptRow | RowError]:
-    """Parse each value; a file without a single usable row is the user's mistake as a whole."""
+def prompt_files(path: Path) -> list[Path]:
+    """The files that hold the prompts of `path`, in order: itself, or a folder's Parquet files."""
+    return sorted(file for file in path.iterdir() if file.suffix.lower() in PARQUET) if path.is_dir() else [path]
+
+
+def _checked(values: Iterable[tuple[int, Any]], where: str, name: str,
+             limit: int | None) -> Iterator[PromptRow | RowError]:
+    """Parse each numbered value; a file without a single usable row is the user's mistake as a whole."""
     seen, usable, first_error = 0, 0, ""
     held: list[RowError] = []
-    for number, value in enumerate(values, start=1):
+    for number, value in values:
         if limit is not None and seen >= limit:
             break
         seen += 1
@@ -99,6 +104,8 @@ def _checked(values: Iterable[Any], where: str, name: str, limit: int | None) ->
 def _parse(number: int, value: Any, where: str, name: str) -> PromptRow | RowError:
     if not isinstance(value, dict):
         return RowError(number, f"row {number}: is not an object with a `{name}` field")
+    if (column := _column_that_is_no_text(value)) is not None:
+        return RowError(number, f"row {number}: {column}: holds half a character (a lone surrogate): write it as UTF-8 text")
     source = str(value.get("source") or Path(where).name)
     if isinstance(value.get("turns"), list) and name not in value:
         turns = value["turns"]
@@ -119,6 +126,16 @@ def _parse(number: int, value: Any, where: str, name: str) -> PromptRow | RowErr
     return RowError(number, f"row {number}: {name}: is empty or not text")
 
 
+def _column_that_is_no_text(row: dict[str, Any]) -> str | None:
+    """The first column that no file could hold as UTF-8: JSON can spell half a surrogate pair."""
+    for name, value in row.items():
+        try:
+            json.dumps([name, value], ensure_ascii=False, default=repr).encode()
+        except UnicodeEncodeError:
+            return ascii(name)[1:-1]
+    return None
+
+
 def _message_problem(messages: list[Any]) -> str | None:
     if not messages:
         return "is empty"
@@ -128,29 +145,46 @@ def _message_problem(messages: list[Any]) -> str | None:
     return None
 
 
-def _jsonl(path: Path) -> Iterator[Any]:
+def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
+    """Values by line number; blank lines hold none."""
     with path.open("rb") as handle:
-        number = 0
-        for raw in handle:
-            if not raw.strip():
-                continue
-            number += 1
-            try:
-                yield json.loads(raw.decode("utf-8"))
-            except UnicodeDecodeError:
-                yield RowError(number, f"row {number}: is not UTF-8 text")
-            except json.JSONDecodeError as error:
-                yield RowError(number, f"row {number}: is not JSON ({error.msg})")
+        for number, raw in enumerate(handle, start=1):
+            if raw.strip():
+                yield number, _parsed_line(number, raw)
 
 
-def _parquet(path: Path) -> Iterator[Any]:
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+def _parsed_line(number: int, raw: bytes) -> Any:
+    try:
+        return json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError:
+        return RowError(number, f"row {number}: is not UTF-8 text")
+    except (ValueError, RecursionError) as error:  # an endless number or nesting is no syntax error to `json`
+        return RowError(number, f"row {number}: is not JSON ({getattr(error, 'msg', error)})")
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
+    """Rows by number, over all files of a folder."""
+    files, number = prompt_files(path), 0
     if not files:
         raise InputError(f"{path}: holds no .parquet file")
     for file in files:
         try:
             with pq.ParquetFile(file) as opened:
                 for batch in opened.iter_batches(1024):
-                    yield from batch.to_pylist()
+                    for row in _rows_of(batch):
+                        number += 1
+                        yield number, RowError(number, f"row {number}: is not UTF-8 text") if row is None else row
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{file}: cannot be read as Parquet ({str(error).splitlines()[0]})") from None
+
+
+def _rows_of(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | None]:
+    """The rows of a batch; None for one whose text is not UTF-8, which Arrow itself never checks."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for row in range(batch.num_rows):
+            try:
+                yield batch.slice(row, 1).to_pylist()[0]
+            except UnicodeDecodeError:
+                yield None

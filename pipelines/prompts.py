@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from hydra_core.base import encode_prompt
 from hydra_core.errors import InputError
 from pipelines.config import PromptsSection
 from pipelines.contracts import content_id, split_of
-from pipelines.prompt_files import PromptRow, RowError, read_dataset_rows, read_prompt_rows
+from pipelines.prompt_files import PromptRow, RowError, prompt_files, read_dataset_rows, read_prompt_rows
+from pipelines.stage import file_digest
+
+
+def source_digest(section: PromptsSection) -> str | None:
+    """Digest of the files that the prompts are read from; None where none lie here (self-made ones, a hub id).
+
+    Raises InputError for a file that is not there.
+    """
+    if section.path is None:
+        return None
+    path = Path(section.path)
+    if not path.exists():
+        if section.source == "datasets":
+            return None
+        raise InputError(f"prompts.path={path}: no such file")
+    every = section.source == "datasets" and path.is_dir()
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if every else prompt_files(path)
+    return content_id(*([str(file.relative_to(path)), file_digest(file)] for file in files))
 
 
 def file_prompts(section: PromptsSection, tokenizer: Any,

@@ -12,12 +12,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from pipelines.config import RunConfig
 
 HIDDEN = "(hidden)"
 GIT_SECONDS = 20
 _SECRET = re.compile(r"password|passwd|secret|api_?key|credential|(?:^|[._-])token$", re.IGNORECASE)
 _USERINFO = re.compile(r"(?<=://)[^/@\s]+@")
+_QUERY_SECRET = re.compile(r"(?<=[?&])([^=&#\s]*(?:password|passwd|secret|token|api_?key)[^=&#\s]*=)[^&#\s]+", re.IGNORECASE)
 PACKAGES = ("hydra-heads", "torch", "ray", "deepspeed", "transformers", "mlflow", "numpy", "pyarrow")
 
 
@@ -35,8 +38,8 @@ def is_secret(name: str) -> bool:
 
 
 def without_credentials(text: str) -> str:
-    """`scheme://user:password@host` without what stands before the `@`."""
-    return _USERINFO.sub("", text)
+    """`scheme://user:password@host?password=...` without what stands before the `@`, and without the query's secrets."""
+    return _QUERY_SECRET.sub(rf"\1{HIDDEN}", _USERINFO.sub("", text)) if "://" in text else text
 
 
 def redacted(value: Any) -> Any:
@@ -46,6 +49,11 @@ def redacted(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [redacted(item) for item in value]
     return without_credentials(value) if isinstance(value, str) else value
+
+
+def shareable_yaml(config: RunConfig) -> str:
+    """The resolved configuration as YAML that `load_config` reads back, secrets left out: it is kept beside outputs."""
+    return yaml.safe_dump(redacted(config.model_dump(mode="json", by_alias=True)), sort_keys=False)
 
 
 def _redacted_argument(argument: str) -> str:

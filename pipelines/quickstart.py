@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -10,16 +12,19 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.batch import run_batch
+from hydra_core.errors import InputError
+from pipelines.batch import batch_finished, run_batch
 from pipelines.bench import run_bench
 from pipelines.bench_report import print_table
-from pipelines.cluster import ensure_ray
+from pipelines.cluster import check_workers, ensure_ray
 from pipelines.config import RunConfig
+from pipelines.deepspeed_setup import check_toolchain
 from pipelines.distill import run_distill
 from pipelines.promote import run_promote
 from pipelines.serve import start_app
-from pipelines.stage import RunPaths, StageResult
-from pipelines.tracking import Tracker, ui_command
+from pipelines.serving.instance import bindable_port, running_instance
+from pipelines.stage import MANIFEST, RunPaths, StageResult, damaged
+from pipelines.tracking import Tracker, program, ui_command
 from pipelines.train import run_train
 from pipelines.tree import run_tree
 
@@ -28,23 +33,23 @@ CHAIN: tuple[tuple[str, Callable[[RunConfig], StageResult]], ...] = (
 
 
 def run_quickstart(config: RunConfig) -> StageResult:
-    """Run every stage, skipping those whose manifest says that this very work is done."""
-    results: dict[str, StageResult] = {}
-    seconds: dict[str, float] = {}
+    """Run every stage, skipping those whose manifest says that this very work is done.
+
+    Raises InputError at once for what a later stage would miss: MLflow, a compiler, CPUs, the port.
+    """
+    tracker = Tracker.open(config)
+    _drop_stale(config)
+    whole = _batch_stands(config)
+    if not whole:
+        check_toolchain(config.train.workers.gpus > 0)
     with ensure_ray(config):
-        tracker = Tracker.open(config)
-        for name, run in CHAIN:
-            results[name], seconds[name] = _timed(name, run, config)
-        started = time.perf_counter()
-        app = None if _batch_done(config) else start_app(config)
-        seconds["serve"] = time.perf_counter() - started
+        if not whole:
+            _check_cluster(config)
         try:
-            results["batch"], seconds["batch"] = _timed("batch", run_batch, config)
-        finally:
-            if app is not None:
-                app.stop()
-        parent = tracker.parent()
-        tracker.end_parent()
+            results, seconds = _run_chain(config)
+        except BaseException:
+            tracker.end_parent("FAILED")  # whichever stage was the last to end
+            raise
     _summary(config, results, seconds)
     outputs = {name: str(RunPaths.of(config).stage(name)) for name in results} | {"model": results["promote"].outputs["model"]}
     figures = {"seconds": {name: round(value, 1) for name, value in seconds.items()},
@@ -52,7 +57,24 @@ def run_quickstart(config: RunConfig) -> StageResult:
                "methods": results["bench"].figures["methods"],
                "response_tokens": results["distill"].figures["response_tokens"],
                "batch_rows": results["batch"].figures["rows"]}
-    return StageResult("quickstart", parent, outputs, figures, all(result.skipped for result in results.values()))
+    return StageResult("quickstart", tracker.parent(), outputs, figures, all(result.skipped for result in results.values()))
+
+
+def _run_chain(config: RunConfig) -> tuple[dict[str, StageResult], dict[str, float]]:
+    """Result and seconds of every stage. The application is up while `batch` runs and down afterwards."""
+    results: dict[str, StageResult] = {}
+    seconds: dict[str, float] = {}
+    for name, run in CHAIN:
+        results[name], seconds[name] = _timed(name, run, config)
+    started = time.perf_counter()
+    app = None if batch_finished(config) else start_app(config)
+    seconds["serve"] = time.perf_counter() - started
+    try:
+        results["batch"], seconds["batch"] = _timed("batch", run_batch, config)
+    finally:
+        if app is not None:
+            app.stop()
+    return results, seconds
 
 
 def _timed(name: str, run: Callable[[RunConfig], StageResult], config: RunConfig) -> tuple[StageResult, float]:
@@ -64,8 +86,36 @@ def _timed(name: str, run: Callable[[RunConfig], StageResult], config: RunConfig
     return result, taken
 
 
-def _batch_done(config: RunConfig) -> bool:
-    return (RunPaths.of(config).stage("batch") / "manifest.json").exists()
+def _batch_stands(config: RunConfig) -> bool:
+    """Whether the whole chain has been run: what its last stage is made of stands too."""
+    try:
+        return batch_finished(config)
+    except InputError:  # no champion or no rows yet
+        return False
+
+
+def _check_cluster(config: RunConfig) -> None:
+    """Raise InputError for workers that will never fit and for a port in use: told now, not after half an hour."""
+    check_workers("distill.workers", config.distill.workers)
+    check_workers("train.workers", config.train.workers)
+    check_workers("serve.workers", config.serve.workers, config.serve.replicas)
+    if running_instance() is None:
+        bindable_port(config.serve.host, config.serve.port)
+
+
+def _drop_stale(config: RunConfig) -> None:
+    """A stage whose files were changed is made again, and comes out otherwise: what was built on it goes.
+
+    Not after `distill` and `promote`: both make the same again.
+    """
+    stale = False
+    for stage in ("train", "tree", "bench", "promote", "batch"):
+        folder = RunPaths.of(config).stage(stage)
+        if stale:
+            shutil.rmtree(folder, ignore_errors=True)
+        elif stage in ("train", "tree", "bench") and any(damaged(path.parent) for path in folder.rglob(MANIFEST)):
+            stale = True
+            _say(f"quickstart: {folder}: its files were changed: it is made again, and so is what was built on it")
 
 
 def _say(text: str) -> None:
@@ -88,4 +138,6 @@ def _summary(config: RunConfig, results: dict[str, StageResult], seconds: dict[s
     promoted = results["promote"].figures
     _say(f"champion: {promoted['champion']} (version {promoted['version']}): {promoted['why']}")
     _say(f"see it:   {ui_command(config)}")
-    _say(f"serve it: hydra-heads serve storage={config.storage}")
+    saved = RunPaths.of(config).stage("promote") / "config.yaml"
+    serve_command = [*program("hydra-heads", "jobs.cli"), "serve", "--config", str(saved)]
+    _say(f"serve it: {shlex.join(serve_command)}")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-import socket
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,43 +18,60 @@ from hydra_core.errors import InputError
 from pipelines.cluster import ensure_ray
 from pipelines.config import RunConfig
 from pipelines.serving.deployment import build
+from pipelines.serving.identity import PLAIN, serving_of
+from pipelines.serving.instance import end_instance, running_instance, start_instance
 from pipelines.serving.records import AppArgs
 from pipelines.stage import RunPaths, StageResult
-from pipelines.tracking import resolve
+from pipelines.tracking import Tracker, resolve
+
+STAGE = "serve"
+ROUTE = "/"
 
 
 @dataclass(frozen=True)
 class ServedApp:
-    """A running application; `stop` leaves nothing of it behind."""
+    """A running application; `stop` leaves nothing of it behind. `alone`: Serve itself was started for it."""
 
     name: str
     url: str
     label: str
+    alone: bool
 
     def stop(self) -> None:
         serve.delete(self.name)
-        serve.shutdown()
+        if self.alone:
+            end_instance()
 
 
-def resolve_args(config: RunConfig) -> AppArgs:
-    """What to serve, validated before anything starts: alias to version, configuration to base, heads to tensors.
+def find_args(config: RunConfig) -> AppArgs:
+    """What `serve.model` stands for now: alias to version, version to folder. No tensor is read.
 
-    Raises InputError for an unknown model, another base, or heads that do not load.
+    Raises InputError for a model that is not registered.
     """
     paths, section = RunPaths.of(config), config.serve
     model = section.model or f"models:/{config.promote.model_name}@{config.promote.alias}"
     folder: Path | None = None
-    label = "plain"
+    label = PLAIN
     if model.startswith("models:/"):
         version, folder = resolve(config, model, paths.cache / "models")
         label = f"models:/{config.promote.model_name}/{version}" if section.model is None else f"{model} (version {version})"
-    elif model != "plain":
+    elif model != PLAIN:
         folder, label = Path(model), model
-    if folder is not None:
-        check_heads(folder, load_vocabulary(config.base.model, dtype=config.base.dtype, cache=paths.cache))
     return AppArgs(config.base.model_dump(), str(paths.cache), None if folder is None else str(folder), label,
                    section.app_name, section.max_batch, section.max_queued, section.max_new_tokens, section.replicas,
                    section.workers.cpus, section.workers.gpus, section.workers.threads)
+
+
+def check_args(args: AppArgs) -> AppArgs:
+    """`args`, once its configuration is known to load. Raises InputError for another base or heads that do not load."""
+    if args.configuration is not None:
+        check_heads(args.configuration, load_vocabulary(args.base["model"], dtype=args.base["dtype"], cache=Path(args.cache)))
+    return args
+
+
+def resolve_args(config: RunConfig) -> AppArgs:
+    """What to serve, validated before anything starts. Raises InputError as `find_args` and `check_args` do."""
+    return check_args(find_args(config))
 
 
 def build_app(args: dict[str, Any]) -> serve.Application:
@@ -69,42 +85,46 @@ def build_app(args: dict[str, Any]) -> serve.Application:
         raise InputError(f"args: {error}") from None
 
 
-def start_app(config: RunConfig) -> ServedApp:
-    """Start the application on the connected Ray and return once it answers. Raises InputError for a port in use."""
-    args = resolve_args(config)
+def start_app(config: RunConfig, args: AppArgs | None = None) -> ServedApp:
+    """Start the application on the connected Ray and return once it answers. `args`: what was resolved already.
+
+    A cluster has one Serve: where it runs, the application joins it at the address that it has. Raises InputError for a
+    port in use, or a name or route that another application has.
+    """
+    args = args or resolve_args(config)
     host, port = config.serve.host, config.serve.port
-    _check_port(host, port)
-    serve.start(http_options={"host": host, "port": port, "location": "HeadOnly"})
+    shared = running_instance()
+    if shared is not None:
+        shared.check_room(args.app_name, ROUTE)
+        if port and (host, port) != (shared.host, shared.port):
+            print(f"serve: Serve runs on this cluster already, at {shared.url}: serve.host={host} and serve.port={port} have "
+                  "no effect", file=sys.stderr)
+    instance = shared or start_instance(host, port)
+    app = ServedApp(args.app_name, instance.url, args.label, alone=shared is None)
     try:
-        serve.run(build(args), name=args.app_name, route_prefix="/")
+        serve.run(build(args), name=args.app_name, route_prefix=ROUTE)
     except BaseException:
-        serve.shutdown()
+        app.stop()
         raise
-    return ServedApp(args.app_name, f"http://{host}:{port}", args.label)
-
-
-def _check_port(host: str, port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise InputError(f"serve.port={port}: cannot be bound on {host} ({error.strerror}): choose another") from None
+    return app
 
 
 def run_serve(config: RunConfig) -> StageResult:
     """Serve until SIGINT or SIGTERM, then shut the application down."""
+    tracker = Tracker.open(config)
+    args = resolve_args(config)
     with ensure_ray(config):
-        app = start_app(config)
+        app = start_app(config, args)
         try:
-            print(f"serve: {app.label} answers at {app.url}, for example\n"
-                  f"  curl {app.url}/v1/chat/completions -H 'Content-Type: application/json' -d "
-                  f"'{{\"model\": \"{app.name}\", \"messages\": [{{\"role\": \"user\", \"content\": \"Hello\"}}]}}'",
-                  file=sys.stderr, flush=True)
-            _wait_for_signal()
+            with tracker.start(STAGE, params={"serves": {"label": app.label, **asdict(serving_of(args))}}) as run:
+                print(f"serve: {app.label} answers at {app.url}, for example\n"
+                      f"  curl {app.url}/v1/chat/completions -H 'Content-Type: application/json' -d "
+                      f"'{{\"model\": \"{app.name}\", \"messages\": [{{\"role\": \"user\", \"content\": \"Hello\"}}]}}'",
+                      file=sys.stderr, flush=True)
+                _wait_for_signal()
         finally:
             app.stop()
-    return StageResult("serve", None, {"url": app.url}, {"model": app.label})
+    return StageResult(STAGE, run.run_id, {"url": app.url}, {"model": app.label})
 
 
 def _wait_for_signal() -> None:

@@ -2,7 +2,8 @@
 
 A stage owns one folder. It is done when the folder's `manifest.json` carries the fingerprint of what was asked (the
 stage's settings, the base, the manifests it built on) and every listed output still has its recorded size and digest.
-A folder with another fingerprint belongs to another run and is never overwritten.
+A folder with another fingerprint belongs to another run and is never overwritten. A stage whose outputs were changed
+after it had finished is made again: what no longer is what the manifest says goes, the rest stays.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -19,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from hydra_core.errors import InputError
-from pipelines.config import RunConfig, to_yaml
-from pipelines.provenance import provenance
+from pipelines.config import RunConfig
+from pipelines.provenance import provenance, shareable_yaml
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -31,8 +33,8 @@ CLAIM = "claim.json"
 class StageResult:
     """What a stage hands back: the one JSON line a job prints.
 
-    `outputs` maps names to absolute paths, `figures` holds numbers and short texts, `skipped` says that a finished
-    stage was found and not run again.
+    `outputs` maps names to absolute paths, `figures` holds numbers and short texts (top-level names of that line),
+    `skipped` says that a finished stage was found and not run again.
     """
 
     stage: str
@@ -42,7 +44,8 @@ class StageResult:
     skipped: bool = False
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
+        line = self.figures | {"stage": self.stage, "run_id": self.run_id, "outputs": self.outputs, "skipped": self.skipped}
+        return json.dumps(line, sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ class StageFolder:
                       for path in sorted(files)},
         }
         manifest["digest"] = hashlib.sha256(json.dumps(manifest["files"], sort_keys=True).encode()).hexdigest()
-        write_text(self.folder / "config.yaml", to_yaml(self.config))
+        write_text(self.folder / "config.yaml", shareable_yaml(self.config))
         write_text(self.folder / "provenance.json", json.dumps(provenance(self.config), indent=2, sort_keys=True))
         write_text(self.folder / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True))
         return result
@@ -150,29 +153,63 @@ def require_manifest(folder: Path, stage: str) -> dict[str, Any]:
     return manifest
 
 
+def damaged(folder: Path) -> list[Path]:
+    """Files that are missing or no longer what the folder's manifest says; none where there is no manifest."""
+    manifest = read_manifest(folder)
+    listed = {} if manifest is None else {folder / name: entry for name, entry in manifest["files"].items()}
+    return [path for path, entry in listed.items() if not path.is_file() or path.stat().st_size != entry["bytes"]
+            or file_digest(path) != entry["sha256"]]
+
+
 def finished(folder: Path, wanted: str) -> StageResult | None:
     """The recorded result when this very work is done and its files are intact, else None."""
     manifest = read_manifest(folder)
-    if manifest is None or manifest["fingerprint"] != wanted:
+    if manifest is None or manifest["fingerprint"] != wanted or damaged(folder):
         return None
-    for name, entry in manifest["files"].items():
-        path = folder / name
-        if not path.exists() or path.stat().st_size != entry["bytes"] or file_digest(path) != entry["sha256"]:
-            return None
     return StageResult(**{**manifest["result"], "skipped": True})
 
 
 @contextmanager
 def stage_folder(config: RunConfig, stage: str, folder: Path, wanted: str) -> Iterator[StageFolder]:
-    """Claim `folder` for this work. Raises InputError when it holds another run's output."""
+    """Claim `folder` for this work. Raises InputError when it holds another run's output.
+
+    Whoever fails before anything was written gives the folder up again: the corrected command asks for other work, and
+    would be refused as another run.
+    """
     claim = folder / CLAIM
-    if claim.exists():
-        owner = json.loads(claim.read_text(encoding="utf-8")).get("fingerprint")
-        if owner != wanted:
+    ours = not claim.exists()
+    if not ours:
+        if _owner(claim) != wanted:
             raise InputError(f"{folder}: holds the `{stage}` output of another run (settings or inputs differ): "
                              "choose another `name=` or delete that folder")
+        for path in damaged(folder):
+            path.unlink(missing_ok=True)
+        (folder / MANIFEST).unlink(missing_ok=True)  # not finished any more
     elif folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder}: is not empty and not a `{stage}` output: choose another folder or empty it")
     else:
         write_text(claim, json.dumps({"fingerprint": wanted, "stage": stage}))
-    yield StageFolder(stage, folder, wanted, config)
+    try:
+        yield StageFolder(stage, folder, wanted, config)
+    except BaseException:
+        if ours:
+            _give_up(folder, Path(config.storage))
+        raise
+
+
+def _owner(claim: Path) -> str | None:
+    try:
+        return str(json.loads(claim.read_text(encoding="utf-8"))["fingerprint"])
+    except (ValueError, KeyError, TypeError):  # not a claim of ours, or no longer
+        return None
+
+
+def _give_up(folder: Path, storage: Path) -> None:
+    """Remove a folder that holds nothing but its claim, and the folders above it in the storage that are empty then."""
+    if any(path.is_file() and path != folder / CLAIM for path in folder.rglob("*")):
+        return
+    shutil.rmtree(folder)
+    for parent in folder.parents:
+        if storage not in parent.parents or any(parent.iterdir()):
+            break
+        parent.rmdir()

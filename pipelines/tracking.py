@@ -20,8 +20,8 @@ from urllib.parse import unquote, urlsplit
 
 from hydra_core.errors import InputError
 from pipelines.config import RunConfig
-from pipelines.probe import why_unreachable
-from pipelines.provenance import HIDDEN, is_secret, without_credentials
+from pipelines.probe import why_silent, why_unreachable
+from pipelines.provenance import HIDDEN, is_secret, shareable_yaml, without_credentials
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -36,6 +36,7 @@ from mlflow.utils.time import get_current_time_millis  # noqa: E402
 LONGEST_PARAM = 500
 PARAMS_AT_ONCE = 100
 METRICS_AT_ONCE = 1000
+DATABASE_PORTS = {"postgresql": 5432, "postgres": 5432, "mysql": 3306, "mssql": 1433}
 _MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))$")
 
 
@@ -64,15 +65,24 @@ def ui_command(config: RunConfig) -> str:
     uri = tracking_uri(config)
     if uri.startswith(("http://", "https://")):
         return without_credentials(uri)
-    program = Path(sys.executable).with_name("mlflow")  # an environment that was never activated is not on PATH
-    name = str(program) if program.exists() and not shutil.which("mlflow") else "mlflow"
-    return shlex.join([name, "ui", "--backend-store-uri", uri])
+    return shlex.join([*program("mlflow"), "ui", "--backend-store-uri", uri])
+
+
+def program(name: str, module: str | None = None) -> list[str]:
+    """Words that start a program of this environment from a shell, whose PATH may lead to another one or to none.
+
+    `module`: what to run instead where the program was never installed, as in a checkout.
+    """
+    here, found = Path(sys.executable).with_name(name), shutil.which(name)
+    if not here.exists():
+        return [sys.executable, "-m", module] if module else [name]
+    return [name] if found and Path(found).resolve() == here.resolve() else [str(here)]
 
 
 def _client(uri: str) -> MlflowClient:
     """A client that is known to answer. Raises InputError at once for a dead server or a refused store."""
     shown = without_credentials(uri)
-    if uri.startswith(("http://", "https://")) and (fault := why_unreachable(f"{shown.rstrip('/')}/health")):
+    if fault := _why_dead(uri):
         raise InputError(f"tracking.uri={shown}: no MLflow server answers there ({fault}): start it or choose another")
     try:
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
@@ -83,11 +93,26 @@ def _client(uri: str) -> MlflowClient:
         raise InputError(f"tracking.uri={shown}: cannot be used ({reason})") from None
 
 
-class Run:
-    """One MLflow run; a context manager that ends it FINISHED, or FAILED when an exception passes."""
+def _why_dead(uri: str) -> str | None:
+    """What keeps a server from answering, or None; a file needs none."""
+    if uri.startswith(("http://", "https://")):
+        return why_unreachable(f"{without_credentials(uri).rstrip('/')}/health")
+    try:
+        parts = urlsplit(uri)
+        port = parts.port or DATABASE_PORTS.get(parts.scheme.split("+")[0])
+    except ValueError as error:
+        return str(error)
+    return why_silent(parts.hostname, port) if parts.hostname and port else None
 
-    def __init__(self, client: MlflowClient, run_id: str) -> None:
-        self._client, self.run_id = client, run_id
+
+class Run:
+    """One MLflow run; a context manager that ends it FINISHED, or FAILED when an exception passes.
+
+    `parent` ends as its last child did: nothing runs in between.
+    """
+
+    def __init__(self, client: MlflowClient, run_id: str, parent: str | None = None) -> None:
+        self._client, self.run_id, self._parent = client, run_id, parent
 
     def __enter__(self) -> Run:
         return self
@@ -129,8 +154,14 @@ class Run:
         """Where an artifact of this run lies."""
         return f"{self._client.get_run(self.run_id).info.artifact_uri}/{path}"
 
+    def log_text(self, text: str, file: str) -> None:
+        """An artifact made of a text."""
+        self._client.log_text(self.run_id, text, file)
+
     def end(self, status: str = "FINISHED") -> None:
-        self._client.set_terminated(self.run_id, status)
+        for run_id in (self.run_id, self._parent):
+            if run_id is not None:
+                self._client.set_terminated(run_id, status)
 
 
 class Tracker:
@@ -169,32 +200,39 @@ class Tracker:
         if runs:
             return runs[0].info.run_id
         tags = {"hydra_heads.chain": quoted, "hydra_heads.stage": "chain"}
-        return self._client.create_run(self.experiment_id, tags=tags, run_name=self._config.name).info.run_id
+        made = self._client.create_run(self.experiment_id, tags=tags, run_name=self._config.name).info.run_id
+        self._client.set_terminated(made)  # it runs while a child does
+        return made
 
     def start(self, stage: str, part: str | None = None, params: Mapping[str, Any] | None = None,
               fingerprint: str | None = None) -> Run:
-        """A child run of the parent. An unfinished one of the same stage, part and fingerprint is taken up again."""
-        tags = {"mlflow.parentRunId": self.parent(), "hydra_heads.stage": stage, "hydra_heads.part": part or "-",
+        """A child run of the parent. An unfinished one of the same stage, part and fingerprint is taken up again.
+
+        Its params are the resolved configuration (and `params`), which is its artifact `config.yaml` too.
+        """
+        parent = self.parent()
+        tags = {"mlflow.parentRunId": parent, "hydra_heads.stage": stage, "hydra_heads.part": part or "-",
                 "hydra_heads.fingerprint": fingerprint or "-", "hydra_heads.chain": self._chain.replace("'", "")}
-        run = self._unfinished(tags) if fingerprint else None
-        if run is None:
+        found = self._unfinished(tags) if fingerprint else None
+        if found is None:
             name = f"{stage}: {part}" if part else stage
-            run = Run(self._client, self._client.create_run(self.experiment_id, tags=tags, run_name=name).info.run_id)
-        else:
-            self._client.update_run(run.run_id, status="RUNNING")
-        if params:
-            run.log_params(params)
+            found = self._client.create_run(self.experiment_id, tags=tags, run_name=name).info.run_id
+        for run_id in (parent, found):
+            self._client.update_run(run_id, status="RUNNING")
+        run = Run(self._client, found, parent)
+        run.log_params(self._config.model_dump(mode="json") | dict(params or {}))
+        run.log_text(shareable_yaml(self._config), "config.yaml")
         return run
 
     def end_parent(self, status: str = "FINISHED") -> None:
         self._client.set_terminated(self.parent(), status)
 
-    def _unfinished(self, tags: Mapping[str, str]) -> Run | None:
+    def _unfinished(self, tags: Mapping[str, str]) -> str | None:
         keys = ("mlflow.parentRunId", "hydra_heads.stage", "hydra_heads.part", "hydra_heads.fingerprint")
         wanted = " and ".join(f"tags.`{key}` = '{tags[key]}'" for key in keys)
         runs = self._client.search_runs([self.experiment_id], filter_string=wanted, max_results=10)
         open_runs = [run for run in runs if run.info.status != "FINISHED"]
-        return Run(self._client, open_runs[0].info.run_id) if open_runs else None
+        return open_runs[0].info.run_id if open_runs else None
 
 
 class MetricLogger:

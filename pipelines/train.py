@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -18,9 +17,10 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from hydra_core.base import BaseVocabulary, load_vocabulary
 from hydra_core.drafters import DraftVocab
 from hydra_core.errors import InputError
-from pipelines.cluster import ensure_ray
+from pipelines.cluster import check_workers, ensure_ray
 from pipelines.config import RunConfig
 from pipelines.deepspeed_setup import check_toolchain
+from pipelines.distill import distilled
 from pipelines.features import FeatureStore
 from pipelines.provenance import provenance
 from pipelines.stage import (
@@ -29,7 +29,6 @@ from pipelines.stage import (
     StageResult,
     fingerprint,
     finished,
-    require_manifest,
     stage_folder,
 )
 from pipelines.tracking import Run, Tracker
@@ -52,6 +51,7 @@ def run_train(config: RunConfig) -> StageResult:
     for name in names:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name):
             raise InputError(f"train.drafters: {name!r} cannot name a folder: use letters, digits and . _ + -")
+    tracker = Tracker.open(config)
     features, data_digest = distilled(config)
     results: dict[str, StageResult] = {}
     todo = []
@@ -59,24 +59,17 @@ def run_train(config: RunConfig) -> StageResult:
         done = finished(RunPaths.of(config).stage(STAGE, name), _fingerprint(config, name, data_digest))
         results |= {name: done} if done else {}
         todo += [] if done else [name]
-    tracker = Tracker.open(config)
     if todo:
         check_toolchain(config.train.workers.gpus > 0)
         vocabulary = _check_data(config, features)
         with ensure_ray(config):
-            _check_resources(config)
+            check_workers("train.workers", config.train.workers)
             for name in todo:
                 results[name] = _train_one(config, name, features, data_digest, vocabulary, tracker)
     return StageResult(
         STAGE, tracker.parent(),
         outputs={name: results[name].outputs[HEADS] for name in names},
         figures={name: results[name].figures for name in names}, skipped=not todo)
-
-
-def distilled(config: RunConfig) -> tuple[Path, str]:
-    """Features folder and digest of this run's finished `distill`. Raises InputError if it has not finished."""
-    folder = RunPaths.of(config).stage("distill")
-    return folder / "features", str(require_manifest(folder, "distill")["digest"])
 
 
 def build_trainer(config: RunConfig, settings: LoopSettings, state: Path, name: str) -> TorchTrainer:
@@ -105,7 +98,7 @@ def _train_one(config: RunConfig, name: str, features: Path, data_digest: str, v
     with stage_folder(config, STAGE, folder, wanted) as stage:
         store = FeatureStore.open(features, "train")
         coverage = _coverage(config, name, store, vocabulary)
-        with tracker.start(STAGE, part=name, params=_settings(config, name), fingerprint=wanted) as run:
+        with tracker.start(STAGE, part=name, fingerprint=wanted) as run:
             run.log_dataset("features", data_digest, str(features), "training")
             run.log_metrics({"draft_vocab_coverage": coverage})
             settings = LoopSettings(config.model_dump(mode="json", by_alias=True), name, str(features), str(folder),
@@ -179,15 +172,6 @@ def _coverage(config: RunConfig, name: str, store: FeatureStore, vocabulary: Bas
     counts = store.response_counts(vocabulary.size)
     size = config.train.drafters[name].draft_vocab_size
     return round(DraftVocab.rank(counts, size, vocabulary.stop_ids).coverage(counts), 5)
-
-
-def _check_resources(config: RunConfig) -> None:
-    """Raise InputError if the cluster can never hold the workers: Ray would wait for ever."""
-    workers, have = config.train.workers, ray.cluster_resources()
-    for kind, each in (("CPU", workers.cpus), ("GPU", workers.gpus)):
-        if each * workers.count > have.get(kind, 0.0):
-            raise InputError(f"train.workers: {workers.count} x {each} {kind} are asked for, the cluster has "
-                             f"{have.get(kind, 0.0):g}: lower train.workers.count or .{kind.lower()}s")
 
 
 def _check_diverged(folder: Path, name: str) -> None:

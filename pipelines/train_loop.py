@@ -29,6 +29,7 @@ from hydra_core.training.model import HeadTraining
 from hydra_core.tree.search import reference_tokens_per_step
 from hydra_core.tree.walk import RankRows
 from pipelines.config import RunConfig, TrainSection
+from pipelines.contracts import content_id
 from pipelines.deepspeed_setup import deepspeed_settings, learning_rate, prepare_environment
 from pipelines.features import BatchOrder, FeatureStore
 from pipelines.stage import RunPaths, write_text
@@ -41,7 +42,7 @@ from pipelines.train_data import (
     valid_counts,
     validation_groups,
 )
-from pipelines.train_report import CURVE, Progress, log_curve, save_curve_and_heads
+from pipelines.train_report import Progress, log_curve, read_curve_and_figures, save_curve_and_heads
 
 DIVERGED = "diverged.json"
 STATE_TAG = "state"
@@ -132,7 +133,9 @@ def set_up(settings: LoopSettings, share: Share) -> Workshop:
                     total_steps(train, learn.store), engine)
     if heads.loss == "teacher":
         for name, reader in (("train", learn), ("held_out", held_out)):
-            _know_normalisers(shop, reader, Path(settings.folder) / f"normalisers-{name}.npy")
+            # by the order of the rows too: rows that were distilled again may stand elsewhere
+            kept = f"normalisers-{name}-{content_id(reader.store.index.ids)[:12]}.npy"
+            _know_normalisers(shop, reader, Path(settings.folder) / kept)
     return shop
 
 
@@ -203,10 +206,11 @@ def restore(shop: Workshop, checkpoint: Any) -> None:
         return
     with checkpoint.as_directory() as folder:
         _, client = shop.engine.load_checkpoint(folder, tag=STATE_TAG)
-        curve = (Path(folder) / CURVE).read_text(encoding="utf-8")
+        shop.curve, figures = read_curve_and_figures(Path(folder))
         dist.barrier()  # inside: the first to leave may delete the folder
     shop.next_step = int(client["next_step"])
-    shop.curve = [json.loads(line) for line in curve.splitlines()]
+    if shop.first:
+        log_curve(shop, figures)  # a kill right after the checkpoint left it unlogged
 
 
 def _validate_and_report(shop: Workshop, progress: Progress) -> None:

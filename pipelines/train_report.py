@@ -28,6 +28,13 @@ def save_curve_and_heads(shop: Workshop, folder: Path, metrics: dict[str, Any]) 
     save_checkpoint(folder / HEADS, shop.model.drafter, shop.vocabulary.identity, default_trees(), provenance)
 
 
+def read_curve_and_figures(folder: Path) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """The curve that stands in a checkpoint, and the held-out figures of the validation it was made at."""
+    curve = [json.loads(line) for line in (folder / CURVE).read_text(encoding="utf-8").splitlines()]
+    known = json.loads((folder / HEADS / "provenance.json").read_text(encoding="utf-8"))["training"]
+    return curve, {name: value for name, value in known.items() if name not in ("step", "loss")}
+
+
 def log_curve(shop: Workshop, figures: dict[str, float]) -> None:
     """Send the curve since the last logged step to the tracker; a restarted worker goes on where the log ends."""
     if shop.settings.run_id is None or shop.settings.tracking_uri is None:

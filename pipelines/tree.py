@@ -20,8 +20,9 @@ from typing import Any
 import ray
 import torch
 
-from hydra_core.base import Base, load_base
+from hydra_core.base import context_limit, load_base, load_vocabulary
 from hydra_core.checkpoint import load_checkpoint
+from hydra_core.decoding import check_heads
 from hydra_core.drafters import HeadDrafter
 from hydra_core.errors import InputError
 from hydra_core.training.ranks import rank_rows
@@ -30,6 +31,7 @@ from hydra_core.tree.search import Choice, StepCosts, best_choice, nested_trees,
 from hydra_core.tree.walk import RankRows
 from pipelines.cluster import ensure_ray, measuring_resources
 from pipelines.config import RunConfig
+from pipelines.distill import distilled
 from pipelines.features import FeatureStore
 from pipelines.stage import (
     RunPaths,
@@ -43,7 +45,6 @@ from pipelines.stage import (
 )
 from pipelines.step_costs import draft_seconds, verify_seconds
 from pipelines.tracking import Run, Tracker
-from pipelines.train import distilled
 from pipelines.train_data import RowReader
 from pipelines.tree_plot import plot_choices
 
@@ -64,9 +65,10 @@ def run_tree(config: RunConfig) -> StageResult:
     """Fit trees to every trained drafter (or `train.only`) and write a copy of its heads with them.
 
     Outputs: drafter -> heads folder, loadable as a checkpoint. Figures: drafter -> batch size -> nodes, depth, expected
-    tokens per step and gain over plain decoding. Raises InputError if a drafter is not trained yet.
+    tokens per step and gain over plain decoding. Raises InputError if a drafter is not trained yet, or not on this base.
     """
     names = [config.train.only] if config.train.only else list(config.train.drafters)
+    tracker = Tracker.open(config)
     features, data_digest = distilled(config)
     wanted = {name: _fingerprint(config, name, data_digest) for name in names}
     results: dict[str, StageResult] = {}
@@ -74,16 +76,25 @@ def run_tree(config: RunConfig) -> StageResult:
         done = finished(RunPaths.of(config).stage(STAGE, name), wanted[name])
         results |= {name: done} if done else {}
     todo = [name for name in names if name not in results]
-    tracker = Tracker.open(config)
     if todo:
+        heads = {name: str(RunPaths.of(config).stage("train", name) / HEADS) for name in todo}
+        _check(config, heads)
         with ensure_ray(config):
-            heads = {name: str(RunPaths.of(config).stage("train", name) / HEADS) for name in todo}
             task = ray.remote(measure).options(**measuring_resources(config))
             found = ray.get(task.remote(config.model_dump(mode="json", by_alias=True), heads, str(features)))
         for name in todo:
-            results[name] = _write_one(config, name, wanted[name], found[name], tracker)
+            results[name] = _write_one(config, name, wanted[name], found[name], tracker, (features, data_digest))
     return StageResult(STAGE, tracker.parent(), outputs={name: results[name].outputs[HEADS] for name in names},
                        figures={name: results[name].figures for name in names}, skipped=not todo)
+
+
+def _check(config: RunConfig, heads: Mapping[str, str]) -> None:
+    """Raise InputError for what the measuring task would find out late: trees that do not fit, heads that do not load."""
+    cache = RunPaths.of(config).cache
+    _context(config, context_limit(config.base.model, cache=cache, asked=config.base.context_limit))
+    vocabulary = load_vocabulary(config.base.model, dtype=config.base.dtype, cache=cache)
+    for folder in heads.values():
+        check_heads(folder, vocabulary)
 
 
 def measure(values: dict[str, Any], heads: Mapping[str, str], features: str) -> dict[str, Measured]:
@@ -93,7 +104,7 @@ def measure(values: dict[str, Any], heads: Mapping[str, str], features: str) -> 
     base = load_base(config.base.model, dtype=config.base.dtype, device=config.base.device,
                      cache=RunPaths.of(config).cache, context_limit=config.base.context_limit)
     tree = config.tree
-    context = _context(config, base)
+    context = _context(config, base.context_limit)
     verify = verify_seconds(base, tree.batch_sizes, tree.node_counts, context, tree.repeats, _saying("base"))
     reader = RowReader(FeatureStore.open(Path(features), "held_out"))
     found = {}
@@ -122,13 +133,16 @@ def choose_trees(measured: Measured, batch_sizes: Sequence[int], max_nodes: int)
     return {batch: score_trees(trees, measured.ranks, measured.costs, batch) for batch in batch_sizes}
 
 
-def _write_one(config: RunConfig, name: str, wanted: str, measured: Measured, tracker: Tracker) -> StageResult:
+def _write_one(config: RunConfig, name: str, wanted: str, measured: Measured, tracker: Tracker,
+               features: tuple[Path, str]) -> StageResult:
     folder = RunPaths.of(config).stage(STAGE, name)
     source = RunPaths.of(config).stage("train", name) / HEADS
     scored = choose_trees(measured, config.tree.batch_sizes, max(config.tree.node_counts))
     best = {batch: best_choice(choices) for batch, choices in scored.items()}
     with (stage_folder(config, STAGE, folder, wanted) as stage,
-          tracker.start(STAGE, part=name, params=_settings(config), fingerprint=wanted) as run):
+          tracker.start(STAGE, part=name, fingerprint=wanted) as run):
+        run.log_dataset("features", features[1], str(features[0]), STAGE)
+        run.log_dataset(f"{name} heads", _trained(config, name), str(source), STAGE)
         _write_heads(source, folder / HEADS, TreeSet({batch: choice.tree for batch, choice in best.items()}))
         write_text(folder / "costs.json", json.dumps(asdict(measured.costs), indent=2))
         write_text(folder / "scores.json", json.dumps(
@@ -164,12 +178,12 @@ def _row(choice: Choice) -> dict[str, float | int]:
             "tokens_per_second": round(choice.tokens_per_second, 2), "gain": round(choice.gain, 4)}
 
 
-def _context(config: RunConfig, base: Base) -> int:
+def _context(config: RunConfig, limit: int) -> int:
     """Committed tokens while timing: as configured, or what a small base leaves room for."""
-    room = base.context_limit - max(config.tree.node_counts) - 1
+    room = limit - max(config.tree.node_counts) - 1
     if room < 1:
         raise InputError(f"tree.node_counts: {max(config.tree.node_counts)} nodes leave no room in a context of "
-                         f"{base.context_limit}: use smaller ones")
+                         f"{limit}: use smaller ones")
     return min(config.tree.context, room)
 
 
@@ -178,9 +192,13 @@ def _settings(config: RunConfig) -> dict[str, Any]:
 
 
 def _fingerprint(config: RunConfig, name: str, data_digest: str) -> str:
-    trained = require_manifest(RunPaths.of(config).stage("train", name), "train")
     return fingerprint(STAGE, _settings(config) | {"drafter": name},
-                       {"distill": data_digest, "train": trained["digest"]})
+                       {"distill": data_digest, "train": _trained(config, name)})
+
+
+def _trained(config: RunConfig, name: str) -> str:
+    """Digest of a drafter's heads. Raises InputError if it is not trained yet."""
+    return str(require_manifest(RunPaths.of(config).stage("train", name), "train")["digest"])
 
 
 def _saying(subject: str) -> Any:

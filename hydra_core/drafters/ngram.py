@@ -23,7 +23,7 @@ class NgramDrafter:
 
     max_match: int = 3
     min_match: int = 2
-    length: int = 8
+    length: int = 15
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_match <= self.max_match:

@@ -7,7 +7,8 @@ is only named in a string as a query parameter.
 import logging
 import time
 from collections.abc import AsyncIterator
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,10 @@ from hydra_core.base import load_base
 from hydra_core.decoding import Engine, Result, TextStream, load_heads
 from hydra_core.decoding import Request as EngineRequest
 from hydra_core.errors import InputError
+from pipelines.machine_costs import machine_costs
+from pipelines.quiet import speak
 from pipelines.serving.host import EngineHost
+from pipelines.serving.identity import Serving, configuration_digest
 from pipelines.serving.openai_api import (
     ApiError,
     ChatRequest,
@@ -31,7 +35,7 @@ from pipelines.serving.openai_api import (
     response,
     usage_chunk,
 )
-from pipelines.serving.records import Answer, AppArgs, Generation, Refusal
+from pipelines.serving.records import Answer, AppArgs, Generation, Refusal, is_text
 
 log = logging.getLogger("ray.serve")
 
@@ -40,12 +44,15 @@ class DecodeServer:
     """One replica: one base, one engine, one running batch."""
 
     def __init__(self, args: AppArgs) -> None:
+        speak()
         torch.set_num_threads(args.threads)
         self.args = args
         base = args.base
         self.base = load_base(base["model"], dtype=base["dtype"], device=base["device"], cache=Path(args.cache),
                               context_limit=base["context_limit"])
-        drafter, trees = load_heads(args.configuration, self.base) if args.configuration else (None, None)
+        self.serving = Serving(str(self.base.identity), self.base.context_limit, configuration_digest(args.configuration))
+        costs = partial(machine_costs, self.base, Path(args.cache))
+        drafter, trees = load_heads(args.configuration, self.base, costs) if args.configuration else (None, None)
         self.host = EngineHost(Engine(self.base, drafter, trees, max_batch=args.max_batch))
         self.in_flight = 0
 
@@ -96,6 +103,9 @@ class DecodeServer:
     def _prompt_ids(self, generation: Generation) -> list[int]:
         if generation.prompt_ids is not None:
             return generation.prompt_ids
+        if not is_text([generation.prompt, generation.text, generation.messages]):
+            field = "prompt" if generation.messages is None else "messages"
+            raise InputError(f"{field}: holds half a character (a lone surrogate)")
         if generation.text is not None:
             if self.base.tokenizer is None:
                 raise InputError("prompt: the base has no tokenizer: give token ids")
@@ -104,7 +114,7 @@ class DecodeServer:
 
     async def info(self) -> dict[str, Any]:
         """What serves, and how busy it is."""
-        return {"label": self.args.label, "base": str(self.base.identity), "in_flight": self.in_flight,
+        return {"label": self.args.label, **asdict(self.serving), "in_flight": self.in_flight,
                 "running": self.host.running, "slots": self.args.max_batch}
 
     def check_health(self) -> None:

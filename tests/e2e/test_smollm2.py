@@ -100,6 +100,6 @@ def test_development_questions_are_read(shared_data: Path, cache: Path, tmp_path
     if not files:
         pytest.skip("no development questions here")
     config = load_config(None, {"storage": str(tmp_path), "base.model": EMBEDDED_BASE, "bench.prompts": str(files[0])})
-    questions = load_questions(config)
+    questions, _ = load_questions(config)
     assert len(questions) > 20 and len({question.category for question in questions}) > 3
     assert all(question.prompt_ids for question in questions)

@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from ray.data.exceptions import UserCodeException
+from ray.exceptions import RayTaskError
+from ray.train import WorkerGroupError
 
 from hydra_core.errors import InputError
 from jobs import cli, runner
@@ -29,8 +32,7 @@ def test_last_line_of_stdout_is_the_result(monkeypatch: pytest.MonkeyPatch, capf
     use(monkeypatch, stage)
     assert runner.run("bench", ["limit=3", "prompts=/tmp/p.jsonl", "max_new_tokens=9"]) == 0
     out, err = capfd.readouterr()
-    assert json.loads(out) == {"stage": "bench", "run_id": "r1", "outputs": {"report": "/x"}, "figures": {"limit": 3},
-                               "skipped": False}
+    assert json.loads(out) == {"stage": "bench", "run_id": "r1", "outputs": {"report": "/x"}, "limit": 3, "skipped": False}
     assert out.count("\n") == 1 and "chatter of a C library" in err
 
 
@@ -65,7 +67,47 @@ def test_other_faults_exit_1_with_a_traceback(monkeypatch: pytest.MonkeyPatch, c
     assert runner.run("distill", []) == 1
     assert "Traceback" in capfd.readouterr().err
     use(monkeypatch, interrupted)
-    assert runner.run("distill", []) == 130
+    assert runner.run("distill", []) == 1
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1 and "interrupted" in err and "Traceback" not in err
+
+
+def test_a_mistake_is_found_inside_what_ray_makes_of_it(monkeypatch: pytest.MonkeyPatch,
+                                                        capfd: pytest.CaptureFixture[str]) -> None:
+    mistake = InputError("bench.heads=/x: is truncated")
+    task = RayTaskError("measure", "pages", mistake, "title", 1, "ip").as_instanceof_cause()
+    assert isinstance(task, InputError) and str(task) != str(mistake)
+    of_data, of_train = UserCodeException("pages"), WorkerGroupError("pages", {1: task})
+    of_data.__cause__ = task
+    bug = RuntimeError("ours")
+    bug.__context__ = mistake  # it happened while a mistake was being handled: still a bug
+    for error, code in ((task, 2), (of_data, 2), (of_train, 2), (bug, 1)):
+        def stage(config: RunConfig, error: Exception = error) -> StageResult:
+            raise error
+
+        use(monkeypatch, stage)
+        assert runner.run("distill", []) == code
+        err = capfd.readouterr().err
+        assert (err == "error: bench.heads=/x: is truncated\n") == (code == 2), err
+
+
+def test_overrides_may_stand_anywhere(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("name: mixed", encoding="utf-8")
+    assert runner.run("train", ["train.seed=3", "--config", str(path), "--plan", "train.epochs=2"]) == 0
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(capfd.readouterr().out, encoding="utf-8")
+    config = load_config(str(plan))
+    assert (config.name, config.train.seed, config.train.epochs) == ("mixed", 3, 2)
+
+
+def test_storage_of_the_environment_is_checked_and_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HYDRA_HEADS_STORAGE", "relative")
+    with pytest.raises(InputError, match=r"storage: must be an absolute path, got 'relative' .*HYDRA_HEADS_STORAGE"):
+        load_config()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("HYDRA_HEADS_STORAGE", "~/x")
+    assert load_config().storage == str(tmp_path / "x")
 
 
 @pytest.mark.parametrize("stage", runner.STAGES)

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
-from hydra_core.base import Base
+from hydra_core.base import Base, load_base
 from hydra_core.checkpoint import save_checkpoint
 from hydra_core.decoding import Request, naive_generate
 from hydra_core.errors import InputError
 from hydra_core.tree import Tree, TreeSet
+from pipelines.bench import _plan as bench_plan
 from pipelines.bench import load_questions, run_bench
 from pipelines.bench_batch import BatchRow, make_requests, summarise_batches
 from pipelines.bench_identity import IdentityRow, read_identity
 from pipelines.bench_plan import Question, Row, read_rows
 from pipelines.bench_report import summarise, table_rows
+from pipelines.bench_run import _contenders
 from pipelines.config import RunConfig, load_config
+from pipelines.contracts import PROMPTS
+from pipelines.parts import write_part
 from pipelines.promote import choose_winner, run_promote
-from tests.tiny import save_tiny
+from pipelines.stage import RunPaths, StageResult, stage_folder
+from pipelines.tracking import Tracker
+from tests.broken_heads import break_heads
 from tests.trained import overfit_heads
 
 SPEC_BENCH = [{"question_id": 81, "category": "writing", "turns": ["first turn", "second turn"]},
@@ -105,7 +113,7 @@ def test_a_gain_too_small_to_bother_and_no_plain() -> None:
 def heads(tiny_base: Base, tiny_base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of heads that know the answers to the Spec-Bench prompts above."""
     config = config_for(tiny_base_dir, tmp_path_factory.mktemp("questions"), SPEC_BENCH)
-    drafter = overfit_heads(tiny_base, "hydra", [question.prompt_ids for question in load_questions(config)])
+    drafter = overfit_heads(tiny_base, "hydra", [question.prompt_ids for question in load_questions(config)[0]])
     folder = tmp_path_factory.mktemp("heads") / "heads"
     save_checkpoint(folder, drafter, tiny_base.identity, TreeSet({1: Tree(((0,), (1,), (0, 0), (0, 0, 0)))}), {})
     return folder
@@ -122,17 +130,34 @@ def config_for(base_dir: Path, folder: Path, rows: list[dict[str, object]], **ch
 
 def test_questions_of_every_kind(tiny_base_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [*SPEC_BENCH, {"prompt": "hello"}, {"prompt": "long " * 200}, {"other": 1}, {"prompt": "x", "question_id": 81}]
-    found = load_questions(config_for(tiny_base_dir, tmp_path, rows))
-    assert [(q.id, q.category) for q in found] == [("81", "writing"), ("300", "rag"), ("3", "all"), ("81#6", "all")]
+    found, errors = load_questions(config_for(tiny_base_dir, tmp_path, rows))
+    assert [(q.id, q.category) for q in found] == [("81", "conversation"), ("300", "rag"), ("3", "all"), ("81#6", "all")]
     told = capsys.readouterr().err
     assert "row 4: prompt: has" in told and "row 5: has no field `prompt`" in told
-    assert len(load_questions(config_for(tiny_base_dir, tmp_path, rows, bench__limit=2))) == 2
+    assert "6 prompts read = 4 ok + 2 errors" in told
+    path = str(tmp_path / "questions.jsonl")
+    assert [(error["id"], error["stage"]) for error in errors] == [(f"{path}:4", "bench"), (f"{path}:5", "bench")]
+    assert "has room for 255" in errors[0]["message"]
+    assert len(load_questions(config_for(tiny_base_dir, tmp_path, rows, bench__limit=2))[0]) == 2
+
+
+def test_held_out_prompts_that_do_not_fit_are_left_out(tiny_base_dir: Path, tmp_path: Path) -> None:
+    config = load_config(None, {"storage": str(tmp_path), "base.model": str(tiny_base_dir), "base.context_limit": 40})
+    folder = RunPaths.of(config).stage("distill")
+    with stage_folder(config, "distill", folder, "f") as stage:
+        rows = [{"prompt_id": name, "messages": None, "prompt": name, "prompt_ids": [5] * length, "source": "s/1",
+                 "split": "held_out"} for name, length in (("long", 40), ("short", 39))]
+        part = write_part(folder / "prompts", rows, PROMPTS, key="prompt_id")
+        stage.finish(StageResult("distill", None, {}, {}), [part])
+    questions, errors = load_questions(config)
+    assert [question.id for question in questions] == ["short"] and len(errors) == 1
+    assert "has 40 tokens, the context has room for 39" in errors[0]["message"]
 
 
 def test_files_without_a_usable_prompt(tiny_base_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is empty"):
         load_questions(config_for(tiny_base_dir, tmp_path, []))
-    with pytest.raises(InputError, match=r"questions\.jsonl: has no usable prompt"):
+    with pytest.raises(InputError, match=r"questions\.jsonl: has no usable prompt: row 1: prompt: has"):
         load_questions(config_for(tiny_base_dir, tmp_path, [{"prompt": "long " * 200}]))
     with pytest.raises(InputError, match="distill"):
         load_questions(load_config(None, {"storage": str(tmp_path), "base.model": str(tiny_base_dir)}))
@@ -140,31 +165,69 @@ def test_files_without_a_usable_prompt(tiny_base_dir: Path, tmp_path: Path) -> N
 
 def test_mistakes_are_told_before_anything_runs(tiny_base_dir: Path, tmp_path: Path) -> None:
     make: Callable[..., RunConfig] = lambda **changes: config_for(tiny_base_dir, tmp_path, SPEC_BENCH, **changes)  # noqa: E731
-    with pytest.raises(InputError, match="is none of plain, transformers, ngram"):
+    with pytest.raises(InputError, match="is none of plain, transformers, transformers-lookup, ngram"):
         run_bench(make(bench__methods=["hydra++"]))
     with pytest.raises(InputError, match="is not a heads checkpoint"):
         run_bench(make(bench__heads=str(tmp_path)))
+    with pytest.raises(InputError, match=r"base\.context_limit=999"):
+        run_bench(make(base__context_limit=999))
     with pytest.raises(InputError, match="no such file"):
         run_bench(make(bench__prompts=str(tmp_path / "none.jsonl")))
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(("damage", "words"), [
+    ("no tensors", "model.safetensors is missing"), ("no tree", "tree.json is missing"), ("truncated", "truncated"),
+    ("missing key", "is missing"), ("extra key", "unexpected tensor extra"), ("misshapen key", "has shape"),
+    ("another base", "belong to base")])
+def test_broken_heads_are_told_before_anything_runs(heads: Path, tiny_base_dir: Path, tmp_path: Path, damage: str,
+                                                    words: str) -> None:
+    broken = break_heads(heads, tmp_path / "broken", damage)
+    with pytest.raises(InputError, match=rf"bench\.heads[:=].*{words}"):
+        run_bench(config_for(tiny_base_dir, tmp_path, SPEC_BENCH, bench__heads=str(broken)))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_transformers_is_greedy_and_keeps_within_the_context(tiny_base_dir: Path, tmp_path: Path) -> None:
+    """Whatever a generation config says: penalties, suppressed tokens, a least length."""
+    base_dir = shutil.copytree(tiny_base_dir, tmp_path / "base")
+    path = base_dir / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "repetition_penalty": 9.0, "min_length": 30,
+                                "no_repeat_ngram_size": 1, "do_sample": True, "temperature": 7.0}), encoding="utf-8")
+    base = load_base(str(base_dir), dtype="fp32", cache=tmp_path, context_limit=60)
+    config = config_for(base_dir, tmp_path, SPEC_BENCH, base__context_limit=60, bench__max_new_tokens=99)
+    plan = bench_plan(config, tmp_path, ("plain", "transformers"), {})
+    contenders = _contenders(plan, load_questions(config)[0])
+    for question in load_questions(config)[0]:
+        wanted = naive_generate(base, Request("r", question.prompt_ids, 99))
+        assert wanted.finish_reason == "context"
+        assert contenders["transformers"](question, 99)[0] == wanted.token_ids == contenders["plain"](question, 99)[0]
+        short = naive_generate(base, Request("r", question.prompt_ids, 9)).token_ids
+        assert contenders["transformers"](question, 9)[0] == short
+
+
 @pytest.mark.slow
 def test_stopped_and_gone_on_with(local_ray: None, tiny_base_dir: Path, tiny_base: Base, heads: Path,
                                   tmp_path: Path) -> None:
-    config = config_for(tiny_base_dir, tmp_path, SPEC_BENCH, bench__heads=str(heads), bench__batch_prompts=2,
+    config = config_for(tiny_base_dir, tmp_path, [*SPEC_BENCH, {"other": 1}], bench__heads=str(heads), bench__batch_prompts=2,
                         bench__running_batch=2, base__context_limit=200)
     result = run_bench(config)
     folder = tmp_path / "runs" / "default" / "bench"
-    assert set(result.figures["methods"]) == {"plain", "transformers", "ngram", "hydra"}
+    assert set(result.figures["methods"]) == {"plain", "transformers", "ngram", "hydra", "combined"}
     hydra = result.figures["methods"]["hydra"]
     assert hydra["identical"] == 1.0 and hydra["rows"] == 2 and hydra["tokens_per_step"] > 1.2
     assert hydra["fp32"] == {"answers": 4, "identical": 4, "near_tie": 0, "different": 0}  # alone and in a batch
     assert result.figures["batch"].keys() == {"equal", "ragged"}
     assert {name: f["tokens"] for name, f in result.figures["batch"]["equal"].items()} == dict.fromkeys(
-        ("plain", "transformers", "ngram", "hydra"), 24)
+        ("plain", "transformers", "ngram", "hydra", "combined"), 24)
     assert len({f["tokens"] for f in result.figures["batch"]["ragged"].values()}) == 1  # greedy: all say the same
-    questions = {question.id: question.prompt_ids for question in load_questions(config)}
+    assert (result.figures["questions"], result.figures["errors"]) == (2, 1)
+    (error,) = (json.loads(line) for line in (folder / "errors.jsonl").read_text(encoding="utf-8").splitlines())
+    assert "row 3: has no field `prompt`" in error["message"]
+    assert "errors.jsonl" in json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
+    inputs = MlflowClient(Tracker.open(config).uri).get_run(result.run_id).inputs.dataset_inputs
+    assert {found.dataset.name for found in inputs} == {"prompts", "hydra heads"}
+    questions = {question.id: question.prompt_ids for question in load_questions(config)[0]}
     before = read_rows(folder / "rows.jsonl")
     for entry in before:
         assert entry.token_ids == naive_generate(tiny_base, Request("r", questions[entry.question], 12)).token_ids
@@ -185,7 +248,7 @@ def test_stopped_and_gone_on_with(local_ray: None, tiny_base_dir: Path, tiny_bas
     assert len(read_identity(folder / "identity.jsonl")) == len(lines)
 
     promoted = run_promote(config)
-    assert promoted.figures["champion"] in ("plain", "ngram", "hydra") and promoted.figures["version"] == 1
+    assert promoted.figures["champion"] in ("plain", "ngram", "hydra", "combined") and promoted.figures["version"] == 1
     assert run_promote(config).skipped
     (folder / "rows.jsonl").unlink()
     with pytest.raises(InputError, match="another run"):
@@ -200,16 +263,19 @@ def test_sampled_with_and_without_the_draws_own_noise(local_ray: None, tiny_base
         result = run_bench(config_for(tiny_base_dir, tmp_path, SPEC_BENCH, bench__heads=str(heads), name=f"noise-{shared}",
                                       bench__temperature=1.0, bench__max_new_tokens=40, bench__shared_noise=shared))
         methods = result.figures["methods"]
-        assert set(methods) == {"plain", "ngram", "hydra"} and methods["hydra"]["identical"] == 1.0
+        assert set(methods) == {"plain", "ngram", "hydra", "combined"} and methods["hydra"]["identical"] == 1.0
         assert methods["hydra"]["fp32"] is None
         reached[shared] = methods["hydra"]["tokens_per_step"]
     assert reached[True] > reached[False]
 
 
 @pytest.mark.slow
-def test_heads_of_another_base_are_refused(local_ray: None, heads: Path, tmp_path: Path) -> None:
-    other = save_tiny(tmp_path / "other", seed=1)
-    with pytest.raises(InputError, match="base"):
-        run_bench(config_for(other, tmp_path, SPEC_BENCH, bench__heads=str(heads)))
-    rows = tmp_path / "runs" / "default" / "bench" / "rows.jsonl"
-    assert not rows.exists()
+def test_a_changed_report_is_made_again_from_the_rows_that_stand(local_ray: None, tiny_base_dir: Path,
+                                                                 tmp_path: Path) -> None:
+    config = config_for(tiny_base_dir, tmp_path, SPEC_BENCH, bench__methods=["ngram"], bench__identity_prompts=1)
+    run_bench(config)
+    folder = tmp_path / "runs" / "default" / "bench"
+    rows = (folder / "rows.jsonl").read_bytes()
+    (folder / "report.md").write_text("9x", encoding="utf-8")
+    assert not run_bench(config).skipped and "9x" not in (folder / "report.md").read_text(encoding="utf-8")
+    assert (folder / "rows.jsonl").read_bytes() == rows

@@ -11,14 +11,14 @@ import pytest
 
 from hydra_core.errors import InputError
 from pipelines import deepspeed_setup
-from pipelines.config import TrainSection, Workers
+from pipelines.config import TrainSection, TrainWorkers
 from pipelines.deepspeed_setup import check_toolchain, deepspeed_settings, learning_rate, prepare_environment
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_settings_follow_the_section(stage: int) -> None:
     train = TrainSection(zero_stage=stage, precision="bf16", rows_per_step=12, grad_clip=0.5,  # type: ignore[arg-type]
-                         workers=Workers(count=3))
+                         workers=TrainWorkers(count=3))
     found = deepspeed_settings(train, 3)
     assert found["zero_optimization"]["stage"] == stage and found["bf16"]["enabled"]
     assert found["gradient_clipping"] == 0.5 and found["gradient_accumulation_steps"] == 1

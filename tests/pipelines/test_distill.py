@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from mlflow import MlflowClient
 
 from hydra_core.base import Base
 from hydra_core.checkpoint import save_checkpoint
@@ -22,8 +23,9 @@ from hydra_core.errors import InputError
 from hydra_core.tree import Tree, TreeSet
 from pipelines.config import RunConfig, load_config
 from pipelines.contracts import ERRORS, FEATURES, PROMPTS, RESPONSES, check_counts, check_schema, split_of
-from pipelines.distill import distill_fingerprint, run_distill
+from pipelines.distill import distill_fingerprint, distilled, run_distill
 from pipelines.parts import part_files, read_parts, write_part
+from pipelines.tracking import Tracker
 from tests.tiny import save_tiny
 from tests.trained import overfit_heads
 
@@ -61,9 +63,10 @@ def test_rows_are_the_bases_own(local_ray: None, tiny_base_dir: Path, tiny_base:
         wanted = tiny_base.hidden_states([row["prompt_ids"] + row["response_ids"]])[0]
         torch.testing.assert_close(torch.from_numpy(hidden.copy()), wanted, atol=1e-4, rtol=1e-4)
     assert result.figures["greedy_reproduced"] > 0.99
-    errors = read_parts(folder / "errors", ERRORS).to_pylist()
-    assert len(errors) == 2 + 1  # a row without the field, and a prompt too long for both of its answers
-    assert (result.figures["prompts"], result.figures["prompts_skipped"]) == (16, 1)
+    assert "row 16: has no field" in read_parts(folder / "errors" / "prompts", ERRORS)["message"].to_pylist()[0]
+    assert len(read_parts(folder / "errors" / "answers", ERRORS)) == 2  # a prompt too long for both of its answers
+    counts = {"prompts": 16, "prompt_errors": 1, "prompts_skipped": 1, "responses": 30, "errors": 2}
+    assert {name: result.figures[name] for name in counts} == counts
     for contract, part in ((PROMPTS, "prompts"), (RESPONSES, "responses"), (FEATURES, "features")):
         for path in part_files(folder / part):
             check_schema(pq.read_schema(path), contract, str(path))
@@ -71,13 +74,79 @@ def test_rows_are_the_bases_own(local_ray: None, tiny_base_dir: Path, tiny_base:
     with pytest.raises(InputError, match="another run"):
         run_distill(config_for(storage, tiny_base_dir, prompts, distill__max_new_tokens=5))
 
+    # as a kill leaves it: no manifest, half of the answers; what was read still counts
+    (folder / "manifest.json").unlink()
+    stamps = {path: path.stat().st_mtime_ns for path in (folder / "prompts").iterdir()}
+    for path in part_files(folder / "responses")[::2]:
+        path.unlink()
+    again = run_distill(config_for(storage, tiny_base_dir, prompts))
+    assert not again.skipped and {name: again.figures[name] for name in counts} == counts
+    assert len(read_parts(folder / "errors" / "prompts", ERRORS)) == 1
+    assert {path: path.stat().st_mtime_ns for path in (folder / "prompts").iterdir()} == stamps
 
-def test_a_damaged_output_is_made_again(local_ray: None, tiny_base_dir: Path, storage: Path) -> None:
-    config = config_for(storage, tiny_base_dir, write_prompts(storage.parent / "p.jsonl", 6))
-    run_distill(config)
-    part_files(storage / "runs" / "default" / "distill" / "responses")[0].unlink()
+
+def test_what_was_read_is_in_the_tracker(local_ray: None, tiny_base_dir: Path, storage: Path) -> None:
+    prompts = write_prompts(storage.parent / "p.jsonl", 3)
+    config = config_for(storage, tiny_base_dir, prompts)
+    result = run_distill(config)
+    client = MlflowClient(Tracker.open(config).uri)
+    run = client.get_run(result.run_id)
+    (found,) = run.inputs.dataset_inputs
+    assert (found.dataset.name, found.dataset.source, len(found.dataset.digest)) == ("prompts", str(prompts), 32)
+    assert run.data.params["distill.held_out"] == "0.3"
+    assert "config.yaml" in [artifact.path for artifact in client.list_artifacts(result.run_id)]
+    assert client.get_run(Tracker.open(config).parent()).info.status == "FINISHED"
+
+
+@pytest.mark.parametrize("part", ["prompts", "responses", "features", "errors/prompts"])
+def test_a_damaged_output_is_made_again(local_ray: None, tiny_base_dir: Path, storage: Path, part: str) -> None:
+    """And it is the same data to those who build on it, whatever files the rows stand in."""
+    prompts = write_prompts(storage.parent / "p.jsonl", 20)
+    with prompts.open("a", encoding="utf-8") as handle:
+        handle.write('{"x": 1}\n')
+    config = config_for(storage, tiny_base_dir, prompts)
+    first = run_distill(config)
+    before = distilled(config)
+    damaged = part_files(storage / "runs" / "default" / "distill" / part)[0]
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
     again = run_distill(config)
-    assert not again.skipped and again.figures["responses"] == 12
+    assert not again.skipped and run_distill(config).skipped
+    for name in ("prompts", "prompt_errors", "responses", "feature_rows", "errors"):
+        assert again.figures[name] == first.figures[name], name
+    assert distilled(config) == before
+
+
+def test_the_fingerprint_knows_the_prompts_and_no_knobs(tiny_base_dir: Path, storage: Path) -> None:
+    prompts = write_prompts(storage.parent / "p.jsonl", 3)
+    wanted = distill_fingerprint(config_for(storage, tiny_base_dir, prompts))
+    assert wanted == distill_fingerprint(config_for(
+        storage, tiny_base_dir, prompts, distill__running_batch=1, distill__rows_per_file=1, distill__max_error_share=1,
+        distill__workers={"count": 2, "cpus": 0.1, "threads": 2}))
+    write_prompts(prompts, 4)
+    assert wanted != distill_fingerprint(config_for(storage, tiny_base_dir, prompts))
+
+
+def test_mistakes_are_told_before_anything_is_claimed(tiny_base_dir: Path, storage: Path) -> None:
+    """No Ray is started for them, and the corrected command is not refused."""
+    prompts = write_prompts(storage.parent / "p.jsonl", 3)
+    silent = save_tiny(storage.parent / "silent")
+    (silent / "chat_template.jinja").unlink()
+    cut = save_tiny(storage.parent / "cut")
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-9])
+    broken = save_tiny(storage.parent / "broken")
+    (broken / "config.json").write_text("{", encoding="utf-8")
+    bad = storage.parent / "bad.jsonl"
+    bad.write_text('{"prompt": "x"}\n{"prompt": 3}\n{"prompt": 4}\n', encoding="utf-8")
+    cases = [(config_for(storage, silent, prompts, prompts__source="self", prompts__path=None), "no chat template"),
+             (config_for(storage, tiny_base_dir, prompts, base__context_limit=300), r"base\.context_limit=300"),
+             (config_for(storage, cut, prompts), r"base\.model=.*cannot be loaded"),
+             (config_for(storage, broken, prompts), r"base\.model=.*cannot be loaded \(config\.json: "),
+             (config_for(storage, tiny_base_dir, bad), r"bad\.jsonl: 2 of 3 rows failed, .*: row 2: prompt: .* mend the file"),
+             (config_for(storage, tiny_base_dir, storage.parent / "none.jsonl"), r"prompts\.path=.*: no such file")]
+    for config, words in cases:
+        with pytest.raises(InputError, match=words):
+            run_distill(config)
+        assert not (storage / "runs").exists(), words
 
 
 def test_killed_job_recomputes_only_what_is_missing(tiny_base_dir: Path, storage: Path, worker_env: dict[str, str]) -> None:
@@ -97,7 +166,7 @@ def test_killed_job_recomputes_only_what_is_missing(tiny_base_dir: Path, storage
     before = {path.name: path.stat().st_mtime_ns for path in part_files(parts)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    figures = json.loads(done.stdout)["figures"]
+    figures = json.loads(done.stdout)
     assert 12 <= 4 * len(before) <= figures["resumed"] < figures["responses"] == 300
     assert all((parts / name).stat().st_mtime_ns == stamp for name, stamp in before.items())
     assert len({row["id"] for row in read_parts(parts, RESPONSES, ["id"]).to_pylist()}) == 300
@@ -121,7 +190,16 @@ def test_empty_prompt_file_leaves_nothing_behind(local_ray: None, tiny_base_dir:
     empty.write_text("", encoding="utf-8")
     with pytest.raises(InputError, match="is empty"):
         run_distill(config_for(storage, tiny_base_dir, empty))
-    assert not part_files(storage / "runs" / "default" / "distill" / "prompts")
+    assert not (storage / "runs").exists()
+    write_prompts(empty, 2)
+    assert run_distill(config_for(storage, tiny_base_dir, empty)).figures["responses"] == 4
+
+
+def test_workers_that_never_fit_are_told(local_ray: None, tiny_base_dir: Path, storage: Path) -> None:
+    prompts = write_prompts(storage.parent / "p.jsonl", 2)
+    with pytest.raises(InputError, match=r"distill\.workers: 1 x 64\.0 CPU are asked for, the cluster has 2"):
+        run_distill(config_for(storage, tiny_base_dir, prompts, distill__workers={"cpus": 64}))
+    assert not run_distill(config_for(storage, tiny_base_dir, prompts)).skipped
 
 
 def test_heads_make_the_same_rows_sooner(local_ray: None, tiny_base_dir: Path, tiny_base: Base, storage: Path) -> None:

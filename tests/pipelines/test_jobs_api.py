@@ -100,7 +100,7 @@ def test_distill_train_and_batch_as_submitted_jobs(client: JobSubmissionClient, 
                                   "distill.max_new_tokens=12 distill.held_out=0.4 distill.workers.threads=1")
     folder = storage / "runs" / "submitted"
     rows = read_parts(folder / "distill" / "features", FEATURES)
-    assert distilled["stage"] == "distill" and rows.num_rows == 32 == distilled["figures"]["responses"]
+    assert distilled["stage"] == "distill" and rows.num_rows == 32 == distilled["responses"]
     assert json.loads((folder / "distill" / "provenance.json").read_text(encoding="utf-8"))["git"] is None
 
     trained = result_of(client, f"python -m jobs.train {chain} train.only=hydra train.max_steps=2 train.rows_per_step=4 "
@@ -111,7 +111,7 @@ def test_distill_train_and_batch_as_submitted_jobs(client: JobSubmissionClient, 
     answered = result_of(client, f"python -m jobs.batch {chain} serve.model=plain serve.port={free_port()} "
                                  f"serve.workers.threads=1 batch.input={prompts} batch.output={tmp_path / 'answers'} "
                                  "batch.max_new_tokens=4")
-    assert answered["figures"]["rows"] == 16 and answered["figures"]["errors"] == 0
+    assert answered["rows"] == 16 and answered["errors"] == 0
     assert Path(answered["outputs"]["rows"]).is_relative_to(tmp_path / "answers")
 
 

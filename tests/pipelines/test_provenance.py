@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.config import load_config
-from pipelines.provenance import HIDDEN, provenance, redacted, without_credentials
+from pipelines.provenance import HIDDEN, provenance, redacted, shareable_yaml, without_credentials
 
 
 def test_config_code_versions_machine(tmp_path: Path) -> None:
@@ -26,6 +26,10 @@ def test_secrets_stay_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     config = load_config(None, {"storage": str(tmp_path), "tracking.uri": "http://me:hunter2@host:5000"})
     text = json.dumps(provenance(config))
     assert "hunter2" not in text and "http://host:5000" in text and "bench.max_new_tokens=5" in text
+    path = tmp_path / "config.yaml"
+    path.write_text(shareable_yaml(config), encoding="utf-8")
+    assert "hunter2" not in path.read_text(encoding="utf-8")
+    assert load_config(str(path)).tracking.uri == "http://host:5000"
 
 
 def test_what_counts_as_a_secret() -> None:
@@ -33,3 +37,5 @@ def test_what_counts_as_a_secret() -> None:
     assert redacted(values) == {"api_key": HIDDEN, "hf_token": HIDDEN, "max_new_tokens": 5,
                                 "nested": [{"password": HIDDEN}], "secret": ""}
     assert without_credentials("postgresql://u:p@db/x and http://a@b") == "postgresql://db/x and http://b"
+    assert without_credentials("postgresql://db/x?user=u&password=p&sslmode=on") == (
+        f"postgresql://db/x?user=u&password={HIDDEN}&sslmode=on")

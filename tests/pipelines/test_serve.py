@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import openai
+import psutil
 import pytest
 
 from hydra_core.base import Base
@@ -19,7 +27,7 @@ from hydra_core.decoding import DecodingConfiguration, Request, naive_generate, 
 from hydra_core.errors import InputError
 from hydra_core.tree import Tree, TreeSet
 from pipelines.config import RunConfig, load_config
-from pipelines.serve import ServedApp, build_app, resolve_args, start_app
+from pipelines.serve import ServedApp, build_app, resolve_args, run_serve, start_app
 from tests.trained import overfit_heads, random_prompts
 
 pytestmark = pytest.mark.slow
@@ -132,6 +140,8 @@ def test_concurrent_requests_equal_lone_ones(client: openai.OpenAI, tiny_base: B
     ("completions", {"model": "hydra-heads", "prompt": []}, 400, "prompt"),
     ("completions", {"model": "hydra-heads", "prompt": [5, 99999]}, 400, "prompt_ids"),
     ("completions", {"model": "hydra-heads", "prompt": "x" * 400}, 400, "prompt"),
+    ("completions", {"model": "hydra-heads", "prompt": "half a pair: \ud800"}, 400, "prompt"),
+    ("completions", {"model": "\ud800", "prompt": "x"}, 404, "model"),
     ("completions", {"model": "hydra-heads", "prompt": "x", "max_tokens": 0}, 400, "max_tokens"),
     ("completions", {"model": "hydra-heads", "prompt": "x", "max_tokens": 10**9}, 400, "max_tokens"),
     ("completions", {"model": "hydra-heads", "prompt": "x", "temperature": -1}, 400, "temperature"),
@@ -140,11 +150,14 @@ def test_concurrent_requests_equal_lone_ones(client: openai.OpenAI, tiny_base: B
     ("completions", {"model": "hydra-heads", "prompt": "x", "stop": ["a"] * 5}, 400, "stop"),
     ("chat/completions", {"model": "hydra-heads", "messages": []}, 400, "messages"),
     ("chat/completions", {"model": "hydra-heads", "messages": [{"role": "user"}]}, 400, "messages"),
+    ("chat/completions", {"model": "hydra-heads", "messages": [{"role": "user", "content": "\ud800"}]}, 400, "messages"),
+    ("chat/completions", {"model": "hydra-heads", "messages": [{"role": "\udfff", "content": "x"}]}, 400, "messages"),
     ("chat/completions", {"model": "hydra-heads", "messages": [{"role": "user", "content": "x"}], "tools": [1]}, 400, "tools"),
 ])
 def test_errors_in_openais_shape(app: ServedApp, path: str, body: dict[str, object], status: int, param: str) -> None:
     for stream in (False, True):
-        answer = httpx.post(f"{app.url}/v1/{path}", json=body | {"stream": stream}, timeout=30)
+        answer = httpx.post(f"{app.url}/v1/{path}", content=json.dumps(body | {"stream": stream}), timeout=30,
+                            headers={"Content-Type": "application/json"})  # httpx itself refuses half a surrogate pair
         error = answer.json()["error"]
         assert (answer.status_code, error["param"].split(".")[0]) == (status, param), error
         assert error["type"] == "invalid_request_error" and "Traceback" not in error["message"]
@@ -166,16 +179,6 @@ def test_a_client_that_leaves_frees_its_row(app: ServedApp) -> None:
     pytest.fail("the row is still held")
 
 
-def test_port_in_use_is_told_before_anything_starts(app: ServedApp, config: RunConfig) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        other = config.model_copy(update={"serve": config.serve.model_copy(update={"port": taken.getsockname()[1]})})
-        with pytest.raises(InputError, match=r"serve\.port"):
-            start_app(other)
-    assert httpx.get(f"{app.url}/health").status_code == 200
-
-
 def test_bad_configurations_are_refused_before_serving(config: RunConfig, configuration: Path, tmp_path: Path) -> None:
     def serving(model: str, dtype: str = "fp32") -> RunConfig:
         return config.model_copy(update={"serve": config.serve.model_copy(update={"model": model}),
@@ -194,3 +197,80 @@ def test_bad_configurations_are_refused_before_serving(config: RunConfig, config
     with pytest.raises(InputError, match="nonsense"):
         build_app({"nonsense": 1})
     assert json.loads((configuration / "configuration.json").read_text())["drafter"] == "heads"
+
+
+def command_for(storage: Path, base: Path, port: int) -> list[str]:
+    return [sys.executable, "-m", "jobs.serve", f"storage={storage}", f"base.model={base}", "base.dtype=fp32",
+            "serve.model=plain", f"serve.port={port}", "serve.workers.threads=1"]
+
+
+def environment_of(worker_env: dict[str, str], **marks: str) -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
+    return {**kept, **worker_env, **marks}
+
+
+def marked(mark: str) -> list[str]:
+    """Processes that inherited the environment variable `mark`, whatever they call themselves."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if mark in process.environ():
+                found.append(" ".join(process.cmdline()))
+    return found
+
+
+def test_the_command_serves_until_told_to_stop(tiny_base_dir: Path, storage: Path, tmp_path: Path,
+                                               worker_env: dict[str, str]) -> None:
+    from mlflow.tracking import MlflowClient
+
+    mark = f"HYDRA_TEST_{uuid.uuid4().hex}"
+    log = tmp_path / "stderr"
+    with log.open("wb") as errors:
+        process = subprocess.Popen(command_for(storage, tiny_base_dir, 0), env=environment_of(worker_env, **{mark: "1"}),
+                                   stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 180
+        while not (told := re.search(r"serve: plain answers at (\S+),", log.read_text())) and time.monotonic() < deadline:
+            assert process.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.2)
+        assert told, log.read_text()[-3000:]
+        models = httpx.get(f"{told[1]}/v1/models", timeout=30).json()["data"]
+        assert [(model["id"], model["configuration"]) for model in models] == [("hydra-heads", "plain")]
+        assert len(marked(mark)) > 3  # Ray's processes carry it too
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, log.read_text()[-3000:]
+    assert out.count("\n") == 1
+    result = json.loads(out)
+    assert (result["stage"], result["outputs"]["url"], result["model"]) == ("serve", told[1], "plain")
+    deadline = time.monotonic() + 30
+    while (left := marked(mark)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not left
+    seen = MlflowClient(f"sqlite:///{storage}/mlflow/mlflow.db").get_run(result["run_id"])
+    assert seen.info.status == "FINISHED" and seen.data.tags["hydra_heads.stage"] == "serve"
+    assert (seen.data.params["serves.label"], seen.data.params["serves.configuration"]) == ("plain", "plain")
+    assert seen.data.params["base.dtype"] == "fp32" and seen.data.params["serve.max_batch"] == "8"
+
+
+def test_a_port_in_use_is_the_users_mistake(tiny_base_dir: Path, storage: Path, worker_env: dict[str, str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = subprocess.run(command_for(storage, tiny_base_dir, port), env=environment_of(worker_env), capture_output=True,
+                              text=True, timeout=180)
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and f"serve.port={port}: cannot be bound on 127.0.0.1" in errors[0]
+
+
+def test_a_dead_tracking_server_is_told_before_ray_starts(tiny_base_dir: Path, storage: Path) -> None:
+    config = load_config(None, {"storage": str(storage), "base.model": str(tiny_base_dir), "serve.model": "plain",
+                                "tracking.uri": "http://127.0.0.1:9"})
+    with pytest.raises(InputError, match=r"tracking\.uri=http://127\.0\.0\.1:9"):
+        run_serve(config)

@@ -11,6 +11,7 @@ from hydra_core.errors import InputError
 from pipelines.config import RunConfig, load_config
 from pipelines.stage import (
     StageResult,
+    damaged,
     fingerprint,
     finished,
     read_manifest,
@@ -75,6 +76,59 @@ def test_a_folder_of_another_run_is_never_touched(config: RunConfig, tmp_path: P
     with pytest.raises(InputError, match="not empty"):
         work(config, foreign)
     assert [path.name for path in foreign.iterdir()] == ["thesis.txt"]
+
+
+def test_a_mistake_leaves_nothing_that_refuses_the_corrected_command(config: RunConfig) -> None:
+    root = Path(config.storage)
+    folder = root / "runs" / "default" / "distill"
+
+    def mistaken(write: bool, error: BaseException | None = None) -> None:
+        with pytest.raises((InputError, KeyboardInterrupt)), stage_folder(config, "distill", folder, "0" * 64):
+            (folder / "prompts").mkdir(exist_ok=True)
+            if write:
+                write_text(folder / "prompts" / "rows", "rows")
+            raise error or InputError("row 3")
+
+    mistaken(write=False)
+    assert not (root / "runs").exists()
+    mistaken(write=False, error=KeyboardInterrupt())
+    assert not (root / "runs").exists()
+    work(config, folder)  # other settings: not refused
+    neighbour = root / "runs" / "default" / "train"
+    folder = root / "runs" / "default" / "bench"
+    neighbour.mkdir()
+    mistaken(write=False)
+    assert not folder.exists() and neighbour.exists()
+    mistaken(write=True)  # rows stand: they are this run's, and it may go on
+    with pytest.raises(InputError, match="another run"):
+        work(config, folder)
+    mistaken(write=False)
+    assert (folder / "prompts" / "rows").exists()
+
+
+def test_changed_outputs_go_and_the_others_stay(config: RunConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    with stage_folder(config, "distill", folder, WANTED) as stage:
+        for name in ("a", "b"):
+            write_text(folder / name, name)
+        stage.finish(StageResult("distill", None, {}, {}), [folder / "a", folder / "b"])
+    assert damaged(folder) == []
+    (folder / "b").write_text("c", encoding="utf-8")
+    assert damaged(folder) == [folder / "b"] and finished(folder, WANTED) is None
+    with stage_folder(config, "distill", folder, WANTED):
+        assert sorted(path.name for path in folder.iterdir()) == ["a", "claim.json", "config.yaml", "provenance.json"]
+
+
+def test_figures_are_names_of_the_line(config: RunConfig) -> None:
+    line = json.loads(StageResult("bench", "r", {"report": "/x"}, {"methods": {"plain": {"rows": 3}}, "stage": "mine"}).to_json())
+    assert line == {"stage": "bench", "run_id": "r", "outputs": {"report": "/x"}, "skipped": False,
+                    "methods": {"plain": {"rows": 3}}}
+
+
+def test_saved_settings_hold_no_credentials(config: RunConfig, tmp_path: Path) -> None:
+    secret = load_config(None, {"storage": config.storage, "tracking.uri": "postgresql://me:hunter2@db/x"})
+    work(secret, tmp_path / "out")
+    assert not any("hunter2" in path.read_text(encoding="utf-8") for path in (tmp_path / "out").rglob("*") if path.is_file())
 
 
 def test_broken_manifests_are_told(config: RunConfig, tmp_path: Path) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
+import socket
 import time
 from pathlib import Path
 
 import pytest
+from mlflow.tracking import MlflowClient
 
 from hydra_core.errors import InputError
 from pipelines.config import RunConfig, load_config
-from pipelines.tracking import Tracker, flatten, metric_logger, register, resolve, tracking_uri
+from pipelines.tracking import Tracker, flatten, metric_logger, program, register, resolve, tracking_uri
 
 
 @pytest.fixture
@@ -19,8 +22,6 @@ def config(storage: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
 
 
 def test_children_under_one_parent(config: RunConfig, tmp_path: Path) -> None:
-    from mlflow.tracking import MlflowClient
-
     tracker = Tracker.open(config)
     (tmp_path / "a.txt").write_text("x", encoding="utf-8")
     with tracker.start("train", part="hydra++", params=config.model_dump(mode="json"), fingerprint="f1") as run:
@@ -67,13 +68,71 @@ def test_registry(config: RunConfig, tmp_path: Path) -> None:
             resolve(config, uri, tmp_path)
 
 
-def test_a_dead_server_is_told_at_once(config: RunConfig) -> None:
+@pytest.mark.parametrize("scheme", ["http", "postgresql", "mysql+pymysql"])
+def test_a_dead_server_is_told_at_once(config: RunConfig, scheme: str) -> None:
     started = time.monotonic()
-    with pytest.raises(InputError, match=r"tracking\.uri=http://127\.0\.0\.1:9"):
-        Tracker.open(load_config(None, {"storage": config.storage, "tracking.uri": "http://127.0.0.1:9"}))
+    with pytest.raises(InputError, match=rf"tracking\.uri={re.escape(scheme)}://127\.0\.0\.1:9.*refused"):
+        Tracker.open(load_config(None, {"storage": config.storage, "tracking.uri": f"{scheme}://u:secret@127.0.0.1:9/x"}))
     assert time.monotonic() - started < 10
-    with pytest.raises(InputError, match="cannot be used"):
-        Tracker.open(load_config(None, {"storage": config.storage, "tracking.uri": "nonsense://x"}))
+
+
+def test_a_server_that_takes_connections_and_says_nothing(config: RunConfig) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        started = time.monotonic()
+        with pytest.raises(InputError, match="no MLflow server answers there"):
+            Tracker.open(load_config(None, {"storage": config.storage,
+                                            "tracking.uri": f"http://127.0.0.1:{silent.getsockname()[1]}"}))
+        assert time.monotonic() - started < 8  # the process has to start too
+
+
+def test_a_store_of_no_known_kind(config: RunConfig) -> None:
+    for uri in ("nonsense://x", "postgresql://host:port/x"):
+        with pytest.raises(InputError, match=r"tracking\.uri="):
+            Tracker.open(load_config(None, {"storage": config.storage, "tracking.uri": uri}))
+
+
+def test_every_run_holds_its_settings(config: RunConfig) -> None:
+    secret = config.model_copy(update={"promote": config.promote.model_copy(update={"alias": "http://me:hunter2@x"})})
+    tracker = Tracker.open(secret)
+    with tracker.start("tree") as run:
+        pass
+    client = MlflowClient(tracker.uri)
+    params = client.get_run(run.run_id).data.params
+    assert params["tree.repeats"] == "7" and params["name"] == "chain" and "hunter2" not in str(params)
+    text = Path(client.download_artifacts(run.run_id, "config.yaml", config.storage)).read_text(encoding="utf-8")
+    assert "repeats: 7" in text and "hunter2" not in text
+
+
+def test_the_parent_runs_while_a_child_does(config: RunConfig) -> None:
+    tracker = Tracker.open(config)
+    client = MlflowClient(tracker.uri)
+    status = lambda: client.get_run(tracker.parent()).info.status  # noqa: E731
+    assert status() == "FINISHED"  # a stage that was skipped leaves it so
+    with tracker.start("train"):
+        assert status() == "RUNNING"
+    assert status() == "FINISHED"
+    with pytest.raises(RuntimeError), tracker.start("tree"):
+        raise RuntimeError
+    assert status() == "FAILED"
+    with tracker.start("tree"):
+        pass
+    tracker.end_parent("FAILED")
+    assert status() == "FAILED" and Tracker.open(config).parent() == tracker.parent()
+
+
+def test_programs_of_an_environment_that_is_not_on_the_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    here = tmp_path / "bin"
+    here.mkdir()
+    (here / "tool").write_text("#!/bin/sh\n", encoding="utf-8")
+    (here / "tool").chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(here / "python"))
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    assert program("tool") == [str(here / "tool")]
+    monkeypatch.setenv("PATH", f"{here}:/usr/bin")
+    assert program("tool") == ["tool"]
+    assert program("other", "package.tool") == [str(here / "python"), "-m", "package.tool"]
 
 
 def test_environment_names_the_server(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,19 +12,24 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
+from mlflow import MlflowClient
 
 from hydra_core.base import Base
 from hydra_core.checkpoint import load_checkpoint
 from hydra_core.errors import InputError
 from pipelines.config import RunConfig, load_config, to_yaml
+from pipelines.distill import distilled
 from pipelines.stage import RunPaths
 from pipelines.tracking import Tracker
 from pipelines.train import run_train
-from tests.pipelines.synthetic import write_distilled
+from pipelines.train_loop import restore
+from tests.pipelines.synthetic import write_distilled, write_shard
 
 STEPS, EVERY = 60, 10
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,8 +120,6 @@ def test_training_learns_and_leaves_a_loadable_checkpoint(undisturbed: RunConfig
 
 @pytest.mark.slow
 def test_metrics_are_in_the_tracker(undisturbed: RunConfig) -> None:
-    from mlflow import MlflowClient
-
     stage = json.loads((RunPaths.of(undisturbed).stage("train", "hydra") / "manifest.json").read_text())["result"]
     tracker = Tracker.open(undisturbed)
     client = MlflowClient(tracker.uri)
@@ -186,6 +189,41 @@ def test_a_killed_job_goes_on_where_it_was(tiny_base: Base, tiny_base_dir: Path,
     assert curve[-1]["loss"] < curve[0]["loss"]
     drafter = load_checkpoint(Path(result.outputs["hydra++"]), tiny_base.vocabulary).drafter
     assert {parameter.dtype for parameter in drafter.parameters()} == {torch.float32}  # trained in bf16, loads as asked
+
+
+def test_steps_that_a_kill_kept_from_the_tracker_are_logged_on_resuming(storage: Path, tmp_path: Path,
+                                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill between the last checkpoint and its logging: no later step would bring those up."""
+    monkeypatch.setattr("torch.distributed.barrier", lambda: None)
+    tracker = Tracker.open(load_config(None, {"storage": str(storage)}))
+    run = tracker.start("train")
+    checkpoint = tmp_path / "checkpoint"
+    (checkpoint / "heads").mkdir(parents=True)
+    (checkpoint / "curve.jsonl").write_text("".join(json.dumps({"step": n, "time": 0.0, "loss": 2.0 - n}) + "\n" for n in (0, 1)))
+    figures = {"step": 2, "loss": 1.0, "tokens_per_step": 1.5}
+    (checkpoint / "heads" / "provenance.json").write_text(json.dumps({"training": figures}))
+    shop: Any = SimpleNamespace(
+        engine=SimpleNamespace(load_checkpoint=lambda folder, tag: (folder, {"next_step": 2})), first=True, curve=[], next_step=0,
+        settings=SimpleNamespace(run_id=run.run_id, tracking_uri=tracker.uri, folder=str(tmp_path)))
+    for _ in range(2):  # what is logged already is not logged twice
+        restore(shop, SimpleNamespace(as_directory=lambda: contextlib.nullcontext(str(checkpoint))))
+    client = MlflowClient(tracker.uri)
+    assert [(m.step, m.value) for m in client.get_metric_history(run.run_id, "train.loss")] == [(0, 2.0), (1, 1.0)]
+    assert [(m.step, m.value) for m in client.get_metric_history(run.run_id, "held_out.tokens_per_step")] == [(2, 1.5)]
+    assert shop.next_step == 2 and len(shop.curve) == 2
+
+
+def test_the_data_are_known_by_their_rows_not_by_their_files(tiny_base: Base, tiny_base_dir: Path, storage: Path) -> None:
+    config = make_config(tiny_base_dir, storage, "rows")
+    folder = write_distilled(config, tiny_base, train=8, held_out=4)
+    before = distilled(config)
+    rows = [row for path in sorted(folder.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+    for path in folder.glob("*.parquet"):
+        path.unlink()
+    write_shard(folder / "part-other.parquet", rows[::-1])
+    assert distilled(config) == before
+    write_shard(folder / "part-other.parquet", rows[1:])
+    assert distilled(config) != before
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from mlflow import MlflowClient
 
 from hydra_core.base import Base
 from hydra_core.checkpoint import load_checkpoint, save_checkpoint
@@ -22,6 +23,7 @@ from pipelines.config import RunConfig, load_config
 from pipelines.features import FeatureStore
 from pipelines.stage import RunPaths, StageResult, fingerprint, stage_folder
 from pipelines.step_costs import bushy, medians, verify_seconds
+from pipelines.tracking import Tracker
 from pipelines.train_data import RowReader
 from pipelines.tree import Measured, choose_trees, held_out_ranks, run_tree
 from tests.pipelines.synthetic import write_distilled
@@ -65,9 +67,33 @@ def config(tiny_base: Base, tiny_base_dir: Path, tmp_path_factory: pytest.TempPa
     return config
 
 
+def run_id_of(config: RunConfig, kind: str) -> str:
+    folder = RunPaths.of(config).stage("tree", kind)
+    return str(json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["result"]["run_id"])
+
+
+def test_mistakes_are_told_before_anything_starts(config: RunConfig, tmp_path: Path) -> None:
+    def changed(**tree: object) -> RunConfig:
+        return config.model_copy(update={"tree": config.tree.model_copy(update=tree)})
+
+    with pytest.raises(InputError, match=r"tree\.node_counts: 256 nodes leave no room in a context of 256"):
+        run_tree(changed(node_counts=(1, 256)))
+    weights = RunPaths.of(config).stage("train", "medusa") / "heads" / "model.safetensors"
+    whole = weights.read_bytes()
+    try:
+        weights.write_bytes(whole[:-100])
+        with pytest.raises(InputError, match="is truncated"):
+            run_tree(changed(repeats=4))
+    finally:
+        weights.write_bytes(whole)
+    assert not RunPaths.of(config).stage("tree").exists()
+
+
 @pytest.mark.slow
 def test_the_stage_writes_loadable_heads_with_fitted_trees(config: RunConfig, tiny_base: Base, local_ray: None) -> None:
     result = run_tree(config)
+    inputs = MlflowClient(Tracker.open(config).uri).get_run(run_id_of(config, "medusa")).inputs.dataset_inputs
+    assert {found.dataset.name for found in inputs} == {"features", "medusa heads"}
     again = run_tree(config)
     assert again.skipped and again.outputs == result.outputs and not result.skipped
     for kind in KINDS:

@@ -1,0 +1,74 @@
+"""Serve on the connected Ray cluster: there is one at most, and others may have started it and use it too."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+
+from ray import serve
+from ray.serve.context import _get_global_client  # the public status knows neither address nor routes
+from ray.serve.schema import ApplicationStatus
+
+from hydra_core.errors import InputError
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A running Serve. `applications`: name -> (status, route or None)."""
+
+    host: str
+    port: int
+    applications: dict[str, tuple[str, str | None]]
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+    def check_room(self, name: str, route: str) -> None:
+        """Raise InputError unless an application can be added without taking another one's name or route."""
+        if name in self.applications:
+            raise InputError(f"serve.app_name={name}: an application of that name is {self.applications[name][0]} on this "
+                             "cluster: choose another name or delete it")
+        for other, (_, taken) in self.applications.items():
+            if taken == route:
+                raise InputError(f"serve: application {other} answers at {route} on this cluster already: delete it or "
+                                 "start another cluster")
+
+
+def running_instance() -> Instance | None:
+    """The cluster's Serve, or None where it does not run."""
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return None
+    applications = client.get_serve_details()["applications"]
+    return Instance(client.http_config.host, client.http_config.port, {
+        name: (ApplicationStatus(values["status"]).value, values.get("route_prefix")) for name, values in applications.items()})
+
+
+def start_instance(host: str, port: int) -> Instance:
+    """Start Serve at `host`:`port`, any free port for 0. Raises InputError for a port in use."""
+    port = bindable_port(host, port)
+    try:
+        serve.start(http_options={"host": host, "port": port, "location": "HeadOnly"})
+    except BaseException:
+        end_instance()
+        raise
+    return Instance(host, port, {})
+
+
+def end_instance() -> None:
+    """Shut Serve down unless an application is on it."""
+    found = running_instance()
+    if found is not None and not found.applications:
+        serve.shutdown()
+
+
+def bindable_port(host: str, port: int) -> int:
+    """`port`, or a free one for 0."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise InputError(f"serve.port={port}: cannot be bound on {host} ({error.strerror}): choose another") from None
+        return int(probe.getsockname()[1])
