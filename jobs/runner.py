@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import importlib
+import json
 import os
 import sys
 import traceback
@@ -27,12 +28,15 @@ STAGES = {
     "train": "train draft heads on those rows",
     "tree": "find the draft tree that pays best on this machine",
     "bench": "plain, transformers, n-gram lookup and every drafter on the same prompts",
+    "compare": "benches from MLflow side by side",
     "promote": "register the fastest lossless configuration as champion",
     "serve": "OpenAI-compatible endpoint that decodes speculatively",
     "batch": "offline generation over a prompt file",
 }
 ALIASES = {"bench": {"prompts": "bench.prompts", "heads": "bench.heads", "limit": "bench.limit",
                      "max_new_tokens": "bench.max_new_tokens"}}
+POSITIONAL = {"compare": "compare.runs"}
+"""Stages whose words without `=` are a list of their own."""
 DEFAULT_CONFIGS = {"quickstart": str(Path(__file__).parent / "configs" / "quickstart.yaml")}
 PATH_FIELDS = ("prompts.path", "distill.heads", "bench.prompts", "bench.heads", "batch.input", "batch.output", "serve.model",
                "base.model")
@@ -57,7 +61,7 @@ def run(stage: str, argv: Sequence[str] | None = None) -> int:
         return _mistake(error)
     with _stdout_for_result() as emit:
         try:
-            config = read_config(stage, arguments.config or DEFAULT_CONFIGS.get(stage), arguments.overrides)
+            config = read_config(stage, arguments.config or DEFAULT_CONFIGS.get(stage), _overrides(stage, arguments.overrides))
             if arguments.plan:
                 emit(to_yaml(config) + "".join(f"# {line}\n" for line in describe(config, stage)))
                 return 0
@@ -92,6 +96,13 @@ def find_mistake(error: BaseException) -> InputError | None:
         todo += [inner, *getattr(found, "worker_failures", {}).values(), found.__cause__]
         todo += [found.__context__] if type(found).__module__.startswith("ray.") else []
     return None
+
+
+def _overrides(stage: str, words: Sequence[str]) -> list[str]:
+    """`words` with those of a stage's own list turned into an override."""
+    field = POSITIONAL.get(stage)
+    own = [word for word in words if "=" not in word] if field else []
+    return [word for word in words if word not in own] + ([f"{field}={json.dumps(own)}"] if own else [])
 
 
 def _mistake(error: InputError) -> int:
@@ -153,7 +164,8 @@ def _parser(stage: str) -> argparse.ArgumentParser:
                         help="YAML configuration; without it the defaults (quickstart: its own)")
     parser.add_argument("--plan", action="store_true",
                         help="print the resolved configuration and what would run; start nothing")
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    words = "RUN ... " if stage in POSITIONAL else ""
+    parser.add_argument("overrides", nargs="*", metavar=f"{words}section.field=value")
     return parser
 
 

@@ -62,7 +62,9 @@ def run_bench(config: RunConfig) -> StageResult:
         batches = summarise_batches(read_batches(Path(plan.batch_file)))
         files = _write_report(config, folder, figures, batches, plan)
         for method, values in figures.items():
-            run.log_metrics({f"{method}.{key}": value for key, value in values.items() if isinstance(value, (int, float))})
+            spread = dict(zip(("spread_low", "spread_high"), values["spread"] or (), strict=False))
+            run.log_metrics({f"{method}.{key}": value for key, value in (values | spread).items()
+                             if isinstance(value, (int, float))})
         for path in files:
             run.log_artifact(path)
         return stage.finish(StageResult("bench", run.run_id, {"report": str(folder / "report.json")}, {
@@ -76,6 +78,7 @@ def _plan(config: RunConfig, folder: Path, methods: tuple[str, ...], heads: dict
         base=config.base, cache=str(RunPaths.of(config).cache), rows_file=str(folder / "rows.jsonl"),
         identity_file=str(folder / "identity.jsonl"), batch_file=str(folder / "batch.jsonl"), methods=methods, heads=heads,
         ngram=(ngram.max_match, ngram.min_match, ngram.length), max_new_tokens=bench.max_new_tokens, rounds=bench.rounds,
+        single=bench.single,
         identity_prompts=0 if bench.temperature else bench.identity_prompts, identity_batch=bench.identity_batch,
         identity_formats=bench.identity_formats,
         batch_prompts=bench.batch_prompts, running_batch=bench.running_batch, temperature=bench.temperature,

@@ -49,6 +49,7 @@ class BenchPlan:
     ngram: tuple[int, int, int]
     max_new_tokens: int
     rounds: int
+    single: bool
     identity_prompts: int
     identity_batch: int
     identity_formats: tuple[str, ...]

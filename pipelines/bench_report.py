@@ -23,7 +23,7 @@ def summarise(rows: list[Row], identity: list[IdentityRow]) -> dict[str, Any]:
     the verdicts on the others; `fp32`: verdicts against the naive loop, `naive` in every format that was checked;
     `categories`: tokens per step and ratios of each.
     """
-    methods = list(dict.fromkeys(row.method for row in rows))
+    methods = list(dict.fromkeys(row.method for row in (*rows, *identity)))
     by = {method: [row for row in rows if row.method == method] for method in methods}
     plain_answers = {(row.round, row.question): row.token_ids for row in by.get(PLAIN, [])}
     figures = {}
@@ -34,7 +34,7 @@ def summarise(rows: list[Row], identity: list[IdentityRow]) -> dict[str, Any]:
             "rows": len(own),
             "tokens": sum(len(row.token_ids) for row in own),
             "tokens_per_step": _round(sum(len(row.token_ids) - 1 for row in own) / steps if steps else None),
-            "tokens_per_second": _round(float(np.mean(list(_rates(own).values()))), 2),
+            "tokens_per_second": _round(float(np.mean(list(_rates(own).values()))), 2) if own else None,
             "speed_vs_plain": _ratio(own, by.get(PLAIN, [])),
             "speed_vs_transformers": _ratio(own, by.get(TRANSFORMERS, [])),
             "decode_speed_vs_plain": _ratio(own, by.get(PLAIN, []), prefill=False),

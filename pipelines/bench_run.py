@@ -38,7 +38,8 @@ def measure(plan: BenchPlan, questions: list[Question]) -> None:
     speak()
     torch.set_num_threads(plan.threads)
     done = {(row.round, row.question, row.method) for row in read_rows(Path(plan.rows_file))}
-    todo = [(number, turn, question) for number in range(plan.rounds) for turn, question in enumerate(questions)
+    rounds = range(plan.rounds if plan.single else 0)
+    todo = [(number, turn, question) for number in rounds for turn, question in enumerate(questions)
             if any((number, question.id, method) not in done for method in plan.methods)]
     if todo:
         contenders = _contenders(plan, questions)

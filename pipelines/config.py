@@ -162,6 +162,7 @@ class BenchSection(Section):
     methods: tuple[str, ...] = Field(
         (), description="contenders besides plain; empty: transformers, ngram, every drafter found and combined; "
                         "transformers-lookup is one more")
+    single: bool = Field(True, description="decode one request at a time; false: only identity and throughput")
     identity_prompts: int = Field(8, ge=0, description="prompts on which fp32 identity is checked for every drafter")
     identity_batch: int = Field(8, ge=0, description="also in a running batch of so many rows, staggered; 0: no")
     identity_formats: tuple[Literal["fp32", "bf16", "int4"], ...] = Field(
@@ -171,6 +172,12 @@ class BenchSection(Section):
     temperature: float = Field(0.0, ge=0, description="above 0 answers are sampled, and transformers is left out")
     shared_noise: bool = Field(True, description="rank drafts by the draws own noise")
     threads: int = Field(2, ge=1)
+
+
+class CompareSection(Section):
+    """Benches side by side."""
+
+    runs: tuple[str, ...] = Field((), description="MLflow run ids, or names of runs (`name=`): their latest bench")
 
 
 class PromoteSection(Section):
@@ -234,6 +241,7 @@ class RunConfig(Section):
     tree: TreeSection = TreeSection()
     ngram: NgramSection = NgramSection()
     bench: BenchSection = BenchSection()
+    compare: CompareSection = CompareSection()
     promote: PromoteSection = PromoteSection()
     serve: ServeSection = ServeSection()
     batch: BatchSection = BatchSection()

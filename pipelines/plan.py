@@ -81,5 +81,9 @@ def _batch(config: RunConfig) -> list[str]:
             f"-> {batch.output or RunPaths.of(config).stage('batch')} ({batch.format})"]
 
 
-_STEPS = {"distill": _distill, "train": _train, "tree": _tree, "bench": _bench, "promote": _promote, "serve": _serve,
-          "batch": _batch}
+def _compare(config: RunConfig) -> list[str]:
+    return [f"the benches of {', '.join(config.compare.runs) or 'no run yet: name two or more'}, read from MLflow"]
+
+
+_STEPS = {"distill": _distill, "train": _train, "tree": _tree, "bench": _bench, "compare": _compare, "promote": _promote,
+          "serve": _serve, "batch": _batch}

@@ -256,6 +256,18 @@ def test_stopped_and_gone_on_with(local_ray: None, tiny_base_dir: Path, tiny_bas
 
 
 @pytest.mark.slow
+def test_identity_alone_in_other_formats(local_ray: None, tiny_base_dir: Path, heads: Path, tmp_path: Path) -> None:
+    """Nothing is timed one request at a time; every format has its own naive loop."""
+    result = run_bench(config_for(tiny_base_dir, tmp_path, SPEC_BENCH, bench__heads=str(heads), bench__single=False,
+                                  bench__identity_formats=["fp32", "bf16"], bench__methods=["ngram", "combined"]))
+    methods = result.figures["methods"]
+    assert set(methods) == {"plain", "ngram", "combined"} and not read_rows(tmp_path / "runs/default/bench/rows.jsonl")
+    for values in methods.values():
+        assert values["rows"] == 0 and values["speed_vs_plain"] is None and values["fp32"]["identical"] == 4
+        assert values["naive"].keys() == {"fp32", "bf16"} and values["naive"]["bf16"]["answers"] == 4
+
+
+@pytest.mark.slow
 def test_sampled_with_and_without_the_draws_own_noise(local_ray: None, tiny_base_dir: Path, heads: Path,
                                                       tmp_path: Path) -> None:
     reached = {}
