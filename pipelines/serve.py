@@ -6,6 +6,8 @@ import dataclasses
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -110,29 +112,42 @@ def start_app(config: RunConfig, args: AppArgs | None = None) -> ServedApp:
 
 
 def run_serve(config: RunConfig) -> StageResult:
-    """Serve until SIGINT or SIGTERM, then shut the application down."""
+    """Serve until SIGINT or SIGTERM, then shut the application down; either one while it starts is an interrupt."""
     tracker = Tracker.open(config)
     args = resolve_args(config)
-    with ensure_ray(config):
+    with ensure_ray(config), _signals() as (started, stopped):
         app = start_app(config, args)
+        started.set()
         try:
             with tracker.start(STAGE, params={"serves": {"label": app.label, **asdict(serving_of(args))}}) as run:
                 print(f"serve: {app.label} answers at {app.url}, for example\n"
                       f"  curl {app.url}/v1/chat/completions -H 'Content-Type: application/json' -d "
                       f"'{{\"model\": \"{app.name}\", \"messages\": [{{\"role\": \"user\", \"content\": \"Hello\"}}]}}'",
                       file=sys.stderr, flush=True)
-                _wait_for_signal()
+                while not stopped.wait(1.0):
+                    pass
         finally:
             app.stop()
     return StageResult(STAGE, run.run_id, {"url": app.url}, {"model": app.label})
 
 
-def _wait_for_signal() -> None:
-    stop = threading.Event()
-    previous = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+@contextmanager
+def _signals() -> Iterator[tuple[threading.Event, threading.Event]]:
+    """Events `started`, for the caller to set, and `stopped`, which SIGINT and SIGTERM set from then on; before it they
+    raise KeyboardInterrupt.
+
+    Inside a cluster's connection only: Ray sets a handler of its own as it connects, which aborts.
+    """
+    started, stopped = threading.Event(), threading.Event()
+
+    def handle(*_: Any) -> None:
+        if not started.is_set():
+            raise KeyboardInterrupt
+        stopped.set()
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        while not stop.wait(1.0):
-            pass
+        yield started, stopped
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -47,8 +47,10 @@ class FusedDecoder:
         self.head_width = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         self.eps = config.rms_norm_eps
         self.embedding = model.model.embed_tokens.weight.detach()
-        self.final_norm = model.model.norm.weight.detach()
-        self.layers = [_take_weights(layer, f"model.layers.{number}", codes)
+        # the stream that every layer adds to is kept in float32: in bf16 its few large values would swallow what is added
+        self.stream = torch.promote_types(self.embedding.dtype, torch.float32)
+        self.final_norm = model.model.norm.weight.detach().to(self.stream)
+        self.layers = [_take_weights(layer, f"model.layers.{number}", codes, self.stream)
                        for number, layer in enumerate(model.model.layers)]
         rotary = model.model.rotary_emb
         self.rotary = Rotary(rotary.inv_freq, rotary.attention_scaling, self.embedding.dtype)
@@ -83,18 +85,19 @@ class FusedDecoder:
         width = self.embedding.shape[1]
         cos, sin = self.rotary.at(step.positions)
         mask = grouped_mask(step.mask, self.heads // self.kv_heads)
-        hidden = F.embedding(ids, self.embedding)
+        kind = self.embedding.dtype
+        hidden = F.embedding(ids, self.embedding).to(self.stream)
         for index, layer in enumerate(self.layers):
-            normed = F.rms_norm(hidden, (width,), layer.input_norm, self.eps)
+            normed = F.rms_norm(hidden, (width,), layer.input_norm, self.eps).to(kind)
             mixed = cached_attention(layer.qkv(normed), self.heads, cache, index, step, cos, sin, mask, layer.head_norms)
             hidden = hidden + layer.output(mixed)
-            normed = F.rms_norm(hidden, (width,), layer.mlp_norm, self.eps)
+            normed = F.rms_norm(hidden, (width,), layer.mlp_norm, self.eps).to(kind)
             gate, up = layer.gate_up(normed).chunk(2, dim=-1)
             hidden = hidden + layer.down(F.silu(gate) * up)
-        return F.rms_norm(hidden, (width,), self.final_norm, self.eps)
+        return F.rms_norm(hidden, (width,), self.final_norm, self.eps).to(kind)
 
 
-def _take_weights(layer: Any, name: str, codes: Mapping[str, Q4Matrix] | None) -> LayerWeights:
+def _take_weights(layer: Any, name: str, codes: Mapping[str, Q4Matrix] | None, stream: torch.dtype) -> LayerWeights:
     attention = layer.self_attn
     norms = None
     if getattr(attention, "q_norm", None) is not None:
@@ -107,11 +110,11 @@ def _take_weights(layer: Any, name: str, codes: Mapping[str, Q4Matrix] | None) -
         return _joined(modules, found or None)
 
     return LayerWeights(
-        input_norm=layer.input_layernorm.weight.detach(),
+        input_norm=layer.input_layernorm.weight.detach().to(stream),
         qkv=joined("self_attn", "q_proj", "k_proj", "v_proj"),
         head_norms=norms,
         output=joined("self_attn", "o_proj"),
-        mlp_norm=layer.post_attention_layernorm.weight.detach(),
+        mlp_norm=layer.post_attention_layernorm.weight.detach().to(stream),
         gate_up=joined("mlp", "gate_proj", "up_proj"),
         down=joined("mlp", "down_proj"),
     )

@@ -7,9 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from hydra_core.base import EMBEDDED_BASE, Base, load_base
+from hydra_core.base import EMBEDDED_BASE, Base, load_base, resolve_base
+from hydra_core.base.q4_1 import load_codes
 from hydra_core.decoding import Engine, Request, compare, naive_generate
-from hydra_core.drafters import DraftVocab, HeadDrafter, HeadsConfig, NgramDrafter, build_drafter
+from hydra_core.drafters import (
+    AdaptiveDrafter,
+    Drafter,
+    DraftVocab,
+    HeadDrafter,
+    HeadsConfig,
+    NgramDrafter,
+    build_drafter,
+)
 from hydra_core.training.model import HeadTraining
 from hydra_core.training.packing import FeatureRow, pack_rows
 from hydra_core.tree import Tree, TreeSet
@@ -66,12 +75,14 @@ def heads(base: Base, requests: list[Request], reference: dict[str, tuple[int, .
     return made
 
 
-@pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize("kind", ["plain", "ngram", "medusa", "hydra", "hydra++"])
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("kind", ["plain", "ngram", "medusa", "hydra", "hydra++", "combined"])
 def test_fp32_answers_are_the_naive_loops(base: Base, cache: Path, requests: list[Request], heads: dict[str, HeadDrafter],
                                           reference: dict[str, tuple[int, ...]], kind: str, rows: int) -> None:
     """Token for token, or parted at a near-tie that float64 shows to be one; alone and joining a running batch."""
-    drafter = heads.get(kind) or (NgramDrafter() if kind == "ngram" else None)
+    drafter: Drafter | None = heads.get(kind) or (NgramDrafter() if kind == "ngram" else None)
+    if kind == "combined":
+        drafter = AdaptiveDrafter(heads["hydra++"], NgramDrafter())
     engine = Engine(base, drafter, TreeSet({1: TREE}) if kind in heads else None, max_batch=rows, context_limit=256)
     waiting, results, steps = list(requests), [], 0
     while waiting or engine.has_work:
@@ -88,6 +99,22 @@ def test_fp32_answers_are_the_naive_loops(base: Base, cache: Path, requests: lis
     assert sum(result.token_ids == reference[result.id] for result in results) >= len(requests) - 1
     if kind in ("hydra", "hydra++"):
         assert sum(len(r.token_ids) - 1 for r in results) > 1.1 * sum(r.steps for r in results)
+
+
+def test_the_checkpoints_own_codes(base: Base, cache: Path, requests: list[Request]) -> None:
+    """int4 holds the file's codes: its hidden states are those of fp32 but for bf16's roundings, and its small drafts
+    round as its plain decoding does."""
+    packed = load_base(EMBEDDED_BASE, dtype="int4", cache=cache)
+    codes = load_codes(resolve_base(EMBEDDED_BASE, cache).folder)
+    assert codes is not None and len(codes) == 7 * 30
+    for request in requests[:2]:
+        ours, wanted = (which.hidden_states([list(request.prompt_ids)])[0].float() for which in (packed, base))
+        assert float((ours - wanted).norm() / wanted.norm()) < 0.05
+    exact = load_base(EMBEDDED_BASE, dtype="int4", cache=cache, widen=True)
+    for request in requests:
+        reference = naive_generate(packed, request)
+        result = Engine(packed, NgramDrafter(length=7), max_batch=1, context_limit=256).generate([request])[0]
+        assert compare(exact, request.prompt_ids, reference.token_ids, result.token_ids).verdict != "different"
 
 
 def test_base_is_what_it_says(base: Base) -> None:

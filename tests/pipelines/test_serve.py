@@ -256,6 +256,31 @@ def test_the_command_serves_until_told_to_stop(tiny_base_dir: Path, storage: Pat
     assert seen.data.params["base.dtype"] == "fp32" and seen.data.params["serve.max_batch"] == "8"
 
 
+def test_told_to_stop_while_it_starts(tiny_base_dir: Path, storage: Path, tmp_path: Path, worker_env: dict[str, str]) -> None:
+    """As an orchestrator does that has changed its mind: no abort, and nothing left running."""
+    mark, log = f"HYDRA_TEST_{uuid.uuid4().hex}", tmp_path / "stderr"
+    with log.open("wb") as errors:
+        process = subprocess.Popen(command_for(storage, tiny_base_dir, 0), env=environment_of(worker_env, **{mark: "1"}),
+                                   stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 180
+        while "keys and values of" not in log.read_text() and time.monotonic() < deadline:  # a replica is being made
+            assert process.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    told = log.read_text()
+    assert (process.returncode, out) == (1, "") or "answers at" in told, told[-3000:]
+    assert "serve: interrupted" in told or "answers at" in told
+    deadline = time.monotonic() + 30
+    while (left := marked(mark)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not left
+
+
 def test_a_port_in_use_is_the_users_mistake(tiny_base_dir: Path, storage: Path, worker_env: dict[str, str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
