@@ -32,8 +32,8 @@ def workspace_bytes(base: Base, rows: int, slots: int, nodes: int) -> int:
     logits = rows * nodes * base.vocab_size * (item + 4)
     inner = getattr(config, "intermediate_size", None) or 4 * base.vocabulary.width
     tokens = min(IDLE_TOKENS, rows * min(slots, CHUNK))
-    mask = tokens * slots * item * (1 + config.num_attention_heads // (getattr(config, "num_key_value_heads", None)
-                                                                      or config.num_attention_heads))
+    heads = getattr(config, "num_attention_heads", None) or 1
+    mask = tokens * slots * item * (1 + heads // (getattr(config, "num_key_value_heads", None) or heads))
     return int(logits + tokens * (6 * base.vocabulary.width + 3 * inner) * item + mask)
 
 
