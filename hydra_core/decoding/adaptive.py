@@ -120,7 +120,7 @@ class AdaptiveSession(PlainSession):
         else:
             self._idle += 1
         self._kinds = grown.kinds
-        return Proposal(grown.tokens, grown.forest)
+        return Proposal(grown.tokens, grown.forest, grown.seconds)
 
     def _copied(self, batch: int, device: torch.device) -> Copied | None:
         """What the text of each row would go on with, or None where no row finds anything."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from hydra_core.base.model import Base
 from hydra_core.decoding.accept import Accepted, accept, accept_walking
 from hydra_core.decoding.choose import Chooser, choose, token_logprob
+from hydra_core.decoding.clock import Clock, StepTimes
 from hydra_core.decoding.memory import check_memory
 from hydra_core.decoding.propose import Proposal
 from hydra_core.decoding.records import FinishReason, Request, Result, StepOutput, TokenLogprob
@@ -64,6 +65,7 @@ class Engine:
         self.roots = torch.zeros(max_batch, dtype=torch.int64, device=base.device)
         self.scheduler = Scheduler(max_batch, self.context_limit, base.branching)
         self.choosers: dict[str, Chooser] = {}  # by request id, for the rows that run
+        self.clock = Clock()
         self._last_hidden = EMPTY  # [P, D]: of the prompts going in, where their last token is reached
 
     @property
@@ -77,6 +79,11 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
+
+    @property
+    def times(self) -> StepTimes:
+        """Where the time went, from the first request on."""
+        return self.clock.read()
 
     def check(self, request: Request) -> None:
         """Raise InputError when `request` cannot be decoded here."""
@@ -97,13 +104,20 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[StepOutput]:
         """Advance every decoding row by one verified tree, and the prompts that are going in by one chunk."""
-        outputs = self._drop_cancelled() + self._prefill()
+        phase = self.clock.phase
+        outputs = self._drop_cancelled()
+        with phase("prefill"):
+            outputs += self._prefill()
         if not self.scheduler.decoding:
             return outputs
-        proposal = self._propose()
-        hidden, logits = self._verify(proposal)
-        accepted = self._accept(proposal, logits)
-        return outputs + self._commit(proposal, hidden, accepted)
+        with phase("draft"):
+            proposal = self._propose()
+        with phase("verify"):
+            hidden, logits = self._verify(proposal)
+        with phase("accept"):
+            accepted = self._accept(proposal, logits)
+        with phase("commit"):
+            return outputs + self._commit(proposal, hidden, accepted)
 
     def generate(self, requests: Sequence[Request]) -> list[Result]:
         """Decode all of them; results in the order given. Raises InputError before any work if one is bad, or if two
@@ -184,9 +198,9 @@ class Engine:
         self.session.observe(span, hidden[batch, accepted.path], accepted.counts)
         for row, drafts, tokens in zip(rows, (proposal.tokens[:, 1:] >= 0).sum(-1).tolist(), accepted.emitted,
                                        strict=True):
-            row.steps += 1
             row.drafted += drafts
-            row.accepted += len(tokens) - 1
+            row.accepted_lengths[len(tokens) - 1] += 1
+        self.clock.count(proposal.seconds)
         return self._emit(0, accepted.emitted, accepted.logprobs)
 
     # -- prompts go in -----------------------------------------------------------------------------------------------
@@ -358,6 +372,9 @@ def _root_positions(rows: Sequence[Row]) -> list[int]:
 def _result(row: Row, reason: FinishReason) -> Result:
     now = time.perf_counter()
     began = row.first_token or now
-    return Result(row.request.id, row.request.prompt_ids, tuple(row.tokens), reason, row.steps, row.drafted,
-                  row.accepted, began - row.started, now - began,
-                  tuple(row.logprobs) if row.request.logprobs is not None else None, row.request.lossy_typical is not None)
+    lengths = tuple(row.accepted_lengths[length] for length in range(max(row.accepted_lengths, default=-1) + 1))
+    accepted = sum(length * steps for length, steps in enumerate(lengths))
+    return Result(row.request.id, row.request.prompt_ids, tuple(row.tokens), reason, sum(lengths), row.drafted, accepted,
+                  began - row.started, now - began,
+                  tuple(row.logprobs) if row.request.logprobs is not None else None,
+                  row.request.lossy_typical is not None, lengths)

@@ -85,13 +85,14 @@ def add_copied(known: Candidates, copied: Copied, rates: Rates, sampled: Tensor)
 @dataclass(frozen=True)
 class Grown:
     """The nodes that are worth verifying: `tokens`, `kinds` [B, N] int64; their `forest`; `gain`: expected tokens of all
-    rows over the seconds of the step."""
+    rows over the seconds of the step; `expected`: tokens a row; `seconds`: of the step."""
 
     tokens: Tensor
     kinds: Tensor
     forest: Forest
     gain: float
     expected: float
+    seconds: float
 
 
 def select(candidates: Candidates, seconds: Tensor) -> Grown:
@@ -110,4 +111,4 @@ def select(candidates: Candidates, seconds: Tensor) -> Grown:
     parents[:, 0] = -1
     forest = Forest.of(parents, min(candidates.depth, best))
     return Grown(candidates.tokens.gather(1, kept), candidates.kinds.gather(1, kept), forest, float(rates[best]),
-                 float(expected[best]) / len(kept))
+                 float(expected[best]) / len(kept), float(seconds[best]))

@@ -43,4 +43,5 @@ def naive_generate(base: Base, request: Request, context_limit: int | None = Non
             hidden = base.forward(token, cache, (0, 1), chain(1))
             cache.lengths[0] += 1
     return Result(request.id, request.prompt_ids, tuple(tokens), reason, steps=len(tokens) - 1,
-                  logprobs=tuple(logprobs) if request.logprobs is not None else None)
+                  logprobs=tuple(logprobs) if request.logprobs is not None else None,
+                  accepted_lengths=(len(tokens) - 1,) if len(tokens) > 1 else ())

@@ -19,10 +19,12 @@ from hydra_core.tree.topology import Tree, TreeSet, chain
 
 @dataclass(frozen=True)
 class Proposal:
-    """`tokens`: [B, N] int64, node 0 the root, -1 where nothing was drafted; `forest`: its shape."""
+    """`tokens`: [B, N] int64, node 0 the root, -1 where nothing was drafted; `forest`: its shape; `seconds`: what the step
+    is foretold to take, 0 where nobody foretells it."""
 
     tokens: Tensor
     forest: Forest
+    seconds: float = 0.0
 
 
 class Session(Protocol):

@@ -147,7 +147,8 @@ class Result:
 
     `steps`: base forwards after prefill; `drafted`, `accepted`: draft nodes verified and kept; `prefill_seconds`:
     from admission to the first token; `decode_seconds`: from then on, shared with the rows beside it; `logprobs`: one a
-    token, None when not asked for; `lossy`: the request asked for a mode that changes answers.
+    token, None when not asked for; `lossy`: the request asked for a mode that changes answers; `accepted_lengths`: steps
+    that accepted 0, 1, 2, ... drafts, up to the most there were.
     """
 
     id: str
@@ -161,6 +162,7 @@ class Result:
     decode_seconds: float = 0.0
     logprobs: tuple[TokenLogprob, ...] | None = None
     lossy: bool = False
+    accepted_lengths: tuple[int, ...] = ()
 
     @property
     def tokens_per_step(self) -> float:

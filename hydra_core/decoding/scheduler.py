@@ -9,7 +9,7 @@ Rows have no holes: whoever leaves is replaced by the last of its kind, and the 
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -39,9 +39,9 @@ class Row:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     first_token: float = 0.0
-    steps: int = 0
     drafted: int = 0
-    accepted: int = 0
+    accepted_lengths: Counter[int] = field(default_factory=Counter)
+    """How many steps accepted so many drafts."""
 
 
 @dataclass(frozen=True)

@@ -370,3 +370,18 @@ def test_answers_as_text(tiny_base: Base, make_engine: Callable[..., Engine]) ->
     assert make_engine("hydra").answer(["two"], max_new_tokens=12, stop=(stop,)) == [plain[1][:plain[1].index(stop)]]
     with pytest.raises(InputError, match="prompt: is empty"):
         Engine(tiny_base).answer([""])
+
+
+@pytest.mark.parametrize("name", ["plain", "ngram", "hydra", "adaptive"])
+def test_times_and_accepted_lengths_add_up(make_engine: Callable[..., Engine], name: str) -> None:
+    engine = make_engine(name, max_batch=3)
+    results = engine.generate(requests_for(random_prompts(6)))
+    for result in results:
+        assert sum(result.accepted_lengths) == result.steps
+        assert sum(length * steps for length, steps in enumerate(result.accepted_lengths)) == result.accepted
+        assert result.accepted_lengths == () or result.accepted_lengths[-1] > 0
+    times = engine.times
+    assert max(result.steps for result in results) <= times.steps <= sum(result.steps for result in results)
+    assert min(times.prefill, times.draft, times.verify, times.accept, times.commit) > 0
+    assert (times.predicted > 0) == (name in ("ngram", "adaptive")), "grown trees foretell what a step takes"
+    assert engine.times - times == type(times)()
