@@ -65,7 +65,7 @@ def run(stage: str, argv: Sequence[str] | None = None) -> int:
             if arguments.plan:
                 emit(to_yaml(config) + "".join(f"# {line}\n" for line in describe(config, stage)))
                 return 0
-            emit(_pipeline(stage)(config).to_json() + "\n")
+            emit(_pipeline(stage)(_with_format(config, stage)).to_json() + "\n")
             return 0
         except KeyboardInterrupt:
             print(f"{stage}: interrupted; run the same command again to go on", file=sys.stderr)
@@ -149,6 +149,15 @@ def inside_submitted_job() -> bool:
     RAY_ADDRESS says nothing: people export it where they submit from.
     """
     return bool(os.environ.get(JOB_VARIABLE)) or UNPACKED in f"{Path.cwd().as_posix()}/"
+
+
+def _with_format(config: RunConfig, stage: str) -> RunConfig:
+    """`config` with the weight format chosen, where that is left to us and the stage has a base."""
+    if config.base.dtype != "auto" or stage == "compare":
+        return config
+    from pipelines.base_format import resolve_format  # which needs Ray, as few commands do that fail or only plan
+
+    return resolve_format(config, stage)
 
 
 def _pipeline(stage: str) -> Callable[[RunConfig], StageResult]:

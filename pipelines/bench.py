@@ -1,4 +1,4 @@
-"""`bench`: plain decoding, transformers, n-gram lookup and every trained drafter on the same prompts in one run."""
+"""`bench`: plain decoding, transformers, n-gram lookup, every trained drafter and others on the same prompts in one run."""
 
 from __future__ import annotations
 
@@ -14,10 +14,28 @@ from hydra_core.decoding import check_heads
 from hydra_core.errors import InputError
 from pipelines.bench_batch import read_batches, summarise_batches
 from pipelines.bench_identity import read_identity
-from pipelines.bench_plan import COMBINED, LOOKUP, NGRAM, PLAIN, TRANSFORMERS, BenchPlan, read_rows
+from pipelines.bench_llama import check_llama
+from pipelines.bench_load import read_load, summarise_load
+from pipelines.bench_load_report import load_markdown, load_metrics, plot_load, print_load
+from pipelines.bench_memory import memory_markdown, read_memory
+from pipelines.bench_plan import (
+    COMBINED,
+    LLAMA,
+    LOOKUP,
+    NGRAM,
+    PLAIN,
+    SWEEP,
+    TRANSFORMERS,
+    BenchPlan,
+    read_rows,
+    split_sweep,
+    sweep_tree,
+)
+from pipelines.bench_plots import draw
 from pipelines.bench_questions import load_questions
-from pipelines.bench_report import batch_markdown, category_markdown, markdown, plot, print_table, summarise
+from pipelines.bench_report import batch_markdown, category_markdown, markdown, metrics_of, print_table, summarise
 from pipelines.bench_run import measure
+from pipelines.bench_steps import print_steps, steps_markdown
 from pipelines.cluster import ensure_ray, measuring_resources
 from pipelines.config import RunConfig
 from pipelines.contracts import content_id
@@ -35,6 +53,7 @@ from pipelines.stage import (
 from pipelines.tracking import Tracker
 
 ERRORS = "errors.jsonl"
+MEMORY = "memory.json"
 HEADS_FILES = ("model.safetensors", "tree.json")
 
 
@@ -43,12 +62,13 @@ def run_bench(config: RunConfig) -> StageResult:
     paths = RunPaths.of(config)
     known = find_heads(config)
     methods = _methods(config, known)
-    heads = known if COMBINED in methods else {name: known[name] for name in methods if name in known}
+    asked = {split_sweep(method, known)[0] for method in methods}
+    heads = known if COMBINED in methods else {name: folder for name, folder in known.items() if name in asked}
     tracker = Tracker.open(config)
     folder, wanted = paths.stage("bench"), bench_fingerprint(config, known)
     if (done := finished(folder, wanted)) is not None:
         return done
-    _check_heads(config, heads)
+    _check(config, methods, heads)
     questions, errors = load_questions(config)
     plan = _plan(config, folder, methods, heads)
     with (stage_folder(config, "bench", folder, wanted) as stage, ensure_ray(config),
@@ -60,28 +80,30 @@ def run_bench(config: RunConfig) -> StageResult:
         write_text(folder / ERRORS, "".join(json.dumps(error) + "\n" for error in errors))
         figures = summarise(read_rows(Path(plan.rows_file)), read_identity(Path(plan.identity_file)))
         batches = summarise_batches(read_batches(Path(plan.batch_file)))
-        files = _write_report(config, folder, figures, batches, plan)
-        for method, values in figures.items():
-            spread = dict(zip(("spread_low", "spread_high"), values["spread"] or (), strict=False))
-            run.log_metrics({f"{method}.{key}": value for key, value in (values | spread).items()
-                             if isinstance(value, (int, float))})
+        load = summarise_load(read_load(Path(plan.load_file)))
+        files = _write_report(config, folder, figures, batches, load, plan)
+        run.log_metrics(load_metrics(load))
+        memory = {name: value for name, value in read_memory(Path(plan.memory_file)).items() if isinstance(value, int)}
+        run.log_metrics(metrics_of(figures) | memory)
         for path in files:
             run.log_artifact(path)
         return stage.finish(StageResult("bench", run.run_id, {"report": str(folder / "report.json")}, {
             "questions": len(questions), "errors": len(errors), "methods": figures,
-            **({"batch": batches} if batches else {})}), files)
+            **({"batch": batches} if batches else {}), **({"load": load} if load else {})}), files)
 
 
 def _plan(config: RunConfig, folder: Path, methods: tuple[str, ...], heads: dict[str, str]) -> BenchPlan:
     bench, ngram = config.bench, config.ngram
     return BenchPlan(
         base=config.base, cache=str(RunPaths.of(config).cache), rows_file=str(folder / "rows.jsonl"),
-        identity_file=str(folder / "identity.jsonl"), batch_file=str(folder / "batch.jsonl"), methods=methods, heads=heads,
+        identity_file=str(folder / "identity.jsonl"), batch_file=str(folder / "batch.jsonl"),
+        load_file=str(folder / "load.jsonl"), memory_file=str(folder / MEMORY), methods=methods, heads=heads,
         ngram=(ngram.max_match, ngram.min_match, ngram.length), max_new_tokens=bench.max_new_tokens, rounds=bench.rounds,
-        single=bench.single,
+        turns=bench.turns, single=bench.single,
         identity_prompts=0 if bench.temperature else bench.identity_prompts, identity_batch=bench.identity_batch,
         identity_formats=bench.identity_formats,
-        batch_prompts=bench.batch_prompts, running_batch=bench.running_batch, temperature=bench.temperature,
+        batch_prompts=bench.batch_prompts, running_batch=bench.running_batch, load=bench.load,
+        load_requests=bench.load_requests, temperature=bench.temperature,
         shared_noise=bench.shared_noise, threads=bench.threads)
 
 
@@ -91,6 +113,8 @@ def bench_fingerprint(config: RunConfig, heads: dict[str, str]) -> str:
     upstream = {"base": resolved.digest}
     for name, folder in heads.items():
         upstream |= {f"{name}/{file}": _digest(Path(folder) / file) for file in HEADS_FILES}
+        if any(split_sweep(method, heads)[0] == name != method for method in config.bench.methods):
+            upstream[f"{name}/{SWEEP}"] = _digest(Path(folder) / SWEEP)
     if config.bench.prompts:
         path = Path(config.bench.prompts)
         if not path.is_file():
@@ -105,12 +129,19 @@ def bench_fingerprint(config: RunConfig, heads: dict[str, str]) -> str:
 
 def _digest(path: Path) -> str:
     if not path.is_file():
-        raise InputError(f"bench.heads={path.parent}: is no whole heads checkpoint: {path.name} is missing")
+        again = ": run `hydra-heads tree` again" if path.name == SWEEP else ""
+        raise InputError(f"bench.heads={path.parent}: is no whole heads checkpoint: {path.name} is missing{again}")
     return file_digest(path)
 
 
-def _check_heads(config: RunConfig, heads: dict[str, str]) -> None:
-    """Raise InputError unless every checkpoint loads on this base: told before anything runs, not in the middle."""
+def _check(config: RunConfig, methods: tuple[str, ...], heads: dict[str, str]) -> None:
+    """Raise InputError unless llama.cpp is there where it is asked for, and every checkpoint loads on this base: told before
+    anything runs, not in the middle."""
+    if LLAMA in methods:
+        check_llama(config.base.model)
+    for name, nodes in (split_sweep(method, heads) for method in methods):
+        if nodes is not None:
+            sweep_tree(Path(heads[name]), nodes)
     if not heads:
         return
     vocabulary = load_vocabulary(config.base.model, dtype=config.base.dtype, cache=RunPaths.of(config).cache)
@@ -152,24 +183,31 @@ def find_heads(config: RunConfig) -> dict[str, str]:
 
 
 def _methods(config: RunConfig, heads: dict[str, str]) -> tuple[str, ...]:
-    foreign = () if config.bench.temperature else (TRANSFORMERS, LOOKUP)
-    known = (PLAIN, *foreign, NGRAM, *heads, *((COMBINED,) if heads else ()))
-    asked = config.bench.methods or tuple(method for method in known if method != LOOKUP)
+    theirs, llama = ((), ()) if config.bench.temperature else ((TRANSFORMERS, LOOKUP), (LLAMA,))
+    known = (PLAIN, *theirs, NGRAM, *heads, *((COMBINED,) if heads else ()), *llama)
+    asked = config.bench.methods or tuple(method for method in known if method not in (LOOKUP, LLAMA))
     for method in asked:
-        if method not in known:
-            raise InputError(f"bench.methods: {method!r} is none of {', '.join(known)} (heads must be trained first)")
+        if method not in known and split_sweep(method, heads)[0] not in heads:
+            raise InputError(f"bench.methods: {method!r} is none of {', '.join(known)} (heads must be trained first), "
+                             "nor NAME@N of a trained drafter NAME and a number of nodes N")
     return tuple(dict.fromkeys((PLAIN, *asked)))
 
 
 def _write_report(config: RunConfig, folder: Path, figures: dict[str, Any], batches: dict[str, Any],
-                  plan: BenchPlan) -> list[Path]:
+                  load: dict[str, Any], plan: BenchPlan) -> list[Path]:
     how = f"temperature {plan.temperature:g}" if plan.temperature else "greedy"
     title = f"{config.name}: {config.bench.max_new_tokens} new tokens at most, {how}, one request at a time"
-    report = {"methods": figures, "batch": batches, "plan": plan.to_json()}
+    memory = read_memory(folder / MEMORY)
+    report = {"methods": figures, "memory": memory, "batch": batches, "load": load, "plan": plan.to_json()}
     write_text(folder / "report.json", json.dumps(report, indent=2))
     write_text(folder / "report.md", markdown(figures, title, config.base.dtype) + category_markdown(figures)
-               + batch_markdown(batches, plan))
-    plot(figures, folder / "report.png")
+               + steps_markdown(figures) + memory_markdown(memory) + batch_markdown(batches, plan) + load_markdown(load))
+    plots = draw(figures, folder)
     print_table(figures, title, config.base.dtype, sys.stderr)
-    written = ("rows.jsonl", ERRORS, "identity.jsonl", "batch.jsonl", "report.json", "report.md", "report.png")
-    return [folder / name for name in written if (folder / name).exists()]
+    print_steps(figures, sys.stderr)
+    print_load(load, sys.stderr)
+    if load:
+        plot_load(load, folder / "load.png")
+    written = ("rows.jsonl", ERRORS, "identity.jsonl", "batch.jsonl", "load.jsonl", MEMORY, "report.json", "report.md",
+               "load.png")
+    return [folder / name for name in written if (folder / name).exists()] + plots

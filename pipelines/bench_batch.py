@@ -15,6 +15,7 @@ import torch
 from hydra_core.base import Base, load_base
 from hydra_core.decoding import Engine, Request
 from pipelines.bench_plan import (
+    LLAMA,
     LOOKUP,
     TRANSFORMERS,
     BenchPlan,
@@ -48,7 +49,7 @@ def read_batches(path: Path) -> list[BatchRow]:
 
 def measure_batches(plan: BenchPlan, questions: list[Question]) -> None:
     """Every contender on both workloads, taking turns; what stands already is not run again."""
-    chosen, methods = questions[:plan.batch_prompts], tuple(method for method in plan.methods if method != LOOKUP)
+    chosen, methods = questions[:plan.batch_prompts], tuple(method for method in plan.methods if method not in (LOOKUP, LLAMA))
     if not chosen:
         return
     path = Path(plan.batch_file)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hydra_core.base import Base, load_base
 from hydra_core.decoding import Engine, Request, compare, naive_generate
-from pipelines.bench_plan import FOREIGN, PLAIN, BenchPlan, Question, Row, append_row, read_lines, room_for
+from pipelines.bench_plan import FOREIGN, PLAIN, BenchPlan, Question, Row, append_row, read_lines, room_for, split_sweep
 from pipelines.bench_plan import make_drafter as drafter_of
 
 ARRIVAL_STEPS = 3
@@ -35,16 +35,18 @@ def read_identity(path: Path) -> list[IdentityRow]:
 
 
 def check_differences(plan: BenchPlan, questions: list[Question], rows: list[Row]) -> None:
-    """Judge every first answer that differs from plain decoding's in the run's own weight format."""
+    """Judge every answer to a first turn in the first round that differs from plain decoding's in the run's own weight format.
+    """
     if plan.temperature:
         return
     path = Path(plan.identity_file)
     done = {(row.question, row.method) for row in read_identity(path) if row.dtype == plan.base.dtype and row.rows == 0}
     prompts = {question.id: question.prompt_ids for question in questions}
-    plain = {row.question: row.token_ids for row in rows if row.method == PLAIN and row.round == 0}
+    rows = [row for row in rows if row.round == row.turn == 0]
+    plain = {row.question: row.token_ids for row in rows if row.method == PLAIN}
     exact: Base | None = None
     for row in rows:
-        if row.round or row.method == PLAIN or (row.question, row.method) in done or row.token_ids == plain[row.question]:
+        if row.method == PLAIN or (row.question, row.method) in done or row.token_ids == plain[row.question]:
             continue
         exact = exact or _exact(plan, plan.base.dtype)
         found = compare(exact, prompts[row.question], plain[row.question], row.token_ids)
@@ -61,7 +63,7 @@ def check_identity(plan: BenchPlan, questions: list[Question]) -> None:
 def _check_format(plan: BenchPlan, questions: list[Question], dtype: str) -> None:
     path = Path(plan.identity_file)
     done = {(row.question, row.method, row.rows) for row in read_identity(path) if row.dtype == dtype and row.rows}
-    methods = [method for method in plan.methods if method not in FOREIGN]
+    methods = [method for method in plan.methods if method not in FOREIGN and split_sweep(method, plan.heads)[1] is None]
     batches = [1] + [plan.identity_batch] * (plan.identity_batch > 1)
     chosen = questions[:plan.identity_prompts]
     todo = [(method, rows) for rows in batches for method in methods

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from hydra_core.base import Base, resolve_base
-from hydra_core.base.load import DTYPES
+from hydra_core.base.formats import DTYPES
 from hydra_core.checkpoint import load_checkpoint
 from hydra_core.drafters import AdaptiveDrafter, Drafter, NgramDrafter
+from hydra_core.errors import InputError
 from hydra_core.tree import TreeSet
 from hydra_core.tree.costs import unmeasured_costs
 from pipelines.config import BaseSection
@@ -23,16 +24,21 @@ LOOKUP = "transformers-lookup"
 """transformers' own prompt lookup."""
 COMBINED = "combined"
 """The last of the heads and copied text, in trees grown at each step."""
-FOREIGN = (TRANSFORMERS, LOOKUP)
+LLAMA = "llama.cpp"
+"""On the base's own GGUF file, where llama-cpp-python is installed."""
+FOREIGN = (TRANSFORMERS, LOOKUP, LLAMA)
+SWEEP = "sweep.json"
+"""Beside a checkpoint's `tree.json`: the trees of other sizes that contenders `NAME@N` draft with."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """One prompt to decode, already as token ids."""
+    """One prompt to decode, already as token ids; `turns`: the user's words turn by turn where more than one may follow."""
 
     id: str
     category: str
     prompt_ids: tuple[int, ...]
+    turns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,17 +50,22 @@ class BenchPlan:
     rows_file: str
     identity_file: str
     batch_file: str
+    load_file: str
+    memory_file: str
     methods: tuple[str, ...]
     heads: dict[str, str]
     ngram: tuple[int, int, int]
     max_new_tokens: int
     rounds: int
+    turns: int
     single: bool
     identity_prompts: int
     identity_batch: int
     identity_formats: tuple[str, ...]
     batch_prompts: int
     running_batch: int
+    load: tuple[int, ...]
+    load_requests: int
     temperature: float
     shared_noise: bool
     threads: int
@@ -64,25 +75,43 @@ class BenchPlan:
         return asdict(self) | {"base": self.base.model_dump(mode="json")}
 
 
-@dataclass(frozen=True)
-class Row:
-    """One contender on one question in one round. Seconds are wall time; `steps` are base forwards after prefill."""
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a contender made of one prompt. Seconds are wall time; `steps` are base forwards after prefill.
+
+    `accepted_lengths`: steps that accepted 0, 1, 2, ... drafts. Of an engine: the seconds of its phases, which are part of
+    `decode_seconds`, and `predicted_seconds`, what a cost table foretold for its steps; 0 where nothing is known of them.
+    """
+
+    token_ids: tuple[int, ...]
+    steps: int
+    drafted: int = 0
+    accepted: int = 0
+    prefill_seconds: float
+    decode_seconds: float
+    accepted_lengths: tuple[int, ...] = ()
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    accept_seconds: float = 0.0
+    commit_seconds: float = 0.0
+    predicted_seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row(Outcome):
+    """One contender on one turn (from 0) of a question in one round."""
 
     round: int
     question: str
     category: str
     method: str
-    token_ids: tuple[int, ...]
-    steps: int
-    drafted: int
-    accepted: int
-    prefill_seconds: float
-    decode_seconds: float
+    turn: int = 0
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Rows written so far; a line cut short by a kill is left out."""
-    return [Row(**{**values, "token_ids": tuple(values["token_ids"])}) for values in read_lines(path)]
+    """Rows written so far; a line cut short by a kill is left out, and what older files do not hold is not known."""
+    return [Row(**values | {name: tuple(values.get(name, ())) for name in ("token_ids", "accepted_lengths")})
+            for values in read_lines(path)]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -118,10 +147,11 @@ def make_drafter(method: str, plan: BenchPlan, base: Base, *, measured: bool = T
         return None, None
     heads = None
     if method != NGRAM:
-        loaded = load_checkpoint(Path(combined_heads(plan.heads) if method == COMBINED else plan.heads[method]),
+        name, nodes = split_sweep(method, plan.heads)
+        loaded = load_checkpoint(Path(combined_heads(plan.heads) if method == COMBINED else plan.heads[name]),
                                  base.vocabulary, base.dtype)
         if method != COMBINED:
-            return loaded.drafter, loaded.trees
+            return loaded.drafter, loaded.trees if nodes is None else sweep_tree(loaded.folder, nodes)
         heads = loaded.drafter
     costs = machine_costs(base, Path(plan.cache), heads) if measured else unmeasured_costs()
     return AdaptiveDrafter(heads, NgramDrafter(*plan.ngram), costs), None
@@ -130,6 +160,28 @@ def make_drafter(method: str, plan: BenchPlan, base: Base, *, measured: bool = T
 def combined_heads(heads: Mapping[str, str]) -> str:
     """The checkpoint folder that `combined` drafts with: the last one, by the order of `train.drafters`."""
     return list(heads.values())[-1]
+
+
+def split_sweep(method: str, heads: Mapping[str, str]) -> tuple[str, int | None]:
+    """The heads that a contender drafts with, and of `NAME@N` the most nodes of its tree; None: the trees of `tree.json`."""
+    name, found, nodes = method.rpartition("@")
+    return (name, int(nodes)) if found and method not in heads and nodes.isdecimal() else (method, None)
+
+
+def sweep_tree(folder: Path, nodes: int) -> TreeSet:
+    """The largest tree of at most `nodes` nodes that stands beside the heads in `folder`, for every batch size.
+
+    Raises InputError when there is none, or the file is not what `tree` writes.
+    """
+    path = folder / SWEEP
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise InputError(f"bench.methods: @{nodes}: {path} is missing or unreadable: run `hydra-heads tree` again") from None
+    trees = TreeSet.from_json(values, str(path)).trees
+    if (size := max((size for size in trees if size <= nodes), default=None)) is None:
+        raise InputError(f"bench.methods: @{nodes}: {path} has trees of {', '.join(map(str, trees))} nodes: ask for more")
+    return TreeSet({1: trees[size]})
 
 
 def transformers_model(plan: BenchPlan, base: Base) -> Any:

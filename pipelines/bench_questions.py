@@ -66,7 +66,8 @@ def _questions_of_file(config: RunConfig) -> Iterator[tuple[int, Question | RowE
         if isinstance(item, RowError) or isinstance(ids, RowError):
             yield item.row, ids
         else:
-            yield item.row, Question(str(item.extra.get("question_id", item.row)), _task(item), tuple(ids))
+            yield item.row, Question(str(item.extra.get("question_id", item.row)), _task(item), tuple(ids),
+                                     item.turns[:config.bench.turns])
 
 
 def _spread(items: list[PromptRow | RowError], limit: int | None) -> list[PromptRow | RowError]:

@@ -1,15 +1,15 @@
-"""From bench rows to figures, a table and a plot. Counts first, ratios last."""
+"""From bench rows to figures and tables. Counts first, ratios last."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipelines.bench_identity import IdentityRow
 from pipelines.bench_plan import PLAIN, TRANSFORMERS, BenchPlan, Row
+from pipelines.bench_steps import by_speed, step_figures
 
 RESAMPLES = 2000
 
@@ -18,14 +18,15 @@ def summarise(rows: list[Row], identity: list[IdentityRow]) -> dict[str, Any]:
     """`methods.<name>` -> figures, as the stage's JSON line holds them.
 
     `tokens_per_step`: tokens after the first over base forwards after prefill, pooled. `speed_vs_*`: ratio of mean
-    per-question tokens/s, prefill included; `decode_speed_vs_plain` without it. `spread`: 95 % interval of
-    `speed_vs_plain` over resampled questions. `identical`: share of answers equal to plain's by token ids; `differing`:
-    the verdicts on the others; `fp32`: verdicts against the naive loop, `naive` in every format that was checked;
-    `categories`: tokens per step and ratios of each.
+    per-question tokens/s, turns and rounds of a question pooled, prefill included; `decode_speed_vs_plain` without it.
+    `spread`: 95 % interval of `speed_vs_plain` over resampled questions. `identical`: share of answers, of all turns, equal
+    to plain's by token ids; `differing`: the verdicts on those to first turns that are not; `fp32`: verdicts against the
+    naive loop, `naive` in every format that was checked; `categories`: tokens per step and ratios of each. And what
+    `step_figures` says.
     """
     methods = list(dict.fromkeys(row.method for row in (*rows, *identity)))
     by = {method: [row for row in rows if row.method == method] for method in methods}
-    plain_answers = {(row.round, row.question): row.token_ids for row in by.get(PLAIN, [])}
+    plain_answers = {(row.round, row.question, row.turn): row.token_ids for row in by.get(PLAIN, [])}
     figures = {}
     for method in methods:
         own = by[method]
@@ -39,7 +40,9 @@ def summarise(rows: list[Row], identity: list[IdentityRow]) -> dict[str, Any]:
             "speed_vs_transformers": _ratio(own, by.get(TRANSFORMERS, [])),
             "decode_speed_vs_plain": _ratio(own, by.get(PLAIN, []), prefill=False),
             "spread": _spread(own, by.get(PLAIN, [])),
-            "identical": _round(_share(plain_answers.get((row.round, row.question)) == row.token_ids for row in own)),
+            "identical": _round(_share(plain_answers.get((row.round, row.question, row.turn)) == row.token_ids
+                                       for row in own)),
+            **step_figures(own),
             "differing": _verdicts([row for row in identity if row.rows == 0], method),
             "fp32": _verdicts([row for row in identity if row.rows and row.dtype == "fp32"], method),
             "naive": {dtype: _verdicts([row for row in identity if row.rows and row.dtype == dtype], method)
@@ -61,7 +64,7 @@ def _categories(rows: list[Row], plain: list[Row], transformers: list[Row]) -> d
 
 
 def _rates(rows: list[Row], prefill: bool = True) -> dict[str, float]:
-    """Tokens per second of each question, rounds pooled. Without prefill the first token does not count."""
+    """Tokens per second of each question, turns and rounds pooled. Without prefill first tokens do not count."""
     totals: dict[str, list[float]] = {}
     for row in rows:
         seconds = row.decode_seconds + (row.prefill_seconds if prefill else 0.0)
@@ -113,9 +116,20 @@ COLUMNS = ("method", "tokens/step", "vs plain", "95 % interval", "decode only", 
            "fp32 identity")
 
 
+def metrics_of(figures: dict[str, Any]) -> dict[str, float]:
+    """`METHOD.FIGURE` -> number, for MLflow."""
+    metrics: dict[str, float] = {}
+    for method, values in figures.items():
+        spread = dict(zip(("spread_low", "spread_high"), values["spread"] or (), strict=False))
+        accepted = {f"accepted_{depth}": share for depth, share in enumerate(values["accepted_at_least"], start=1)}
+        metrics |= {f"{method}.{key}": value for key, value in (values | spread | accepted).items()
+                    if isinstance(value, (int, float))}
+    return metrics
+
+
 def table_rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
     """The report's cells, fastest first."""
-    ordered = sorted(figures.items(), key=lambda item: -(item[1]["speed_vs_plain"] or 0))
+    ordered = [(name, figures[name]) for name in by_speed(figures)]
     return [(name, _cell(f["tokens_per_step"], 2), _cell(f["speed_vs_plain"], 2, "x"),
              "-" if f["spread"] is None else f"{f['spread'][0]:.2f} - {f['spread'][1]:.2f}",
              _cell(f["decode_speed_vs_plain"], 2, "x"), _cell(f["speed_vs_transformers"], 2, "x"),
@@ -186,23 +200,3 @@ def print_table(figures: dict[str, Any], title: str, dtype: str, stream: Any) ->
     for cells in table_rows(figures):
         table.add_row(*cells)
     Console(file=stream, width=140).print(table)
-
-
-def plot(figures: dict[str, Any], path: Path) -> None:
-    """Speed against plain with its interval, and tokens per step, as one PNG."""
-    from matplotlib.figure import Figure
-
-    names = [cells[0] for cells in table_rows(figures)]
-    figure = Figure(figsize=(9, 0.6 * len(names) + 1.6), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    speeds = [figures[name]["speed_vs_plain"] or 0 for name in names]
-    spreads = [figures[name]["spread"] or [speed, speed] for name, speed in zip(names, speeds, strict=True)]
-    errors = np.array([[max(0, speed - low), max(0, high - speed)]
-                       for speed, (low, high) in zip(speeds, spreads, strict=True)]).T
-    left.barh(names, speeds, xerr=errors, color="#4878a8")
-    left.axvline(1.0, color="black", linewidth=0.8)
-    left.set_xlabel("speed against plain decoding")
-    right.barh(names, [figures[name]["tokens_per_step"] or 0 for name in names], color="#6aa84f")
-    right.set_xlabel("tokens per step")
-    left.invert_yaxis()
-    figure.savefig(path, dpi=120)

@@ -12,74 +12,136 @@ import torch
 
 from hydra_core.base import Base, load_base
 from hydra_core.decoding import Engine, Request
+from hydra_core.drafters import AdaptiveDrafter, Drafter, HeadDrafter
+from hydra_core.errors import InputError
+from hydra_core.tree import PLAIN as PLAIN_TREE
+from hydra_core.tree import TreeSet
 from pipelines.bench_batch import measure_batches
 from pipelines.bench_identity import check_differences, check_identity
+from pipelines.bench_llama import llama_contender
+from pipelines.bench_load import check_load, measure_load
+from pipelines.bench_memory import PeakMemory
 from pipelines.bench_plan import (
     FOREIGN,
+    LLAMA,
     LOOKUP,
+    PLAIN,
     BenchPlan,
+    Outcome,
     Question,
     Row,
     append_row,
     make_drafter,
     read_rows,
-    room_for,
     transformers_model,
 )
+from pipelines.bench_turns import prompt_of, room_for_turns, turns_of
+from pipelines.machine_costs import machine_costs
 from pipelines.quiet import speak
 
 WARM_UP_TOKENS = 8
 
-Contender = Callable[[Question, int], tuple[tuple[int, ...], int, int, int, float, float]]
+Contender = Callable[[tuple[int, ...], int], Outcome]
+"""From a prompt's token ids and the most new tokens to what was made of it."""
 
 
 def measure(plan: BenchPlan, questions: list[Question]) -> None:
-    """Run what is still missing from the rows file, each row written at once, then identity and throughput."""
+    """Run what is still missing from the rows file, each row written at once, then identity, throughput and load."""
     speak()
     torch.set_num_threads(plan.threads)
-    done = {(row.round, row.question, row.method) for row in read_rows(Path(plan.rows_file))}
-    rounds = range(plan.rounds if plan.single else 0)
-    todo = [(number, turn, question) for number in rounds for turn, question in enumerate(questions)
-            if any((number, question.id, method) not in done for method in plan.methods)]
-    if todo:
-        contenders = _contenders(plan, questions)
-        for run in contenders.values():
-            run(questions[0], min(WARM_UP_TOKENS, plan.max_new_tokens))
-        for count, (number, turn, question) in enumerate(todo, start=1):
-            shift = (turn + number) % len(plan.methods)
-            for method in plan.methods[shift:] + plan.methods[:shift]:  # nobody is always first
-                if (number, question.id, method) not in done:
-                    outcome = contenders[method](question, plan.max_new_tokens)
-                    append_row(Path(plan.rows_file), Row(number, question.id, question.category, method, *outcome))
-            print(f"bench: question {count}/{len(todo)}", file=sys.stderr, flush=True)
+    check_load(plan, questions)
+    if plan.single:
+        measure_single(plan, questions)
     check_differences(plan, questions, read_rows(Path(plan.rows_file)))
     check_identity(plan, questions)
     measure_batches(plan, questions)
+    measure_load(plan, questions)
+
+
+def measure_single(plan: BenchPlan, questions: list[Question]) -> None:
+    """One request at a time: question by question, turn by turn, every contender on the same context.
+
+    What stands in the rows file is not run again; a turn that follows others is put together from plain's answers there.
+    """
+    path = Path(plan.rows_file)
+    done = {(row.round, row.question, row.turn, row.method): row.token_ids for row in read_rows(path)}
+    todo = [(number, place, question) for number in range(plan.rounds) for place, question in enumerate(questions)
+            if any((number, question.id, turn, method) not in done for turn in turns_of(question) for method in plan.methods)]
+    if not todo:
+        return
+    base = load_base(plan.base.model, dtype=plan.base.dtype, device=plan.base.device, cache=Path(plan.cache),
+                     context_limit=plan.base.context_limit)
+    room = room_for_turns(base, plan.max_new_tokens, questions)
+    contenders = make_contenders(plan, base, room)
+    for run in contenders.values():
+        run(questions[0].prompt_ids, min(WARM_UP_TOKENS, plan.max_new_tokens))
+    memory = PeakMemory(Path(plan.memory_file), base.device)
+    for count, (number, place, question) in enumerate(todo, start=1):
+        shift = (place + number) % len(plan.methods)
+        answers: list[tuple[int, ...]] = []
+        for turn in turns_of(question):
+            try:
+                prompt_ids = prompt_of(question, answers, base, room)
+            except InputError as error:
+                _say(f"question {question.id}: turn {turn + 1}: {error}: left out")
+                break
+            for method in plan.methods[shift:] + plan.methods[:shift]:  # nobody is always first
+                if (key := (number, question.id, turn, method)) in done:
+                    continue
+                with memory.of(method):
+                    outcome = contenders[method](prompt_ids, min(plan.max_new_tokens, room - len(prompt_ids)))
+                append_row(path, Row(round=number, question=question.id, category=question.category, method=method, turn=turn,
+                                     **vars(outcome)))
+                done[key] = outcome.token_ids
+            answers.append(done[number, question.id, turn, PLAIN])
+        _say(f"question {count}/{len(todo)}")
+    memory.write()
+
+
+def _say(text: str) -> None:
+    print(f"bench: {text}", file=sys.stderr, flush=True)
 
 
 # -- contenders --------------------------------------------------------------------------------------------------------
 
-def _contenders(plan: BenchPlan, questions: list[Question]) -> dict[str, Contender]:
-    base = load_base(plan.base.model, dtype=plan.base.dtype, device=plan.base.device, cache=Path(plan.cache),
-                     context_limit=plan.base.context_limit)
-    limit = room_for(base, plan.max_new_tokens, questions)
+def make_contenders(plan: BenchPlan, base: Base, room: int) -> dict[str, Contender]:
+    """Every contender of the plan, with caches for `room` tokens of prompt and answer."""
     made: dict[str, Contender] = {}
     for method in plan.methods:
-        if method in FOREIGN:
+        if method == LLAMA:
+            made[method] = llama_contender(plan, base, room)
+        elif method in FOREIGN:
             made[method] = _transformers(plan, base, plan.ngram[2] if method == LOOKUP else None)
         else:
             drafter, trees = make_drafter(method, plan, base)
-            engine = Engine(base, drafter, trees, max_batch=1, context_limit=limit, shared_noise=plan.shared_noise)
-            made[method] = _engine(engine, base, plan.temperature)
+            engine = Engine(base, drafter, trees, max_batch=1, context_limit=room, shared_noise=plan.shared_noise)
+            made[method] = _engine(engine, plan.temperature, _fixed_step(plan, base, drafter, trees))
     return made
 
 
-def _engine(engine: Engine, base: Base, temperature: float) -> Contender:
-    def run(question: Question, max_new_tokens: int) -> tuple[tuple[int, ...], int, int, int, float, float]:
-        _settle(base)
-        result = engine.generate([Request(question.id, question.prompt_ids, max_new_tokens, temperature)])[0]
-        return (result.token_ids, result.steps, result.drafted, result.accepted, result.prefill_seconds,
-                result.decode_seconds)
+def _fixed_step(plan: BenchPlan, base: Base, drafter: Drafter | None, trees: TreeSet | None) -> Callable[[int], float] | None:
+    """Seconds that this machine's costs foretell for a step over so many tokens of context, where every step has the same
+    tree; None where trees are grown, for which the engine itself keeps what was foretold."""
+    if not base.branching or isinstance(drafter, AdaptiveDrafter):
+        return None
+    tree = trees.for_batch(1) if trees else PLAIN_TREE
+    heads = drafter if isinstance(drafter, HeadDrafter) and tree.depth else None
+    costs = machine_costs(base, Path(plan.cache), heads, trees=None if heads is None else {tree.depth: tree})
+    return lambda context: costs.seconds(1, tree.size, tree.depth, context)
+
+
+def _engine(engine: Engine, temperature: float, fixed_step: Callable[[int], float] | None) -> Contender:
+    def run(prompt_ids: tuple[int, ...], max_new_tokens: int) -> Outcome:
+        _settle(engine.base)
+        before = engine.times
+        result = engine.generate([Request("bench", prompt_ids, max_new_tokens, temperature)])[0]
+        spent = engine.times - before
+        middle = len(prompt_ids) + len(result.token_ids) // 2
+        return Outcome(token_ids=result.token_ids, steps=result.steps, drafted=result.drafted, accepted=result.accepted,
+                       prefill_seconds=result.prefill_seconds, decode_seconds=result.decode_seconds,
+                       accepted_lengths=result.accepted_lengths, draft_seconds=spent.draft, verify_seconds=spent.verify,
+                       accept_seconds=spent.accept, commit_seconds=spent.commit,
+                       predicted_seconds=result.steps * fixed_step(middle) if fixed_step else spent.predicted)
 
     return run
 
@@ -111,10 +173,10 @@ def _transformers(plan: BenchPlan, base: Base, lookup: int | None) -> Contender:
     model.register_forward_hook(counted)
     drafting = {} if lookup is None else {"prompt_lookup_num_tokens": lookup}
 
-    def run(question: Question, max_new_tokens: int) -> tuple[tuple[int, ...], int, int, int, float, float]:
+    def run(prompt_ids: tuple[int, ...], max_new_tokens: int) -> Outcome:
         nonlocal steps
         steps = 0
-        ids = torch.tensor([question.prompt_ids], device=base.device)
+        ids = torch.tensor([prompt_ids], device=base.device)
         clock = FirstToken()
         _settle(base)
         started = time.perf_counter()
@@ -123,7 +185,7 @@ def _transformers(plan: BenchPlan, base: Base, lookup: int | None) -> Contender:
                                     max_new_tokens=min(max_new_tokens, base.context_limit - ids.shape[1]), **drafting)
         tokens = tuple(output[0, ids.shape[1]:].tolist())
         ended = time.perf_counter()
-        return tokens, steps - 1, 0, 0, clock.at - started, ended - clock.at
+        return Outcome(token_ids=tokens, steps=steps - 1, prefill_seconds=clock.at - started, decode_seconds=ended - clock.at)
 
     return run
 

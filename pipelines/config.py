@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -17,6 +17,7 @@ from hydra_core.drafters.config import HeadsConfig
 from hydra_core.errors import InputError
 
 STORAGE_VARIABLE = "HYDRA_HEADS_STORAGE"
+Size = Annotated[int, Field(ge=1)]
 
 
 class Section(BaseModel):
@@ -29,8 +30,10 @@ class BaseSection(Section):
     """The frozen base model whose output is to come out faster."""
 
     model: str = Field(EMBEDDED_BASE, description="directory, hub id, .gguf file, or the embedded model")
-    dtype: Literal["bf16", "fp32", "int4"] = Field(
-        "bf16", description="weight format; part of the base's identity. int4: a Q4_1 checkpoint's own codes, on a CPU")
+    dtype: Literal["auto", "bf16", "fp32", "int4", "int4-lossy"] = Field(
+        "bf16", description="weight format; part of the base's identity. auto: the fastest here of those that hold the "
+                            "checkpoint's own values; int4: a Q4_1 checkpoint's own codes, on a CPU; int4-lossy: 4-bit "
+                            "codes made of any other base, which change its answers")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     context_limit: int | None = Field(None, ge=2, description="tokens of prompt + answer; default: the model's own")
 
@@ -44,7 +47,10 @@ class PromptsSection(Section):
     field: str = Field("prompt", description="column that holds the prompt text (or `messages`, a chat)")
     split: str = "train"
     count: int | None = Field(None, ge=1, description="prompts wanted (source=self) or the first so many of the file")
-    max_tokens: int = Field(128, ge=4, description="longest self-made prompt, in tokens")
+    self_made: int = Field(0, ge=0, description="prompts that the base writes besides those of a file")
+    starts: tuple[str, ...] = Field(
+        ("",), min_length=1, description="what self-made prompts begin with, in turn: `Translate German to English:`, ...")
+    max_tokens: int = Field(128, ge=4, description="longest self-made prompt, in tokens, its start not counted")
     temperature: float = Field(1.0, gt=0, description="of self-made prompts")
     seed: int = 0
 
@@ -54,6 +60,8 @@ class PromptsSection(Section):
             raise ValueError(f"prompts.path is needed with prompts.source={self.source}")
         if self.source == "self" and self.path:
             raise ValueError("prompts.path has no effect with prompts.source=self: set prompts.source too")
+        if self.source == "self" and self.self_made:
+            raise ValueError("prompts.self_made is for prompts besides a file's: with prompts.source=self set prompts.count")
         return self
 
 
@@ -129,10 +137,13 @@ class TrainSection(Section):
 class TreeSection(Section):
     """The draft tree that pays best on this machine."""
 
-    batch_sizes: tuple[int, ...] = (1, 4, 16)
-    node_counts: tuple[int, ...] = Field((1, 2, 4, 8, 12, 16, 24, 32), description="verify sizes to time, root included")
+    batch_sizes: tuple[Size, ...] = Field((1, 4, 16, 64), min_length=1)
+    node_counts: tuple[Size, ...] = Field((1, 2, 3, 4, 6, 8, 9, 12, 16, 24, 32, 48), min_length=1,
+                                          description="verify sizes to time, root included")
     context: int = Field(256, ge=1, description="committed tokens per row while timing")
-    repeats: int = Field(7, ge=3)
+    far_contexts: tuple[Size, ...] = Field((2048,), description="longer ones, over which a few sizes are timed")
+    repeats: int = Field(5, ge=3)
+    curves: bool = Field(False, description="also time steps up to the base's longest context, as a table and a picture")
     threads: int = Field(2, ge=1)
     max_rows: int = Field(128, ge=1, description="held-out rows walked")
 
@@ -160,8 +171,10 @@ class BenchSection(Section):
     max_new_tokens: int = Field(64, ge=1)
     rounds: int = Field(1, ge=1)
     methods: tuple[str, ...] = Field(
-        (), description="contenders besides plain; empty: transformers, ngram, every drafter found and combined; "
-                        "transformers-lookup is one more")
+        (), description="contenders besides plain; empty: transformers, ngram, every drafter found and combined. More: "
+                        "transformers-lookup; llama.cpp (a GGUF base, and llama-cpp-python); NAME@N, a drafter NAME with "
+                        "the best fixed tree of at most N nodes")
+    turns: int = Field(2, ge=1, description="turns of a question, at most; each further one follows plain's own answers")
     single: bool = Field(True, description="decode one request at a time; false: only identity and throughput")
     identity_prompts: int = Field(8, ge=0, description="prompts on which fp32 identity is checked for every drafter")
     identity_batch: int = Field(8, ge=0, description="also in a running batch of so many rows, staggered; 0: no")
@@ -169,9 +182,20 @@ class BenchSection(Section):
         ("fp32",), description="weight formats in which those are checked against the naive loop")
     batch_prompts: int = Field(0, ge=0, description="prompts decoded together for throughput; 0: not measured")
     running_batch: int = Field(32, ge=1, description="rows of that batch")
+    load: tuple[Size, ...] = Field(
+        (), description="numbers of requests kept in flight, as [1,4,16,64]; empty: not measured")
+    load_requests: int = Field(
+        0, ge=0, description="requests sent in all at each of those; 0: four times as many, and at least 16")
     temperature: float = Field(0.0, ge=0, description="above 0 answers are sampled, and transformers is left out")
     shared_noise: bool = Field(True, description="rank drafts by the draws own noise")
     threads: int = Field(2, ge=1)
+
+    @model_validator(mode="after")
+    def _load_is_reached(self) -> BenchSection:
+        if 0 < self.load_requests < max(self.load, default=0):
+            raise ValueError(f"bench.load_requests={self.load_requests} is fewer than the {max(self.load)} of bench.load "
+                             "that are to be in flight at once")
+        return self
 
 
 class CompareSection(Section):

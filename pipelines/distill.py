@@ -14,6 +14,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from hydra_core.base import (
     resolve_base,
     user_turn_opening,
 )
+from hydra_core.base.formats import LOSSY
 from hydra_core.decoding import check_heads
 from hydra_core.errors import InputError
 from pipelines.cluster import check_workers, ensure_ray, run_blocks
@@ -91,6 +93,9 @@ def _run_in_ray(config: RunConfig, folder: Path, run: Run) -> tuple[StageResult,
 def _check_base(config: RunConfig) -> None:
     """Raise InputError for what the base cannot do, before a folder is claimed or a worker started."""
     model, cache = config.base.model, RunPaths.of(config).cache
+    if config.base.dtype == LOSSY:
+        raise InputError(f"base.dtype={LOSSY}: heads learn from the base itself, not from a lossy copy: distill and train with "
+                         "auto, bf16 or fp32, and bench those heads with the lossy base")
     context_limit(model, cache=cache, asked=config.base.context_limit)
     if config.prompts.source == "self":
         user_turn_opening(load_tokenizer(resolve_base(model, cache).folder))
@@ -131,9 +136,9 @@ def _blocks(table: pa.Table, rows: int) -> list[pa.Table]:
 def _prompts(config: RunConfig, folder: Path) -> dict[str, int]:
     """Counts of the prompts, which stand afterwards."""
     counts = _standing(folder)
-    if counts is None:
+    if counts is None or counts.get("self_made", 0) < config.prompts.self_made:
         counts = _self_made(config, folder)
-    total = sum(counts.values())
+    total = counts["prompts"] + counts["prompt_errors"] + counts["prompts_skipped"]
     print(f"distill: prompts read {total} = {counts['prompts']} ok + {counts['prompt_errors']} errors + "
           f"{counts['prompts_skipped']} skipped", file=sys.stderr)
     return counts
@@ -149,23 +154,24 @@ def _standing(folder: Path) -> dict[str, int] | None:
     return counts if found == (counts["prompts"], counts["prompt_errors"]) else None
 
 
-def _keep(folder: Path, rows: list[dict[str, Any]], errors: list[dict[str, Any]], skipped: int) -> dict[str, int]:
-    """Write prompts, the prompts themselves last; their counts."""
+def _keep(folder: Path, rows: list[dict[str, Any]], errors: list[dict[str, Any]], skipped: int,
+          self_made: int = 0) -> dict[str, int]:
+    """Write prompts, the prompts themselves last; their counts. `self_made`: those that the base wrote besides a file's."""
     for part in ("errors/prompts", "prompts"):
         shutil.rmtree(folder / part, ignore_errors=True)
     if errors:
         write_part(folder / "errors" / "prompts", errors, ERRORS)
-    counts = {"prompts": len(rows), "prompt_errors": len(errors), "prompts_skipped": skipped}
+    counts = {"prompts": len(rows), "prompt_errors": len(errors), "prompts_skipped": skipped, "self_made": self_made}
     write_text(folder / COUNTS, json.dumps(counts))
     write_part(folder / "prompts", rows, PROMPTS, key="prompt_id")
     return counts
 
 
 def _self_made(config: RunConfig, folder: Path) -> dict[str, int]:
-    """Sample candidates in waves of consecutive seeds until enough distinct ones stand."""
+    """Sample candidates in waves of consecutive seeds until enough distinct ones stand; then put them behind a file's."""
     prompts = config.prompts
-    wanted = prompts.count or 640
-    settings = _settings(config, folder, prompts.max_tokens, prompts.temperature)
+    wanted = prompts.self_made or prompts.count or 640
+    settings = replace(_settings(config, folder, prompts.max_tokens, prompts.temperature), starts=prompts.starts)
     tried, rejected = 0, 0
     for _ in range(MOST_WAVES):
         have = _distinct(folder, wanted)
@@ -183,11 +189,24 @@ def _self_made(config: RunConfig, folder: Path) -> dict[str, int]:
         rejected += _run(config, PromptWriter, settings, _blocks(table, block)).get("rejected", 0)
     rows = _distinct(folder, wanted)
     if len(rows) < wanted:
-        raise InputError(f"prompts.source=self: the base wrote only {len(rows)} usable prompts of {wanted} in {tried} tries: "
-                         "raise prompts.max_tokens under another name, or bring prompts of your own")
-    counts = _keep(folder, rows, [], rejected)
+        raise InputError(f"prompts.source={prompts.source}: the base wrote only {len(rows)} usable prompts of {wanted} in "
+                         f"{tried} tries: raise prompts.max_tokens under another name, or bring prompts of your own")
+    counts = _keep(folder, *_behind_a_file(folder, rows, rejected), self_made=prompts.self_made)
     shutil.rmtree(folder / "candidates", ignore_errors=True)
     return counts
+
+
+def _behind_a_file(folder: Path, rows: list[dict[str, Any]],
+                   rejected: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
+    """Prompts, error rows and the number left out, with those of a file that was read before."""
+    read = _standing(folder)
+    if read is None:
+        return rows, [], rejected
+    before = read_parts(folder / "prompts", PROMPTS).to_pylist()
+    known = {row["prompt_id"] for row in before}
+    fresh = [row for row in rows if row["prompt_id"] not in known]
+    errors = read_parts(folder / "errors" / "prompts", ERRORS).to_pylist()
+    return before + fresh, errors, read["prompts_skipped"] + rejected + len(rows) - len(fresh)
 
 
 def _distinct(folder: Path, wanted: int) -> list[dict[str, Any]]:

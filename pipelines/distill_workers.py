@@ -42,6 +42,7 @@ class WorkerSettings:
     held_out: float
     feature_dtype: str
     heads: str | None = None
+    starts: tuple[str, ...] = ("",)
 
     def load(self) -> Base:
         speak()
@@ -93,8 +94,8 @@ class PromptWriter(_Decoder):
 
     def __call__(self, block: pa.Table) -> pa.Table:
         opening = tuple(user_turn_opening(self.base.tokenizer))
-        requests = [Request(str(index), opening, self.settings.max_new_tokens, self.settings.temperature, index)
-                    for index in block["index"].to_pylist()]
+        requests = [Request(str(index), opening + self._start(index), self.settings.max_new_tokens,
+                            self.settings.temperature, index) for index in block["index"].to_pylist()]
         rows, rejected = [], 0
         for result in self.decode(requests, "prompts"):
             row = self._row(result)
@@ -104,11 +105,16 @@ class PromptWriter(_Decoder):
             write_part(Path(self.settings.folder) / "candidates", rows, PROMPTS, key="source")
         return counts(ok=len(rows), rejected=rejected)
 
+    def _start(self, index: int) -> tuple[int, ...]:
+        """The tokens that candidate `index` begins with."""
+        start = self.settings.starts[index % len(self.settings.starts)]
+        return tuple(self.base.tokenizer(start, add_special_tokens=False).input_ids)
+
     def _row(self, result: Result) -> dict[str, Any] | None:
         """A prompt row, or None for a candidate that never ended, is too short, or is not text."""
         if result.finish_reason != "stop" or len(result.token_ids) <= SHORTEST_PROMPT:
             return None
-        text = self.base.decode(result.token_ids).strip()
+        text = self.base.decode(self._start(int(result.id)) + result.token_ids).strip()
         if not text or "\ufffd" in text:
             return None
         prompt_id = content_id("chat", text)

@@ -1,10 +1,11 @@
 """What decoding steps take on this machine: measured once for a base and its weight format, and kept in the cache.
 
-    CACHE/costs/verify-KEY.json   the base's forward, by rows and nodes
+    CACHE/costs/verify-KEY.json   the base's forward, by context, rows and nodes
     CACHE/costs/draft-KEY.json    the drafter's own work, by rows and depth, for heads of one shape
+    CACHE/costs/curves-KEY.json   the base's forward up to its longest context, for people to look at
 
 KEY is a digest of the machine's fingerprint and of what was timed: another processor, thread count, torch or weight
-format measures anew.
+format measures anew. Whoever needs a step's seconds asks here, so that nothing is timed twice.
 """
 
 from __future__ import annotations
@@ -13,8 +14,7 @@ import hashlib
 import json
 import platform
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,24 @@ import torch
 from filelock import FileLock
 
 from hydra_core.base import Base
-from hydra_core.decoding.adaptive import MOST_NODES
 from hydra_core.drafters import HeadDrafter
 from hydra_core.tree.costs import StepCosts
+from hydra_core.tree.topology import Tree
+from pipelines.config import TreeSection
 from pipelines.stage import write_text
-from pipelines.step_costs import growth_seconds, verify_seconds
+from pipelines.step_costs import Group, Point, draft_seconds, that_fit, verify_seconds
 
-BATCHES = (1, 4, 16)
-NODES = (1, 2, 3, 4, 6, 8, 9, 12, 16, 24, 32, MOST_NODES)
-CONTEXT = 256
-REPEATS = 5
+SCHEMA = 2
+DEFAULTS = TreeSection()
+TOKENS_AT_ONCE = {"cpu": 512}
+"""Rows times nodes that are worth timing, by device: trees that cost more never paid."""
+FAR_ROWS = 16
+"""Rows that are timed over long contexts at most; more follow from these."""
+CURVE_CONTEXTS, CURVE_BATCHES, CURVE_NODES, CURVE_REPEATS = (256, 1024, 2048, 4096), (1, 4, 16), (1, 8, 16, 32), 3
 
-Table = dict[int, dict[int, float]]
+Say = Callable[[str], None]
+Times = Mapping[Any, float]
+"""Seconds by what was timed, a tuple of whole numbers."""
 
 
 def fingerprint_of_machine(device: torch.device) -> dict[str, Any]:
@@ -42,44 +48,101 @@ def fingerprint_of_machine(device: torch.device) -> dict[str, Any]:
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "system": platform.machine()}
 
 
-def machine_costs(base: Base, cache: Path, heads: HeadDrafter | None = None, batches: Sequence[int] = BATCHES,
-                  context: int = CONTEXT) -> StepCosts:
-    """Costs of this machine, from the cache or timed now (seconds, a minute for a large base).
+def machine_costs(base: Base, cache: Path, heads: HeadDrafter | None = None, settings: TreeSection = DEFAULTS,
+                  trees: Mapping[int, Tree] | None = None) -> StepCosts:
+    """Costs of this machine, from the cache or timed now (less than a minute for a small base).
 
-    `batches`: rows to time; `context`: committed tokens of a row while timing.
+    `settings`: batch sizes, node counts, contexts and repeats; `trees`: the fixed tree of each depth that `heads` will
+    fill; None where trees are grown. Sizes that do not fit the base's context or the memory are left out.
     """
-    most = min(MOST_NODES, base.context_limit // 2)
-    room, sizes = min(context, base.context_limit - most), [nodes for nodes in NODES if nodes <= most]
-    timed = {"base": str(base.identity), "batches": list(batches), "context": room}
-    verify = _kept(cache, "verify", base, timed | {"nodes": sizes}, partial(
-        verify_seconds, base, batches, sizes, room, REPEATS))
-    if heads is None:
-        return StepCosts(verify, {1: {0: 0.02 * verify[min(verify)][1]}})
+    groups = groups_to_time(settings, base.context_limit, TOKENS_AT_ONCE.get(base.device.type))
+    context, smallest, nodes = groups[0]
+    verify = _kept(cache, "verify", base, {"groups": groups, "repeats": settings.repeats}, lambda say: verify_seconds(
+        base, that_fit(base, groups) or [(context, smallest, count) for count in nodes], settings.repeats, say))
+    far = {at: _surface(verify, at) for at in sorted({at for at, *_ in verify})}
+    near = far.pop(context)
+    if heads is None or trees == {}:
+        return StepCosts(near, {1: {0: 0.02 * near[min(near)][1]}}, context, far)
     shape = heads.config.model_dump(mode="json") | {"draft_vocab": len(heads.draft_vocab)}
-    return StepCosts(verify, _kept(cache, "draft", base, timed | {"heads": shape}, partial(
-        growth_seconds, base, heads, batches, room, REPEATS)))
+    fixed = None if trees is None else {depth: tree.paths for depth, tree in trees.items()}
+    batches = sorted(near)
+    timed = {"heads": shape, "trees": fixed, "batches": batches, "context": context, "repeats": settings.repeats}
+    draft = _kept(cache, "draft", base, timed, lambda say: draft_seconds(
+        base, heads, trees, batches, context, settings.repeats, say))
+    return StepCosts(near, _table(draft), context, far)
 
 
-def _kept(cache: Path, what: str, base: Base, timed: dict[str, Any], measure: Callable[[], Table]) -> Table:
+def step_curves(base: Base, cache: Path) -> dict[Point, float]:
+    """Seconds of the base's part of a step from short contexts to the longest that the base holds, as memory allows."""
+    nodes = tuple(count for count in CURVE_NODES if 2 * count <= base.context_limit) or (1,)
+    longest = base.context_limit - nodes[-1]
+    groups = [(context, batch, nodes) for context in sorted({*(at for at in CURVE_CONTEXTS if at < longest), longest})
+              for batch in CURVE_BATCHES]
+    return dict(_kept(cache, "curves", base, {"groups": groups, "repeats": CURVE_REPEATS}, lambda say: verify_seconds(
+        base, that_fit(base, groups), CURVE_REPEATS, say)))
+
+
+def groups_to_time(settings: TreeSection, limit: int, tokens: int | None) -> list[Group]:
+    """What `machine_costs` times of a base that holds `limit` tokens: all sizes at one context, then a few over longer ones.
+
+    `tokens`: rows times nodes at most, but for the two smallest trees of a batch size; None: any.
+    """
+    nodes = sorted({1, *(count for count in settings.node_counts if count < limit)})
+    room = limit - nodes[-1]
+    context = min(settings.context, room)
+    groups: list[Group] = []
+    for batch in sorted(set(settings.batch_sizes)):
+        worth = [count for count in nodes if tokens is None or batch * count <= tokens]
+        groups.append((context, batch, tuple(worth if len(worth) > 1 else nodes[:2])))
+    for far in sorted({min(far, room) for far in settings.far_contexts}):
+        if far >= 2 * context:
+            groups += [(far, batch, _few(sizes)) for at, batch, sizes in groups if at == context and batch <= FAR_ROWS]
+    return groups
+
+
+def _few(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """The first, a middle one and the last."""
+    return tuple(sorted({sizes[0], sizes[len(sizes) // 2], sizes[-1]}))
+
+
+def _surface(times: Times, context: int) -> dict[int, dict[int, float]]:
+    return _table({(batch, nodes): seconds for (at, batch, nodes), seconds in times.items() if at == context})
+
+
+def _table(times: Times) -> dict[int, dict[int, float]]:
+    """(Row, column) -> value as row -> column -> value."""
+    table: dict[int, dict[int, float]] = {}
+    for (row, column), value in sorted(times.items()):
+        table.setdefault(row, {})[column] = value
+    return table
+
+
+def _kept(cache: Path, what: str, base: Base, timed: dict[str, Any], measure: Callable[[Say], Times]) -> Times:
     machine = fingerprint_of_machine(base.device)
+    timed = {"schema": SCHEMA, "base": str(base.identity)} | timed
     key = hashlib.sha256(json.dumps([machine, timed], sort_keys=True).encode()).hexdigest()[:16]
     path = cache / "costs" / f"{what}-{key}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):  # two processes that measure at once would time each other
         if (found := _read(path)) is not None:
             return found
-        print(f"costs: timing {what} steps on this machine, once", file=sys.stderr, flush=True)
-        table = measure()
-        write_text(path, json.dumps({"machine": machine, "timed": timed, "seconds": table}, indent=2))
-    return table
+        _say(f"timing {what} steps on this machine, once")
+        times = measure(lambda text: _say(f"{what}: {text}"))
+        seconds = [[*point, value] for point, value in times.items()]
+        write_text(path, json.dumps({"machine": machine, "timed": timed, "seconds": seconds}))
+    return times
 
 
-def _read(path: Path) -> Table | None:
-    """A table that was kept, or None where there is none that can be read."""
+def _say(text: str) -> None:
+    print(f"costs: {text}", file=sys.stderr, flush=True)
+
+
+def _read(path: Path) -> Times | None:
+    """Times that were kept, or None where there are none that can be read."""
     try:
         seconds = json.loads(path.read_text(encoding="utf-8"))["seconds"]
-        return {int(batch): {int(at): float(value) for at, value in points.items()} for batch, points in seconds.items()}
-    except (OSError, ValueError, KeyError, AttributeError):
+        return {tuple(int(at) for at in point): float(value) for *point, value in seconds}
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

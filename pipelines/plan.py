@@ -51,7 +51,8 @@ def _tree(config: RunConfig) -> list[str]:
     sizes = ", ".join(str(size) for size in tree.batch_sizes)
     return [f"step costs of {max(tree.node_counts)} nodes and fewer, batches of {sizes}, measured here",
             *(f"{name}: a tree for each batch size, from the ranks of at most {tree.max_rows} held-out rows "
-              f"-> {folder / name}" for name in config.train.drafters)]
+              f"-> {folder / name}" for name in config.train.drafters),
+            *([f"steps up to the base's longest context -> {folder / 'curves'}"] if tree.curves else [])]
 
 
 def _bench(config: RunConfig) -> list[str]:
@@ -60,7 +61,8 @@ def _bench(config: RunConfig) -> list[str]:
     methods = ", ".join(bench.methods) or "transformers, ngram and every drafter found"
     return [f"plain against {methods}: {bench.limit or 'all'} of {prompts}, at most {bench.max_new_tokens} tokens "
             f"each, {bench.rounds} round(s) -> {folder / 'rows.jsonl'}",
-            f"fp32 identity with the naive loop on {bench.identity_prompts} prompts -> {folder / 'report.json'}"]
+            f"fp32 identity with the naive loop on {bench.identity_prompts} prompts -> {folder / 'report.json'}",
+            *(f"{level} requests in flight -> {folder / 'load.jsonl'}" for level in bench.load)]
 
 
 def _promote(config: RunConfig) -> list[str]:

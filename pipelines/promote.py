@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra_core.base import BaseIdentity, resolve_base
+from hydra_core.base.formats import LOSSY
 from hydra_core.decoding import DecodingConfiguration, save_configuration
 from hydra_core.drafters import NgramDrafter
 from hydra_core.errors import InputError
@@ -24,8 +25,11 @@ STAGE = "promote"
 def run_promote(config: RunConfig) -> StageResult:
     """Register the winner of this run's `bench`, again where the registry has lost it or the alias points elsewhere.
 
-    Raises InputError when there is no bench, or it measured another base or other heads.
+    Raises InputError when there is no bench, it measured another base or other heads, or the base is quantised lossily.
     """
+    if config.base.dtype == LOSSY:
+        raise InputError(f"base.dtype={LOSSY}: its answers are not the base's own, and only what is lossless is promoted: "
+                         "bench and promote with auto, bf16, fp32 or int4")
     paths = RunPaths.of(config)
     manifest = require_manifest(paths.stage("bench"), "bench")
     _check_bench(config, manifest["fingerprint"])

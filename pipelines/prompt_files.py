@@ -1,7 +1,7 @@
 """Reading prompts: JSONL, Parquet, `datasets`. A bad row becomes an error row; only a bad file stops the job.
 
 A row is `{"prompt": text}` or `{"messages": [{"role", "content"}, ...]}` (other columns are kept as `extra`), or
-Spec-Bench's `{"question_id", "category", "turns"}`, of which the first turn is taken.
+Spec-Bench's `{"question_id", "category", "turns"}`, of which the first turn is the prompt.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ PARQUET = (".parquet", ".pq")
 
 @dataclass(frozen=True)
 class PromptRow:
-    """One prompt: text or a chat. `row`: its number in the file from 1 (JSONL: of its line); `extra`: its other columns."""
+    """One prompt: text or a chat. `row`: its number in the file from 1 (JSONL: of its line); `extra`: its other columns;
+    `turns`: all user turns of a row in Spec-Bench's format, of which `prompt` is the first."""
 
     row: int
     prompt: str | None
     messages: list[dict[str, Any]] | None
     source: str
     extra: dict[str, Any] = field(default_factory=dict)
+    turns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -109,9 +111,10 @@ def _parse(number: int, value: Any, where: str, name: str) -> PromptRow | RowErr
     source = str(value.get("source") or Path(where).name)
     if isinstance(value.get("turns"), list) and name not in value:
         turns = value["turns"]
-        if not turns or not isinstance(turns[0], str) or not turns[0]:
-            return RowError(number, f"row {number}: turns: the first one is not text")
-        return PromptRow(number, turns[0], None, source, {k: v for k, v in value.items() if k != "turns"})
+        for place, turn in enumerate(turns or [None], start=1):
+            if not isinstance(turn, str) or not turn:
+                return RowError(number, f"row {number}: turns: number {place} is not text")
+        return PromptRow(number, turns[0], None, source, {k: v for k, v in value.items() if k != "turns"}, tuple(turns))
     extra = {key: item for key, item in value.items() if key not in (name, "messages")}
     found = value.get(name)
     if isinstance(found, str) and found.strip():

@@ -10,9 +10,11 @@ from typing import TypeVar
 import torch
 
 from hydra_core.base import Base
+from hydra_core.base.graphs import step_forward
 from hydra_core.decoding.accept import accept
 from hydra_core.decoding.adaptive import MOST_NODES, AdaptiveSession
 from hydra_core.decoding.choose import Chooser
+from hydra_core.decoding.memory import free_bytes, workspace_bytes
 from hydra_core.decoding.propose import HeadSession
 from hydra_core.decoding.records import Request
 from hydra_core.drafters import AdaptiveDrafter, HeadDrafter
@@ -21,93 +23,97 @@ from hydra_core.tree.topology import Topology, Tree, TreeSet
 
 Job = Callable[[], None]
 Key = TypeVar("Key", bound=Hashable)
+Point = tuple[int, int, int]
+"""Committed tokens of a row, rows, nodes of a row."""
+Group = tuple[int, int, tuple[int, ...]]
+"""The points of one context and batch size: the same, with several node counts."""
+SHARE_OF_MEMORY = 0.5
+"""Of what is free: the most that timing takes."""
 
 
-def verify_seconds(base: Base, batches: Sequence[int], nodes: Iterable[int], context: int, repeats: int,
-                   say: Callable[[str], None] = lambda text: None) -> dict[int, dict[int, float]]:
-    """Batch size -> nodes -> median seconds of forward, choice, acceptance and commit over `context` committed tokens.
+def that_fit(base: Base, groups: Iterable[Group]) -> list[Point]:
+    """The points of those groups that the base's context and half of the free memory hold; what is short goes first.
 
-    Raises ValueError if context and nodes do not fit the base.
+    A batch size has one cache, as long as its longest point. A group fits whole or not at all, since one point alone says
+    nothing of what a node costs.
     """
-    sizes = sorted(set(nodes) | {1})
-    if context + sizes[-1] > base.context_limit:
-        raise ValueError(f"{context} tokens and {sizes[-1]} nodes do not fit a context of {base.context_limit}")
-    cache = base.allocate(max(batches), context + sizes[-1])
+    free, slots, points = SHARE_OF_MEMORY * free_bytes(base.device), dict[int, int](), list[Point]()
+    for context, batch, nodes in sorted(groups):
+        longest = context + max(nodes)
+        wanted = slots | {batch: max(slots.get(batch, 0), longest)}
+        needed = sum(base.decoder.cache_bytes(rows, size) for rows, size in wanted.items())
+        if longest <= base.context_limit and needed + workspace_bytes(base, batch, longest, max(nodes)) <= free:
+            slots = wanted
+            points += [(context, batch, count) for count in nodes]
+    return points
 
-    def job(batch: int, size: int) -> Job:
-        forest = bushy(size).forest
-        tokens = torch.full((batch, size), 5, dtype=torch.int64, device=base.device)
+
+def verify_seconds(base: Base, points: Sequence[Point], repeats: int,
+                   say: Callable[[str], None] = lambda text: None) -> dict[Point, float]:
+    """Median seconds of forward, choice, acceptance and commit at each point.
+
+    Raises ValueError for a point that does not fit the base.
+    """
+    for context, _, nodes in points:
+        if context + nodes > base.context_limit:
+            raise ValueError(f"{context} tokens and {nodes} nodes do not fit a context of {base.context_limit}")
+    caches = {batch: base.allocate(batch, max(context + nodes for context, rows, nodes in points if rows == batch))
+              for batch in {batch for _, batch, _ in points}}
+    forwards = {batch: step_forward(base, cache, max(nodes for _, rows, nodes in points if rows == batch))
+                for batch, cache in caches.items()}
+
+    def job(context: int, batch: int, nodes: int) -> Job:
+        forest, cache = bushy(nodes).forest, caches[batch]
+        tokens = torch.full((batch, nodes), 5, dtype=torch.int64, device=base.device)
 
         def run() -> None:
-            cache.lengths[:batch] = context
-            hidden = base.forward(tokens, cache, (0, batch), forest)
+            cache.lengths[:] = context
+            hidden = forwards[batch](tokens, forest, context)
             accepted = accept(tokens, forest, base.logits(hidden).argmax(-1))
             cache.commit((0, batch), accepted.path, accepted.counts)
 
         return run
 
-    jobs = {(batch, size): job(batch, size) for batch in batches for size in sizes}
-    measured = medians(jobs, repeats, base.device, say)
-    return {batch: {size: measured[batch, size] for size in sizes} for batch in batches}
+    return medians({point: job(*point) for point in points}, repeats, base.device, say)
 
 
-def draft_seconds(base: Base, drafter: HeadDrafter, trees: Mapping[int, Tree], batches: Sequence[int], context: int,
-                  repeats: int, say: Callable[[str], None] = lambda text: None) -> dict[int, dict[int, float]]:
-    """Batch size -> depth -> median seconds of drafting with the tree of that depth in `trees`, the prefix layer's
-    catching up on the step's tokens included."""
-    slots = context + max((tree.depth for tree in trees.values()), default=0) + 1
-    width = drafter.vocabulary.width
+def draft_seconds(base: Base, heads: HeadDrafter, trees: Mapping[int, Tree] | None, batches: Sequence[int], context: int,
+                  repeats: int, say: Callable[[str], None] = lambda text: None) -> dict[tuple[int, int], float]:
+    """(Batch size, depth) -> median seconds of drafting, the prefix layer's catching up on the step's tokens included.
 
-    def job(batch: int, tree: Tree) -> Job:
-        session = HeadSession(drafter, TreeSet({1: tree}), batch, slots)
-        roots = torch.full((batch,), 5, dtype=torch.int64, device=base.device)
-        positions, counts = [context] * batch, torch.full_like(roots, tree.depth + 1)
-        hidden = torch.zeros(batch, tree.depth + 1, width, dtype=base.dtype, device=base.device)
-        choosers = [Chooser(Request("greedy", (0,), 1), base.vocab_size)] * batch
-
-        def run() -> None:
-            if session.inputs.cache is not None:
-                session.inputs.cache.lengths[:] = context
-            session.propose(roots, positions, choosers)
-            session.observe((0, batch), hidden, counts)
-
-        return run
-
-    jobs = {(batch, depth): job(batch, tree) for batch in batches for depth, tree in trees.items()}
-    measured = medians(jobs, repeats, base.device, say)
-    return {batch: {depth: measured[batch, depth] for depth in trees} for batch in batches}
-
-
-def growth_seconds(base: Base, heads: HeadDrafter, batches: Sequence[int], context: int, repeats: int,
-                   say: Callable[[str], None] = lambda text: None) -> dict[int, dict[int, float]]:
-    """Batch size -> depth -> median seconds of growing a tree with so many heads (0: of copied text alone), the prefix
-    layer's catching up on the step's tokens included."""
-    free = StepCosts({1: {1: 1.0, MOST_NODES: 1.0}}, {1: {0: 0.0}})  # nothing is left out because it does not pay
-
+    `trees`: the fixed tree of each depth; None: trees are grown with so many heads, 0 of them from copied text alone.
+    """
     def job(batch: int, depth: int) -> Job:
-        drafter = AdaptiveDrafter(heads if depth else None, costs=free)
-        session = AdaptiveSession(drafter, batch, context + MOST_NODES)
-        session.depths = depth
-        text = [5 + place % 7 for place in range(context)]  # repeats itself, so that there is something to copy
-        for row in range(batch):
-            session.admit(row, text)
+        session = _growing(base, heads, batch, depth, context) if trees is None else HeadSession(
+            heads, TreeSet({1: trees[depth]}), batch, context + MOST_NODES)
+        inputs = session.inputs if depth else None
         roots = torch.full((batch,), 5, dtype=torch.int64, device=base.device)
         positions, counts = [context] * batch, torch.full_like(roots, depth + 1)
         hidden = torch.zeros(batch, depth + 1, heads.vocabulary.width, dtype=base.dtype, device=base.device)
         choosers = [Chooser(Request("greedy", (0,), 1), base.vocab_size)] * batch
 
         def run() -> None:
-            if depth and session.inputs.cache is not None:
-                session.inputs.cache.lengths[:] = context
+            if inputs is not None and inputs.cache is not None:
+                inputs.cache.lengths[:] = context
             session.observe((0, batch), hidden, counts)
             session.propose(roots, positions, choosers)
 
         return run
 
-    depths = range(heads.num_heads + 1)
-    jobs = {(batch, depth): job(batch, depth) for batch in batches for depth in depths}
-    measured = medians(jobs, repeats, base.device, say)
-    return {batch: {depth: measured[batch, depth] for depth in depths} for batch in batches}
+    depths = range(heads.num_heads + 1) if trees is None else trees
+    return medians({(batch, depth): job(batch, depth) for batch in batches for depth in depths}, repeats, base.device, say)
+
+
+def _growing(base: Base, heads: HeadDrafter, batch: int, depth: int, context: int) -> AdaptiveSession:
+    """A session that grows trees with `depth` heads whatever they cost, over text that repeats itself: there is something
+    to copy."""
+    free = StepCosts({1: {1: 1.0, MOST_NODES: 1.0}}, {1: {0: 0.0}})
+    session = AdaptiveSession(AdaptiveDrafter(heads if depth else None, costs=free), batch, context + MOST_NODES,
+                              device=base.device)
+    session.depths = depth
+    for row in range(batch):
+        session.admit(row, [5 + place % 7 for place in range(context)])
+    return session
 
 
 @torch.inference_mode()

@@ -1,10 +1,10 @@
 """The `tree` stage: for each drafter and batch size, the draft tree that pays best on this machine.
 
     held-out rows -> rank tuples -> nested trees -> tokens per step   \
-                                                                       > tokens per second -> tree.json
+                                                                       > tokens per second -> tree.json, sweep.json
     this machine  -> verify and draft seconds by size and depth       /
 
-One Ray task measures everything, so that only one thing runs while clocks are read.
+One Ray task measures everything, so that only one thing runs while clocks are read; what it times is kept for the machine.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,15 @@ from hydra_core.decoding import check_heads
 from hydra_core.drafters import HeadDrafter
 from hydra_core.errors import InputError
 from hydra_core.training.ranks import rank_rows
-from hydra_core.tree import TreeSet
+from hydra_core.tree import Tree, TreeSet
 from hydra_core.tree.search import Choice, StepCosts, best_choice, nested_trees, score_trees
 from hydra_core.tree.walk import RankRows
 from pipelines.cluster import ensure_ray, measuring_resources
 from pipelines.config import RunConfig
+from pipelines.cost_report import draft_grid, markdown, print_grids, verify_grids
 from pipelines.distill import distilled
 from pipelines.features import FeatureStore
+from pipelines.machine_costs import fingerprint_of_machine, machine_costs
 from pipelines.stage import (
     RunPaths,
     StageFolder,
@@ -43,10 +45,10 @@ from pipelines.stage import (
     stage_folder,
     write_text,
 )
-from pipelines.step_costs import draft_seconds, verify_seconds
 from pipelines.tracking import Run, Tracker
 from pipelines.train_data import RowReader
-from pipelines.tree_plot import plot_choices
+from pipelines.tree_curves import CURVES, run_curves
+from pipelines.tree_plot import plot_choices, plot_tree
 
 STAGE = "tree"
 HEADS = "heads"
@@ -59,13 +61,15 @@ class Measured:
 
     ranks: RankRows
     costs: StepCosts
+    machine: dict[str, Any] = field(default_factory=dict)
 
 
 def run_tree(config: RunConfig) -> StageResult:
-    """Fit trees to every trained drafter (or `train.only`) and write a copy of its heads with them.
+    """Fit trees to every trained drafter (or `train.only`) and write a copy of its heads with them; print what steps cost.
 
     Outputs: drafter -> heads folder, loadable as a checkpoint. Figures: drafter -> batch size -> nodes, depth, expected
-    tokens per step and gain over plain decoding. Raises InputError if a drafter is not trained yet, or not on this base.
+    tokens per step and gain over plain decoding. With `tree.curves` also what `run_curves` makes.
+    Raises InputError if a drafter is not trained yet, or not on this base.
     """
     names = [config.train.only] if config.train.only else list(config.train.drafters)
     tracker = Tracker.open(config)
@@ -84,14 +88,30 @@ def run_tree(config: RunConfig) -> StageResult:
             found = ray.get(task.remote(config.model_dump(mode="json", by_alias=True), heads, str(features)))
         for name in todo:
             results[name] = _write_one(config, name, wanted[name], found[name], tracker, (features, data_digest))
-    return StageResult(STAGE, tracker.parent(), outputs={name: results[name].outputs[HEADS] for name in names},
-                       figures={name: results[name].figures for name in names}, skipped=not todo)
+    _show(config, names)
+    curves = run_curves(config, tracker) if config.tree.curves else None
+    return StageResult(
+        STAGE, tracker.parent(),
+        outputs={name: results[name].outputs[HEADS] for name in names} | (curves.outputs if curves else {}),
+        figures={name: results[name].figures for name in names} | ({CURVES: curves.figures} if curves else {}),
+        skipped=not todo and (curves is None or curves.skipped))
+
+
+def _show(config: RunConfig, names: Sequence[str]) -> None:
+    """Print the costs that the trees were chosen by, the base's part once where drafters share it."""
+    shown = None
+    for name in names:
+        text = (RunPaths.of(config).stage(STAGE, name) / "costs.json").read_text(encoding="utf-8")
+        costs = StepCosts.from_json(json.loads(text))
+        base = verify_grids(costs, config.base.dtype)
+        print_grids([*(base if base != shown else []), draft_grid(costs, name)], sys.stderr)
+        shown = base
 
 
 def _check(config: RunConfig, heads: Mapping[str, str]) -> None:
     """Raise InputError for what the measuring task would find out late: trees that do not fit, heads that do not load."""
     cache = RunPaths.of(config).cache
-    _context(config, context_limit(config.base.model, cache=cache, asked=config.base.context_limit))
+    _check_room(config, context_limit(config.base.model, cache=cache, asked=config.base.context_limit))
     vocabulary = load_vocabulary(config.base.model, dtype=config.base.dtype, cache=cache)
     for folder in heads.values():
         check_heads(folder, vocabulary)
@@ -101,21 +121,19 @@ def measure(values: dict[str, Any], heads: Mapping[str, str], features: str) -> 
     """Rank tuples and step costs of every drafter in `heads` (name -> checkpoint folder); runs in one Ray task."""
     config = RunConfig.model_validate(values)
     torch.set_num_threads(config.tree.threads)
-    base = load_base(config.base.model, dtype=config.base.dtype, device=config.base.device,
-                     cache=RunPaths.of(config).cache, context_limit=config.base.context_limit)
-    tree = config.tree
-    context = _context(config, base.context_limit)
-    verify = verify_seconds(base, tree.batch_sizes, tree.node_counts, context, tree.repeats, _saying("base"))
-    reader = RowReader(FeatureStore.open(Path(features), "held_out"))
+    cache = RunPaths.of(config).cache
+    base = load_base(config.base.model, dtype=config.base.dtype, device=config.base.device, cache=cache,
+                     context_limit=config.base.context_limit)
+    _check_room(config, base.context_limit)
+    machine, reader = fingerprint_of_machine(base.device), RowReader(FeatureStore.open(Path(features), "held_out"))
     found = {}
     for name, folder in heads.items():
         drafter = load_checkpoint(Path(folder), base.vocabulary, base.dtype).drafter
-        ranks = held_out_ranks(drafter, reader, tree.max_rows, config.train.seed)
-        _saying(name)(f"{ranks.ranks.shape[0]} held-out positions ranked")
-        by_depth = {candidate.depth: candidate for candidate in nested_trees(ranks, max(tree.node_counts))
+        ranks = held_out_ranks(drafter, reader, config.tree.max_rows, config.train.seed)
+        _say(name, f"{ranks.ranks.shape[0]} held-out positions ranked")
+        by_depth = {candidate.depth: candidate for candidate in nested_trees(ranks, max(config.tree.node_counts))
                     if candidate.depth}  # the largest tree of each depth: later ones take the place of earlier ones
-        draft = draft_seconds(base, drafter, by_depth, tree.batch_sizes, context, tree.repeats, _saying(name))
-        found[name] = Measured(ranks, StepCosts(verify, draft))
+        found[name] = Measured(ranks, machine_costs(base, cache, drafter, config.tree, by_depth), machine)
     return found
 
 
@@ -128,7 +146,7 @@ def held_out_ranks(drafter: HeadDrafter, reader: RowReader, rows: int, seed: int
 
 
 def choose_trees(measured: Measured, batch_sizes: Sequence[int], max_nodes: int) -> dict[int, list[Choice]]:
-    """Every nested tree scored for every batch size."""
+    """Every nested tree scored for every batch size, plain decoding first."""
     trees = nested_trees(measured.ranks, max_nodes)
     return {batch: score_trees(trees, measured.ranks, measured.costs, batch) for batch in batch_sizes}
 
@@ -143,17 +161,22 @@ def _write_one(config: RunConfig, name: str, wanted: str, measured: Measured, tr
           tracker.start(STAGE, part=name, fingerprint=wanted) as run):
         run.log_dataset("features", features[1], str(features[0]), STAGE)
         run.log_dataset(f"{name} heads", _trained(config, name), str(source), STAGE)
-        _write_heads(source, folder / HEADS, TreeSet({batch: choice.tree for batch, choice in best.items()}))
-        write_text(folder / "costs.json", json.dumps(asdict(measured.costs), indent=2))
+        _write_heads(source, folder / HEADS, TreeSet({batch: choice.tree for batch, choice in best.items()}),
+                     sweep([choice.tree for choice in scored[min(scored)]], config.tree.node_counts))
+        write_text(folder / "costs.json", json.dumps({"machine": measured.machine} | measured.costs.to_json(), indent=2))
+        write_text(folder / "costs.md", markdown(
+            f"{name}: what a step takes", [", ".join(f"{key}: {value}" for key, value in measured.machine.items())],
+            [*verify_grids(measured.costs, config.base.dtype), draft_grid(measured.costs, name)]))
         write_text(folder / "scores.json", json.dumps(
             {str(batch): [_row(choice) for choice in choices] for batch, choices in scored.items()}, indent=2))
         plot_choices(folder / "tree.png", name, scored, best)
+        plot_tree(folder / "tree_drawn.png", name, best[min(best)])
         return _finish(stage, run, {str(batch): _row(choice) for batch, choice in best.items()})
 
 
 def _finish(stage: StageFolder, run: Run, figures: dict[str, Any]) -> StageResult:
     folder = stage.folder
-    files = [folder / "costs.json", folder / "scores.json", folder / "tree.png"]
+    files = [folder / file for file in ("costs.json", "costs.md", "scores.json", "tree.png", "tree_drawn.png")]
     for path in (*files, folder / HEADS / "tree.json"):
         run.log_artifact(path)
     run.log_metrics({f"batch{batch}.{key}": float(value) for batch, row in figures.items()
@@ -162,12 +185,18 @@ def _finish(stage: StageFolder, run: Run, figures: dict[str, Any]) -> StageResul
     return stage.finish(result, [*files, *(folder / HEADS).iterdir()])
 
 
-def _write_heads(source: Path, target: Path, trees: TreeSet) -> None:
-    """A copy of the heads with other trees, whole or not at all."""
+def sweep(trees: Sequence[Tree], node_counts: Sequence[int]) -> dict[int, Tree]:
+    """Of nested trees that begin with plain decoding, those of the asked sizes, as far as they go."""
+    return {count: trees[count - 1] for count in sorted(set(node_counts)) if 1 < count <= len(trees)}
+
+
+def _write_heads(source: Path, target: Path, trees: TreeSet, sizes: Mapping[int, Tree]) -> None:
+    """A copy of the heads with other trees, whole or not at all; `sizes` go beside them, for who wants a size of his own."""
     temporary = target.with_name(f".{target.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(source, temporary)
     write_text(temporary / "tree.json", json.dumps(trees.to_json(), indent=2, sort_keys=True))
+    write_text(temporary / "sweep.json", json.dumps({str(count): tree.paths for count, tree in sizes.items()}))
     shutil.rmtree(target, ignore_errors=True)
     temporary.replace(target)
 
@@ -178,17 +207,15 @@ def _row(choice: Choice) -> dict[str, float | int]:
             "tokens_per_second": round(choice.tokens_per_second, 2), "gain": round(choice.gain, 4)}
 
 
-def _context(config: RunConfig, limit: int) -> int:
-    """Committed tokens while timing: as configured, or what a small base leaves room for."""
-    room = limit - max(config.tree.node_counts) - 1
-    if room < 1:
+def _check_room(config: RunConfig, limit: int) -> None:
+    """Raise InputError for node counts that leave no room for a token in the base's context."""
+    if limit <= max(config.tree.node_counts):
         raise InputError(f"tree.node_counts: {max(config.tree.node_counts)} nodes leave no room in a context of "
                          f"{limit}: use smaller ones")
-    return min(config.tree.context, room)
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
-    return {"tree": config.tree.model_dump(mode="json"), "base": config.base.model_dump(mode="json")}
+    return {"tree": config.tree.model_dump(mode="json", exclude={"curves"}), "base": config.base.model_dump(mode="json")}
 
 
 def _fingerprint(config: RunConfig, name: str, data_digest: str) -> str:
@@ -201,9 +228,5 @@ def _trained(config: RunConfig, name: str) -> str:
     return str(require_manifest(RunPaths.of(config).stage("train", name), "train")["digest"])
 
 
-def _saying(subject: str) -> Any:
-    def say(text: str) -> None:
-        sys.stderr.write(f"tree {subject}: {text}\n")
-        sys.stderr.flush()
-
-    return say
+def _say(subject: str, text: str) -> None:
+    print(f"{STAGE} {subject}: {text}", file=sys.stderr, flush=True)

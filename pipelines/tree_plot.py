@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra_core.tree.search import Choice
 from hydra_core.tree.topology import Tree
+from pipelines.cost_report import save_figure
 
 
 def plot_choices(path: Path, name: str, scored: Mapping[int, Sequence[Choice]], best: Mapping[int, Choice]) -> None:
@@ -28,9 +28,21 @@ def plot_choices(path: Path, name: str, scored: Mapping[int, Sequence[Choice]], 
     for axis, (batch, choice) in zip(axes[1:], best.items(), strict=True):
         _draw(axis, choice.tree)
         axis.set_title(f"batch {batch}: {choice.tree.size} nodes, {choice.tokens_per_step:.2f} tokens per step")
-    temporary = path.with_name(f".{path.name}.part")
-    FigureCanvasAgg(figure).print_png(str(temporary))
-    os.replace(temporary, path)
+    save_figure(figure, path, FigureCanvasAgg)
+
+
+def plot_tree(path: Path, name: str, choice: Choice) -> None:
+    """Write a PNG of one tree by itself, wide enough to read its ranks."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    tree = choice.tree
+    leaves = tree.size - len({path[:-1] for path in tree.paths})
+    figure = Figure(figsize=(max(6.0, 0.45 * leaves), 1.5 + 0.9 * max(1, tree.depth)), layout="constrained")
+    axis = figure.subplots()
+    _draw(axis, tree)
+    axis.set_title(f"{name}, batch {choice.batch}: {tree.size} nodes, {choice.tokens_per_step:.2f} tokens per step")
+    save_figure(figure, path, FigureCanvasAgg)
 
 
 def _draw(axis: Any, tree: Tree) -> None:

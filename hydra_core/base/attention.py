@@ -36,11 +36,14 @@ class Rotary:
         self.cos = (angles.cos() * self.scaling).to(self.dtype)
         self.sin = (angles.sin() * self.scaling).to(self.dtype)
 
-    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin [B, N, 1, d] at `positions` [B, N]."""
-        highest = int(positions.max())
-        if highest >= len(self.cos):
-            self._grow(2 * (highest + 1))
+    def at(self, positions: Tensor, below: int | None = None) -> tuple[Tensor, Tensor]:
+        """cos and sin [B, N, 1, d] at `positions` [B, N].
+
+        `below`: a number that all of them are below, for who knows one: the device is then not asked.
+        """
+        needed = int(positions.max()) + 1 if below is None else below
+        if needed > len(self.cos):
+            self._grow(2 * needed)
         return self.cos[positions][:, :, None], self.sin[positions][:, :, None]
 
 

@@ -73,7 +73,7 @@ class FusedDecoder:
         return None if kind in FIXED_ROPE_TYPES else f"rope type {kind}"
 
     def allocate(self, rows: int, slots: int) -> KVCache:
-        self.rotary.reserve(slots)
+        self.rotary.reserve(slots)  # for good: no step of this cache, recorded or not, makes more
         return KVCache(len(self.layers), rows, slots, self.kv_heads, self.head_width, self.embedding.dtype,
                        self.embedding.device)
 
@@ -83,7 +83,7 @@ class FusedDecoder:
     def __call__(self, ids: Tensor, cache: KVCache, step: Step, counts: Tensor | None = None) -> Tensor:
         """As `Decoder.__call__`."""
         width = self.embedding.shape[1]
-        cos, sin = self.rotary.at(step.positions)
+        cos, sin = self.rotary.at(step.positions, step.span)
         mask = grouped_mask(step.mask, self.heads // self.kv_heads)
         kind = self.embedding.dtype
         hidden = F.embedding(ids, self.embedding).to(self.stream)

@@ -20,7 +20,8 @@ class Step:
     """Where one forward of B rows x N nodes reads and writes.
 
     `rows`: the cache rows [start, stop); `positions`: [B, N] int64; `slots`: [B, N] int64; `span`: slots that attention
-    reads; `mask`: additive [B, 1, N, span] in the cache's dtype, or None when every node sees the whole span.
+    reads; `mask`: additive [B, 1, N, span] in the cache's dtype, or None when every node sees the whole span; `fixed`:
+    the span was given and may be longer than the rows need, so that where nodes go is known to the device alone.
     """
 
     rows: tuple[int, int]
@@ -28,6 +29,7 @@ class Step:
     slots: Tensor
     span: int
     mask: Tensor | None
+    fixed: bool = False
 
     def windowed(self, window: int) -> Tensor:
         """The mask of a layer that looks back `window` positions, its own included: additive [B, 1, N, span] float32."""
@@ -47,6 +49,7 @@ class KVCache:
         self.values = torch.zeros_like(self.keys)
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         self.rows, self.slots = rows, slots
+        self.waits = self.keys.device.type != "cpu"  # to ask the device a question is to wait for all that it has to do
         self._slot_range = torch.arange(slots, device=device)
 
     @staticmethod
@@ -62,22 +65,27 @@ class KVCache:
     def nbytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
 
-    def plan(self, rows: tuple[int, int], forest: Forest) -> Step:
+    def plan(self, rows: tuple[int, int], forest: Forest, span: int | None = None) -> Step:
         """Positions, slots and mask of a forward over `forest` on top of what `rows` hold.
 
-        Raises ValueError when a row has no room for the nodes.
+        `span`: slots that attention reads, where the caller knows that they hold every row he cares for. Nothing is then
+        asked of the device, and a row without room for the nodes writes them to its last slots.
+        Raises ValueError when no span is given and a row has no room for the nodes.
         """
-        lengths = self.lengths[rows[0]:rows[1]]
+        lengths, nodes, fixed = self.lengths[rows[0]:rows[1]], forest.size, span is not None
         forest = forest.to(lengths.device)
-        nodes, longest = forest.size, int(lengths.max())
-        if longest + nodes > self.slots:
-            raise ValueError(f"{nodes} nodes on top of {longest} tokens do not fit {self.slots} slots")
+        if span is None:
+            longest = int(lengths.max())
+            if longest + nodes > self.slots:
+                raise ValueError(f"{nodes} nodes on top of {longest} tokens do not fit {self.slots} slots")
+            span = longest + nodes
+        else:
+            lengths = lengths.clamp(max=self.slots - nodes)
         positions = lengths[:, None] + forest.depths
         slots = lengths[:, None] + self._slot_range[:nodes]
-        span = longest + nodes
-        if nodes == 1 and len(lengths) == 1:
+        if nodes == 1 and len(lengths) == 1 and not fixed:
             return Step(rows, positions, slots, span, None)
-        return Step(rows, positions, slots, span, self._mask(lengths, forest, span))
+        return Step(rows, positions, slots, span, self._mask(lengths, forest, span), fixed)
 
     def _mask(self, lengths: Tensor, forest: Forest, span: int) -> Tensor:
         """A node sees its row's committed slots and its ancestors: additive [B, 1, N, span]."""
@@ -94,7 +102,7 @@ class KVCache:
         """Store [B, N, H, d] keys and values; return views [B, H, span, d] of all that attention may read."""
         start, stop = step.rows
         stored_keys, stored_values = self.keys[layer, start:stop], self.values[layer, start:stop]
-        if stop - start == 1:
+        if stop - start == 1 and not step.fixed:
             nodes = keys.shape[1]
             first = step.span - nodes
             stored_keys[:, first:step.span] = keys
@@ -110,17 +118,24 @@ class KVCache:
 
         Their keys and values move to consecutive slots after the committed ones and the rows grow by `counts`.
         """
-        start, stop = rows
-        lengths = self.lengths[start:stop]
+        if path.shape[1] > 1:
+            self._gather(rows, path, counts)
+        self.lengths[rows[0]:rows[1]] += counts
+
+    def _gather(self, rows: tuple[int, int], path: Tensor, counts: Tensor) -> None:
         order = torch.arange(path.shape[1], device=path.device)
         moved = (path != order) & (order < counts[:, None])
-        if bool(moved.any()):
-            base = (torch.arange(start, stop, device=path.device) * self.slots + lengths)[:, None]
-            source, target = (base + path)[moved], (base + order)[moved]
-            for store in (self.keys, self.values):
-                flat = store.view(store.shape[0], -1, *store.shape[3:])
-                flat[:, target] = flat[:, source]
-        lengths += counts
+        if not self.waits and not bool(moved.any()):
+            return
+        base = (torch.arange(*rows, device=path.device) * self.slots + self.lengths[rows[0]:rows[1]])[:, None]
+        source, target = base + path, base + order
+        if self.waits:  # what stays is copied onto itself: a few rows, and the device need not say which they are
+            source = torch.where(moved, source, target)
+        else:
+            source, target = source[moved], target[moved]
+        for store in (self.keys, self.values):
+            flat = store.view(store.shape[0], -1, *store.shape[3:])
+            flat[:, target] = flat[:, source]
 
     def move_row(self, source: int, target: int) -> None:
         """Copy one row's committed slots and length over another's."""

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hydra_core.base.int4 import MOST_ROWS, Int4Weight
-from hydra_core.base.q4_1 import Q4Matrix
+from hydra_core.base.int4 import MOST_ROWS, OUT_MULTIPLE, Int4Weight, kernel_missing
+from hydra_core.base.q4_1 import GROUP, Q4Matrix, quantise
 
 EXPECTED_ROWS = 8
 """Rows of a typical step, for oneDNN to choose a layout by; any number works."""
@@ -24,6 +24,12 @@ def packable(weight: Tensor) -> bool:
     """Whether this machine has a faster layout for `weight`."""
     return (weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
             and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+
+
+def quantisable(weight: Tensor) -> bool:
+    """Whether a 4-bit copy of `weight` [out, in] would be faster here at few rows."""
+    return (packable(weight) and kernel_missing() is None
+            and weight.shape[0] % OUT_MULTIPLE == 0 and weight.shape[1] % GROUP == 0)
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -49,11 +55,17 @@ class FrozenLinear:
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None = None, codes: Q4Matrix | None = None) -> FrozenLinear:
-        """`codes`: the checkpoint's own 4-bit codes, where they are to be used."""
+        """`codes`: 4-bit codes of the same values, where they are to be used."""
         few = None if codes is None else Int4Weight.of(codes, weight.dtype)
         if packable(weight):
             return cls(pack(weight), bias, True, few)
         return cls(weight, bias, False, few)
+
+    @classmethod
+    def for_drafts(cls, weight: Tensor, bias: Tensor | None = None) -> FrozenLinear:
+        """With a 4-bit copy made of the weights, where there is a faster kernel for it: a draft may be wrong, and a third
+        of the bytes is read."""
+        return cls.of(weight, bias, quantise(weight) if quantisable(weight) else None)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
@@ -66,15 +78,15 @@ class FrozenLinear:
 
 
 class PackableLinear(nn.Linear):
-    """A trained layer that can be packed to decode. Training, loading and moving unpack it, so that no stale copy is ever
-    used."""
+    """A trained layer of a drafter that can be packed to decode. Training, loading and moving unpack it, so that no stale
+    copy is ever used."""
 
-    _packed: Tensor | None = None
+    _packed: FrozenLinear | None = None
 
     def pack(self) -> None:
         """Make the faster copy, where this machine has one."""
-        weight = self.weight.detach()
-        self._packed = pack(weight) if packable(weight) else None
+        weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
+        self._packed = FrozenLinear.for_drafts(weight, bias) if packable(weight) else None
 
     def train(self, mode: bool = True) -> PackableLinear:
         self._packed = None
@@ -92,5 +104,5 @@ class PackableLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if self._packed is not None and not torch.is_grad_enabled():
-            return packed_linear(x, self._packed, self.bias)
+            return self._packed(x)
         return F.linear(x, self.weight, self.bias)

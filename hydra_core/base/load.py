@@ -14,9 +14,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hydra_core.base.fallback import TransformersDecoder
+from hydra_core.base.formats import LOSSY, check_lossy, compute_dtype, own_codes, own_formats, quantise_layers, quantised_by
 from hydra_core.base.fused import FusedDecoder
 from hydra_core.base.model import Base
-from hydra_core.base.q4_1 import Q4Matrix, load_codes
+from hydra_core.base.q4_1 import Q4Matrix
 from hydra_core.base.resolve import ResolvedBase, default_cache, resolve_base
 from hydra_core.base.sequential import SequentialDecoder
 from hydra_core.base.text import load_tokenizer
@@ -25,8 +26,6 @@ from hydra_core.errors import InputError
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int4": torch.bfloat16}
-"""Weight format -> dtype of everything that is not packed."""
 FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 
 
@@ -34,25 +33,48 @@ def load_base(model: str, *, dtype: str = "bf16", device: str = "cpu", cache: Pa
               context_limit: int | None = None, fused: bool = True, widen: bool = False) -> Base:
     """Load and freeze the base.
 
-    `dtype`: weight format, bf16, fp32 or int4 (a Q4_1 checkpoint's own codes, on a CPU); `device`: cpu, cuda or auto;
-    `cache`: folder for fetched and converted models (default: `default_cache()`); `context_limit`: tokens of prompt +
-    answer, at most the model's own; `fused=False` forces transformers' own forward; `widen` computes in float64 on the
-    very values of the weight format (what near-ties are judged by).
-    Raises InputError for a model that cannot be had.
+    `dtype`: weight format: bf16, fp32, int4 (a Q4_1 checkpoint's own codes, on a CPU) or int4-lossy (4-bit codes made
+    here of any fused base, which changes its answers); `device`: cpu, cuda or auto; `cache`: folder for fetched and
+    converted models (default: `default_cache()`); `context_limit`: tokens of prompt + answer, at most the model's own;
+    `fused=False` forces transformers' own forward; `widen` computes in float64 on the very values of the weight format
+    (what near-ties are judged by).
+    Raises InputError for a model that cannot be had, or not in that format.
     """
-    resolved = resolve_base(model, cache or default_cache())
-    target = pick_device(device)
-    codes = _codes(resolved, model, target, fused) if dtype == "int4" and not widen else None
-    # the values of int4 are the checkpoint's own, which only its float32 copy holds
-    loaded = _load_transformers(resolved, model, torch.float32 if widen and dtype == "int4" else DTYPES[dtype]).to(target)
+    resolved, kind, target = resolve_base(model, cache or default_cache()), compute_dtype(dtype), pick_device(device)
+    config = _read_config(resolved, model)
+    if dtype == LOSSY:
+        check_lossy(resolved.folder, config, model, target.type, fused)
+    if widen and (method := quantised_by(config)) is not None:
+        raise InputError(f"base.model={model}: is quantised by {method} and cannot be computed in float64: answers that "
+                         "differ cannot be judged")
+    codes = own_codes(resolved.folder, config, model, target.type, fused) if dtype == "int4" and not widen else None
+    # 4-bit values are exact in float32 alone: those of a Q4_1 checkpoint, and those that are made here
+    whole = dtype == LOSSY or (dtype == "int4" and widen)
+    loaded = _load_transformers(resolved, config, model, torch.float32 if whole else kind, target)
+    if dtype == LOSSY:
+        log.warning("base.dtype=%s: %s is quantised to 4 bits here: its answers are not the model's own", dtype, model)
+        codes = quantise_layers(loaded, model)
     if widen:
-        loaded = loaded.double()
-    config = loaded.config.get_text_config()
+        loaded, codes = loaded.double(), None
+    elif whole:
+        loaded = loaded.to(kind)
+    own = loaded.config.get_text_config()
     identity = BaseIdentity(resolved.name, resolved.digest, dtype)
-    vocabulary = _vocabulary_of(loaded, config, identity, _stop_ids(loaded, config))
-    decoder = _decoder_for(loaded, config, fused, codes)
-    limit = _context_limit(config, context_limit, model)
+    vocabulary = _vocabulary_of(loaded, own, identity, _stop_ids(loaded, own))
+    decoder = _decoder_for(loaded, own, fused, codes, quantised_by(config))
+    limit = _context_limit(own, context_limit, model)
     return Base(vocabulary, decoder, load_tokenizer(resolved.folder), limit, target)
+
+
+def formats_of(model: str, *, cache: Path, device: str) -> tuple[str, ...]:
+    """Weight formats that hold the checkpoint's own values, on a device of kind cpu or cuda: what `auto` may choose from.
+
+    No weights are read. Raises InputError for a model that cannot be had.
+    """
+    resolved = resolve_base(model, cache)
+    config = _read_config(resolved, model)
+    with _whole(model):
+        return own_formats(resolved.folder, config, device)
 
 
 def load_vocabulary(model: str, *, dtype: str = "bf16", device: str = "cpu", cache: Path) -> BaseVocabulary:
@@ -64,7 +86,7 @@ def load_vocabulary(model: str, *, dtype: str = "bf16", device: str = "cpu", cac
 
     resolved = resolve_base(model, cache)
     config = _read_config(resolved, model)
-    target, kind = pick_device(device), DTYPES[dtype]
+    target, kind = pick_device(device), compute_dtype(dtype)
     generation = None
     with _whole(model):
         names = _tensor_files(resolved.folder)
@@ -107,7 +129,11 @@ def _read_config(resolved: ResolvedBase, asked: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(resolved.folder).get_text_config()
+        config = AutoConfig.from_pretrained(resolved.folder)
+        own = config.get_text_config()
+        if own is not config and getattr(config, "quantization_config", None):
+            own.quantization_config = config.quantization_config  # it stands beside the text model's part
+        return own
     except Exception as error:  # each model's configuration checks itself in its own way
         raise _unloadable(asked, f"config.json: {error}") from None
 
@@ -127,17 +153,25 @@ def _unloadable(asked: str, reason: str) -> InputError:
     return InputError(f"base.model={asked}: cannot be loaded ({' '.join(reason.split())[:300]}): mend or fetch it again")
 
 
-def _load_transformers(resolved: ResolvedBase, asked: str, dtype: torch.dtype) -> Any:
+def _load_transformers(resolved: ResolvedBase, config: Any, asked: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """transformers' own model on `device`, frozen. One that is quantised is loaded where it is to run: it may not move."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    config = _read_config(resolved, asked)
-    with _whole(asked):
-        attention = _attention_for(AutoModelForCausalLM, config)
-        model = AutoModelForCausalLM.from_pretrained(resolved.folder, dtype=dtype, use_safetensors=True,
-                                                     attn_implementation=attention)
-    return model.eval().requires_grad_(False)
+    method = quantised_by(config)
+    place: dict[str, Any] = {} if method is None else {"device_map": {"": device}}
+    try:
+        with _whole(asked):
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                resolved.folder, dtype=dtype, use_safetensors=True,
+                attn_implementation=_attention_for(AutoModelForCausalLM, config), **place)
+    except (ImportError, RuntimeError) as error:
+        if method is None:
+            raise
+        raise InputError(f"base.model={asked}: is quantised by {method}, which transformers cannot run here "
+                         f"({' '.join(str(error).split())[:300]}): install what it names, or use another device") from None
+    return (model if place else model.to(device)).eval().requires_grad_(False)
 
 
 def _attention_for(auto: Any, config: Any) -> str | None:
@@ -148,18 +182,9 @@ def _attention_for(auto: Any, config: Any) -> str | None:
     return "sdpa" if not known or getattr(auto._model_mapping[type(config)], "_supports_sdpa", False) else "eager"
 
 
-def _codes(resolved: ResolvedBase, model: str, device: torch.device, fused: bool) -> Mapping[str, Q4Matrix]:
-    codes = load_codes(resolved.folder)
-    if codes is None:
-        raise InputError(f"base.dtype=int4: {model} is not stored in Q4_1, and quantising it would change its output: "
-                         "use bf16 or fp32")
-    if device.type != "cpu" or not fused:
-        raise InputError("base.dtype=int4: the 4-bit kernel runs in the fused decoder on a CPU: use bf16 or fp32")
-    return codes
-
-
-def _decoder_for(model: Any, config: Any, fused: bool, codes: Mapping[str, Q4Matrix] | None) -> Any:
-    reason = FusedDecoder.reason_unsupported(config) if fused else "asked not to fuse"
+def _decoder_for(model: Any, config: Any, fused: bool, codes: Mapping[str, Q4Matrix] | None, method: str | None) -> Any:
+    """`method`: what the model is quantised by, if it is: its modules hold no matrices to fuse."""
+    reason = f"quantised by {method}" if method else FusedDecoder.reason_unsupported(config) if fused else "asked not to fuse"
     if reason is None:
         return FusedDecoder(model, codes)
     why_not = TransformersDecoder.reason_unsupported(config)

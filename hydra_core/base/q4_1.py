@@ -1,4 +1,4 @@
-"""GGUF's Q4_1 matrices with their own codes: read once from the file, kept beside the dequantised copy.
+"""GGUF's Q4_1 matrices with their own codes: read once from the file, kept beside the dequantised copy; or made, lossily.
 
 A row is cut into groups of 32. A group stores a scale d and a minimum m (float16) and sixteen bytes of codes q, the low
 halves first: value = q * d + m, q in 0..15.
@@ -56,6 +56,21 @@ def unpack_blocks(data: np.ndarray) -> Q4Matrix:
     nibbles = blocks[..., 4:]
     codes = torch.cat((nibbles & 15, nibbles >> 4), dim=-1)
     return Q4Matrix(codes.flatten(1), halves[..., 0].contiguous(), halves[..., 1].contiguous())
+
+
+def quantise(weight: Tensor) -> Q4Matrix:
+    """The nearest codes to [out, in] values in float32, `in` a multiple of 32, between each group's least and greatest:
+    every value comes back within half a scale. What was Q4_1 already, with codes 0 and 15 in use, comes back as it was.
+    """
+    groups = weight.float().unflatten(1, (-1, GROUP))
+    low, high = groups.amin(dim=-1), groups.amax(dim=-1)
+    nearest = low.half()
+    # a minimum rounded upwards could lie further above the least value than half a scale
+    minimum = torch.where(nearest.float() > low, torch.nextafter(nearest, torch.full_like(nearest, -torch.inf)), nearest)
+    scale = ((high - minimum.float()) / 15).half()
+    steps = torch.where(scale == 0, 1, scale).float()  # all of a group the same
+    codes = ((groups - minimum.float()[..., None]) / steps[..., None]).round().clamp(0, 15)
+    return Q4Matrix(codes.to(torch.uint8).flatten(1), scale, minimum)
 
 
 def save_codes(gguf: Path, model: Any, folder: Path) -> bool:

@@ -9,14 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hydra_core.base.linear import pack, packable, packed_linear
+from hydra_core.base.linear import FrozenLinear, packable
 
 
 @dataclass(frozen=True)
 class BaseIdentity:
     """Which base, in which weight format: heads trained on another one are refused.
 
-    `digest`: sha256 of the configuration and weights, as hex; `weight_format`: bf16 or fp32.
+    `digest`: sha256 of the configuration and weights, as hex; `weight_format`: bf16, fp32, int4 or
+    int4-lossy.
     """
 
     name: str
@@ -32,20 +33,20 @@ class VocabHead:
     """Hidden state to logits: the one function for matrix, bias, scale and soft cap.
 
     `weight`: [V, D]; `bias`: [V] or None; `scale` multiplies the logits (Granite, Cohere); `softcap` bounds them (Gemma);
-    `packed`: a copy of `weight` in the layout that decodes fastest, see `for_decoding`.
+    `packed`: a copy of matrix and bias in the layout that decodes fastest, see `for_decoding`.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
-    packed: Tensor | None = None
+    packed: FrozenLinear | None = None
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """[..., D] of any float dtype to logits [..., V] in float32."""
         hidden = hidden.to(self.weight.dtype)
         if self.packed is not None and not hidden.requires_grad:
-            logits = packed_linear(hidden, self.packed, self.bias).float()
+            logits = self.packed(hidden).float()
         else:
             logits = F.linear(hidden, self.weight, self.bias).float()
         if self.scale != 1.0:
@@ -56,7 +57,11 @@ class VocabHead:
 
     def for_decoding(self) -> VocabHead:
         """The same head with a packed copy of its matrix, where this machine has a faster layout."""
-        return replace(self, packed=pack(self.weight)) if packable(self.weight) else self
+        return replace(self, packed=FrozenLinear.of(self.weight, self.bias)) if packable(self.weight) else self
+
+    def for_drafting(self) -> VocabHead:
+        """The same, in 4 bits for few rows: close to the head's logits, and read three times as fast."""
+        return replace(self, packed=FrozenLinear.for_drafts(self.weight, self.bias)) if packable(self.weight) else self
 
     def restrict(self, ids: Tensor) -> VocabHead:
         """The head over the tokens `ids` [Vd] alone, in that order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from hydra_core.decoding.accept import Accepted
 from hydra_core.decoding.choose import Chooser, rank_scores
-from hydra_core.decoding.growth import Candidates, Copied, Grown, add_copied, select
+from hydra_core.decoding.growth import Candidates, Copied, Worth, add_copied, select, weigh
 from hydra_core.decoding.pending import HeadFeatures
 from hydra_core.decoding.propose import PlainSession, Proposal
 from hydra_core.decoding.rates import Rates, match_class
@@ -38,20 +39,20 @@ def most_nodes(drafter: AdaptiveDrafter) -> int:
 class AdaptiveSession(PlainSession):
     """Trees grown by learned chances and measured costs; see `growth` and `rates`."""
 
-    def __init__(self, drafter: AdaptiveDrafter, rows: int, slots: int, shared_noise: bool = True) -> None:
+    def __init__(self, drafter: AdaptiveDrafter, rows: int, slots: int, shared_noise: bool = True,
+                 device: torch.device | str = "cpu") -> None:
         self.drafter, self.shared_noise = drafter, shared_noise
         self.max_nodes = most_nodes(drafter)
         heads = drafter.heads
         self.depths = heads.num_heads if heads is not None else 0
         self.indexes = [NgramIndex(drafter.ngram) for _ in range(rows)] if drafter.ngram else []
-        device: torch.device | str = "cpu"
         if heads is not None:
             heads.pack()
             device = heads.weight.device
             self.inputs = HeadFeatures(heads, rows, slots)
             self.draft_ids = heads.draft_vocab.ids.to(device)
         self.rates = Rates(self.depths, rows, device)
-        self._seconds: dict[tuple[int, int], Tensor] = {}
+        self._seconds: dict[tuple[int, int, int], Tensor] = {}
         self._extra = [1.0] * 4     # tokens a row that heads add to copied ones, by how sure those are
         self._idle = 0              # steps since heads were used
         self._kinds: Tensor | None = None
@@ -105,22 +106,23 @@ class AdaptiveSession(PlainSession):
 
     def propose(self, roots: Tensor, positions: Sequence[int], choosers: Sequence[Chooser]) -> Proposal:
         sampled = torch.tensor([chooser.request.temperature > 0 for chooser in choosers], device=roots.device)
-        candidates = Candidates.roots(roots)
+        roots_alone = Candidates.roots(roots)
         copied = self._copied(len(roots), roots.device)
-        grown = select(candidates if copied is None else add_copied(candidates, copied, self.rates, sampled),
-                       self._step_seconds(len(roots), 0))
-        if self.drafter.heads is not None and self._heads_pay(len(roots), grown):
-            alone = grown.expected
-            candidates = self._grow(self.drafter.heads, candidates, positions, choosers, sampled)
-            depth = candidates.depth
+        candidates = roots_alone if copied is None else add_copied(roots_alone, copied, self.rates, sampled)
+        worth = weigh(candidates, self._step_seconds(positions, 0))
+        if self.drafter.heads is not None and self._heads_pay(positions, worth):
+            alone = worth.expected
+            candidates = self._grow(self.drafter.heads, roots_alone, positions, choosers, sampled)
+            seconds = self._step_seconds(positions, candidates.depth)
             if copied is not None:
                 candidates = add_copied(candidates, copied, self.rates, sampled)
-            grown = select(candidates, self._step_seconds(len(roots), depth))
-            self._note(alone, grown.expected)
+            worth = weigh(candidates, seconds)
+            self._note(alone, worth.expected)
         else:
             self._idle += 1
+        grown = select(candidates, worth)
         self._kinds = grown.kinds
-        return Proposal(grown.tokens, grown.forest, grown.seconds)
+        return Proposal(grown.tokens, grown.forest, worth.seconds)
 
     def _copied(self, batch: int, device: torch.device) -> Copied | None:
         """What the text of each row would go on with, or None where no row finds anything."""
@@ -141,23 +143,25 @@ class AdaptiveSession(PlainSession):
         features = self.inputs.features[:batch, None]
         at = torch.zeros_like(known.tokens)                                     # [B, W] nodes that are drafted on
         chances, path = known.chances, heads.embed(known.tokens)[:, :, None]    # [B, W], [B, W, depth + 1, D]
+        first, columns = 1, []
         for depth in range(self.depths):
             tokens, given = self._candidates(heads, depth, features, path, positions, choosers)
             kinds = self.rates.head_kinds(depth, given, sampled)                # [B, W or 1, width]
-            below = chances[..., None] * self.rates.chances(kinds)
-            tokens, kinds = tokens.expand_as(below), kinds.expand_as(below)
-            first, parents = known.tokens.shape[1], at[..., None].expand_as(below)
-            known = known.joined(tokens.flatten(1), parents.flatten(1), kinds.flatten(1), below.flatten(1), depth + 1)
+            below = (chances[..., None] * self.rates.chances(kinds)).flatten(1)
+            children = (batch, at.shape[1], kinds.shape[2])
+            tokens, parents = tokens.expand(children).flatten(1), at[..., None].expand(children).flatten(1)
+            columns.append((tokens, parents, kinds.expand(children).flatten(1), below))
             if depth + 1 == self.depths:
                 break
-            chances, best = below.flatten(1).topk(min(BEAM, below[0].numel()), dim=1)
-            if not self._deeper_pays(batch, depth + 1, chances):
+            chances, best = below.topk(min(BEAM, below.shape[1]), dim=1)
+            if not self._deeper_pays(positions, depth + 1, chances):
                 break
-            at = first + best
-            chosen = heads.embed(tokens.flatten(1).gather(1, best))[:, :, None]
-            above = path.gather(1, (best // below.shape[2])[..., None, None].expand(-1, -1, *path.shape[2:]))
+            at, first = first + best, first + below.shape[1]
+            chosen = heads.embed(tokens.gather(1, best))[:, :, None]
+            above = path.gather(1, (best // children[2])[..., None, None].expand(-1, -1, *path.shape[2:]))
             path = torch.cat((above, chosen), dim=2)
-        return known
+        tokens, parents, kinds, below = (torch.cat(parts, 1) for parts in zip(*columns, strict=True))
+        return known.joined(tokens, parents, kinds, below, len(columns))
 
     def _candidates(self, heads: HeadDrafter, depth: int, features: Tensor, path: Tensor, positions: Sequence[int],
                     choosers: Sequence[Chooser]) -> tuple[Tensor, Tensor]:
@@ -168,38 +172,43 @@ class AdaptiveSession(PlainSession):
         if self.shared_noise:
             where = [position + depth + 1 for position in positions]
             logits = rank_scores(logits, where, choosers, self.draft_ids)
-        best = logits.topk(min(WIDTH, logits.shape[-1]), dim=-1)
-        given = (best.values - logits.logsumexp(-1, keepdim=True)).exp()
-        return self.draft_ids[best.indices], given
+        best = logits.softmax(-1).topk(min(WIDTH, logits.shape[-1]), dim=-1)
+        return self.draft_ids[best.indices], best.values
 
     # -- what pays -----------------------------------------------------------------------------------------------------
 
-    def _step_seconds(self, batch: int, depth: int) -> Tensor:
-        """Seconds of a step by nodes [most]; `depth` heads are drafted with, 0: none."""
-        known = self._seconds.get((batch, depth))
+    def _step_seconds(self, positions: Sequence[int], depth: int) -> Tensor:
+        """Seconds of a step by nodes [most], of rows that stand at `positions`; `depth` heads are drafted with, 0: none."""
+        batch, context = len(positions), self._context(positions)
+        known = self._seconds.get((batch, depth, context))
         if known is None:
             costs = self.drafter.costs
             drafting = costs.draft_seconds(batch, depth)
-            known = torch.tensor([costs.verify_seconds(batch, nodes) + drafting for nodes in range(1, self.max_nodes + 1)],
-                                 device=self.rates.edges.device)
-            self._seconds[batch, depth] = known
+            known = torch.tensor([costs.verify_seconds(batch, nodes, context) + drafting
+                                  for nodes in range(1, self.max_nodes + 1)], device=self.rates.edges.device)
+            self._seconds[batch, depth, context] = known
         return known
 
-    def _heads_pay(self, batch: int, grown: Grown) -> bool:
+    def _heads_pay(self, positions: Sequence[int], worth: Worth) -> bool:
         """Whether heads are expected to make more tokens a second than what is copied; now and then simply tried."""
         if self._idle >= RETRY_STEPS:
             return True
-        nodes = grown.tokens.shape[1]
-        seconds = self._step_seconds(batch, self.depths)
-        with_heads = (grown.expected + self._extra[_sureness(grown.expected)]) / float(
-            seconds[min(nodes + WIDTH, len(seconds)) - 1])
-        return with_heads * batch > grown.gain
+        seconds = self._step_seconds(positions, self.depths)
+        with_heads = (worth.expected + self._extra[_sureness(worth.expected)]) / float(
+            seconds[min(worth.nodes + WIDTH, len(seconds)) - 1])
+        return with_heads * len(positions) > worth.gain
 
-    def _deeper_pays(self, batch: int, depth: int, chances: Tensor) -> bool:
+    def _deeper_pays(self, positions: Sequence[int], depth: int, chances: Tensor) -> bool:
         """Whether the likeliest paths are likely enough for another head to be asked."""
-        costs = self.drafter.costs
+        costs, batch = self.drafter.costs, len(positions)
         price = costs.draft_seconds(batch, depth + 1) - costs.draft_seconds(batch, depth)
-        return float(chances.sum()) / batch * costs.verify_seconds(batch, 1) > price
+        return float(chances.sum()) / batch * costs.verify_seconds(batch, 1, self._context(positions)) > price
+
+    def _context(self, positions: Sequence[int]) -> int:
+        """Committed tokens of a row in the mean, as the nearest power of two and no less than the costs tell apart: a few
+        numbers, for which a step's seconds are remembered."""
+        mean = sum(positions) / len(positions)
+        return max(2 ** round(math.log2(max(mean, 1))), self.drafter.costs.context)
 
     def _note(self, alone: float, together: float) -> None:
         kind = _sureness(alone)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hydra_core.base.graphs import step_forward
 from hydra_core.base.model import Base
 from hydra_core.decoding.accept import Accepted, accept, accept_walking
 from hydra_core.decoding.choose import Chooser, choose, token_logprob
@@ -35,14 +36,16 @@ class Engine:
     `drafter`: heads, an `NgramDrafter`, an `AdaptiveDrafter` of both, or None for plain decoding; `trees`: the draft tree
     for each batch size (heads alone; a small default when not given); `max_batch`: rows that run at once;
     `context_limit`: prompt and answer together, at most the base's own; `shared_noise`: drafters rank by the noise of the
-    draw to come (False only shows what that is worth). All memory is taken here and none later. Not thread safe: one
-    thread drives it.
-    Raises InputError for limits below 1, when the trees ask for more heads or candidates than the drafter has, and when
-    the caches do not fit the memory.
+    draw to come (False only shows what that is worth); `graphs`: replay steps as CUDA graphs (None: where that is
+    possible). All memory is taken here and none later, but for the recording of graphs. Not thread safe: one thread
+    drives it.
+    Raises InputError for limits below 1, when the trees ask for more heads or candidates than the drafter has, when the
+    caches do not fit the memory, and for graphs where there can be none.
     """
 
     def __init__(self, base: Base, drafter: Drafter | None = None, trees: TreeSet | None = None, *,
-                 max_batch: int = 8, context_limit: int | None = None, shared_noise: bool = True) -> None:
+                 max_batch: int = 8, context_limit: int | None = None, shared_noise: bool = True,
+                 graphs: bool | None = None) -> None:
         for name, value in (("max_batch", max_batch), ("context_limit", context_limit)):
             if value is not None and value < 1:
                 raise InputError(f"{name}={value}: must be at least 1")
@@ -61,7 +64,8 @@ class Engine:
         slots = self.context_limit + spare
         check_memory(base, drafter, max_batch, slots, spare)
         self.cache = base.allocate(max_batch, slots)
-        self.session = open_session(drafter, trees, max_batch, slots, shared_noise)
+        self.forward = step_forward(base, self.cache, spare, graphs)
+        self.session = open_session(drafter, trees, max_batch, slots, shared_noise, base.device)
         self.roots = torch.zeros(max_batch, dtype=torch.int64, device=base.device)
         self.scheduler = Scheduler(max_batch, self.context_limit, base.branching)
         self.choosers: dict[str, Chooser] = {}  # by request id, for the rows that run
@@ -174,8 +178,8 @@ class Engine:
 
     def _verify(self, proposal: Proposal) -> tuple[Tensor, Tensor]:
         """One base forward over all nodes: hidden states [B, N, D] and logits [B, N, V]."""
-        rows = (0, len(self.scheduler.decoding))
-        hidden = self.base.forward(proposal.tokens.clamp(min=0), self.cache, rows, proposal.forest)
+        rows, tokens = self.scheduler.decoding, proposal.tokens.clamp(min=0)
+        hidden = self.forward(tokens, proposal.forest, max(_root_positions(rows)))
         return hidden, self.base.logits(hidden)
 
     def _accept(self, proposal: Proposal, logits: Tensor) -> Accepted:

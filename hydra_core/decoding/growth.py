@@ -9,13 +9,14 @@ chains and heads' candidates go into the same tree, where the same token after t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from hydra_core.decoding.rates import Rates
 from hydra_core.tree.forest import Forest
+from hydra_core.tree.topology import chain
 
 
 @dataclass(frozen=True)
@@ -53,50 +54,74 @@ class Copied:
 
 def add_copied(known: Candidates, copied: Copied, rates: Rates, sampled: Tensor) -> Candidates:
     """`known` with the copied chains in it. Where a chain runs along nodes that stand already they become likelier."""
-    batch, length = copied.tokens.shape
-    rows = torch.arange(batch, device=copied.tokens.device)
-    kinds, chances, size = known.kinds.clone(), known.chances.clone(), known.tokens.shape[1]
-    here, path = torch.zeros_like(copied.matches), torch.ones(batch, device=chances.device)
-    met = torch.full_like(sampled, size > 1)
-    columns: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    for depth in range(length):
-        tokens = copied.tokens[:, depth]
-        drafted = tokens >= 0
-        kind = rates.copied_kinds(depth, copied.matches, sampled)
-        at = torch.zeros_like(here)
-        if size > 1 and bool(met.any()):  # a chain that has left the tree never comes back to it
-            same = (known.parents == here[:, None]) & (known.tokens == tokens[:, None])
-            met = met & drafted & same.any(1)
-            at = same.int().argmax(1)
-            kind = torch.where(met, rates.agreed_kinds(kinds[rows, at], copied.matches, sampled), kind)
-        path = path * rates.chances(kind) * drafted
-        if size > 1:
-            path = torch.where(met, torch.maximum(path, chances[rows, at]), path)
-            kinds[rows, at] = torch.where(met, kind, kinds[rows, at])
-            chances[rows, at] = torch.where(met, path, chances[rows, at])
-        fresh = ~met & drafted
-        columns.append((torch.where(fresh, tokens, -1), here, torch.where(fresh, kind, -1), torch.where(fresh, path, 0.0)))
-        here = torch.where(met, at, size + depth)
-    lifted = Candidates(known.tokens, known.parents, kinds, chances, known.depth)
-    fresh_tokens, parents, fresh_kinds, fresh_chances = (torch.stack(parts, 1) for parts in zip(*columns, strict=True))
-    return lifted.joined(fresh_tokens, parents, fresh_kinds, fresh_chances, length)
+    length, size = copied.tokens.shape[1], known.tokens.shape[1]
+    fresh = copied.tokens >= 0
+    kinds = rates.copied_kinds(length, copied.matches, sampled)                 # [B, L]
+    stands = torch.arange(size, size + length, device=kinds.device).repeat(len(kinds), 1)  # the node of each token
+    along, at = _along(known, copied.tokens)                                    # [B, M]: no chain runs along further
+    met = along.shape[1]
+    if met:
+        agreed = rates.agreed_kinds(known.kinds.gather(1, at), copied.matches[:, None], sampled[:, None])
+        kinds[:, :met] = torch.where(along, agreed, kinds[:, :met])
+        stands[:, :met] = torch.where(along, at, stands[:, :met])
+    path = rates.chances(kinds) * fresh
+    if met:
+        path = _lifted(path, along, known.chances.gather(1, at))
+        fresh[:, :met] &= ~along
+        target = torch.where(along, at, 0)  # what was not met is written to the root, as it was
+        known = replace(known, kinds=known.kinds.scatter(1, target, torch.where(along, kinds[:, :met], known.kinds[:, :1])),
+                        chances=known.chances.scatter(1, target, torch.where(along, path[:, :met], known.chances[:, :1])))
+    else:
+        path = path.cumprod(1)
+    parents = torch.cat((torch.zeros_like(stands[:, :1]), stands[:, :-1]), dim=1)
+    return known.joined(torch.where(fresh, copied.tokens, -1), parents, torch.where(fresh, kinds, -1),
+                        torch.where(fresh, path, 0.0), length)
+
+
+def _along(known: Candidates, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Which tokens of each chain [B, L] stand already, from the root down, and the nodes where they do: [B, M] bool and
+    int64, M the longest such run."""
+    here = torch.zeros_like(tokens[:, 0])
+    going = torch.ones_like(here, dtype=torch.bool)
+    met, at = [], []
+    for depth in range(min(known.depth, tokens.shape[1])):
+        same = (known.parents == here[:, None]) & (known.tokens == tokens[:, depth, None])
+        going = going & same.any(1) & (tokens[:, depth] >= 0)
+        if not bool(going.any()):  # a chain that has left the tree never comes back to it
+            break
+        here = same.int().argmax(1)
+        met.append(going)
+        at.append(here)
+    if not met:
+        return going[:, None][:, :0], here[:, None][:, :0]
+    return torch.stack(met, 1), torch.stack(at, 1)
+
+
+def _lifted(given: Tensor, along: Tensor, chances: Tensor) -> Tensor:
+    """Chances of whole chains [B, L] from those of each token after the one before: a token that stands already is never
+    less likely than it was."""
+    met, path, columns = along.shape[1], torch.ones_like(given[:, 0]), []
+    for depth in range(met):
+        path = path * given[:, depth]
+        path = torch.where(along[:, depth], torch.maximum(path, chances[:, depth]), path)
+        columns.append(path)
+    return torch.cat((torch.stack(columns, 1), path[:, None] * given[:, met:].cumprod(1)), dim=1)
 
 
 @dataclass(frozen=True)
-class Grown:
-    """The nodes that are worth verifying: `tokens`, `kinds` [B, N] int64; their `forest`; `gain`: expected tokens of all
-    rows over the seconds of the step; `expected`: tokens a row; `seconds`: of the step."""
+class Worth:
+    """How many nodes a row are worth verifying: `nodes`; `expected`: tokens a row that they make; `gain`: tokens of all
+    rows a second; `seconds`: of the step; `order`: [B, M] the candidates, likeliest first."""
 
-    tokens: Tensor
-    kinds: Tensor
-    forest: Forest
-    gain: float
+    nodes: int
     expected: float
+    gain: float
     seconds: float
+    order: Tensor
 
 
-def select(candidates: Candidates, seconds: Tensor) -> Grown:
-    """The likeliest nodes, as many as make the most tokens a second; one of them is the root.
+def weigh(candidates: Candidates, seconds: Tensor) -> Worth:
+    """As many of the likeliest nodes as make the most tokens a second; one of them is the root.
 
     `seconds`: [most] float32, what a step takes that verifies 1, 2, ... nodes a row, drafting included.
     """
@@ -105,10 +130,26 @@ def select(candidates: Candidates, seconds: Tensor) -> Grown:
     expected = chances[:, :most].sum(0).cumsum(0)
     rates = expected / seconds[:most]
     best = int(rates.argmax())
-    kept = order[:, :best + 1].sort(dim=1).values
-    place = torch.zeros_like(candidates.parents).scatter_(1, kept, torch.arange(best + 1, device=kept.device).expand_as(kept))
+    return Worth(best + 1, float(expected[best]) / len(chances), float(rates[best]), float(seconds[best]), order)
+
+
+@dataclass(frozen=True)
+class Grown:
+    """The nodes to verify: `tokens`, `kinds` [B, N] int64, and their `forest`."""
+
+    tokens: Tensor
+    kinds: Tensor
+    forest: Forest
+
+
+def select(candidates: Candidates, worth: Worth) -> Grown:
+    """The tree of the nodes that are worth it."""
+    nodes = worth.nodes
+    if nodes == 1:
+        return Grown(candidates.tokens[:, :1], candidates.kinds[:, :1], chain(1))
+    kept = worth.order[:, :nodes].sort(dim=1).values
+    place = torch.zeros_like(candidates.parents).scatter_(1, kept, torch.arange(nodes, device=kept.device).expand_as(kept))
     parents = place.gather(1, candidates.parents.gather(1, kept).clamp(min=0))
     parents[:, 0] = -1
-    forest = Forest.of(parents, min(candidates.depth, best))
-    return Grown(candidates.tokens.gather(1, kept), candidates.kinds.gather(1, kept), forest, float(rates[best]),
-                 float(expected[best]) / len(kept), float(seconds[best]))
+    return Grown(candidates.tokens.gather(1, kept), candidates.kinds.gather(1, kept),
+                 Forest.of(parents, min(candidates.depth, nodes - 1)))

@@ -12,8 +12,8 @@ import torch
 from hydra_core.base.model import Base
 
 FP32_TIE = 1e-4
-TIE_STEPS = {"bf16": 4, "int4": 8}
-"""bf16 steps within which two logits are near-tied. In int4 few and many rows are multiplied by different kernels, whose
+TIE_STEPS = {"bf16": 4, "int4": 8, "int4-lossy": 8}
+"""bf16 steps within which two logits are near-tied. In 4 bits few and many rows are multiplied by different kernels, whose
 weights are rounded differently: twice as many."""
 
 

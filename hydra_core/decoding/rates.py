@@ -60,12 +60,13 @@ class Rates:
         offset = (sampled * self.half).view(-1, *[1] * (probabilities.dim() - 1))
         return torch.bucketize(probabilities, self.edges) + (depth * BINS + offset)
 
-    def copied_kinds(self, depth: int, matches: Tensor, sampled: Tensor) -> Tensor:
-        """Kinds [B] of copied tokens at `depth` after matches of class [B]."""
-        return sampled * self.half + self.heads * BINS + min(depth, DEEP - 1) * MATCHES + matches
+    def copied_kinds(self, length: int, matches: Tensor, sampled: Tensor) -> Tensor:
+        """Kinds [B, length] of copied tokens after matches of class [B]."""
+        depths = torch.arange(length, device=matches.device).clamp(max=DEEP - 1) * MATCHES
+        return (sampled * self.half + self.heads * BINS + matches)[:, None] + depths
 
     def agreed_kinds(self, head_kinds: Tensor, matches: Tensor, sampled: Tensor) -> Tensor:
-        """Kinds [B] of copied tokens that a head drafts too, under `head_kinds` [B]."""
+        """Kinds of copied tokens that a head drafts too, under `head_kinds`; all of one shape or broadcast to it."""
         own_bin = (head_kinds - sampled * self.half) % BINS
         return sampled * self.half + self.heads * BINS + DEEP * MATCHES + matches * BINS + own_bin
 

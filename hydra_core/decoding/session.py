@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import torch
+
 from hydra_core.decoding.adaptive import AdaptiveSession, most_nodes
 from hydra_core.decoding.propose import HeadSession, PlainSession, Session
 from hydra_core.drafters import AdaptiveDrafter, Drafter, HeadDrafter, NgramDrafter
 from hydra_core.tree.topology import TreeSet
 
 
-def open_session(drafter: Drafter | None, trees: TreeSet, rows: int, slots: int, shared_noise: bool = True) -> Session:
-    """The session of a drafter for `rows` rows of at most `slots` tokens."""
+def open_session(drafter: Drafter | None, trees: TreeSet, rows: int, slots: int, shared_noise: bool = True,
+                 device: torch.device | str = "cpu") -> Session:
+    """The session of a drafter for `rows` rows of at most `slots` tokens; `device`: the base's."""
     if drafter is None:
         return PlainSession()
     if isinstance(drafter, HeadDrafter):
         return HeadSession(drafter, trees, rows, slots, shared_noise)
-    return AdaptiveSession(_adaptive(drafter), rows, slots, shared_noise)
+    return AdaptiveSession(_adaptive(drafter), rows, slots, shared_noise, device)
 
 
 def spare_slots(drafter: Drafter | None, trees: TreeSet) -> int:

@@ -82,7 +82,7 @@ class HeadDrafter(nn.Module):
 
     def pack(self) -> None:
         """Lay the weights out for decoding, where this machine has a faster layout; going on training undoes it."""
-        self.rows = self.rows.for_decoding()
+        self.rows = self.rows.for_drafting()
         for module in self.modules():
             if isinstance(module, PackableLinear):
                 module.pack()

@@ -63,7 +63,7 @@ class PrefixLayer(nn.Module):
     def step(self, hidden: Tensor, cache: KVCache, step: Step) -> Tensor:
         """While decoding: [B, N, D] newly committed hidden states on top of the cache; writes their keys and values."""
         qkv = self.qkv(self.input_norm(hidden))
-        cos, sin = self._rotary_like(qkv).at(step.positions)
+        cos, sin = self._rotary_like(qkv).at(step.positions, step.span)
         mask = grouped_mask(step.mask, self.query_heads // self.kv_heads)
         return self._finish(hidden, cached_attention(qkv, self.query_heads, cache, 0, step, cos, sin, mask))
 

@@ -1,53 +1,77 @@
-"""What a decoding step takes on a machine, by rows, nodes and depth: measured points and straight lines between them."""
+"""What a decoding step takes on a machine, by rows, nodes, depth and context: measured points and straight lines between them."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
+
+Surface = Mapping[int, Mapping[int, float]]
+"""Batch size -> {nodes or depth: seconds}."""
 
 
 @dataclass(frozen=True)
 class StepCosts:
-    """Measured seconds of a step's two parts.
+    """Measured seconds of a step's two parts, a record that goes through JSON unchanged.
 
-    `verify`: batch size -> {nodes: seconds} of one base forward, commit included; 1 node is plain decoding.
+    `verify`: batch size -> {nodes: seconds} of one base forward, commit included, over `context` committed tokens a row;
+    1 node is plain decoding.
     `draft`: batch size -> {depth: seconds} of growing a tree that deep; depth 0 is what drafting costs before any head.
-    Raises ValueError unless both know some batch size, and each of those a point.
+    `far`: longer context -> the same as `verify` at a few of its points. Attention is linear in context, so what a step
+    costs more there than at `context` is drawn between these points, and laid on `verify`.
+    Raises ValueError unless the first two know some batch size, each of those a point, and all of `far` is longer.
     """
 
-    verify: Mapping[int, Mapping[int, float]]
-    draft: Mapping[int, Mapping[int, float]]
+    verify: Surface
+    draft: Surface
+    context: int = 256
+    far: Mapping[int, Surface] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, table in (("verify", self.verify), ("draft", self.draft)):
+        for name, table in (("verify", self.verify), ("draft", self.draft), *(("far", table) for table in self.far.values())):
             if not table or not all(table.values()):
                 raise ValueError(f"{name}: no measured points")
+        if any(context <= self.context for context in self.far):
+            raise ValueError(f"far: contexts must be longer than {self.context}")
 
-    def seconds(self, batch: int, nodes: int, depth: int) -> float:
-        """One step of `batch` rows with a tree of that size and depth; plain decoding (1 node) drafts nothing."""
-        return self.verify_seconds(batch, nodes) + (self.draft_seconds(batch, depth) if nodes > 1 else 0.0)
+    def seconds(self, batch: int, nodes: int, depth: int, context: int = 0) -> float:
+        """One step of `batch` rows of `context` committed tokens with a tree of that size and depth; plain decoding
+        (1 node) drafts nothing."""
+        return self.verify_seconds(batch, nodes, context) + (self.draft_seconds(batch, depth) if nodes > 1 else 0.0)
 
-    def verify_seconds(self, batch: int, nodes: int) -> float:
-        return interpolate({size: interpolate(points, nodes) for size, points in self.verify.items()}, batch)
+    def verify_seconds(self, batch: int, nodes: int, context: int = 0) -> float:
+        """The base's part; rows shorter than the `context` of the table cost what those of that length do."""
+        near = _at(self.verify, batch, nodes)
+        if context <= self.context or not self.far:
+            return near
+        more = {at: self._more(table, batch, nodes) for at, table in self.far.items()}
+        return near + interpolate({self.context: 0.0, **more}, context)
 
     def draft_seconds(self, batch: int, depth: int) -> float:
-        return interpolate({size: interpolate(points, depth) for size, points in self.draft.items()}, batch)
+        """The drafter's part: the same at any context, since all it has of attention is one prefix layer."""
+        return _at(self.draft, batch, depth)
+
+    def _more(self, table: Surface, batch: int, nodes: int) -> float:
+        """Seconds by which the far `table` lies above `verify`. No rows cost nothing more, so one batch size gives a slope."""
+        above = {size: interpolate({at: seconds - _at(self.verify, size, at) for at, seconds in points.items()}, nodes)
+                 for size, points in table.items()}
+        return interpolate({0: 0.0, **above}, batch)
 
     @property
     def most_nodes(self) -> int:
         """The largest tree that was measured."""
         return max(nodes for points in self.verify.values() for nodes in points)
 
-    def to_json(self) -> dict[str, dict[str, dict[str, float]]]:
-        return {name: {str(batch): {str(at): seconds for at, seconds in points.items()} for batch, points in table.items()}
-                for name, table in (("verify", self.verify), ("draft", self.draft))}
+    def to_json(self) -> dict[str, Any]:
+        return {"verify": _to_json(self.verify), "draft": _to_json(self.draft), "context": self.context,
+                "far": {str(context): _to_json(table) for context, table in self.far.items()}}
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Mapping[str, Mapping[str, float]]]) -> StepCosts:
+    def from_json(cls, values: Mapping[str, Any]) -> StepCosts:
         """Read what `to_json` wrote. Raises KeyError or ValueError when it is something else."""
-        return cls(*({int(batch): {int(at): float(seconds) for at, seconds in points.items()}
-                      for batch, points in values[name].items()} for name in ("verify", "draft")))
+        return cls(_from_json(values["verify"]), _from_json(values["draft"]), int(values["context"]),
+                   {int(context): _from_json(table) for context, table in values["far"].items()})
 
 
 def unmeasured_costs() -> StepCosts:
@@ -69,3 +93,15 @@ def interpolate(points: Mapping[int, float], at: int) -> float:
     slope = (points[high] - points[low]) / (high - low)
     # Beyond the last point noise must not promise ever cheaper steps.
     return points[high] + max(slope, 0.0) * (at - high) if at > high else points[low] + slope * (at - low)
+
+
+def _at(surface: Surface, batch: int, at: int) -> float:
+    return interpolate({size: interpolate(points, at) for size, points in surface.items()}, batch)
+
+
+def _to_json(surface: Surface) -> dict[str, dict[str, float]]:
+    return {str(batch): {str(at): seconds for at, seconds in points.items()} for batch, points in surface.items()}
+
+
+def _from_json(surface: Mapping[str, Mapping[str, float]]) -> dict[int, dict[int, float]]:
+    return {int(batch): {int(at): float(seconds) for at, seconds in points.items()} for batch, points in surface.items()}

@@ -6,7 +6,7 @@ grown while decoding have a shape for each row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ class Forest:
     depths: Tensor
     ancestors: Tensor
     depth: int
+    _elsewhere: dict[torch.device, Forest] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, parents: Tensor, depth: int) -> Forest:
@@ -44,10 +45,13 @@ class Forest:
         return self.parents.shape[1]
 
     def to(self, device: torch.device) -> Forest:
-        """The same on `device`."""
+        """The same on `device`; a tree that stays the same is copied once."""
         if self.parents.device == device:
             return self
-        return Forest(self.parents.to(device), self.depths.to(device), self.ancestors.to(device), self.depth)
+        if device not in self._elsewhere:
+            self._elsewhere[device] = Forest(self.parents.to(device), self.depths.to(device), self.ancestors.to(device),
+                                             self.depth)
+        return self._elsewhere[device]
 
     def routes_to(self, nodes: Tensor) -> Tensor:
         """The nodes from the root down to `nodes` [B]: [B, depth + 1] int64, padded with the node itself."""

@@ -122,6 +122,25 @@ def test_plan_starts_nothing(stage: str, monkeypatch: pytest.MonkeyPatch, capfd:
     assert not (tmp_path / "s").exists()
 
 
+def test_a_weight_format_is_chosen_before_a_stage_runs(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+                                                       tiny_base_dir: Path, tmp_path: Path) -> None:
+    """But not to plan, nor for a stage that has no base."""
+    seen: list[str] = []
+
+    def stage(config: RunConfig) -> StageResult:
+        seen.append(config.base.dtype)
+        return StageResult("tree", None, {}, {})
+
+    use(monkeypatch, stage)
+    words = ["base.dtype=auto", f"base.model={tiny_base_dir}", f"storage={tmp_path}/s"]
+    assert runner.run("tree", ["--plan", *words]) == 0 and "dtype: auto" in capfd.readouterr().out
+    assert runner.run("compare", [*words]) == 0
+    assert seen == ["auto"] and not (tmp_path / "s").exists()
+    assert runner.run("tree", words) == 0 and seen == ["auto", "fp32"]
+    assert "base.dtype=auto: fp32 (the one format that holds the checkpoint's own values)" in capfd.readouterr().err
+    assert runner.run("tree", [*words, "base.model=/nowhere"]) == 2 and len(seen) == 2
+
+
 def test_relative_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     config = runner.read_config("batch", None, ["batch.input=in.jsonl", "serve.model=plain"])

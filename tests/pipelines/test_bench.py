@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -22,7 +22,8 @@ from pipelines.bench_batch import BatchRow, make_requests, summarise_batches
 from pipelines.bench_identity import IdentityRow, read_identity
 from pipelines.bench_plan import Question, Row, read_rows
 from pipelines.bench_report import summarise, table_rows
-from pipelines.bench_run import _contenders
+from pipelines.bench_run import make_contenders
+from pipelines.bench_turns import prompt_of
 from pipelines.config import RunConfig, load_config
 from pipelines.contracts import PROMPTS
 from pipelines.parts import write_part
@@ -36,10 +37,12 @@ SPEC_BENCH = [{"question_id": 81, "category": "writing", "turns": ["first turn",
               {"question_id": 300, "category": "rag", "turns": ["only turn"]}]
 
 
-def row(method: str, question: str, tokens: int, seconds: float, *, steps: int | None = None, answer: int = 0) -> Row:
+def row(method: str, question: str, tokens: int, seconds: float, *, steps: int | None = None, answer: int = 0,
+        **more: Any) -> Row:
     """`tokens` tokens (the first one ends the prefill, which takes a fifth of `seconds`)."""
-    return Row(0, question, "all", method, (answer,) * tokens, tokens - 1 if steps is None else steps, 0, 0,
-               seconds / 5, seconds * 4 / 5)
+    return Row(**{"round": 0, "question": question, "category": "all", "method": method, "token_ids": (answer,) * tokens,
+                  "steps": tokens - 1 if steps is None else steps, "prefill_seconds": seconds / 5,
+                  "decode_seconds": seconds * 4 / 5, **more})
 
 
 def test_figures_by_hand() -> None:
@@ -97,6 +100,8 @@ def figures(speed: float | None, different: int | None = 0) -> dict[str, object]
     ({"hydra": figures(None)}, "plain", "no lossless contender"),
     ({}, "plain", "no lossless contender"),
     ({"transformers": figures(3.0, different=None)}, "plain", "no lossless contender"),
+    ({"llama.cpp": figures(3.0, different=None), "hydra@8": figures(3.0, different=None)}, "plain",
+     "not considered, identity unproved: hydra@8"),
 ])
 def test_the_fastest_lossless_contender_wins(methods: dict[str, object], winner: str, word: str) -> None:
     name, why = choose_winner({"plain": figures(1.0), **methods}, 1.0)
@@ -165,7 +170,7 @@ def test_files_without_a_usable_prompt(tiny_base_dir: Path, tmp_path: Path) -> N
 
 def test_mistakes_are_told_before_anything_runs(tiny_base_dir: Path, tmp_path: Path) -> None:
     make: Callable[..., RunConfig] = lambda **changes: config_for(tiny_base_dir, tmp_path, SPEC_BENCH, **changes)  # noqa: E731
-    with pytest.raises(InputError, match="is none of plain, transformers, transformers-lookup, ngram"):
+    with pytest.raises(InputError, match=r"is none of plain, transformers, transformers-lookup, ngram, llama\.cpp"):
         run_bench(make(bench__methods=["hydra++"]))
     with pytest.raises(InputError, match="is not a heads checkpoint"):
         run_bench(make(bench__heads=str(tmp_path)))
@@ -197,13 +202,18 @@ def test_transformers_is_greedy_and_keeps_within_the_context(tiny_base_dir: Path
     base = load_base(str(base_dir), dtype="fp32", cache=tmp_path, context_limit=60)
     config = config_for(base_dir, tmp_path, SPEC_BENCH, base__context_limit=60, bench__max_new_tokens=99)
     plan = bench_plan(config, tmp_path, ("plain", "transformers"), {})
-    contenders = _contenders(plan, load_questions(config)[0])
+    contenders = make_contenders(plan, base, 60)
     for question in load_questions(config)[0]:
         wanted = naive_generate(base, Request("r", question.prompt_ids, 99))
         assert wanted.finish_reason == "context"
-        assert contenders["transformers"](question, 99)[0] == wanted.token_ids == contenders["plain"](question, 99)[0]
+        for method in ("transformers", "plain"):
+            assert contenders[method](question.prompt_ids, 99).token_ids == wanted.token_ids
         short = naive_generate(base, Request("r", question.prompt_ids, 9)).token_ids
-        assert contenders["transformers"](question, 9)[0] == short
+        assert contenders["transformers"](question.prompt_ids, 9).token_ids == short
+
+
+def untimed(entry: Row) -> dict[str, Any]:
+    return {name: value for name, value in vars(entry).items() if not name.endswith("seconds")}
 
 
 @pytest.mark.slow
@@ -215,7 +225,8 @@ def test_stopped_and_gone_on_with(local_ray: None, tiny_base_dir: Path, tiny_bas
     folder = tmp_path / "runs" / "default" / "bench"
     assert set(result.figures["methods"]) == {"plain", "transformers", "ngram", "hydra", "combined"}
     hydra = result.figures["methods"]["hydra"]
-    assert hydra["identical"] == 1.0 and hydra["rows"] == 2 and hydra["tokens_per_step"] > 1.2
+    assert hydra["identical"] == 1.0 and hydra["rows"] == 3 and hydra["tokens_per_step"] > 1.2  # one has a second turn
+    assert sum(hydra["accepted_lengths"][1:]) > 0 and hydra["measured_vs_predicted"] > 0 and hydra["draft_ms"] > 0
     assert hydra["fp32"] == {"answers": 4, "identical": 4, "near_tie": 0, "different": 0}  # alone and in a batch
     assert result.figures["batch"].keys() == {"equal", "ragged"}
     assert {name: f["tokens"] for name, f in result.figures["batch"]["equal"].items()} == dict.fromkeys(
@@ -227,12 +238,22 @@ def test_stopped_and_gone_on_with(local_ray: None, tiny_base_dir: Path, tiny_bas
     assert "errors.jsonl" in json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
     inputs = MlflowClient(Tracker.open(config).uri).get_run(result.run_id).inputs.dataset_inputs
     assert {found.dataset.name for found in inputs} == {"prompts", "hydra heads"}
-    questions = {question.id: question.prompt_ids for question in load_questions(config)[0]}
+    questions = {question.id: question for question in load_questions(config)[0]}
     before = read_rows(folder / "rows.jsonl")
+    answers: dict[str, tuple[int, ...]] = {}
     for entry in before:
-        assert entry.token_ids == naive_generate(tiny_base, Request("r", questions[entry.question], 12)).token_ids
-    assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
-    assert "| hydra |" in (folder / "report.md").read_text(encoding="utf-8")
+        prompt = prompt_of(questions[entry.question], [answers[entry.question]] if entry.turn else [], tiny_base, 200)
+        assert entry.token_ids == naive_generate(tiny_base, Request("r", prompt, 12)).token_ids
+        answers.setdefault(entry.question, entry.token_ids)
+    assert [entry.turn for entry in before if entry.method == "hydra"] == [0, 1, 0]
+    listed = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
+    for picture in ("report.png", "categories.png", "accepted.png"):
+        assert picture in listed and (folder / picture).read_bytes().startswith(b"\x89PNG")
+    assert json.loads((folder / "report.json").read_text(encoding="utf-8"))["memory"]["resident_peak_bytes"] > 2**27
+    told = (folder / "report.md").read_text(encoding="utf-8")
+    assert "| hydra |" in told and "Milliseconds of a step" in told and "Peak resident memory" in told
+    metrics = MlflowClient(Tracker.open(config).uri).get_run(result.run_id).data.metrics
+    assert {"hydra.draft_ms", "hydra.accepted_1", "resident_peak_bytes"} <= metrics.keys()
     assert run_bench(config).skipped
 
     # as a kill leaves it: no manifest, the last row cut in the middle, identity half done
@@ -244,7 +265,7 @@ def test_stopped_and_gone_on_with(local_ray: None, tiny_base_dir: Path, tiny_bas
     assert not run_bench(config).skipped
     after = read_rows(folder / "rows.jsonl")
     assert after[:len(before) - 1] == before[:-1] and len(after) == len(before)  # finished rows are not run again
-    assert replace(after[-1], prefill_seconds=0, decode_seconds=0) == replace(before[-1], prefill_seconds=0, decode_seconds=0)
+    assert untimed(after[-1]) == untimed(before[-1])
     assert len(read_identity(folder / "identity.jsonl")) == len(lines)
 
     promoted = run_promote(config)
@@ -288,6 +309,6 @@ def test_a_changed_report_is_made_again_from_the_rows_that_stand(local_ray: None
     run_bench(config)
     folder = tmp_path / "runs" / "default" / "bench"
     rows = (folder / "rows.jsonl").read_bytes()
-    (folder / "report.md").write_text("9x", encoding="utf-8")
-    assert not run_bench(config).skipped and "9x" not in (folder / "report.md").read_text(encoding="utf-8")
+    (folder / "report.md").write_text("no report", encoding="utf-8")
+    assert not run_bench(config).skipped and "no report" not in (folder / "report.md").read_text(encoding="utf-8")
     assert (folder / "rows.jsonl").read_bytes() == rows

@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -18,12 +20,13 @@ from mlflow import MlflowClient
 
 from hydra_core.base import Base
 from hydra_core.checkpoint import save_checkpoint
-from hydra_core.decoding import Request, naive_generate
+from hydra_core.decoding import Request, Result, naive_generate
 from hydra_core.errors import InputError
 from hydra_core.tree import Tree, TreeSet
 from pipelines.config import RunConfig, load_config
 from pipelines.contracts import ERRORS, FEATURES, PROMPTS, RESPONSES, check_counts, check_schema, split_of
-from pipelines.distill import distill_fingerprint, distilled, run_distill
+from pipelines.distill import _prompts, _read_prompts, distill_fingerprint, distilled, run_distill
+from pipelines.distill_workers import PromptWriter, WorkerSettings
 from pipelines.parts import part_files, read_parts, write_part
 from pipelines.tracking import Tracker
 from tests.tiny import save_tiny
@@ -83,6 +86,38 @@ def test_rows_are_the_bases_own(local_ray: None, tiny_base_dir: Path, tiny_base:
     assert not again.skipped and {name: again.figures[name] for name in counts} == counts
     assert len(read_parts(folder / "errors" / "prompts", ERRORS)) == 1
     assert {path: path.stat().st_mtime_ns for path in (folder / "prompts").iterdir()} == stamps
+
+
+def test_prompts_that_the_base_writes_besides_those_of_a_file(tiny_base_dir: Path, tiny_base: Base, storage: Path,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a random base writes is no text, so its answers are made up here; all around them is real."""
+    prompts = write_prompts(storage.parent / "p.jsonl", 4)
+    config = config_for(storage, tiny_base_dir, prompts, prompts__self_made=3, prompts__starts=("", "In German: "))
+    folder = storage / "runs" / "default" / "distill"
+    given: dict[int, tuple[int, ...]] = {}
+
+    def written(self: PromptWriter, requests: list[Request], what: str) -> Iterator[Result]:
+        for request in requests:
+            given[int(request.id)] = request.prompt_ids
+            text = "question 3" if request.id == "0" else f"word {request.id}"  # the first stands in the file already
+            yield Result(request.id, request.prompt_ids, (*tiny_base.tokenizer(text).input_ids, 2), "stop")
+
+    def in_this_process(config: RunConfig, actor: type, settings: WorkerSettings, blocks: list[pa.Table]) -> dict[str, int]:
+        tables = [actor(settings)(block) for block in blocks]
+        return {"rejected": sum(table["rejected"][0].as_py() for table in tables)}
+
+    monkeypatch.setattr(PromptWriter, "decode", written)
+    monkeypatch.setattr("pipelines.distill._run", in_this_process)
+    _read_prompts(config, folder)
+    assert _prompts(config, folder)["prompts"] == 6  # four, and three of which one was there
+    rows = read_parts(folder / "prompts", PROMPTS).to_pylist()
+    own = {row["source"]: row["prompt"] for row in rows if row["source"].startswith("self/")}
+    assert own == {"self/00000001": "In German: word 1", "self/00000002": "word 2"}
+    start = tuple(tiny_base.tokenizer("In German: ", add_special_tokens=False).input_ids)
+    assert given[1] == given[0] + start and given[2] == given[0]
+    assert _prompts(config, folder)["self_made"] == 3 and not (folder / "candidates").exists()
+    with pytest.raises(InputError, match=r"set prompts\.count"):
+        load_config(None, {"storage": str(storage), "prompts.self_made": 3})
 
 
 def test_what_was_read_is_in_the_tracker(local_ray: None, tiny_base_dir: Path, storage: Path) -> None:

@@ -140,6 +140,14 @@ def test_mistakes_leave_no_claim(tiny_base_dir: Path, storage: Path) -> None:
     assert not (storage / "runs" / "default" / "promote").exists()
 
 
+def test_a_lossy_base_is_refused(tiny_base_dir: Path, storage: Path) -> None:
+    config = config_for(storage, tiny_base_dir, base__dtype="int4-lossy")
+    benched(config, ngram=1.5)
+    with pytest.raises(InputError, match=r"base\.dtype=int4-lossy: its answers are not the base's own") as caught:
+        run_promote(config)
+    assert "\n" not in str(caught.value) and not (storage / "runs" / "default" / "promote").exists()
+
+
 def test_a_report_without_plain(tiny_base_dir: Path, storage: Path) -> None:
     config = config_for(storage, tiny_base_dir)
     folder = benched(config)

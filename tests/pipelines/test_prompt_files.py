@@ -21,16 +21,17 @@ def test_jsonl_rows_of_every_kind(tmp_path: Path) -> None:
     lines = [b'{"prompt": "one", "source": "s", "k": 1}', b'{"messages": [{"role": "user", "content": "hi"}]}',
              b'{"question_id": 7, "category": "qa", "turns": ["first", "second"]}', b'{"text": "no prompt"}', b"\xff\xfe",
              b"{broken", b'"text"', b'{"prompt": "  "}', b'{"messages": [{"role": "user"}]}', b"", b'{"turns": []}',
-             b'{"prompt": "last"}']
+             b'{"prompt": "last"}', b'{"turns": ["first", 2]}']
     path.write_bytes(b"\n".join(lines))
     rows = list(read_prompt_rows(path))
     good = [row for row in rows if isinstance(row, PromptRow)]
     assert [row.prompt for row in good] == ["one", None, "first", "last"]
     assert good[0] == PromptRow(1, "one", None, "s", {"source": "s", "k": 1})
     assert good[1].messages == [{"role": "user", "content": "hi"}]
-    assert good[2].extra == {"question_id": 7, "category": "qa"}
+    assert good[2].extra == {"question_id": 7, "category": "qa"} and good[2].turns == ("first", "second")
     messages = {row.row: row.message for row in rows if isinstance(row, RowError)}
-    assert sorted(messages) == [4, 5, 6, 7, 8, 9, 11]  # line numbers: the tenth is blank
+    assert sorted(messages) == [4, 5, 6, 7, 8, 9, 11, 13]  # line numbers: the tenth is blank
+    assert "turns: number 1 is not text" in messages[11] and "turns: number 2 is not text" in messages[13]
     assert good[3].row == 12
     assert all(f"row {number}" in message for number, message in messages.items())
     assert "UTF-8" in messages[5] and "`prompt`" in messages[4]

@@ -100,9 +100,9 @@ def test_every_run_holds_its_settings(config: RunConfig) -> None:
         pass
     client = MlflowClient(tracker.uri)
     params = client.get_run(run.run_id).data.params
-    assert params["tree.repeats"] == "7" and params["name"] == "chain" and "hunter2" not in str(params)
+    assert params["tree.repeats"] == "5" and params["name"] == "chain" and "hunter2" not in str(params)
     text = Path(client.download_artifacts(run.run_id, "config.yaml", config.storage)).read_text(encoding="utf-8")
-    assert "repeats: 7" in text and "hunter2" not in text
+    assert "repeats: 5" in text and "hunter2" not in text
 
 
 def test_the_parent_runs_while_a_child_does(config: RunConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,18 @@ from hydra_core.drafters import DraftVocab, HeadDrafter, HeadsConfig, build_draf
 from hydra_core.errors import InputError
 from hydra_core.training.model import HeadTraining
 from hydra_core.tree import PLAIN, Tree, TreeSet, default_trees
-from hydra_core.tree.search import StepCosts, best_choice
+from hydra_core.tree.search import Choice, StepCosts, best_choice
 from hydra_core.tree.walk import walk
 from pipelines.config import RunConfig, load_config
 from pipelines.features import FeatureStore
 from pipelines.stage import RunPaths, StageResult, fingerprint, stage_folder
-from pipelines.step_costs import bushy, medians, verify_seconds
+from pipelines.step_costs import bushy, draft_seconds, medians, verify_seconds
 from pipelines.tracking import Tracker
 from pipelines.train_data import RowReader
-from pipelines.tree import Measured, choose_trees, held_out_ranks, run_tree
+from pipelines.tree import Measured, choose_trees, held_out_ranks, run_tree, sweep
+from pipelines.tree_plot import plot_tree
 from tests.pipelines.synthetic import write_distilled
+from tests.trained import random_heads
 
 KINDS = ("medusa", "hydra++")
 
@@ -90,12 +93,17 @@ def test_mistakes_are_told_before_anything_starts(config: RunConfig, tmp_path: P
 
 
 @pytest.mark.slow
-def test_the_stage_writes_loadable_heads_with_fitted_trees(config: RunConfig, tiny_base: Base, local_ray: None) -> None:
+def test_the_stage_writes_loadable_heads_with_fitted_trees(config: RunConfig, tiny_base: Base, local_ray: None,
+                                                           capsys: pytest.CaptureFixture[str]) -> None:
     result = run_tree(config)
+    assert "fp32: the base's part of a step, ms, over 40 tokens" in capsys.readouterr().err
     inputs = MlflowClient(Tracker.open(config).uri).get_run(run_id_of(config, "medusa")).inputs.dataset_inputs
     assert {found.dataset.name for found in inputs} == {"features", "medusa heads"}
     again = run_tree(config)
     assert again.skipped and again.outputs == result.outputs and not result.skipped
+    shown = capsys.readouterr().err
+    assert shown.count("over 40 tokens") == 1 and all(f"{kind}: drafting" in shown for kind in KINDS)
+    assert len(list((RunPaths.of(config).cache / "costs").glob("verify-*.json"))) == 1
     for kind in KINDS:
         folder = RunPaths.of(config).stage("tree", kind)
         assert result.outputs[kind] == str(folder / "heads")
@@ -109,9 +117,48 @@ def test_the_stage_writes_loadable_heads_with_fitted_trees(config: RunConfig, ti
         assert (folder / "heads" / "model.safetensors").read_bytes() == source.read_bytes()
         costs = json.loads((folder / "costs.json").read_text())
         assert set(costs["verify"]["1"]) == {"1", "2", "6"} and all(v > 0 for v in costs["draft"]["3"].values())
-        assert (folder / "tree.png").read_bytes().startswith(b"\x89PNG")
+        assert StepCosts.from_json(costs).context == 40 and set(costs["far"]) == {"250"} and costs["machine"]["threads"] == 2
+        page = (folder / "costs.md").read_text(encoding="utf-8")
+        assert "| nodes | batch 1 | batch 3 |" in page and "| depth | batch 1 | batch 3 |" in page
+        sizes = TreeSet.from_json(json.loads((folder / "heads" / "sweep.json").read_text())).trees
+        assert set(sizes) <= {2, 6} and all(tree.size == count for count, tree in sizes.items()) and 2 in sizes
+        kept = {file.path for file in MlflowClient(Tracker.open(config).uri).list_artifacts(run_id_of(config, kind))}
+        assert kept == {"config.yaml", "costs.json", "costs.md", "scores.json", "tree.png", "tree_drawn.png", "tree.json"}
+        for picture in ("tree.png", "tree_drawn.png"):
+            assert (folder / picture).read_bytes().startswith(b"\x89PNG")
         scores: dict[str, list[dict[str, Any]]] = json.loads((folder / "scores.json").read_text())
         assert max(row["tokens_per_second"] for row in scores["1"]) == result.figures[kind]["1"]["tokens_per_second"]
+
+
+@pytest.mark.slow
+def test_curves_are_measured_beside_finished_trees(config: RunConfig, local_ray: None,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    run_tree(config)
+    capsys.readouterr()
+    asked = config.model_copy(update={"tree": config.tree.model_copy(update={"curves": True})})
+    result = run_tree(asked)
+    assert not result.skipped and result.figures["curves"]["points"] == 12
+    assert "fp32, batch 16: a step in ms" in capsys.readouterr().err
+    picture = Path(result.outputs["curves"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    page = picture.with_suffix(".md").read_text(encoding="utf-8")
+    assert "| context | nodes 1 | nodes 8 | nodes 16 | nodes 32 |" in page and "| 224 |" in page and "foretells these 12" in page
+    kept = {file.path for file in MlflowClient(Tracker.open(config).uri).list_artifacts(run_id_of(config, "curves"))}
+    assert kept == {"config.yaml", "curves.json", "curves.md", "curves.png"}
+    assert run_tree(asked).skipped and "fp32, batch 1: a step" in capsys.readouterr().err
+
+
+def test_a_sweep_has_the_sizes_there_are() -> None:
+    trees = [Tree(tuple((0,) * depth for depth in range(1, size))) for size in range(1, 6)]
+    assert {count: tree.size for count, tree in sweep(trees, (1, 4, 2, 4, 5, 6, 48)).items()} == {2: 2, 4: 4, 5: 5}
+    assert sweep(trees[:1], (1, 2)) == {}
+
+
+@pytest.mark.parametrize("size", [1, 2, 40])
+def test_a_tree_of_any_size_is_drawn(tmp_path: Path, size: int) -> None:
+    paths = sorted(itertools.chain.from_iterable(itertools.product(range(4), repeat=depth) for depth in (1, 2, 3)), key=len)
+    plot_tree(tmp_path / "tree.png", "hydra", Choice(1, Tree(tuple(paths[:size - 1])), 1.5, 1.0, 1.0))
+    assert (tmp_path / "tree.png").read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -153,11 +200,20 @@ def test_rounds_alternate_and_give_medians() -> None:
 
 
 def test_more_rows_and_nodes_cost_time(tiny_base: Base) -> None:
-    found = verify_seconds(tiny_base, (1, 8), (2, 32), 64, 3)
-    assert set(found) == {1, 8} and set(found[1]) == {1, 2, 32}
-    assert found[8][32] > found[1][1] > 0
+    points = [(64, 1, 1), (64, 8, 32), (200, 8, 1)]
+    found = verify_seconds(tiny_base, points, 3)
+    assert list(found) == points and found[64, 8, 32] > found[64, 1, 1] > 0
     with pytest.raises(ValueError, match="do not fit"):
-        verify_seconds(tiny_base, (1,), (2, 200), 100, 3)
+        verify_seconds(tiny_base, [(100, 1, 200)], 3)
+
+
+def test_drafting_is_timed_with_fixed_trees_and_with_grown_ones(tiny_base: Base) -> None:
+    """Whether heads have a prefix layer or not, and copied text alone."""
+    trees = {1: Tree(((0,), (1,))), 3: Tree(((0,), (0, 0), (0, 0, 1)))}
+    for kind in KINDS:
+        heads = random_heads(tiny_base, kind)
+        assert set(draft_seconds(tiny_base, heads, trees, (1, 2), 40, 3)) == {(1, 1), (1, 3), (2, 1), (2, 3)}
+        assert set(draft_seconds(tiny_base, heads, None, (2,), 40, 3)) == {(2, depth) for depth in range(4)}
 
 
 def test_a_bushy_topology_has_any_size() -> None:

@@ -12,6 +12,7 @@ from gguf.quants import dequantize, quantize
 
 from hydra_core.base import Base, load_base, load_vocabulary, resolve_base
 from hydra_core.base.int4 import MOST_ROWS, Int4Weight
+from hydra_core.base.linear import FrozenLinear
 from hydra_core.base.q4_1 import load_codes, unpack_blocks
 from hydra_core.decoding import Engine, Request, compare, naive_generate
 from hydra_core.drafters import NgramDrafter
@@ -65,13 +66,28 @@ def test_products_stay_within_the_bound(dtype: torch.dtype) -> None:
     assert float((Int4Weight.of(matrix, dtype)(x).double() - wanted).abs().max()) < (0.15 if dtype == torch.bfloat16 else 1e-4)
 
 
-def test_a_row_does_not_depend_on_the_others() -> None:
-    """So that verifying a small tree rounds as plain decoding does."""
-    weight = Int4Weight.of(unpack_blocks(random_blocks(64, 96)))
-    x = torch.randn(MOST_ROWS, 96, generator=torch.Generator().manual_seed(2)).bfloat16()
-    together = weight(x)
+@pytest.mark.parametrize(("rows", "columns"), [(64, 96), (192, 576)])
+def test_a_row_does_not_depend_on_the_others(rows: int, columns: int) -> None:
+    """So that verifying a small tree rounds as plain decoding does: to the last bit, in any place, beside any others."""
+    weight = Int4Weight.of(unpack_blocks(random_blocks(rows, columns)))
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(MOST_ROWS, columns, generator=generator).bfloat16()
+    alone = torch.cat([weight(row[None]) for row in x])
     for count in range(1, MOST_ROWS + 1):
-        assert torch.equal(weight(x[:count]), together[:count])
+        assert torch.equal(weight(x[:count]), alone[:count])
+        order = torch.randperm(MOST_ROWS, generator=generator)[:count]
+        assert torch.equal(weight(x[order]), alone[order])
+
+
+def test_few_and_many_rows_take_different_kernels() -> None:
+    """One row more than `MOST_ROWS` and all of them are rounded by the dense matrix, as bf16 rounds."""
+    matrix = unpack_blocks(random_blocks(64, 96))
+    layer = FrozenLinear.of(matrix.dequantise().bfloat16(), None, matrix)
+    dense = FrozenLinear.of(matrix.dequantise().bfloat16())
+    x = torch.randn(MOST_ROWS + 1, 96, generator=torch.Generator().manual_seed(3)).bfloat16()
+    assert layer.few is not None
+    assert torch.equal(layer(x[:MOST_ROWS]), layer.few(x[:MOST_ROWS])) and torch.equal(layer(x), dense(x))
+    assert not torch.equal(layer(x)[:MOST_ROWS], layer.few(x[:MOST_ROWS]))
 
 
 def test_the_checkpoint_keeps_its_codes(model: str, base: Base, cache: Path) -> None:

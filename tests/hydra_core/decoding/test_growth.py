@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 
 from hydra_core.base import Base
 from hydra_core.decoding import Engine, Request
-from hydra_core.decoding.growth import Candidates, Copied, add_copied, select
+from hydra_core.decoding.adaptive import AdaptiveSession
+from hydra_core.decoding.choose import Chooser
+from hydra_core.decoding.growth import Candidates, Copied, Grown, Worth, add_copied, select, weigh
 from hydra_core.decoding.rates import MATCHES, Rates, match_class
 from hydra_core.drafters import AdaptiveDrafter, NgramDrafter
-from hydra_core.tree.costs import StepCosts, unmeasured_costs
+from hydra_core.tree.costs import StepCosts
 from tests.trained import overfit_heads, random_prompts
 
 GREEDY = torch.tensor([False])
@@ -27,31 +27,36 @@ def candidates(nodes: list[tuple[int, int, float]]) -> Candidates:
     return known.joined(tokens, parents, torch.zeros_like(tokens), chances.float(), len(nodes))
 
 
+def grow(known: Candidates, seconds: torch.Tensor) -> tuple[Grown, Worth]:
+    worth = weigh(known, seconds)
+    return select(known, worth), worth
+
+
 def seconds(*values: float) -> torch.Tensor:
     return torch.tensor(values)
 
 
 def test_the_likeliest_nodes_are_kept_with_their_parents() -> None:
     known = candidates([(5, 0, 0.6), (6, 0, 0.2), (7, 1, 0.5), (8, 1, 0.05), (4, 3, 0.4)])
-    grown = select(known, torch.ones(4))
+    grown, worth = grow(known, torch.ones(4))
     assert grown.tokens.tolist() == [[9, 5, 7, 4]] and grown.forest.parents.tolist() == [[-1, 0, 1, 2]]
-    assert grown.expected == pytest.approx(2.5) and grown.gain == pytest.approx(2.5)
+    assert worth.expected == pytest.approx(2.5) and worth.gain == pytest.approx(2.5)
 
 
 def test_as_many_nodes_as_pay() -> None:
     known = candidates([(5, 0, 0.6), (6, 0, 0.2), (7, 1, 0.5), (8, 1, 0.05), (4, 3, 0.4)])
-    assert select(known, seconds(1.0, 1.1, 1.2, 1.3, 1.4, 1.5)).tokens.tolist() == [[9, 5, 6, 7, 4]]
-    assert select(known, seconds(1.0, 1.5, 2.2, 3.0, 4.0, 5.0)).tokens.tolist() == [[9, 5]]
-    assert select(known, seconds(1.0, 2.0, 3.0, 4.0, 5.0, 6.0)).tokens.tolist() == [[9]]
+    assert grow(known, seconds(1.0, 1.1, 1.2, 1.3, 1.4, 1.5))[0].tokens.tolist() == [[9, 5, 6, 7, 4]]
+    assert grow(known, seconds(1.0, 1.5, 2.2, 3.0, 4.0, 5.0))[0].tokens.tolist() == [[9, 5]]
+    assert grow(known, seconds(1.0, 2.0, 3.0, 4.0, 5.0, 6.0))[0].tokens.tolist() == [[9]]
 
 
 def test_rows_share_the_number_of_nodes_and_nothing_else() -> None:
     one, other = candidates([(5, 0, 0.9), (6, 1, 0.8)]), candidates([(7, 0, 0.3), (8, 0, 0.2)])
     both = Candidates(*(torch.cat((getattr(one, name), getattr(other, name)))
                         for name in ("tokens", "parents", "kinds", "chances")), depth=2)
-    grown = select(both, torch.ones(3))
+    grown, worth = grow(both, torch.ones(3))
     assert grown.tokens.tolist() == [[9, 5, 6], [9, 7, 8]] and grown.forest.parents.tolist() == [[-1, 0, 1], [-1, 0, 0]]
-    assert grown.expected == pytest.approx(1 + (0.9 + 0.8 + 0.3 + 0.2) / 2)
+    assert worth.expected == pytest.approx(1 + (0.9 + 0.8 + 0.3 + 0.2) / 2)
 
 
 def test_a_copied_chain_runs_along_what_stands_and_then_leaves_it() -> None:
@@ -73,15 +78,15 @@ def test_a_short_chain_beside_a_long_one() -> None:
     known = Candidates.roots(torch.tensor([9, 9]))
     sampled = torch.tensor([False, True])
     copied = add_copied(known, Copied(torch.tensor([[5, 6], [-1, -1]]), torch.tensor([0, 0])), rates, sampled)
-    grown = select(copied, torch.ones(3))
+    grown, _ = grow(copied, torch.ones(3))
     assert grown.tokens.tolist() == [[9, 5, 6], [9, -1, -1]] and grown.forest.parents.tolist()[0] == [-1, 0, 1]
 
 
 def test_rates_are_learned_by_kind_and_by_request() -> None:
     """What always comes true goes up, what never does goes down; a request's own luck moves its row alone."""
     rates = Rates(1, 2)
-    kinds = torch.stack([rates.copied_kinds(0, torch.tensor([0, 0]), torch.tensor([False, False])),
-                         rates.copied_kinds(1, torch.tensor([2, 2]), torch.tensor([False, False]))], 1)
+    kinds = torch.stack([rates.copied_kinds(2, torch.tensor([match, match]), torch.tensor([False, False]))[:, depth]
+                         for depth, match in ((0, 0), (1, 2))], 1)
     before = rates.chances(kinds)
     assert bool((before[:, 1] > before[:, 0]).all())
     tried = torch.ones(2, 2, dtype=torch.bool)
@@ -110,7 +115,7 @@ def test_every_kind_has_a_number_of_its_own() -> None:
                 for match in range(MATCHES):
                     seen.add(("both", int(rates.agreed_kinds(kind[:, 0], torch.tensor([match]), sampled)))[1])
         for depth in range(4):
-            seen |= {int(rates.copied_kinds(depth, torch.tensor([match]), sampled)) for match in range(MATCHES)}
+            seen |= {int(rates.copied_kinds(4, torch.tensor([match]), sampled)[0, depth]) for match in range(MATCHES)}
     assert len(seen) == 2 * (3 * 3 + 3 * MATCHES + 4 * MATCHES) and max(seen) < len(rates.hits)
     assert [match_class(matched) for matched in (1, 2, 3, 5, 6, 31, 32)] == [0, 0, 1, 2, 3, 5, 6]
 
@@ -126,14 +131,12 @@ def test_nothing_is_drafted_where_it_does_not_pay(tiny_base: Base) -> None:
     assert sum(r.steps for r in free) < 0.75 * sum(r.steps for r in dear)
 
 
-def test_costs_between_the_points() -> None:
-    costs = StepCosts({1: {1: 1.0, 3: 2.0}, 3: {1: 2.0, 3: 4.0}}, {1: {0: 0.1, 2: 0.3}})
-    assert costs.verify_seconds(2, 2) == pytest.approx(2.25) and costs.most_nodes == 3
-    assert costs.seconds(1, 3, 1) == pytest.approx(2.2) and costs.seconds(1, 1, 0) == 1.0
-    assert StepCosts.from_json(costs.to_json()) == costs
-    with pytest.raises(ValueError, match="verify: no measured points"):
-        StepCosts({}, {1: {0: 0.0}})
-    guess, dice = unmeasured_costs(), random.Random(0)
-    for _ in range(50):
-        batch, nodes = dice.randint(1, 80), dice.randint(1, 40)
-        assert 0 < guess.verify_seconds(batch, nodes) <= guess.verify_seconds(batch + 1, nodes + 1)
+def test_rows_of_long_texts_are_priced_as_such(tiny_base: Base) -> None:
+    """Where only long contexts make nodes dear, short rows draft as before and long ones do not."""
+    dear = StepCosts({1: {1: 1.0, 32: 1.0}}, {1: {0: 0.0}}, 16, {128: {1: {1: 1.0, 32: 900.0}}})
+    session = AdaptiveSession(AdaptiveDrafter(None, NgramDrafter(), dear), 1, 240)
+    session.admit(0, [5, 6, 7, 8] * 8)
+    greedy = [Chooser(Request("greedy", (0,), 1), tiny_base.vocab_size)]
+    sizes = {position: session.propose(torch.tensor([5]), [position], greedy).tokens.shape[1] for position in (12, 100, 200)}
+    assert sizes[12] > 1 and sizes[100] == sizes[200] == 1
+    assert {context for _, _, context in session._seconds} == {16, 128, 256}  # as few as there are lengths to tell apart

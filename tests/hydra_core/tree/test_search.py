@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hydra_core.tree import PLAIN, Tree
-from hydra_core.tree.costs import StepCosts, interpolate
+from hydra_core.tree.costs import StepCosts
 from hydra_core.tree.search import (
     Choice,
     best_choice,
@@ -62,15 +62,6 @@ def test_ties_keep_the_parent() -> None:
     assert rank_paths(rows_of([(1, 1, 1)] * 3), 2) == ((1,), (1, 1))
 
 
-def test_interpolation_between_and_beyond_points() -> None:
-    points = {1: 10.0, 4: 16.0, 8: 20.0}
-    assert [interpolate(points, at) for at in (1, 2, 4, 6, 8, 12)] == [10, 12, 16, 18, 20, 24]
-    assert interpolate({3: 5.0}, 9) == 5.0
-    assert interpolate({1: 2.0, 2: 1.0}, 5) == 1.0  # noise must not promise ever cheaper steps
-    with pytest.raises(ValueError, match="no measured points"):
-        interpolate({}, 1)
-
-
 def choices(verify: dict[int, float], draft: dict[int, float]) -> list[Choice]:
     rows = RankRows(torch.zeros(30, 3, dtype=torch.int64), (10, 10, 10))
     return score_trees(nested_trees(rows, 4), rows, StepCosts({2: verify}, {2: draft}), 2)
@@ -87,6 +78,33 @@ def test_the_tree_follows_the_cost() -> None:
     assert dear.tree == PLAIN and dear.gain == 1.0 and dear.tokens_per_step == 1.0
     drafting = best_choice(choices({1: 1.0, 4: 1.1}, {0: 5.0, 3: 9.0}))
     assert drafting.tree == PLAIN  # drafting alone may cost more than it saves
+
+
+@given(tuples, st.lists(st.floats(0.0, 0.3), min_size=12, max_size=12), st.floats(0.0, 0.4))
+@settings(max_examples=60, deadline=None)
+def test_the_choice_is_the_best_of_all_that_were_scored(ranks: list[tuple[int, ...]], rises: list[float], draft: float) -> None:
+    """Brute force over the nested trees at every batch size, 64 included: tokens of a walk over measured seconds."""
+    rows = rows_of(ranks)
+    ramp = [1.0, 1.0 + rises[0], 1.0 + rises[0] + rises[1], 1.0 + 4 * max(rises)]
+    costs = StepCosts({batch: dict(zip((1, 2, 4, 8), (batch ** 0.3 * (1 + batch / 16 * (value - 1)) for value in ramp),
+                                       strict=True)) for batch in (1, 4, 16, 64)}, {1: {1: draft, 3: 2 * draft}})
+    trees = nested_trees(rows, 8)
+    for batch in (1, 4, 16, 64):
+        best = best_choice(score_trees(trees, rows, costs, batch))
+        speeds = [(walk(tree, rows).tokens_per_step if tree.paths else 1.0) * batch / costs.seconds(batch, tree.size, tree.depth)
+                  for tree in trees]
+        assert best.tokens_per_second == max(speeds) and best.tree == trees[speeds.index(max(speeds))]
+        assert best.gain >= 1.0 and (best.tree == PLAIN) == (best.gain == 1.0)
+
+
+def test_trees_shrink_with_the_batch_down_to_plain() -> None:
+    rows = RankRows(torch.zeros(30, 3, dtype=torch.int64), (10, 10, 10))
+    costs = StepCosts({batch: {nodes: 1.0 + batch * nodes / 40 for nodes in (1, 2, 4)} for batch in (1, 4, 16, 64)},
+                      {1: {1: 0.1, 3: 0.3}, 64: {1: 0.4, 3: 1.2}})
+    sizes = [best_choice(score_trees(nested_trees(rows, 4), rows, costs, batch)).tree.size for batch in (1, 4, 16, 64)]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] == 4
+    dear = StepCosts({1: {1: 1.0, 4: 2.0}, 64: {1: 3.0, 4: 24.0}}, {1: {1: 0.1, 3: 0.3}})
+    assert best_choice(score_trees(nested_trees(rows, 4), rows, dear, 64)).tree == PLAIN
 
 
 def test_a_tie_takes_the_smaller_tree() -> None:
