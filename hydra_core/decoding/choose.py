@@ -65,6 +65,16 @@ def _nucleus(scores: Tensor, mass: float) -> Tensor:
     return torch.full_like(scores, -math.inf).index_copy_(0, kept, scores[kept])
 
 
+def likeliest(logits: Tensor) -> Tensor:
+    """[...] int64: the likeliest token of each [..., V], the first of equals, as `argmax` has it.
+
+    On a CPU by NumPy's, which takes a fifth of the time of torch's.
+    """
+    if logits.device.type != "cpu":
+        return logits.argmax(-1)
+    return torch.from_numpy(logits.numpy().argmax(-1))
+
+
 def choose(logits: Tensor, positions: Sequence[int], choosers: Sequence[Chooser]) -> list[int]:
     """The token of each of R rows from `logits` [R, V] float32; `positions`: where the tokens will stand."""
     if any(chooser.request.penalised or chooser.request.temperature for chooser in choosers):

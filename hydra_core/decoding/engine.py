@@ -14,7 +14,7 @@ from torch import Tensor
 from hydra_core.base.graphs import step_forward
 from hydra_core.base.model import Base
 from hydra_core.decoding.accept import Accepted, accept, accept_walking
-from hydra_core.decoding.choose import Chooser, choose, token_logprob
+from hydra_core.decoding.choose import Chooser, choose, likeliest, token_logprob
 from hydra_core.decoding.clock import Clock, StepTimes
 from hydra_core.decoding.memory import check_memory
 from hydra_core.decoding.propose import Proposal
@@ -187,7 +187,7 @@ class Engine:
         rows = self.scheduler.decoding
         choosers = self._choosers(rows)
         if all(chooser.simple for chooser in choosers):
-            return accept(proposal.tokens, proposal.forest, logits.argmax(-1))
+            return accept(proposal.tokens, proposal.forest, likeliest(logits))
         return accept_walking(proposal.tokens, proposal.forest, logits, _root_positions(rows), choosers)
 
     def _choosers(self, rows: Sequence[Row]) -> list[Chooser]:

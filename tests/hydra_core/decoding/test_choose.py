@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from hydra_core.decoding import Chooser, Request, choose
-from hydra_core.decoding.choose import rank_scores, token_logprob
+from hydra_core.decoding.choose import likeliest, rank_scores, token_logprob
 from hydra_core.decoding.noise import gumbel, position_key
 
 VOCAB = 400
@@ -120,3 +120,10 @@ def test_logprobs() -> None:
     assert [token for token, _ in found.top] == wanted.topk(3).indices.tolist()
     assert found.top[0][1] >= found.top[1][1] and math.exp(found.top[0][1]) <= 1
     assert token_logprob(logits, 7, 0).top == ()
+
+
+def test_the_first_of_equals_is_the_likeliest() -> None:
+    logits = torch.randint(0, 4, (3, 5, 1000), generator=torch.Generator().manual_seed(0)).float()
+    logits[0, 0], logits[1, 1, 7] = 0.0, torch.inf
+    assert torch.equal(likeliest(logits), logits.argmax(-1)) and int(likeliest(logits)[0, 0]) == 0
+    assert torch.equal(likeliest(logits[0, :, ::2]), logits[0, :, ::2].argmax(-1))
