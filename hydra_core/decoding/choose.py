@@ -8,8 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hydra_core.decoding.noise import HIGHEST, gumbel, gumbel_at, position_key
+from hydra_core.decoding.noise import HIGHEST, gumbel, position_key
 from hydra_core.decoding.records import Request, TokenLogprob
+
+LIKELY = 16
+"""Tokens whose noise is looked at first; their best is hard to beat."""
 
 
 class Chooser:
@@ -44,7 +47,7 @@ class Chooser:
             logits = logits - request.presence_penalty * (self.counts > 0) - request.frequency_penalty * self.counts
         if request.temperature == 0:
             return logits
-        scores = logits / request.temperature
+        scores = logits / torch.tensor([request.temperature], device=logits.device)  # as rows are divided together
         if 0 < request.top_k < scores.shape[-1]:
             scores = scores.masked_fill(scores < scores.topk(request.top_k).values[-1], -math.inf)
         if request.top_p < 1:
@@ -72,38 +75,57 @@ def likeliest(logits: Tensor) -> Tensor:
     """
     if logits.device.type != "cpu":
         return logits.argmax(-1)
-    return torch.from_numpy(logits.numpy().argmax(-1))
+    return torch.as_tensor(logits.numpy().argmax(-1))
 
 
 def choose(logits: Tensor, positions: Sequence[int], choosers: Sequence[Chooser]) -> list[int]:
     """The token of each of R rows from `logits` [R, V] float32; `positions`: where the tokens will stand."""
-    if any(chooser.request.penalised or chooser.request.temperature for chooser in choosers):
-        logits = torch.stack([chooser.process(row) for row, chooser in zip(logits, choosers, strict=True)])
-        drawing = [row for row, chooser in enumerate(choosers) if chooser.request.temperature > 0]
-        if drawing:
-            keys = [_key(choosers[row], positions[row]) for row in drawing]
-            logits[drawing] = _noisy(logits[drawing], keys)
-    tokens: list[int] = logits.argmax(-1).tolist()
+    scores = _processed(logits, choosers)
+    tokens: list[int] = likeliest(scores).tolist()
+    drawing = [row for row, chooser in enumerate(choosers) if chooser.request.temperature > 0]
+    if drawing:
+        drawn = _drawn(scores[drawing], [_key(choosers[row], positions[row]) for row in drawing])
+        for row, token in zip(drawing, drawn, strict=True):
+            tokens[row] = token
     return tokens
+
+
+def _processed(logits: Tensor, choosers: Sequence[Chooser]) -> Tensor:
+    """What each row chooses by: [R, V]. Rows that only have a temperature are divided by it together."""
+    requests = [chooser.request for chooser in choosers]
+    if any(request.penalised or request.truncated for request in requests):
+        return torch.stack([chooser.process(row) for row, chooser in zip(logits, choosers, strict=True)])
+    if any(request.temperature not in (0.0, 1.0) for request in requests):
+        return logits / torch.tensor([request.temperature or 1.0 for request in requests], device=logits.device)[:, None]
+    return logits
 
 
 def _key(chooser: Chooser, position: int) -> tuple[int, int]:
     return position_key(chooser.request.seed, position, chooser.request.choice)
 
 
-def _noisy(scores: Tensor, keys: Sequence[tuple[int, int]]) -> Tensor:
-    """Scores plus noise [R, V] where a token can still win, -inf elsewhere: its argmax is that of all of them.
+def _drawn(scores: Tensor, keys: Sequence[tuple[int, int]]) -> list[int]:
+    """argmax(scores + noise) of each row [R, V]: by all the noise there is on a GPU, by as little as will do on a CPU."""
+    if scores.device.type == "cpu":
+        return [_drawn_sparingly(row, key) for row, key in zip(scores, keys, strict=True)]
+    everything = torch.arange(scores.shape[1], device=scores.device)
+    tokens: list[int] = (scores + gumbel(keys, everything)).argmax(-1).tolist()
+    return tokens
 
-    The likeliest token's noisy score is a floor for the winner, and no noise exceeds `HIGHEST`; at a sharp
-    distribution a few hundred of 50,000 tokens are left to hash.
+
+def _drawn_sparingly(scores: Tensor, key: tuple[int, int]) -> int:
+    """The same for one row [V], hashing only tokens that can still win.
+
+    The best of the likeliest tokens is a floor for the winner, and no noise exceeds `HIGHEST`; at a sharp distribution a
+    few hundred of 50,000 tokens are left to hash.
     """
-    rows = torch.arange(len(keys), device=scores.device)
-    top = scores.argmax(-1)
-    floor = scores[rows, top] + gumbel_at(keys, rows, top)
-    where, ids = (scores >= (floor - HIGHEST)[:, None]).nonzero(as_tuple=True)
-    noisy = torch.full_like(scores, -math.inf)
-    noisy[where, ids] = scores[where, ids] + gumbel_at(keys, where, ids)
-    return noisy
+    likely = scores.topk(min(LIKELY, len(scores))).indices
+    floor = (scores[likely] + gumbel([key], likely)[0]).max()
+    can_win = scores >= floor - HIGHEST
+    if int(can_win.count_nonzero()) > len(scores) // 4:  # picking them out would cost more than it saves
+        return int(likeliest(scores + gumbel([key], torch.arange(len(scores)))[0]))
+    ids = can_win.nonzero()[:, 0]
+    return int(ids[likeliest(scores[ids] + gumbel([key], ids)[0])])
 
 
 def rank_scores(logits: Tensor, positions: Sequence[int], choosers: Sequence[Chooser], ids: Tensor) -> Tensor:

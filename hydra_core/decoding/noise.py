@@ -44,12 +44,6 @@ def gumbel(keys: Sequence[Key], ids: Tensor) -> Tensor:
     return _hashed(ids[None], words[:, :1], words[:, 1:])
 
 
-def gumbel_at(keys: Sequence[Key], rows: Tensor, ids: Tensor) -> Tensor:
-    """The entries (rows[i], ids[i]) of `gumbel(keys, all ids)`: [n] float32, without making the others."""
-    words = torch.tensor(keys, dtype=torch.int32, device=ids.device).view(-1, 2)[rows]
-    return _hashed(ids, words[:, 0], words[:, 1])
-
-
 def _hashed(ids: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """A 32-bit counter-based hash: two rounds of a low-bias integer mixer with a key word before each."""
     mixed = _mix32((ids.to(torch.int32) * -1640531535) ^ first)

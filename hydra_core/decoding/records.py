@@ -66,6 +66,11 @@ class Request:
         """Whether the choice of a token depends on those before it by more than the base's logits."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
+    @property
+    def truncated(self) -> bool:
+        """Whether the least likely tokens are cut off before a draw."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
     def check(self, vocab_size: int, context_limit: int, *, texts: bool = True) -> None:
         """Raise InputError that names the field when the request cannot be decoded; `texts`: there is a tokenizer."""
         self._check_types()

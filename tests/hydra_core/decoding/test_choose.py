@@ -78,6 +78,19 @@ def test_few_tokens_need_their_noise(temperature: float) -> None:
     assert choose(logits, positions, choosers) == wanted.tolist()
 
 
+@pytest.mark.parametrize("spread", [0.01, 1.0, 30.0])
+def test_flat_and_sharp_draws_are_the_same_alone_and_together(spread: float) -> None:
+    """However many tokens can win, and whatever settings the rows beside ask for."""
+    logits = spread * torch.randn(12, 5000, generator=torch.Generator().manual_seed(1))
+    settings: list[dict[str, Any]] = [{"temperature": 1.0}, {"temperature": 0.7}, {"temperature": 1.0, "top_k": 5}, {}]
+    choosers = [Chooser(Request("r", (0,), 9, seed=row, **settings[row % 4]), 5000) for row in range(12)]
+    together = choose(logits, range(12), choosers)
+    assert together == [choose(logits[row:row + 1], [row], [choosers[row]])[0] for row in range(12)]
+    for row in (0, 1, 4, 5):
+        scores = logits[row] / torch.tensor([choosers[row].request.temperature])
+        assert together[row] == int((scores + gumbel([position_key(row, row)], torch.arange(5000))[0]).argmax())
+
+
 def test_draws_follow_the_softmax() -> None:
     """Chi-square of 20,000 draws against the distribution itself, at two temperatures."""
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5, 1.5])
