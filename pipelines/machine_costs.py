@@ -118,7 +118,7 @@ def _table(times: Times) -> dict[int, dict[int, float]]:
 
 
 def _kept(cache: Path, what: str, base: Base, timed: dict[str, Any], measure: Callable[[Say], Times]) -> Times:
-    machine = fingerprint_of_machine(base.device)
+    machine = fingerprint_of_machine(base.device) | {"native": getattr(base.decoder, "native", None) is not None}
     timed = {"schema": SCHEMA, "base": str(base.identity)} | timed
     key = hashlib.sha256(json.dumps([machine, timed], sort_keys=True).encode()).hexdigest()[:16]
     path = cache / "costs" / f"{what}-{key}.json"

@@ -22,15 +22,17 @@ def draft_vocab_of(base: Base, size: int = 0) -> DraftVocab:
     return DraftVocab.rank(counts, size, base.stop_ids)
 
 
-def random_heads(base: Base, kind: str, seed: int = 0, draft_vocab_size: int = 0) -> HeadDrafter:
+def random_heads(base: Base, kind: str, seed: int = 0, draft_vocab_size: int = 0, **fields: object) -> HeadDrafter:
+    """Untrained heads; `fields`: further ones of `HeadsConfig`."""
     torch.manual_seed(seed)
-    config = HeadsConfig(kind=kind, num_heads=3, draft_vocab_size=draft_vocab_size)
+    config = HeadsConfig.model_validate({"kind": kind, "num_heads": 3, "draft_vocab_size": draft_vocab_size, **fields})
     return build_drafter(config, base.vocabulary, draft_vocab_of(base, draft_vocab_size)).eval().requires_grad_(False)
 
 
-def overfit_heads(base: Base, kind: str, prompts: list[tuple[int, ...]], tokens: int = 40, steps: int = 150) -> HeadDrafter:
+def overfit_heads(base: Base, kind: str, prompts: list[tuple[int, ...]], tokens: int = 40, steps: int = 150,
+                  **fields: object) -> HeadDrafter:
     """Train a drafter of `kind` on the base's greedy answers to `prompts` until it often drafts right."""
-    heads = random_heads(base, kind).train().requires_grad_(True)
+    heads = random_heads(base, kind, **fields).train().requires_grad_(True)  # type: ignore[arg-type]
     rows = []
     for i, prompt in enumerate(prompts):
         answer = naive_generate(base, Request(str(i), prompt, tokens)).token_ids

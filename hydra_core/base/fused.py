@@ -13,6 +13,7 @@ from torch import Tensor
 from hydra_core.base.attention import HeadNorms, Rotary, cached_attention, grouped_mask
 from hydra_core.base.kv_cache import KVCache, Step
 from hydra_core.base.linear import FrozenLinear
+from hydra_core.base.native import MOST_TOKENS, native_decoder
 from hydra_core.base.q4_1 import Q4Matrix
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -35,12 +36,13 @@ class LayerWeights:
 class FusedDecoder:
     """Forward of the Llama family over a `KVCache`, built from a loaded transformers model (whose weights it takes over).
 
-    `codes`: tensor name -> 4-bit codes of the layers' matrices, where they are to be multiplied as such.
+    `codes`: tensor name -> 4-bit codes of the layers' matrices, where they are to be multiplied as such; `native`:
+    whether steps may run compiled.
     """
 
     branching = True
 
-    def __init__(self, model: Any, codes: Mapping[str, Q4Matrix] | None = None) -> None:
+    def __init__(self, model: Any, codes: Mapping[str, Q4Matrix] | None = None, native: bool = False) -> None:
         config = model.config
         self.heads = config.num_attention_heads
         self.kv_heads = config.num_key_value_heads
@@ -54,6 +56,7 @@ class FusedDecoder:
                        for number, layer in enumerate(model.model.layers)]
         rotary = model.model.rotary_emb
         self.rotary = Rotary(rotary.inv_freq, rotary.attention_scaling, self.embedding.dtype)
+        self.native = native_decoder(self.layers, self.heads, self.kv_heads, self.head_width, self.eps) if native else None
 
     @staticmethod
     def reason_unsupported(config: Any) -> str | None:
@@ -87,6 +90,10 @@ class FusedDecoder:
         mask = grouped_mask(step.mask, self.heads // self.kv_heads)
         kind = self.embedding.dtype
         hidden = F.embedding(ids, self.embedding).to(self.stream)
+        if self.native is not None and ids.numel() <= MOST_TOKENS and not step.fixed:
+            added = self.native.run(hidden, cache.keys, cache.values, step.rows[0], step.slots, step.span, cos, sin, mask)
+            hidden = hidden + added.view_as(hidden)
+            return F.rms_norm(hidden, (width,), self.final_norm, self.eps).to(kind)
         for index, layer in enumerate(self.layers):
             normed = F.rms_norm(hidden, (width,), layer.input_norm, self.eps).to(kind)
             mixed = cached_attention(layer.qkv(normed), self.heads, cache, index, step, cos, sin, mask, layer.head_norms)

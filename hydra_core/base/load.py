@@ -30,14 +30,14 @@ FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 
 
 def load_base(model: str, *, dtype: str = "bf16", device: str = "cpu", cache: Path | None = None,
-              context_limit: int | None = None, fused: bool = True, widen: bool = False) -> Base:
+              context_limit: int | None = None, fused: bool = True, widen: bool = False, native: bool = True) -> Base:
     """Load and freeze the base.
 
     `dtype`: weight format: bf16, fp32, int4 (a Q4_1 checkpoint's own codes, on a CPU) or int4-lossy (4-bit codes made
     here of any fused base, which changes its answers); `device`: cpu, cuda or auto; `cache`: folder for fetched and
     converted models (default: `default_cache()`); `context_limit`: tokens of prompt + answer, at most the model's own;
-    `fused=False` forces transformers' own forward; `widen` computes in float64 on the very values of the weight format
-    (what near-ties are judged by).
+    `fused=False` forces transformers' own forward, `native=False` PyTorch's own operators where steps could run compiled;
+    `widen` computes in float64 on the very values of the weight format (what near-ties are judged by).
     Raises InputError for a model that cannot be had, or not in that format.
     """
     resolved, kind, target = resolve_base(model, cache or default_cache()), compute_dtype(dtype), pick_device(device)
@@ -61,7 +61,7 @@ def load_base(model: str, *, dtype: str = "bf16", device: str = "cpu", cache: Pa
     own = loaded.config.get_text_config()
     identity = BaseIdentity(resolved.name, resolved.digest, dtype)
     vocabulary = _vocabulary_of(loaded, own, identity, _stop_ids(loaded, own))
-    decoder = _decoder_for(loaded, own, fused, codes, quantised_by(config))
+    decoder = _decoder_for(loaded, own, fused, codes, quantised_by(config), native)
     limit = _context_limit(own, context_limit, model)
     return Base(vocabulary, decoder, load_tokenizer(resolved.folder), limit, target)
 
@@ -182,11 +182,12 @@ def _attention_for(auto: Any, config: Any) -> str | None:
     return "sdpa" if not known or getattr(auto._model_mapping[type(config)], "_supports_sdpa", False) else "eager"
 
 
-def _decoder_for(model: Any, config: Any, fused: bool, codes: Mapping[str, Q4Matrix] | None, method: str | None) -> Any:
+def _decoder_for(model: Any, config: Any, fused: bool, codes: Mapping[str, Q4Matrix] | None, method: str | None,
+                 native: bool) -> Any:
     """`method`: what the model is quantised by, if it is: its modules hold no matrices to fuse."""
     reason = f"quantised by {method}" if method else FusedDecoder.reason_unsupported(config) if fused else "asked not to fuse"
     if reason is None:
-        return FusedDecoder(model, codes)
+        return FusedDecoder(model, codes, native)
     why_not = TransformersDecoder.reason_unsupported(config)
     if why_not is not None:
         log.warning("the base decodes plainly, one row after another: a draft tree needs attention alone (%s)", why_not)

@@ -22,9 +22,18 @@ class HeadsConfig(BaseModel):
     num_heads: int = Field(4, ge=1, le=16)
     num_blocks: int = Field(0, ge=0, description="MLP blocks a head; 0: 1 for medusa and hydra, 2 for hydra++")
     draft_vocab_size: int = Field(8192, ge=0, description="most frequent tokens that may be drafted; 0: all of them")
-    loss: Literal["auto", "data", "teacher"] = Field(
-        "auto", description="target: the token itself or the base's distribution; auto: teacher for hydra++ only")
+    loss: Literal["auto", "data", "teacher", "acceptance", "hybrid"] = Field(
+        "auto", description="target: the token itself (data) or the base's distribution: its cross-entropy (teacher), the "
+                            "overlap with it (acceptance), from the one to the other as the overlap grows (hybrid); auto: "
+                            "teacher for hydra++, data for the others")
+    hybrid_decay: float = Field(3.0, ge=0, description="how soon hybrid leaves cross-entropy for the overlap; 0: never")
+    head_decay: float = Field(1.0, gt=0, le=1, description="head i's loss weighs head_decay ** i; 1: all the same")
+    mask_lost: bool = Field(False, description="heads learn only where every head before them drafts the right token")
     dropout: float = Field(0.0, ge=0, lt=1)
+    normalise_embeddings: bool = Field(True, description="token embeddings brought to RMS 1; false: as they are (published)")
+    final_norm: bool = Field(True, description="an RMSNorm ends each head, started as the base's own; false: none (published)")
+    mlp: Literal["residual", "gated"] = Field(
+        "residual", description="a head's blocks: x + SiLU(W x + b) (published) or x + W3 (SiLU(W1 x) * (W2 x))")
 
     @model_validator(mode="before")
     @classmethod
@@ -43,6 +52,11 @@ class HeadsConfig(BaseModel):
     def sequential(self) -> bool:
         """Whether head i also reads the tokens drafted before it."""
         return self.kind in SEQUENTIAL_KINDS
+
+    @property
+    def reads_teacher(self) -> bool:
+        """Whether the loss is made of the base's probabilities, so that every position counts."""
+        return self.loss != "data"
 
     @property
     def prefix_layer(self) -> bool:

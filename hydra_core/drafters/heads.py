@@ -34,23 +34,54 @@ class ResBlock(nn.Module):
         return carried + F.silu(self.inner(x))
 
 
-class MlpHead(nn.Module):
-    """`num_blocks` blocks of their own (none shared), then an RMSNorm that starts as the base's final norm."""
+class GatedBlock(nn.Module):
+    """x + W3 (SiLU(W1 x) * (W2 x)), the MLP of a Llama layer in the head's own width (SwiGLU, arXiv 2002.05202).
 
-    def __init__(self, width_in: int, vocabulary: BaseVocabulary, num_blocks: int, dropout: float) -> None:
+    W3 starts at zero, and a wider input is projected, as in `ResBlock`.
+    """
+
+    def __init__(self, width_in: int, width: int) -> None:
+        super().__init__()
+        self.gate_up = PackableLinear(width_in, 2 * width, bias=False)
+        self.down = PackableLinear(width, width, bias=False)
+        nn.init.zeros_(self.down.weight)
+        self.skip = PackableLinear(width_in, width, bias=False) if width_in != width else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width_in] to [..., width]."""
+        carried = x if self.skip is None else self.skip(x)
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        mixed: Tensor = self.down(F.silu(gate) * up)
+        return carried + mixed
+
+
+class MlpHead(nn.Module):
+    """`num_blocks` blocks of their own (none shared), then, if wanted, an RMSNorm that starts as the base's final norm."""
+
+    def __init__(self, width_in: int, vocabulary: BaseVocabulary, config: HeadsConfig) -> None:
         super().__init__()
         width = vocabulary.width
-        self.blocks = nn.ModuleList(ResBlock(width_in if i == 0 else width, width) for i in range(num_blocks))
-        self.norm = nn.RMSNorm(width, eps=vocabulary.norm_eps)
-        self.dropout = nn.Dropout(dropout)
-        with torch.no_grad():
-            self.norm.weight.copy_(vocabulary.norm_weight)
+        block = GatedBlock if config.mlp == "gated" else ResBlock
+        self.blocks = nn.ModuleList(block(width_in if i == 0 else width, width) for i in range(config.num_blocks))
+        self.norm = nn.RMSNorm(width, eps=vocabulary.norm_eps) if config.final_norm else nn.Identity()
+        self.dropout = nn.Dropout(config.dropout)
+        if isinstance(self.norm, nn.RMSNorm):
+            with torch.no_grad():
+                self.norm.weight.copy_(vocabulary.norm_weight)
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix [D, ...] that ends the last block."""
+        block = self.blocks[-1]
+        assert isinstance(block, ResBlock | GatedBlock)
+        return block.inner.weight if isinstance(block, ResBlock) else block.down.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width_in] to [..., D], ready for the vocabulary rows."""
         for block in self.blocks:
             x = block(self.dropout(x))
-        return self.norm(x)
+        ended: Tensor = self.norm(x)
+        return ended
 
 
 class HeadDrafter(nn.Module):
@@ -66,8 +97,7 @@ class HeadDrafter(nn.Module):
         self.vocabulary = vocabulary
         self.norm_eps = vocabulary.norm_eps
         self.rows = vocabulary.head.restrict(draft_vocab.ids.to(vocabulary.head.weight.device))
-        self.heads = nn.ModuleList(
-            MlpHead(self.head_width(i), vocabulary, config.num_blocks, config.dropout) for i in range(config.num_heads))
+        self.heads = nn.ModuleList(MlpHead(self.head_width(i), vocabulary, config) for i in range(config.num_heads))
 
     @property
     def num_heads(self) -> int:
@@ -75,10 +105,10 @@ class HeadDrafter(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """A trained tensor [D]: its dtype and device are those of all the heads."""
+        """A trained tensor [D, ...]: its dtype and device are those of all the heads."""
         head = self.heads[0]
         assert isinstance(head, MlpHead)
-        return head.norm.weight
+        return head.weight
 
     def pack(self) -> None:
         """Lay the weights out for decoding, where this machine has a faster layout; going on training undoes it."""
@@ -100,12 +130,12 @@ class HeadDrafter(nn.Module):
         return hidden.to(self.weight.dtype)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """RMS-normalised base embeddings [..., D] of `tokens` [...] int64.
+        """Base embeddings [..., D] of `tokens` [...] int64, RMS-normalised unless the config says otherwise.
 
         Raw embeddings are an order of magnitude smaller than hidden states: joined as they are, heads hardly hear them.
         """
         raw = F.embedding(tokens, self.vocabulary.embedding).to(self.weight.dtype)
-        return F.rms_norm(raw, (raw.shape[-1],), eps=self.norm_eps)
+        return F.rms_norm(raw, (raw.shape[-1],), eps=self.norm_eps) if self.config.normalise_embeddings else raw
 
     def head_hidden(self, i: int, features: Tensor, path: Tensor) -> Tensor:
         """Output of head `i`: [..., D].

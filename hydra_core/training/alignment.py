@@ -37,6 +37,10 @@ class HeadSlice:
     def count(self) -> int:
         return self.features.shape[0]
 
+    def only(self, wanted: Tensor) -> HeadSlice:
+        """The positions where `wanted` [n] bool is true."""
+        return HeadSlice(self.features[wanted], self.path[wanted], self.target[wanted], self.teacher[wanted])
+
 
 def head_slice(head: int, spans: Spans, *, decoding: bool = False) -> HeadSlice:
     """Positions of head `head` in packed rows, row by row in order.

@@ -1,8 +1,17 @@
 """Training targets and their losses: plain ones to read, and a chunked one to run.
 
-Both are cross-entropies over the draft vocabulary. Data: against the token itself; a target outside the draft
-vocabulary is ignored and counted. Teacher: against the base's probabilities over the FULL vocabulary, gathered on the
-draft vocabulary and not renormalised: a position whose mass lies outside weighs less instead of being stretched.
+p: the base's probabilities over its FULL vocabulary, gathered on the draft vocabulary and not renormalised, so that a
+position whose mass lies outside weighs less instead of being stretched; q: the head's, which sum to 1 there.
+
+    data        -log q of the token itself; a target outside the draft vocabulary is ignored and counted
+    teacher     C = -sum_v p_v log q_v, the forward KL divergence but for a constant
+    acceptance  -log a, a = sum_v min(p_v, q_v): the chance that sampling with rejection accepts a token drawn from q
+    hybrid      s C + (1 - s)(1 - a), s = exp(-decay a) taken as a constant: C while they are far apart, then the overlap
+
+The last two are the LK losses of arXiv 2602.23881: the mass outside adds nothing to a there too. Two things differ in
+hybrid. The paper takes one s for all positions of a head in a batch, from their mean overlap; here each position has its
+own, so that the loss does not depend on what else is in the batch or on which rank. And C stays as above, not renormalised.
+Where p_v = q_v exactly, the gradient of min goes half to each, as autograd has it.
 
 Why chunked: at 49k or 128k vocabularies the logits of all positions and heads do not fit, and on a CPU they do not fit
 the cache. The vocabulary rows are frozen, so each chunk's gradient with respect to the head's output is all that has to
@@ -12,8 +21,8 @@ be kept; it is made in the forward pass while the chunk's logits are at hand.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -40,13 +49,16 @@ class DataTarget:
 
 @dataclass(frozen=True)
 class TeacherTarget:
-    """Rows of a shared table of the base's probabilities: table [M, Vd] float, rows [n] int64."""
+    """Rows of a shared table of the base's probabilities, table [M, Vd] float, rows [n] int64, and what is made of them;
+    `decay` is hybrid's alone."""
 
     table: Tensor
     rows: Tensor
+    loss: Literal["teacher", "acceptance", "hybrid"] = "teacher"
+    decay: float = 3.0
 
     def part(self, start: int, stop: int) -> TeacherTarget:
-        return TeacherTarget(self.table, self.rows[start:stop])
+        return replace(self, rows=self.rows[start:stop])
 
     @property
     def valid(self) -> Tensor:
@@ -58,11 +70,19 @@ Target = DataTarget | TeacherTarget
 
 
 def reference_loss(logits: Tensor, target: Target) -> Tensor:
-    """Sum over positions of the cross-entropy of logits [n, Vd] float32, written as the formula reads."""
+    """Sum over positions of the loss of logits [n, Vd], float32 or float64, written as the formula reads."""
     log_q = F.log_softmax(logits, dim=-1)
     if isinstance(target, DataTarget):
         return F.nll_loss(log_q, target.index, ignore_index=-1, reduction="sum")
-    return -(target.table[target.rows].to(log_q.dtype) * log_q).sum()
+    p = target.table[target.rows].to(log_q.dtype)
+    crossed = -(p * log_q).sum(dim=-1)
+    if target.loss == "teacher":
+        return crossed.sum()
+    overlap = torch.minimum(p, log_q.exp()).sum(dim=-1)
+    if target.loss == "acceptance":
+        return -overlap.clamp_min(torch.finfo(overlap.dtype).tiny).log().sum()
+    share = torch.exp(-target.decay * overlap.detach())
+    return (share * crossed + (1 - share) * (1 - overlap)).sum()
 
 
 def chunked_loss(hidden: Tensor, project: Project, target: Target, chunk: int = CHUNK) -> Tensor:
@@ -70,13 +90,21 @@ def chunked_loss(hidden: Tensor, project: Project, target: Target, chunk: int = 
 
     `project` must have no trainable parameters: gradients reach `hidden` alone.
     """
-    loss: Tensor = _ChunkedLoss.apply(hidden, project, target, chunk)  # type: ignore[no-untyped-call]
+    loss: Tensor = _ChunkedLoss.apply(hidden, project, target, chunk, False)[0]  # type: ignore[no-untyped-call]
     return loss
+
+
+def chunked_loss_and_best(hidden: Tensor, project: Project, target: Target, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
+    """The same, and the likeliest draft token of each position: indices in the draft vocabulary [n] int64."""
+    loss, best = _ChunkedLoss.apply(hidden, project, target, chunk, True)  # type: ignore[no-untyped-call]
+    return loss, best
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, project: Project, target: Target, chunk: int) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, hidden: Tensor, project: Project, target: Target, chunk: int,  # type: ignore[override]
+                ranked: bool) -> tuple[Tensor, Tensor]:
+        best = torch.empty(hidden.shape[0] if ranked else 0, dtype=torch.int64, device=hidden.device)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         wanted = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if wanted else None
@@ -85,21 +113,24 @@ class _ChunkedLoss(torch.autograd.Function):
             part = hidden[start:stop].detach().requires_grad_(wanted)
             with torch.set_grad_enabled(wanted):
                 logits = project(part)
+            if ranked:
+                best[start:stop] = logits.detach().argmax(dim=-1)
             loss, slope = _value_and_slope(logits.detach(), target.part(start, stop), wanted)
             total += loss
             if gradient is not None:
                 gradient[start:stop] = torch.autograd.grad(logits, part, slope)[0]
         ctx.save_for_backward(gradient)
-        return total.float()
+        ctx.mark_non_differentiable(best)
+        return (total if hidden.dtype == torch.float64 else total.float()), best
 
     @staticmethod
-    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, outer: Tensor, _: Tensor) -> tuple[Tensor | None, None, None, None, None]:  # type: ignore[override]
         (gradient,) = ctx.saved_tensors
-        return (None if gradient is None else gradient * outer.to(gradient.dtype)), None, None, None
+        return (None if gradient is None else gradient * outer.to(gradient.dtype)), None, None, None, None
 
 
 def _value_and_slope(logits: Tensor, target: Target, wanted: bool) -> tuple[Tensor, Tensor | None]:
-    """Summed loss (float64 scalar) and its derivative by logits [n, Vd]: mass * softmax - probabilities."""
+    """Summed loss (float64 scalar) and its derivative by logits [n, Vd]; of a cross-entropy: mass * q - p."""
     log_q = torch.log_softmax(logits, dim=-1)
     if isinstance(target, DataTarget):
         mask = target.index >= 0
@@ -111,8 +142,35 @@ def _value_and_slope(logits: Tensor, target: Target, wanted: bool) -> tuple[Tens
         return loss, log_q.exp_().mul_(weight).scatter_add_(1, index, -weight)
     p = target.table[target.rows].to(logits.dtype)
     # vecdot reads both once; (p * log_q).sum() would write an [n, Vd] temporary.
-    loss = -torch.linalg.vecdot(p, log_q).double().sum()
-    return loss, log_q.exp_().mul_(p.sum(dim=-1, keepdim=True)).sub_(p) if wanted else None
+    crossed = None if target.loss == "acceptance" else -torch.linalg.vecdot(p, log_q)
+    if target.loss != "teacher":
+        return _overlap_value_and_slope(p, log_q.exp_(), crossed, target.decay, wanted)
+    assert crossed is not None
+    return crossed.double().sum(), log_q.exp_().mul_(p.sum(dim=-1, keepdim=True)).sub_(p) if wanted else None
+
+
+def _overlap_value_and_slope(p: Tensor, q: Tensor, crossed: Tensor | None, decay: float,
+                             wanted: bool) -> tuple[Tensor, Tensor | None]:
+    """Of `acceptance`, or of `hybrid` where the cross-entropies `crossed` [n] are given; overwrites p and q [n, Vd].
+
+    Only entries where q is the smaller move the overlap a: with m = 1 there, da/dz_j = q_j (m_j - sum_v m_v q_v). No entry
+    of it is larger than a, so -log a has a slope of at most 1 however small a is.
+    """
+    overlap = torch.minimum(p, q).sum(dim=-1)
+    safe = overlap.clamp_min(torch.finfo(overlap.dtype).tiny)
+    share = None if crossed is None else torch.exp(-decay * overlap)
+    if share is None or crossed is None:
+        loss = -safe.log().double().sum()
+    else:
+        loss = (share * crossed + (1 - share) * (1 - overlap)).double().sum()
+    if not wanted:
+        return loss, None
+    slope = (p - q).sign_().add_(1).mul_(0.5)  # m: a half where they are equal
+    slope.sub_(torch.linalg.vecdot(slope, q)[:, None]).mul_(q)
+    if share is None:
+        return loss, slope.div_(-safe[:, None])
+    slope.mul_((share - 1)[:, None])
+    return loss, slope.add_(q.mul_((share * p.sum(dim=-1))[:, None])).sub_(p.mul_(share[:, None]))
 
 
 def log_normalisers(hidden: Tensor, vocabulary_logits: Project, chunk: int = CHUNK) -> Tensor:

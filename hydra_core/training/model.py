@@ -15,6 +15,7 @@ from hydra_core.training.losses import (
     Target,
     TeacherTarget,
     chunked_loss,
+    chunked_loss_and_best,
     log_normalisers,
     teacher_probabilities,
 )
@@ -40,27 +41,43 @@ class HeadTraining(nn.Module):
         self.drafter = drafter
         self.vocabulary = vocabulary
         self.index_of = drafter.draft_vocab.index_of.to(vocabulary.embedding.device)
+        decays = drafter.config.head_decay ** torch.arange(drafter.num_heads, dtype=torch.float64)
+        self.head_weights = decays / decays.mean()  # [K], 1 in the mean
 
     def forward(self, packed: Packed, divisors: Tensor) -> tuple[Tensor, Tensor]:
         """Mean over heads of (summed loss / divisors[i]), and the summed losses [K] float64 without gradient.
 
         `divisors`: [K] positive; from the counts of the whole step, so that it does not matter how rows were dealt to
-        ranks.
+        ranks. With `head_decay` the mean is weighted. With `mask_lost` a head's sum is over the positions t where every
+        head before it, asked at t with the true tokens as path, found its target the likeliest: where greedy decoding
+        would still be on the draft. Masked positions add nothing and are not computed; divisors still count them, so the
+        later a head, the less it weighs, by as much as it is reached less often. Targets outside the draft vocabulary are
+        lost; a head whose target would lie in the prompt was not asked and loses nothing.
         """
         features, embedded = self._inputs(packed)
         tokens = packed.token_ids.flatten()
         teacher = self._teacher(packed)
+        masking = self.drafter.config.mask_lost
+        alive = torch.ones_like(tokens, dtype=torch.bool)
         losses = []
         for head in range(self.drafter.num_heads):
             part = head_slice(head, packed.spans)
+            if masking:
+                part = part.only(alive[part.features])
             hidden = self.drafter.head_hidden(head, features[part.features], embedded[part.path])
-            losses.append(chunked_loss(hidden, self.drafter.draft_logits, self._target(part, tokens, teacher)))
+            target = self._target(part, tokens, teacher)
+            if masking:
+                loss, best = chunked_loss_and_best(hidden, self.drafter.draft_logits, target)
+                alive[part.features] = best == self.index_of[tokens[part.target]]
+            else:
+                loss = chunked_loss(hidden, self.drafter.draft_logits, target)
+            losses.append(loss)
         stacked = torch.stack(losses)
-        return (stacked / divisors).mean(), stacked.detach().double()
+        return (stacked / divisors * self.head_weights.to(stacked)).mean(), stacked.detach().double()
 
     @torch.no_grad()
     def evaluate(self, packed: Packed) -> tuple[HeadCounts, RankRows]:
-        """Loss counts, hits and rank tuples at the positions a decoder can be at."""
+        """Loss counts, hits and rank tuples at the positions a decoder can be at, none of them masked."""
         features, embedded = self._inputs(packed)
         tokens = packed.token_ids.flatten()
         rows = rank_tuples(self.drafter, features, embedded, self.index_of[tokens], packed.spans)
@@ -85,7 +102,7 @@ class HeadTraining(nn.Module):
 
     def _teacher(self, packed: Packed) -> TeacherTable | None:
         """Heads share teacher positions all but entirely: once a batch instead of once a head."""
-        if self.drafter.config.loss != "teacher":
+        if not self.drafter.config.reads_teacher:
             return None
         at = teacher_positions(packed.spans)
         hidden = packed.hidden.flatten(0, 1)[at]
@@ -97,6 +114,7 @@ class HeadTraining(nn.Module):
         return TeacherTable(table, row_of)
 
     def _target(self, part: HeadSlice, tokens: Tensor, teacher: TeacherTable | None) -> Target:
-        if teacher is None:
+        config = self.drafter.config
+        if teacher is None or config.loss not in ("teacher", "acceptance", "hybrid"):
             return DataTarget(self.index_of[tokens[part.target]])
-        return TeacherTarget(teacher.table, teacher.row_of[part.teacher])
+        return TeacherTarget(teacher.table, teacher.row_of[part.teacher], config.loss, config.hybrid_decay)

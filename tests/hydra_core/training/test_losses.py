@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hydra_core.training.losses import (
     Target,
     TeacherTarget,
     chunked_loss,
+    chunked_loss_and_best,
     log_normalisers,
     reference_loss,
     teacher_probabilities,
@@ -31,10 +33,15 @@ def head() -> VocabHead:
 def targets() -> list[Target]:
     torch.manual_seed(4)
     table = torch.softmax(torch.randn(11, V), -1)[:, :VD]  # gathered, not renormalised: rows sum to less than 1
-    return [DataTarget(torch.randint(-1, VD, (N,))), TeacherTarget(table, torch.randint(0, 11, (N,)))]
+    rows = torch.randint(0, 11, (N,))
+    return [DataTarget(torch.randint(-1, VD, (N,))), TeacherTarget(table, rows), TeacherTarget(table, rows, "acceptance"),
+            TeacherTarget(table, rows, "hybrid"), TeacherTarget(table, rows, "hybrid", decay=0.5)]
 
 
-@pytest.mark.parametrize("kind", [0, 1])
+KINDS = range(5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("chunk", [1, 7, 37, 100])
 def test_value_and_gradient_equal_the_plain_formula(head: VocabHead, kind: int, chunk: int) -> None:
     target, draft = targets()[kind], head.restrict(torch.arange(VD))
@@ -56,6 +63,80 @@ def test_the_reference_is_cross_entropy_as_written(head: VocabHead) -> None:
     table = torch.tensor([[0.5, 0.2, 0.1]])  # 0.2 of the base's mass cannot be drafted
     wanted = -(0.5 * log_q[0] + 0.2 * log_q[1] + 0.1 * log_q[2])
     assert reference_loss(logits, TeacherTarget(table, torch.tensor([0]))).item() == pytest.approx(wanted, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_in_float64(kind: int) -> None:
+    """Against autograd through the formula to the last digits, and where nothing is held constant against differences."""
+    matrix = torch.randn(VD, D, dtype=torch.float64)
+    hidden = torch.randn(N, D, dtype=torch.float64, requires_grad=True)
+    target = targets()[kind]
+
+    def fast(at: torch.Tensor) -> torch.Tensor:
+        return chunked_loss(at, lambda part: part @ matrix.T, target, 10)
+
+    plain = reference_loss(hidden @ matrix.T, target)
+    torch.testing.assert_close(fast(hidden), plain, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(fast(hidden), hidden), torch.autograd.grad(plain, hidden), rtol=1e-10,
+                               atol=1e-12)
+    if not isinstance(target, TeacherTarget) or target.loss != "hybrid":
+        assert torch.autograd.gradcheck(fast, hidden)
+
+
+def test_overlaps_by_hand() -> None:
+    """q is uniform over four; the base leaves 0.1 outside the draft vocabulary."""
+    logits, table, at = torch.zeros(1, 4), torch.tensor([[0.6, 0.2, 0.1, 0.0]]), torch.tensor([0])
+    overlap = 0.25 + 0.2 + 0.1
+    loss = reference_loss(logits, TeacherTarget(table, at, "acceptance"))
+    assert loss.item() == pytest.approx(-math.log(overlap), abs=1e-6)
+    share, crossed = math.exp(-3.0 * overlap), 0.9 * math.log(4)
+    loss = reference_loss(logits, TeacherTarget(table, at, "hybrid", decay=3.0))
+    assert loss.item() == pytest.approx(share * crossed + (1 - share) * (1 - overlap), abs=1e-6)
+    whole = torch.softmax(torch.randn(1, 4), -1)
+    assert reference_loss(whole.log(), TeacherTarget(whole, at, "acceptance")).item() == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("decay", [0.0, 100.0])
+def test_hybrid_lies_between_cross_entropy_and_overlap(decay: float) -> None:
+    logits, table = torch.randn(3, 6), torch.softmax(torch.randn(3, 6), -1)
+    rows = torch.arange(3)
+    got = reference_loss(logits, TeacherTarget(table, rows, "hybrid", decay))
+    distance = (table - logits.softmax(-1)).abs().sum() / 2
+    torch.testing.assert_close(got, reference_loss(logits, TeacherTarget(table, rows)) if decay == 0 else distance,
+                               rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["acceptance", "hybrid"])
+def test_equal_probabilities_share_the_gradient(loss: Literal["acceptance", "hybrid"]) -> None:
+    """Some entries of the table are q itself to the last bit, the others above and below it: there min has a corner."""
+    logits = torch.randn(5, 8, requires_grad=True)
+    table = F.log_softmax(logits, -1).exp().detach() * torch.tensor([1.0, 1.0, 1.0, 0.5, 2.0, 1.0, 0.0, 1.0])
+    target = TeacherTarget(table, torch.arange(5), loss)
+    (wanted,) = torch.autograd.grad(reference_loss(logits, target), logits)
+    (got,) = torch.autograd.grad(chunked_loss(logits, lambda part: part, target, 2), logits)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-7)
+    moved = TeacherTarget(table * (1 - 1e-4), target.rows, loss)
+    (other,) = torch.autograd.grad(reference_loss(logits, moved), logits)
+    assert (other - wanted).abs().max() > 0.02  # a corner: to one side of it the slope is another
+
+
+def test_a_hopeless_head_still_gets_a_gradient() -> None:
+    """Overlaps of 1e-35 and of nothing at all: the loss stays finite, its slope stays at most 1."""
+    logits = torch.tensor([[0.0, 80.0, 0.0], [0.0, 500.0, 0.0]], requires_grad=True)
+    target = TeacherTarget(torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([0, 0]), "acceptance")
+    loss = chunked_loss(logits, lambda part: part, target)
+    loss.backward()
+    assert torch.isfinite(loss) and logits.grad is not None and torch.isfinite(logits.grad).all()
+    torch.testing.assert_close(logits.grad[0], torch.tensor([-1.0, 1.0, 0.0]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("chunk", [5, 64])
+def test_best_is_the_likeliest(head: VocabHead, kind: int, chunk: int) -> None:
+    target, hidden = targets()[kind], torch.randn(N, D, requires_grad=True)
+    loss, best = chunked_loss_and_best(hidden, head.restrict(torch.arange(VD)), target, chunk)
+    assert torch.equal(best, head.restrict(torch.arange(VD))(hidden).argmax(-1)) and not best.requires_grad
+    assert torch.equal(loss, chunked_loss(hidden, head.restrict(torch.arange(VD)), target, chunk))
 
 
 def test_targets_outside_the_draft_vocabulary_do_not_count(head: VocabHead) -> None:

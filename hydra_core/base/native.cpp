@@ -1,0 +1,206 @@
+// One step of the fused decoder without Python between its operations: what PyTorch has as an operator is called as
+// such, what it has not (add and normalise, turn and store, fold and unfold heads) is a loop here.
+//
+// Letters: B rows, N nodes a row, M = B * N, D width, H key/value heads, G query heads for each, d head width, S slots.
+
+#include <ATen/ATen.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/custom_class.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <optional>
+#include <vector>
+
+namespace {
+
+using at::Tensor;
+using Maybe = std::optional<Tensor>;
+
+Tensor packed_linear(const Tensor& x, const Tensor& weight, const Maybe& bias) {
+  using Signature = Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&, c10::string_view,
+                           c10::List<std::optional<at::Scalar>>, std::optional<c10::string_view>);
+  static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("mkldnn::_linear_pointwise", "").typed<Signature>();
+  return op.call(x, weight, bias, "none", c10::List<std::optional<at::Scalar>>(), "");
+}
+
+// As `FrozenLinear`: `codes` and `scales` are the 4-bit copy that up to `most` rows take.
+struct Linear {
+  Tensor weight;
+  Maybe bias, codes, scales;
+  bool packed;
+  int64_t most, group;
+
+  Tensor operator()(const Tensor& x) const {  // [M, in] to [M, out]
+    if (codes && x.size(0) <= most) {
+      Tensor product = at::_weight_int4pack_mm_for_cpu(x, *codes, group, *scales);
+      return bias ? product.add_(*bias) : product;
+    }
+    return packed ? packed_linear(x, weight, bias) : at::linear(x, weight, bias);
+  }
+};
+
+struct Layer {
+  Tensor input_norm, mlp_norm;
+  Maybe query_norm, key_norm;
+  Linear qkv, output, gate_up, down;
+};
+
+// normed = x / rms(x) * weight for each row of the stream [M, D], after adding `added` [M, D] to it where there is one.
+template <typename T>
+void add_and_norm(float* stream, const T* added, const float* weight, T* normed, int64_t rows, int64_t width, double eps) {
+  for (int64_t row = 0; row < rows; ++row, stream += width, normed += width) {
+    float squares = 0;
+    if (added) {
+#pragma omp simd reduction(+ : squares)
+      for (int64_t i = 0; i < width; ++i) {
+        stream[i] += static_cast<float>(added[i]);
+        squares += stream[i] * stream[i];
+      }
+      added += width;
+    } else {
+#pragma omp simd reduction(+ : squares)
+      for (int64_t i = 0; i < width; ++i) squares += stream[i] * stream[i];
+    }
+    const float scale = 1.0f / std::sqrt(squares / width + static_cast<float>(eps));
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) normed[i] = static_cast<T>(stream[i] * scale * weight[i]);
+  }
+}
+
+// One head [d] normalised (where it has a norm) and turned by the tables of its position, half against half.
+template <typename T>
+void turn(const T* head, const T* cos, const T* sin, const T* norm, double eps, T* target, int64_t width) {
+  float values[512];
+  float squares = 0;
+  for (int64_t i = 0; i < width; ++i) {
+    values[i] = static_cast<float>(head[i]);
+    squares += values[i] * values[i];
+  }
+  if (norm) {
+    const float scale = 1.0f / std::sqrt(squares / width + static_cast<float>(eps));
+    // rounded where PyTorch rounds: the norm's product is a tensor of the working dtype
+    for (int64_t i = 0; i < width; ++i)
+      values[i] = static_cast<float>(static_cast<T>(values[i] * scale * static_cast<float>(norm[i])));
+  }
+  const int64_t half = width / 2;
+#pragma omp simd
+  for (int64_t i = 0; i < half; ++i) {
+    const float low = values[i], high = values[i + half];
+    target[i] = static_cast<T>(low * static_cast<float>(cos[i]) - high * static_cast<float>(sin[i]));
+    target[i + half] =
+        static_cast<T>(high * static_cast<float>(cos[i + half]) + low * static_cast<float>(sin[i + half]));
+  }
+}
+
+struct Decoder : torch::CustomClassHolder {
+  int64_t heads, kv_heads, width;
+  double eps, head_eps;
+  std::vector<Layer> layers;
+
+  Decoder(int64_t heads, int64_t kv_heads, int64_t width, double eps, double head_eps)
+      : heads(heads), kv_heads(kv_heads), width(width), eps(eps), head_eps(head_eps) {
+    TORCH_CHECK(width <= 512 && width % 2 == 0, "head width ", width);
+  }
+
+  static Linear linear(std::vector<Maybe> parts, int64_t packed, int64_t most, int64_t group) {
+    return {*parts.at(0), parts.at(1), parts.at(2), parts.at(3), packed != 0, most, group};
+  }
+
+  // `norms`: of the layer's input, of its MLP's, of query and key heads; each matrix: weight, bias, codes, scales.
+  void add(std::vector<Maybe> norms, std::vector<std::vector<Maybe>> matrices, std::vector<int64_t> packed, int64_t most,
+           int64_t group) {
+    layers.push_back({*norms.at(0), *norms.at(1), norms.at(2), norms.at(3), linear(matrices.at(0), packed.at(0), most, group),
+                      linear(matrices.at(1), packed.at(1), most, group), linear(matrices.at(2), packed.at(2), most, group),
+                      linear(matrices.at(3), packed.at(3), most, group)});
+  }
+
+  // `stream`: [B, N, D] float32, changed in place; `keys`, `values`: [L, R, S, H, d]; `first`: cache row of the first;
+  // `slots`: [B, N] int64; `cos`, `sin`: [B, N, 1, d]; `mask`: [B, 1, G * N, span] additive. What the last layer adds is
+  // returned apart, [M, D]: the final norm adds it.
+  Tensor run(Tensor stream, Tensor keys, Tensor values, int64_t first, Tensor slots, int64_t span, Tensor cos, Tensor sin,
+             Maybe mask) const {
+    return keys.scalar_type() == at::kBFloat16
+        ? run_as<at::BFloat16>(stream, keys, values, first, slots, span, cos, sin, mask)
+        : run_as<float>(stream, keys, values, first, slots, span, cos, sin, mask);
+  }
+
+  template <typename T>
+  Tensor run_as(const Tensor& stream, const Tensor& keys, const Tensor& values, int64_t first, const Tensor& slots,
+                int64_t span, const Tensor& cos, const Tensor& sin, const Maybe& mask) const {
+    const int64_t batch = stream.size(0), nodes = stream.size(1), depth = stream.size(2), rows = batch * nodes;
+    Tensor normed = at::empty({rows, depth}, keys.options());
+    Tensor queries = at::empty({batch, kv_heads, heads / kv_heads * nodes, width}, keys.options());
+    Tensor mixed = at::empty({rows, heads * width}, keys.options());
+    Tensor added;
+    for (size_t index = 0; index < layers.size(); ++index) {
+      const Layer& layer = layers[index];
+      norm<T>(stream, added, layer.input_norm, normed, rows, depth);
+      Tensor stored_keys = keys[index].narrow(0, first, batch), stored_values = values[index].narrow(0, first, batch);
+      store<T>(layer, layer.qkv(normed), cos, sin, slots, queries, stored_keys, stored_values);
+      Tensor seen = at::scaled_dot_product_attention(
+          queries, stored_keys.narrow(1, 0, span).transpose(1, 2), stored_values.narrow(1, 0, span).transpose(1, 2), mask,
+          0.0, false, 1.0 / std::sqrt(static_cast<double>(width)));
+      unfold<T>(seen, mixed, nodes);
+      added = layer.output(mixed);
+      norm<T>(stream, added, layer.mlp_norm, normed, rows, depth);
+      std::vector<Tensor> halves = layer.gate_up(normed).chunk(2, -1);
+      added = layer.down(at::silu(halves[0]).mul_(halves[1]));
+    }
+    return added;
+  }
+
+  template <typename T>
+  void norm(const Tensor& stream, const Tensor& added, const Tensor& weight, Tensor& normed, int64_t rows, int64_t depth) const {
+    add_and_norm<T>(stream.data_ptr<float>(), added.defined() ? added.contiguous().data_ptr<T>() : nullptr,
+                    weight.data_ptr<float>(), normed.data_ptr<T>(), rows, depth, eps);
+  }
+
+  template <typename T>
+  void store(const Layer& layer, const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Tensor& slots,
+             Tensor& queries, Tensor& keys, Tensor& values) const {
+    const int64_t batch = slots.size(0), nodes = slots.size(1), groups = heads / kv_heads, all = heads + 2 * kv_heads;
+    const T* source = qkv.data_ptr<T>();
+    const T *cosine = cos.data_ptr<T>(), *sine = sin.data_ptr<T>();
+    const int64_t* slot = slots.data_ptr<int64_t>();
+    const T* query_norm = layer.query_norm ? layer.query_norm->data_ptr<T>() : nullptr;
+    const T* key_norm = layer.key_norm ? layer.key_norm->data_ptr<T>() : nullptr;
+    T *folded = queries.data_ptr<T>(), *key_store = keys.data_ptr<T>(), *value_store = values.data_ptr<T>();
+    for (int64_t row = 0; row < batch; ++row) {
+      for (int64_t node = 0; node < nodes; ++node, source += all * width, cosine += width, sine += width, ++slot) {
+        for (int64_t head = 0; head < heads; ++head) {
+          const int64_t place = ((row * kv_heads + head / groups) * groups + head % groups) * nodes + node;
+          turn<T>(source + head * width, cosine, sine, query_norm, head_eps, folded + place * width, width);
+        }
+        const int64_t at = row * keys.stride(0) + *slot * keys.stride(1);
+        for (int64_t head = 0; head < kv_heads; ++head) {
+          turn<T>(source + (heads + head) * width, cosine, sine, key_norm, head_eps, key_store + at + head * width, width);
+        }
+        std::copy_n(source + (heads + kv_heads) * width, kv_heads * width, value_store + at);
+      }
+    }
+  }
+
+  // [B, H, G * N, d] of any strides to [M, H * G * d].
+  template <typename T>
+  void unfold(const Tensor& seen, Tensor& mixed, int64_t nodes) const {
+    const int64_t groups = heads / kv_heads, batch = seen.size(0);
+    TORCH_CHECK(seen.stride(3) == 1, "attention's output is not laid out by heads");
+    const T* source = seen.data_ptr<T>();
+    T* target = mixed.data_ptr<T>();
+    for (int64_t row = 0; row < batch; ++row)
+      for (int64_t node = 0; node < nodes; ++node)
+        for (int64_t head = 0; head < heads; ++head, target += width)
+          std::copy_n(source + row * seen.stride(0) + head / groups * seen.stride(1) +
+                          (head % groups * nodes + node) * seen.stride(2), width, target);
+  }
+};
+
+}  // namespace
+
+TORCH_LIBRARY(hydra_heads, library) {
+  library.class_<Decoder>("Decoder")
+      .def(torch::init<int64_t, int64_t, int64_t, double, double>())
+      .def("add", &Decoder::add)
+      .def("run", &Decoder::run);
+}

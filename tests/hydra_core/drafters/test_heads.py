@@ -1,0 +1,140 @@
+"""Architecture is a choice of fields: each builds, starts as it should, decodes exactly and comes back from disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hydra_core.base import Base
+from hydra_core.base.linear import packable
+from hydra_core.checkpoint import load_checkpoint, save_checkpoint
+from hydra_core.decoding import Engine, Request, naive_generate
+from hydra_core.drafters import AdaptiveDrafter, Drafter, HeadsConfig, NgramDrafter
+from hydra_core.tree import Tree, TreeSet
+from tests.trained import overfit_heads, random_heads, random_prompts
+
+TREES = TreeSet({1: Tree(((0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)))})
+PUBLISHED: dict[str, object] = {"num_blocks": 4, "dropout": 0.2, "normalise_embeddings": False, "final_norm": False}
+FIELDS: dict[str, dict[str, object]] = {
+    "default": {}, "gated": {"mlp": "gated"}, "raw embeddings": {"normalise_embeddings": False},
+    "no norm": {"final_norm": False}, "as published": PUBLISHED,
+    "gated without norm": {"mlp": "gated", "num_blocks": 3, "final_norm": False, "normalise_embeddings": False}}
+KINDS = ("medusa", "hydra", "hydra++")
+NEW = ("mlp", "normalise_embeddings", "final_norm", "hybrid_decay", "head_decay", "mask_lost")
+
+
+@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_shapes(tiny_base: Base, kind: str, name: str) -> None:
+    heads = random_heads(tiny_base, kind, draft_vocab_size=50, **FIELDS[name])
+    width = tiny_base.vocabulary.width
+    assert heads.weight.shape[0] == width
+    for head in range(heads.num_heads):
+        hidden = heads.head_hidden(head, torch.randn(2, 5, width), heads.embed(torch.randint(3, 200, (2, 5, head + 1))))
+        assert hidden.shape == (2, 5, width) and heads.draft_logits(hidden).shape == (2, 5, 50)
+
+
+def test_what_each_field_changes(tiny_base: Base) -> None:
+    """Medusa's heads start as the identity, with or without a norm behind; embeddings are scaled only when asked."""
+    hidden, tokens = torch.randn(3, tiny_base.vocabulary.width), torch.tensor([5, 9, 70])
+    for mlp in ("residual", "gated"):
+        bare = random_heads(tiny_base, "medusa", mlp=mlp, final_norm=False, num_blocks=2)
+        assert torch.equal(bare.head_hidden(0, hidden, hidden), hidden)
+        assert not any("norm" in name for name in bare.state_dict())
+        ended = random_heads(tiny_base, "medusa", mlp=mlp)
+        norm = F.rms_norm(hidden, hidden.shape[-1:], tiny_base.vocabulary.norm_weight, tiny_base.vocabulary.norm_eps)
+        torch.testing.assert_close(ended.head_hidden(0, hidden, hidden), norm)
+    raw = F.embedding(tokens, tiny_base.vocabulary.embedding)
+    assert torch.equal(random_heads(tiny_base, "hydra", normalise_embeddings=False).embed(tokens), raw)
+    scaled = random_heads(tiny_base, "hydra").embed(tokens)
+    torch.testing.assert_close(scaled.square().mean(-1).sqrt(), torch.ones(3), rtol=1e-3, atol=1e-3)
+
+
+def test_gated_block_is_the_formula(tiny_base: Base) -> None:
+    heads = random_heads(tiny_base, "hydra", mlp="gated", final_norm=False)
+    for parameter in heads.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    values = heads.state_dict()
+    x = torch.randn(4, 2 * tiny_base.vocabulary.width)
+    first, second = values["heads.0.blocks.0.gate_up.weight"].chunk(2)
+    wanted = x @ values["heads.0.blocks.0.skip.weight"].T + (F.silu(x @ first.T) * (x @ second.T)) @ values[
+        "heads.0.blocks.0.down.weight"].T
+    torch.testing.assert_close(heads.heads[0](x), wanted)
+
+
+@pytest.mark.parametrize("name", [name for name in FIELDS if name != "default"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_equal_naive(tiny_base: Base, kind: str, name: str) -> None:
+    """Fixed tree, grown tree; greedy and sampled; some drafts accepted."""
+    prompts = random_prompts(4, seed=1)
+    heads = overfit_heads(tiny_base, kind, prompts, steps=60, **FIELDS[name])
+    requests = [Request(f"r{i}", prompt, 24, temperature=(0.0, 0.9)[i // 4], seed=i) for i, prompt in enumerate(prompts * 2)]
+    wanted = [naive_generate(tiny_base, request).token_ids for request in requests]
+    choices: list[tuple[Drafter, TreeSet | None]] = [(heads, TREES), (AdaptiveDrafter(heads, NgramDrafter(min_match=1)), None)]
+    for drafter, trees in choices:
+        results = Engine(tiny_base, drafter, *([trees] if trees else []), max_batch=3).generate(requests)
+        assert [result.token_ids for result in results] == wanted
+        assert sum(result.accepted for result in results) > 0
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_packed_weights_draft_alike(tiny_base: Base, name: str) -> None:
+    """What decoding lays out anew gives the same logits but for rounding."""
+    heads = random_heads(tiny_base, "hydra++", **FIELDS[name])
+    for parameter in heads.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    heads = heads.to(torch.bfloat16)
+    if not packable(heads.weight):
+        pytest.skip("this machine packs nothing")
+    features = torch.randn(40, tiny_base.vocabulary.width).bfloat16()
+    path = heads.embed(torch.randint(3, 200, (40, 2)))
+    with torch.no_grad():
+        plain = heads.head_hidden(1, features, path)
+        heads.pack()
+        packed = heads.head_hidden(1, features, path)
+    assert float((packed - plain).norm() / plain.norm()) < 0.01
+
+
+@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_comes_back_from_disk(tiny_base: Base, tmp_path: Path, kind: str, name: str) -> None:
+    fields = FIELDS[name] | {"loss": "hybrid", "hybrid_decay": 10.0, "head_decay": 0.8, "mask_lost": True}
+    heads = random_heads(tiny_base, kind, draft_vocab_size=50, **fields)
+    save_checkpoint(tmp_path / "h", heads, tiny_base.identity, TREES, {})
+    loaded = load_checkpoint(tmp_path / "h", tiny_base.vocabulary).drafter
+    assert loaded.config == heads.config and loaded.state_dict().keys() == heads.state_dict().keys()
+    assert all(torch.equal(loaded.state_dict()[key], tensor) for key, tensor in heads.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_older_than_the_fields_is_what_it_was(tiny_base: Base, tmp_path: Path, kind: str) -> None:
+    heads = random_heads(tiny_base, kind)
+    save_checkpoint(tmp_path / "h", heads, tiny_base.identity, TREES, {})
+    path = tmp_path / "h" / "config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    for field in NEW:
+        del values["heads"][field]
+    path.write_text(json.dumps(values), encoding="utf-8")
+    loaded = load_checkpoint(tmp_path / "h", tiny_base.vocabulary).drafter
+    assert loaded.config == heads.config
+    assert loaded.config.mlp == "residual" and loaded.config.normalise_embeddings and loaded.config.final_norm
+    assert loaded.config.head_decay == 1.0 and not loaded.config.mask_lost
+
+
+@pytest.mark.parametrize(("field", "value"), [("loss", "kl"), ("head_decay", 0.0), ("head_decay", 1.5), ("hybrid_decay", -1),
+                                              ("mlp", "swiglu"), ("mask_lost", "maybe"), ("vocab_rank", 8)])
+def test_nonsense_is_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=field):
+        HeadsConfig.model_validate({"kind": "hydra", field: value})
+
+
+def test_only_data_does_without_the_teacher() -> None:
+    assert {loss: HeadsConfig.model_validate({"kind": "hydra", "loss": loss}).reads_teacher
+            for loss in ("auto", "data", "teacher", "acceptance", "hybrid")} == {
+                "auto": False, "data": False, "teacher": True, "acceptance": True, "hybrid": True}
+    assert HeadsConfig(kind="hydra++").reads_teacher
