@@ -1,6 +1,7 @@
 """What every job does: arguments to a configuration, one pipeline call, one JSON line, an exit code.
 
-Exit 0: done; 2: the user's mistake, told in one line; 1: anything else, with its traceback (an interrupt: with one line).
+Exit 0: done; 2: the user's mistake, told in one line; 1: anything else, with its traceback (an interrupt, and work that stopped
+itself: with one line).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hydra_core.errors import InputError
+from hydra_core.errors import InputError, StoppedError
 from pipelines.config import RunConfig, load_config, parse_override, to_yaml
 from pipelines.plan import describe
 from pipelines.stage import StageResult
@@ -39,7 +40,7 @@ POSITIONAL = {"compare": "compare.runs"}
 """Stages whose words without `=` are a list of their own."""
 DEFAULT_CONFIGS = {"quickstart": str(Path(__file__).parent / "configs" / "quickstart.yaml")}
 PATH_FIELDS = ("prompts.path", "distill.heads", "bench.prompts", "bench.heads", "batch.input", "batch.output", "serve.model",
-               "base.model")
+               "serve.api_keys_file", "base.model")
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray (to this very name) for the entry point of a submitted job."""
 UNPACKED = "/runtime_resources/working_dir_files/"
@@ -61,7 +62,8 @@ def run(stage: str, argv: Sequence[str] | None = None) -> int:
         return _mistake(error)
     with _stdout_for_result() as emit:
         try:
-            config = read_config(stage, arguments.config or DEFAULT_CONFIGS.get(stage), _overrides(stage, arguments.overrides))
+            config = read_config(stage, arguments.config or DEFAULT_CONFIGS.get(stage),
+                                 [*_overrides(stage, arguments.overrides), *arguments.flags])
             if arguments.plan:
                 emit(to_yaml(config) + "".join(f"# {line}\n" for line in describe(config, stage)))
                 return 0
@@ -69,6 +71,9 @@ def run(stage: str, argv: Sequence[str] | None = None) -> int:
             return 0
         except KeyboardInterrupt:
             print(f"{stage}: interrupted; run the same command again to go on", file=sys.stderr)
+            return 1
+        except StoppedError as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             return 1
         except Exception as error:
             if (mistake := find_mistake(error)) is not None:
@@ -173,6 +178,10 @@ def _parser(stage: str) -> argparse.ArgumentParser:
                         help="YAML configuration; without it the defaults (quickstart: its own)")
     parser.add_argument("--plan", action="store_true",
                         help="print the resolved configuration and what would run; start nothing")
+    if stage == "train":
+        parser.add_argument("--dry-run", action="append_const", const="train.dry_run=true", dest="flags",
+                            help="train nothing; save untrained heads, to try serving with")
+    parser.set_defaults(flags=[])
     words = "RUN ... " if stage in POSITIONAL else ""
     parser.add_argument("overrides", nargs="*", metavar=f"{words}section.field=value")
     return parser

@@ -1,4 +1,7 @@
-"""`batch`: offline generation over a prompt file, through the Serve deployment; resumable row by row."""
+"""`batch`: offline generation over a prompt file, through the Serve deployment; resumable row by row.
+
+Rows stream: what is held of a data set is a window of rows that are put in order, those in flight, and 16 bytes an id.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +10,26 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 from ray import serve
 
 from hydra_core.errors import InputError
-from pipelines.batch_worker import BatchSettings, BatchWriter, batch_parts, read_batch_rows
-from pipelines.cluster import ensure_ray, run_blocks
+from pipelines.batch_ask import Asking, api_key
+from pipelines.batch_endpoint import ask_endpoint
+from pipelines.batch_files import BATCH, BATCH_ERRORS, Output, Settled, Writer, parts, settle
+from pipelines.batch_lock import only_run
+from pipelines.batch_report import report
+from pipelines.batch_rows import Reading, ordered, output_kind, read_rows, remove_blocks, write_blocks
+from pipelines.batch_worker import BatchSettings, BatchWorker
+from pipelines.cluster import check_workers, ensure_ray, run_blocks
 from pipelines.config import RunConfig
-from pipelines.contracts import ERRORS, PROMPTS, check_counts, content_id
-from pipelines.parts import part_files, read_parts, sweep, write_part
-from pipelines.prompt_files import RowError, prompt_files, read_prompt_rows
+from pipelines.contracts import check_counts, content_id
+from pipelines.parts import sweep
+from pipelines.prompt_files import prompt_files
 from pipelines.serve import check_args, find_args, start_app
 from pipelines.serving.identity import Serving, serving_of
 from pipelines.serving.instance import running_instance
@@ -39,45 +47,136 @@ from pipelines.stage import (
 from pipelines.tracking import Tracker
 
 STAGE = "batch"
-HOW = {"concurrency", "rows_per_file", "max_error_share", "input", "output"}
+SUCCESS = "_SUCCESS"
+HOW = {"concurrency", "rows_per_file", "max_error_share", "input", "output", "partition", "engine", "address", "key_variable"}
 """Settings that change no answer: a run that failed may go on with others. The input counts by what it holds."""
 
 
 def run_batch(config: RunConfig) -> StageResult:
-    """Answer every row once. Raises InputError for the user's mistakes, and when too many rows fail."""
-    section = config.batch
-    args = find_args(config)
-    serving = serving_of(args)
+    """Answer every row once. Raises InputError for the user's mistakes, while another run is at the same output, and when too
+    many rows fail."""
+    args, serving = _serving(config)
     folder, wanted = _folder(config), _fingerprint(config, serving)
-    if (done := finished(folder, wanted)) is not None:
+    if (done := _done(folder, wanted)) is not None:
         return done
     tracker = Tracker.open(config)
-    check_args(args)
-    rows, errors, skipped = _read_input(config)
-    with (stage_folder(config, STAGE, folder, wanted) as stage, ensure_ray(config),
-          tracker.start(STAGE, fingerprint=wanted) as run,
-          _application(config, args, serving) as label):
-        report = _answer_all(config, folder, rows, errors, skipped, label)
-        write_text(folder / "report.json", json.dumps(report, indent=2))
-        run.log_metrics({name: value for name, value in report.items() if isinstance(value, (int, float))})
-        run.log_artifact(folder / "report.json")
-        outputs = {"rows": str(folder / "rows"), "errors": str(folder / "errors"), "report": str(folder / "report.json")}
-        files = [*batch_parts(folder / "rows", section.format), *part_files(folder / "errors"), folder / "report.json"]
-        return stage.finish(StageResult(STAGE, run.run_id, outputs, report), files)
+    if args is not None:
+        check_args(args)
+    next(read_rows(config), None)  # a file without a usable row is told of before anything starts
+    with only_run(folder, Path(config.storage)):
+        if (done := _done(folder, wanted)) is not None:  # by the run that had the lock until now
+            return done
+        with stage_folder(config, STAGE, folder, wanted) as stage, tracker.start(STAGE, fingerprint=wanted) as run:
+            (folder / SUCCESS).unlink(missing_ok=True)
+            figures = _answer_all(config, folder, args, serving)
+            write_text(folder / "report.json", json.dumps(figures, indent=2))
+            run.log_metrics({name: value for name, value in figures.items() if isinstance(value, (int, float))})
+            run.log_artifact(folder / "report.json")
+            outputs = {"rows": str(folder / "rows"), "errors": str(folder / "errors"), "report": str(folder / "report.json")}
+            kind = output_kind(config.batch)
+            files = [*parts(folder / "rows", kind), *parts(folder / "errors", kind), folder / "report.json"]
+            result = stage.finish(StageResult(STAGE, run.run_id, outputs, figures), files)
+        write_text(folder / SUCCESS, "")
+        return result
 
 
 def batch_finished(config: RunConfig) -> bool:
     """Whether `run_batch` would find this very work done. Raises InputError for a model, base or input that is not there."""
-    return finished(_folder(config), _fingerprint(config, serving_of(find_args(config)))) is not None
+    return finished(_folder(config), _fingerprint(config, _serving(config)[1])) is not None
+
+
+def _done(folder: Path, wanted: str) -> StageResult | None:
+    """The result of a finished run, told of; its marker is put back where a kill came before it."""
+    if (done := finished(folder, wanted)) is not None:
+        print(f"batch: {folder} is finished already, with {done.figures['rows']} rows: nothing to do", file=sys.stderr)
+        if not (folder / SUCCESS).exists():
+            write_text(folder / SUCCESS, "")
+    return done
+
+
+def _serving(config: RunConfig) -> tuple[AppArgs | None, Serving]:
+    """The application to start or find, none for an endpoint somewhere else, and what decodes there."""
+    if config.batch.address:
+        return None, ask_endpoint(config.batch.address, config.serve.app_name, api_key(config.batch.key_variable))
+    args = find_args(config)
+    return args, serving_of(args)
 
 
 def _folder(config: RunConfig) -> Path:
-    return Path(config.batch.output) if config.batch.output else RunPaths.of(config).stage(STAGE)
+    section = config.batch
+    return Path(section.target) if section.target else RunPaths.of(config).stage(STAGE, section.partition)
 
 
 def _fingerprint(config: RunConfig, serving: Serving) -> str:
     """What a `batch` folder is the answer to: settings, rows, and what decodes (not by which name it was asked for)."""
-    return fingerprint(STAGE, config.batch.model_dump(exclude=HOW) | asdict(serving), {"input": _input_digest(config)})
+    settings = config.batch.model_dump(exclude=HOW) | {"format": output_kind(config.batch)}
+    return fingerprint(STAGE, settings | asdict(serving), {"input": _input_digest(config)})
+
+
+def _input_digest(config: RunConfig) -> str:
+    if config.batch.source is None:
+        return str(require_manifest(RunPaths.of(config).stage("distill"), "distill")["fingerprint"])
+    return content_id(*(file_digest(file) for file in prompt_files(Path(config.batch.source))))
+
+
+def _answer_all(config: RunConfig, folder: Path, args: AppArgs | None, serving: Serving) -> dict[str, Any]:
+    """Answer what does not stand yet, count, and report."""
+    section, kind = config.batch, output_kind(config.batch)
+    for part in ("rows", "errors"):
+        sweep(folder / part)
+    for path in parts(folder / "errors", kind):  # failed rows are tried again
+        path.unlink()
+    before = settle(folder / "rows", kind, BATCH)
+    print(f"batch: {len(before.ids)} rows stood already", file=sys.stderr)
+    asking = Asking(config.serve.app_name, section.max_new_tokens, section.temperature, section.seed,
+                    config.serve.max_batch)
+    with _answerers(config, args, serving, asking) as (asking, label):
+        output = Output(str(folder), kind, label, section.rows_per_file)
+        started = time.perf_counter()
+        reading = _stream(config, folder, before, BatchSettings(output, asking, section.concurrency))
+        seconds = time.perf_counter() - started
+    rows = settle(folder / "rows", kind, BATCH)
+    errors = settle(folder / "errors", kind, BATCH_ERRORS, elsewhere=rows.ids)
+    counted = len(rows.ids), len(errors.ids), reading.skipped
+    print(f"batch: {reading.rows} rows = {counted[0]} ok + {counted[1]} errors + {counted[2]} skipped", file=sys.stderr)
+    check_counts(STAGE, reading.rows, *counted, section.max_error_share, hint=f"see {folder / 'errors'}")
+    return report(rows, errors, before, reading.skipped, seconds, label)
+
+
+def _stream(config: RunConfig, folder: Path, before: Settled, settings: BatchSettings) -> Reading:
+    """Rows from the input to whoever answers: from here, or through files to actors that hold engines."""
+    refused = Writer(settings.output)
+    reading = Reading(refused.refuse)
+    rows = ordered(reading.todo(read_rows(config), before.ids))
+    try:
+        if settings.asking.embedded is None:
+            BatchWorker(settings).answer(rows)
+            return reading
+        size = max(config.batch.rows_per_file, 8 * settings.concurrency)
+        blocks = [pa.table({"path": [str(path)]}) for path in write_blocks(folder / "todo", rows, size)]
+        workers = config.serve.workers
+        run_blocks(BatchWorker, settings, blocks, actors=config.serve.replicas, cpus=workers.cpus, gpus=workers.gpus)
+        remove_blocks(folder / "todo")
+        (folder / "todo").rmdir()
+    finally:
+        refused.flush()
+    return reading
+
+
+@contextmanager
+def _answerers(config: RunConfig, args: AppArgs | None, serving: Serving, asking: Asking) -> Iterator[tuple[Asking, str]]:
+    """Whom to ask, and the label of what answers; a Ray or an application started for it ends with the block."""
+    section = config.batch
+    if args is None:
+        yield replace(asking, address=section.address, key_variable=section.key_variable), str(serving.base)
+        return
+    with ensure_ray(config):
+        if section.engine == "embedded":
+            check_workers("serve.workers", config.serve.workers, config.serve.replicas)
+            yield replace(asking, embedded=replace(args, max_queued=section.concurrency)), args.label
+            return
+        with _application(config, args, serving) as label:
+            yield replace(asking, app_name=config.serve.app_name), label
 
 
 @contextmanager
@@ -105,85 +204,3 @@ def _application(config: RunConfig, args: AppArgs, serving: Serving) -> Iterator
         raise InputError(f"serve.app_name={name}: runs {info['label']} ({running}), but {args.label} ({serving}) is asked "
                          "for: choose another name or stop it")
     yield info["label"]
-
-
-def _answer_all(config: RunConfig, folder: Path, rows: list[dict[str, Any]], errors: list[dict[str, Any]], skipped: int,
-                label: str) -> dict[str, Any]:
-    section = config.batch
-    for part in ("rows", "errors"):
-        sweep(folder / part)
-    for path in part_files(folder / "errors"):  # failed rows are tried again
-        path.unlink()
-    if errors:
-        write_part(folder / "errors", errors, ERRORS)
-    known = {row["id"] for row in read_batch_rows(folder / "rows", section.format)}
-    todo = [row for row in rows if row["id"] not in known]
-    settings = BatchSettings(str(folder), config.serve.app_name, label, section.format, section.max_new_tokens,
-                             section.temperature, section.seed, section.concurrency, section.rows_per_file)
-    print(f"batch: {len(rows)} rows, {len(known)} of them stood already", file=sys.stderr)
-    started = time.perf_counter()
-    size = max(section.rows_per_file, section.concurrency * 4)
-    columns = ("id", "row", "prompt", "messages", "prompt_ids")
-    blocks = [pa.table({name: pa.array([row[name] for row in todo[start:start + size]],
-                                       BATCH_INPUT.field(name).type) for name in columns})
-              for start in range(0, len(todo), size)]
-    totals = run_blocks(BatchWriter, settings, blocks, actors=1, cpus=0.1)
-    seconds = time.perf_counter() - started
-    answered = list(read_batch_rows(folder / "rows", section.format))
-    failed = len(errors) + totals.get("errors", 0)
-    total = len(rows) + len(errors) + skipped
-    print(f"batch: {total} rows = {len(answered)} ok + {failed} errors + {skipped} skipped", file=sys.stderr)
-    check_counts(STAGE, total, len(answered), failed, skipped, section.max_error_share)
-    return _report(answered, known, failed, skipped, seconds, label)
-
-
-BATCH_INPUT = pa.schema([("id", pa.string()), ("row", pa.int64()), ("prompt", pa.string()), ("messages", pa.string()),
-                         ("prompt_ids", pa.list_(pa.int32()))])
-
-
-def _report(answered: list[dict[str, Any]], known: set[str], failed: int, skipped: int, seconds: float,
-            label: str) -> dict[str, Any]:
-    fresh = [row for row in answered if row["id"] not in known]
-    tokens = sum(len(row["token_ids"]) for row in fresh)
-    steps = sum(row["steps"] for row in answered)
-    latencies = [row["latency_seconds"] for row in answered] or [0.0]
-    return {"rows": len(answered), "errors": failed, "rows_skipped": skipped, "resumed": len(known),
-            "tokens": tokens, "seconds": round(seconds, 2), "tokens_per_second": round(tokens / seconds, 2) if fresh else None,
-            "tokens_per_step": round(sum(len(r["token_ids"]) - 1 for r in answered) / steps, 3) if steps else None,
-            "latency_p50": round(float(np.percentile(latencies, 50)), 3),
-            "latency_p99": round(float(np.percentile(latencies, 99)), 3), "model": label}
-
-
-def _input_digest(config: RunConfig) -> str:
-    if not config.batch.input:
-        return str(require_manifest(RunPaths.of(config).stage("distill"), "distill")["fingerprint"])
-    path = Path(config.batch.input)
-    if not path.exists():
-        raise InputError(f"batch.input={path}: no such file")
-    return content_id(*(file_digest(file) for file in prompt_files(path)))
-
-
-def _read_input(config: RunConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
-    """Rows to answer, error rows, and how many repeated an id that stood before."""
-    section = config.batch
-    if not section.input:
-        rows = read_parts(RunPaths.of(config).stage("distill") / "prompts", PROMPTS).to_pylist()
-        held_out = sorted((row for row in rows if row["split"] == "held_out"), key=lambda row: row["prompt_id"])
-        rest = sorted((row for row in rows if row["split"] != "held_out"), key=lambda row: row["prompt_id"])
-        chosen = (held_out + rest)[:section.limit or len(held_out)]
-        return [{"id": row["prompt_id"], "row": number, "prompt": row["prompt"], "messages": row["messages"],
-                 "prompt_ids": row["prompt_ids"]} for number, row in enumerate(chosen, start=1)], [], 0
-    found: dict[str, dict[str, Any]] = {}
-    errors, skipped = [], 0
-    for item in read_prompt_rows(section.input, section.field, section.limit):
-        if isinstance(item, RowError):
-            errors.append({"id": f"row-{item.row}", "stage": STAGE, "message": item.message})
-            continue
-        row_id = str(item.extra.get("id") or item.extra.get("prompt_id") or item.extra.get("custom_id")
-                     or content_id(item.row, item.prompt, item.messages))
-        if row_id in found:
-            skipped += 1
-            continue
-        messages = None if item.messages is None else json.dumps(item.messages)
-        found[row_id] = {"id": row_id, "row": item.row, "prompt": item.prompt, "messages": messages, "prompt_ids": None}
-    return list(found.values()), errors, skipped

@@ -1,129 +1,72 @@
-"""The Ray Data actor of `batch`: keeps requests in flight at the Serve deployment and writes part files."""
+"""Keeps rows of `batch` in flight and writes what comes of them: in the driver, or as a Ray Data actor with an engine of
+its own."""
 
 from __future__ import annotations
 
-import json
-import os
 import sys
-import tempfile
 import time
-import uuid
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
-from ray import serve
 
-from pipelines.contracts import ERRORS, content_id
+from pipelines.batch_ask import Asking, Reply, open_asker
+from pipelines.batch_files import Output, Writer
+from pipelines.batch_rows import BatchRow, read_block
 from pipelines.distill_workers import counts
-from pipelines.parts import part_files, read_parts, write_part
-from pipelines.serving.records import Answer, Generation, Refusal
 
-BATCH = pa.schema([
-    ("id", pa.string()), ("row", pa.int64()), ("text", pa.string()), ("token_ids", pa.list_(pa.int32())),
-    ("finish_reason", pa.string()), ("steps", pa.int32()), ("tokens_per_step", pa.float32()),
-    ("latency_seconds", pa.float32()), ("model", pa.string()),
-], metadata={b"hydra_heads_schema": b"1"})
-LONGEST_WAIT = 5.0  # seconds between tries while the replicas' queue is full
+TELL_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class BatchSettings:
-    """What the actor is given; plain values."""
+    """What a worker is given; plain values. `concurrency`: rows in flight."""
 
-    folder: str
-    app_name: str
-    label: str
-    format: str
-    max_new_tokens: int
-    temperature: float
-    seed: int
+    output: Output
+    asking: Asking
     concurrency: int
-    rows_per_file: int
 
 
-class BatchWriter:
-    """Answers a block of rows through the deployment handle."""
+class BatchWorker:
+    """Answers rows as they come, never holding more than are in flight and a part not yet full."""
 
     def __init__(self, settings: BatchSettings) -> None:
         self.settings = settings
-        self.handle = serve.get_deployment_handle("DecodeServer", settings.app_name)
-        self.pool = ThreadPoolExecutor(settings.concurrency)
+        self.asker = open_asker(settings.asking)
+        self.writer = Writer(settings.output)
+        self._told = time.monotonic()
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        folder = Path(self.settings.folder)
-        futures = {self.pool.submit(self._ask, row): row for row in block.to_pylist()}
-        pending: list[dict[str, Any]] = []
-        errors: list[dict[str, Any]] = []
-        done = 0
-        for future in as_completed(futures):
-            row, found = futures[future], future.result()
-            if isinstance(found, Refusal):
-                errors.append({"id": row["id"], "stage": "batch", "message": found.message})
-                continue
-            done += 1
-            pending.append(self._output(row, found))
-            if len(pending) == self.settings.rows_per_file:
-                self._write(folder / "rows", pending)
-                pending = []
-        if pending:
-            self._write(folder / "rows", pending)
-        if errors:
-            write_part(folder / "errors", errors, ERRORS)
-        print(f"batch: {done} rows answered, {len(errors)} failed", file=sys.stderr, flush=True)
-        return counts(ok=done, errors=len(errors))
+        """As a Ray Data actor: the rows of the files in column `path`."""
+        before = self.writer.done, self.writer.failed
+        for path in block["path"].to_pylist():
+            self.answer(read_block(Path(path)))
+        return counts(ok=self.writer.done - before[0], errors=self.writer.failed - before[1])
 
-    def _ask(self, row: dict[str, Any]) -> Answer | Refusal:
-        """One answer; a full queue means wait."""
-        settings = self.settings
-        messages = None if row["messages"] is None else json.loads(row["messages"])
-        # a killed job's request may still be decoding, and two jobs may ask for the same row
-        generation = Generation(f"batch-{row['id']}-{uuid.uuid4().hex}", settings.max_new_tokens, settings.temperature,
-                                settings.seed, prompt=row["prompt"] if messages is None else None, messages=messages,
-                                prompt_ids=row["prompt_ids"])
-        wait = 0.1
-        while True:
-            found = self.handle.generate.remote(generation).result()
-            if not isinstance(found, Refusal) or found.status != 429:
-                return found
-            time.sleep(wait)
-            wait = min(2 * wait, LONGEST_WAIT)
+    def answer(self, rows: Iterable[BatchRow]) -> None:
+        """Answer all rows. Whatever is raised, rows that were answered are written."""
+        flying: dict[Future[Reply], BatchRow] = {}
+        pool = ThreadPoolExecutor(self.settings.concurrency)
+        try:
+            for row in rows:
+                flying[pool.submit(self.asker.ask, row)] = row
+                if len(flying) >= 2 * self.settings.concurrency:  # one row waits behind each that is asked
+                    self._take(flying)
+            while flying:
+                self._take(flying)
+        except BaseException:
+            self.asker.patience.over = True  # threads that wait for a server would hold the process
+            raise
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            self.writer.flush()
 
-    def _output(self, row: dict[str, Any], answer: Answer) -> dict[str, Any]:
-        return {"id": row["id"], "row": row["row"], "text": answer.text, "token_ids": list(answer.token_ids),
-                "finish_reason": answer.finish_reason, "steps": answer.steps, "tokens_per_step": answer.tokens_per_step,
-                "latency_seconds": answer.latency_seconds, "model": self.settings.label}
-
-    def _write(self, folder: Path, rows: list[dict[str, Any]]) -> None:
-        if self.settings.format == "parquet":
-            write_part(folder, rows, BATCH)
-        else:
-            _write_jsonl(folder, rows)
-
-
-def _write_jsonl(folder: Path, rows: list[dict[str, Any]]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=".part-", suffix=".tmp", dir=folder)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as handle:
-        handle.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    os.replace(temporary, folder / f"part-{content_id(sorted(row['id'] for row in rows))}.jsonl")
-
-
-def batch_parts(folder: Path, kind: str) -> list[Path]:
-    """Finished part files of an output folder."""
-    if kind == "parquet":
-        return part_files(folder)
-    return sorted(folder.glob("part-*.jsonl")) if folder.exists() else []
-
-
-def read_batch_rows(folder: Path, kind: str) -> Iterator[dict[str, Any]]:
-    """Rows that finished parts hold."""
-    if kind == "parquet":
-        yield from read_parts(folder, BATCH).to_pylist()
-        return
-    for path in batch_parts(folder, kind):
-        with path.open(encoding="utf-8", newline="\n") as lines:  # an answer may hold other line ends, such as U+2028
-            yield from map(json.loads, lines)
+    def _take(self, flying: dict[Future[Reply], BatchRow]) -> None:
+        """Write those that are done; wait for one at least."""
+        for future in wait(flying, return_when=FIRST_COMPLETED).done:
+            self.writer.add(flying.pop(future), future.result())
+        if time.monotonic() - self._told > TELL_SECONDS:
+            self._told = time.monotonic()
+            print(f"batch: {self.writer.done} rows answered, {self.writer.failed} failed", file=sys.stderr, flush=True)

@@ -10,20 +10,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from hydra_core.base.embedded import EMBEDDED_BASE
 from hydra_core.drafters.config import HeadsConfig
 from hydra_core.errors import InputError
+from pipelines.config_batch import BatchSection
+from pipelines.config_section import Section
 
 STORAGE_VARIABLE = "HYDRA_HEADS_STORAGE"
 Size = Annotated[int, Field(ge=1)]
-
-
-class Section(BaseModel):
-    """A frozen group of settings; a name it does not know is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class BaseSection(Section):
@@ -92,6 +88,8 @@ class DistillSection(Section):
     running_batch: int = Field(32, ge=1, description="rows decoded together by one worker")
     heads: str | None = Field(None, description="heads or configuration folder to decode with: the same rows, sooner")
     rows_per_file: int = Field(64, ge=1, description="rows a part file holds: what a kill can cost")
+    features: Literal["all", "held_out"] = Field(
+        "all", description="rows whose hidden states are stored; held_out: enough for train.features=online")
     feature_dtype: Literal["bf16", "fp32"] = "bf16"
     max_error_share: float = Field(0.05, ge=0, le=1)
 
@@ -107,13 +105,25 @@ class TrainSection(Section):
         },
         description="name -> architecture; every one of them is trained unless `only` names one")
     only: str | None = Field(None, description="train just this drafter")
+    dry_run: bool = Field(False, description="train nothing: save untrained heads under `train-dry`, to try serving with")
+    features: Literal["stored", "online"] = Field(
+        "stored", description="hidden states as distill stored them; online: the base makes them in each worker")
+    cache_mb: int = Field(512, ge=1, description="stored hidden states each worker keeps; rows are shuffled in such windows")
     epochs: float = Field(4.0, gt=0)
     max_steps: int | None = Field(None, ge=1)
     rows_per_step: int = Field(16, ge=1, description="rows in one optimizer step, all workers together")
     learning_rate: float = Field(1e-3, gt=0, alias="lr")
+    accumulate: int = Field(1, ge=1, description="pieces that each worker cuts its rows of a step into, one after the other")
     weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW")
+    eps: float = Field(1e-8, gt=0, description="of AdamW")
+    schedule: Literal["cosine", "wsd", "constant"] = Field(
+        "cosine", description="of lr after the warm-up; wsd: constant, then a straight line down")
     warmup_steps: int = Field(20, ge=0)
-    final_lr_share: float = Field(0.1, ge=0, le=1, description="where the cosine ends, as a share of lr")
+    decay_share: float = Field(0.2, gt=0, le=1, description="last share of all steps in which wsd goes down")
+    final_lr_share: float = Field(0.1, ge=0, le=1, description="where cosine and wsd end, as a share of lr")
+    ema: float = Field(0.0, ge=0, lt=1, description="decay of averaged weights, which are validated and saved then; 0: none")
+    stop_ratio: float = Field(4.0, gt=1, description="a loss so many times the first step's stops the run")
     grad_clip: float = Field(1.0, gt=0)
     seed: int = 0
     zero_stage: Literal[0, 1, 2, 3] = 1
@@ -129,8 +139,12 @@ class TrainSection(Section):
     def _only_is_known(self) -> TrainSection:
         if self.only is not None and self.only not in self.drafters:
             raise ValueError(f"train.only={self.only!r} is none of train.drafters: {', '.join(self.drafters)}")
-        if self.rows_per_step % self.workers.count:
-            raise ValueError("train.rows_per_step must be a multiple of train.workers.count")
+        if self.rows_per_step % (self.workers.count * self.accumulate):
+            raise ValueError("train.rows_per_step must be a multiple of train.workers.count x train.accumulate")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"train.betas={list(self.betas)}: each must be at least 0 and below 1")
+        if self.ema and self.zero_stage == 3:
+            raise ValueError("train.ema averages whole weights, which ZeRO-3 keeps apart: set train.zero_stage to 2")
         return self
 
 
@@ -219,27 +233,23 @@ class ServeSection(Section):
     app_name: str = "hydra-heads"
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
-    replicas: int = Field(1, ge=1)
+    replicas: int = Field(1, ge=1, description="at least so many")
+    max_replicas: int | None = Field(None, ge=1, description="at most so many, as answers in flight ask for; default: replicas")
     max_batch: int = Field(8, ge=1, description="rows one replica decodes together")
-    max_queued: int = Field(256, ge=0, description="requests waiting for a row before 429")
+    max_queued: int = Field(256, ge=0, description="answers waiting for a row of a replica before 429")
     max_new_tokens: int = Field(1024, ge=1, description="most a request may ask for")
+    max_prompt_tokens: int | None = Field(None, ge=1, description="longest prompt; default: what the context leaves room for")
+    max_body_bytes: int = Field(2**20, ge=1, description="longest request")
+    api_keys_file: str | None = Field(
+        None, description="keys that open the endpoint, one a line, with those in HYDRA_HEADS_API_KEYS; without any, all may ask")
+    update: bool = Field(False, description="give the running application `model` to decode with, and end")
     workers: Workers = Workers(cpus=0.5, threads=2)
 
-
-class BatchSection(Section):
-    """Offline generation through the Serve deployment."""
-
-    input: str | None = Field(None, description="JSONL or Parquet; default: held-out prompts of this run")
-    output: str | None = Field(None, description="folder; default: inside the run")
-    format: Literal["jsonl", "parquet"] = "parquet"
-    field: str = "prompt"
-    limit: int | None = Field(None, ge=1)
-    max_new_tokens: int = Field(64, ge=1)
-    temperature: float = Field(0.0, ge=0)
-    seed: int = 0
-    concurrency: int = Field(16, ge=1, description="requests in flight")
-    rows_per_file: int = Field(64, ge=1)
-    max_error_share: float = Field(0.05, ge=0, le=1)
+    @model_validator(mode="after")
+    def _most_replicas(self) -> ServeSection:
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(f"serve.max_replicas={self.max_replicas} is fewer than serve.replicas={self.replicas}")
+        return self
 
 
 class TrackingSection(Section):

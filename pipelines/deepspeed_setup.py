@@ -20,14 +20,15 @@ _NEVER = 2**31 - 1
 def deepspeed_settings(train: TrainSection, world: int) -> dict[str, Any]:
     """DeepSpeed's configuration for `world` ranks. The optimizer and the learning rate are passed as objects, not here.
 
-    Raises InputError if the rows of a step do not divide among the ranks.
+    Raises InputError if the rows of a step do not divide among the ranks and the pieces of each.
     """
-    if train.rows_per_step % world:
-        raise InputError(f"train.rows_per_step={train.rows_per_step}: is not a multiple of {world} workers")
+    if train.rows_per_step % (world * train.accumulate):
+        pieces = f" x {train.accumulate} pieces (train.accumulate)" if train.accumulate > 1 else ""
+        raise InputError(f"train.rows_per_step={train.rows_per_step}: is not a multiple of {world} workers{pieces}")
     return {
         "train_batch_size": train.rows_per_step,
-        "train_micro_batch_size_per_gpu": train.rows_per_step // world,
-        "gradient_accumulation_steps": 1,
+        "train_micro_batch_size_per_gpu": train.rows_per_step // (world * train.accumulate),
+        "gradient_accumulation_steps": train.accumulate,
         "gradient_clipping": train.grad_clip,
         "bf16": {"enabled": train.precision == "bf16"},
         "zero_optimization": {
@@ -42,15 +43,22 @@ def deepspeed_settings(train: TrainSection, world: int) -> dict[str, Any]:
 
 
 def learning_rate(train: TrainSection, step: int, total: int) -> float:
-    """Of update `step` (from 0) of `total`: linear warm-up, then a cosine down to `final_lr_share` of the peak.
+    """Of update `step` (from 0) of `total`: linear warm-up, then by `schedule` down to `final_lr_share` of the peak.
 
     A pure function, so a resumed run needs no scheduler state.
     """
     if step < train.warmup_steps:
         return train.learning_rate * (step + 1) / (train.warmup_steps + 1)
-    progress = (step - train.warmup_steps) / max(total - 1 - train.warmup_steps, 1)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-    return train.learning_rate * (train.final_lr_share + (1 - train.final_lr_share) * cosine)
+    last = total - 1
+    if train.schedule == "constant":
+        height = 1.0
+    elif train.schedule == "wsd":
+        begin = max(train.warmup_steps, last - round(train.decay_share * total))
+        height = 1 - min(max(step - begin, 0) / max(last - begin, 1), 1.0)
+    else:
+        progress = (step - train.warmup_steps) / max(last - train.warmup_steps, 1)
+        height = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return train.learning_rate * (train.final_lr_share + (1 - train.final_lr_share) * height)
 
 
 def check_toolchain(uses_gpu: bool) -> None:

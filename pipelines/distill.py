@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute
 
 from hydra_core.base import (
     BaseIdentity,
@@ -46,8 +47,8 @@ LEAST_AGREEMENT = {"fp32": 0.99, "bf16": 0.9, "int4": 0.9}  # share of greedy to
 MOST_WAVES = 6
 COUNTS = "prompts.json"
 PARTS = ("prompts", "responses", "features", "errors/prompts", "errors/answers")
-HOW = {"workers", "heads", "running_batch", "rows_per_file", "max_error_share"}
-"""Settings that change no row: a run that failed goes on with others."""
+HOW = {"workers", "heads", "running_batch", "rows_per_file", "max_error_share", "features"}
+"""Settings that change no row: a run that failed goes on with others, and one without all features is added to."""
 
 
 def distill_fingerprint(config: RunConfig) -> str:
@@ -63,7 +64,7 @@ def run_distill(config: RunConfig) -> StageResult:
     """Run the stage, or take up where a killed one stopped. Raises InputError for the user's mistakes."""
     tracker = Tracker.open(config)  # first of all: a dead server is told before a base is fetched
     folder, wanted = RunPaths.of(config).stage("distill"), distill_fingerprint(config)
-    if (done := finished(folder, wanted)) is not None:
+    if (done := finished(folder, wanted)) is not None and not _lacks_features(config, done):
         return done
     _check_base(config)
     with stage_folder(config, "distill", folder, wanted) as stage:
@@ -102,6 +103,18 @@ def _check_base(config: RunConfig) -> None:
     vocabulary = load_vocabulary(model, dtype=config.base.dtype, cache=cache)
     if config.distill.heads:
         check_heads(config.distill.heads, vocabulary)
+
+
+def _lacks_features(config: RunConfig, done: StageResult) -> bool:
+    """Whether a finished run kept hidden states of held-out rows alone and those of all are asked for now."""
+    return config.distill.features == "all" and done.figures.get("feature_rows", 0) < done.figures.get("responses", 0)
+
+
+def answered(config: RunConfig) -> tuple[Path, str]:
+    """Answers folder and digest of this run's finished `distill`, for training that makes features itself."""
+    folder = RunPaths.of(config).stage("distill")
+    manifest = require_manifest(folder, "distill")
+    return folder / "responses", content_id(manifest["fingerprint"], sorted(known_ids(folder / "responses", RESPONSES)))
 
 
 def distilled(config: RunConfig) -> tuple[Path, str]:
@@ -264,6 +277,8 @@ def _responses(config: RunConfig, folder: Path) -> dict[str, Any]:
 def _features(config: RunConfig, folder: Path) -> dict[str, Any]:
     known = known_ids(folder / "features", FEATURES)
     rows = read_parts(folder / "responses", RESPONSES)
+    if config.distill.features == "held_out":
+        rows = rows.filter(pa.compute.equal(rows["split"], "held_out"))
     keep = [index for index, row_id in enumerate(rows["id"].to_pylist()) if row_id not in known]
     width = 2 if config.distill.feature_dtype == "bf16" else 4
     tokens = sum(len(a) + len(b) for a, b in zip(rows["prompt_ids"].to_pylist(), rows["response_ids"].to_pylist(), strict=True))

@@ -34,11 +34,15 @@ def _distill(config: RunConfig) -> list[str]:
     return [f"{count or 'all'} prompts {source} -> {folder / 'prompts'}",
             f"{most} (temperatures {temperatures}), at most {distill.max_new_tokens} tokens each, "
             f"by {distill.workers.count} worker(s) -> {folder / 'responses'}",
-            f"their hidden states, {width} bytes x the base's width for each token -> {folder / 'features'}"]
+            f"hidden states of {'all' if distill.features == 'all' else 'held-out'} rows, {width} bytes x the base's width for "
+            f"each token -> {folder / 'features'}"]
 
 
 def _train(config: RunConfig) -> list[str]:
     train, folder = config.train, RunPaths.of(config).stage("train")
+    if train.dry_run:
+        return [f"{name}: untrained {heads.kind} heads -> {RunPaths.of(config).stage('train-dry') / name}"
+                for name, heads in train.drafters.items() if train.only in (None, name)]
     length = f"{train.max_steps} steps" if train.max_steps else f"{train.epochs:g} epochs"
     return [f"{name}: {heads.num_heads} {heads.kind} heads, draft vocabulary {heads.draft_vocab_size or 'in full'}, "
             f"{length} of {train.rows_per_step} rows, {train.workers.count} worker(s), ZeRO-{train.zero_stage} "
@@ -78,9 +82,9 @@ def _serve(config: RunConfig) -> list[str]:
 
 def _batch(config: RunConfig) -> list[str]:
     batch = config.batch
-    prompts = batch.input or "held-out prompts of this run"
+    prompts = batch.source or "held-out prompts of this run"
     return [f"{batch.limit or 'all'} of {prompts}, at most {batch.max_new_tokens} tokens each "
-            f"-> {batch.output or RunPaths.of(config).stage('batch')} ({batch.format})"]
+            f"-> {batch.target or RunPaths.of(config).stage('batch', batch.partition)} ({batch.format})"]
 
 
 def _compare(config: RunConfig) -> list[str]:

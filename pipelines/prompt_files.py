@@ -73,6 +73,11 @@ def read_dataset_rows(path: str, split: str, name: str = "prompt",
     yield from _checked(enumerate(loaded, start=1), path, name, limit)
 
 
+def read_values(path: Path) -> Iterator[tuple[int, Any]]:
+    """The JSON value of every line of a file that is not blank, with its number from 1; a RowError for a line that has none."""
+    yield from _jsonl(path)
+
+
 def prompt_files(path: Path) -> list[Path]:
     """The files that hold the prompts of `path`, in order: itself, or a folder's Parquet files."""
     return sorted(file for file in path.iterdir() if file.suffix.lower() in PARQUET) if path.is_dir() else [path]

@@ -8,10 +8,11 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import serve
 
 from hydra_core.base import load_vocabulary
@@ -20,14 +21,16 @@ from hydra_core.errors import InputError
 from pipelines.cluster import ensure_ray
 from pipelines.config import RunConfig
 from pipelines.serving.deployment import build
-from pipelines.serving.identity import PLAIN, serving_of
-from pipelines.serving.instance import end_instance, running_instance, start_instance
+from pipelines.serving.identity import PLAIN, configuration_digest, serving_of
+from pipelines.serving.instance import Instance, end_instance, running_instance, start_instance
+from pipelines.serving.keys import key_digests
 from pipelines.serving.records import AppArgs
 from pipelines.stage import RunPaths, StageResult
 from pipelines.tracking import Tracker, resolve
 
 STAGE = "serve"
 ROUTE = "/"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True)
@@ -48,11 +51,12 @@ class ServedApp:
 def find_args(config: RunConfig) -> AppArgs:
     """What `serve.model` stands for now: alias to version, version to folder. No tensor is read.
 
-    Raises InputError for a model that is not registered.
+    Raises InputError for a model that is not registered and for bad API keys.
     """
     paths, section = RunPaths.of(config), config.serve
     model = section.model or f"models:/{config.promote.model_name}@{config.promote.alias}"
     folder: Path | None = None
+    version: int | None = None
     label = PLAIN
     if model.startswith("models:/"):
         version, folder = resolve(config, model, paths.cache / "models")
@@ -61,14 +65,19 @@ def find_args(config: RunConfig) -> AppArgs:
         folder, label = Path(model), model
     return AppArgs(config.base.model_dump(), str(paths.cache), None if folder is None else str(folder), label,
                    section.app_name, section.max_batch, section.max_queued, section.max_new_tokens, section.replicas,
-                   section.workers.cpus, section.workers.gpus, section.workers.threads)
+                   section.workers.cpus, section.workers.gpus, section.workers.threads, version,
+                   max_replicas=section.max_replicas, max_prompt_tokens=section.max_prompt_tokens,
+                   max_body_bytes=section.max_body_bytes, api_key_digests=key_digests(section.api_keys_file))
 
 
 def check_args(args: AppArgs) -> AppArgs:
-    """`args`, once its configuration is known to load. Raises InputError for another base or heads that do not load."""
-    if args.configuration is not None:
-        check_heads(args.configuration, load_vocabulary(args.base["model"], dtype=args.base["dtype"], cache=Path(args.cache)))
-    return args
+    """`args`, once its configuration is known to load, with its digest. Raises InputError for another base or heads that do
+    not load."""
+    if args.configuration is None:
+        return args
+    digest = configuration_digest(args.configuration)
+    check_heads(args.configuration, load_vocabulary(args.base["model"], dtype=args.base["dtype"], cache=Path(args.cache)))
+    return replace(args, digest=digest)
 
 
 def resolve_args(config: RunConfig) -> AppArgs:
@@ -77,7 +86,11 @@ def resolve_args(config: RunConfig) -> AppArgs:
 
 
 def build_app(args: dict[str, Any]) -> serve.Application:
-    """Import path of a Serve config: `args` are `AppArgs`' fields. Raises InputError for an unknown one."""
+    """Import path of a Serve config: `args` are `AppArgs`' fields, or `api_keys_file` for the keys' digests. Raises
+    InputError for an unknown one and for bad keys."""
+    args = dict(args)
+    digests = {*args.pop("api_key_digests", ()), *key_digests(args.pop("api_keys_file", None))}
+    args["api_key_digests"] = tuple(sorted(digests))
     known = {field.name for field in dataclasses.fields(AppArgs)}
     if unknown := sorted(set(args) - known):
         raise InputError(f"args.{unknown[0]}: unknown field; known are {', '.join(sorted(known))}")
@@ -112,23 +125,69 @@ def start_app(config: RunConfig, args: AppArgs | None = None) -> ServedApp:
 
 
 def run_serve(config: RunConfig) -> StageResult:
-    """Serve until SIGINT or SIGTERM, then shut the application down; either one while it starts is an interrupt."""
+    """Serve until SIGINT or SIGTERM, then shut the application down; either one while it starts is an interrupt.
+
+    With `serve.update` a running application is given other heads instead. Raises InputError for the user's mistakes.
+    """
     tracker = Tracker.open(config)
     args = resolve_args(config)
+    if config.serve.update:
+        with ensure_ray(config), tracker.start(STAGE, params=_params(args)) as run:
+            app = update_app(args)
+        return StageResult(STAGE, run.run_id, {"url": app.url}, {"model": app.label, "version": args.version})
+    if config.serve.host not in LOOPBACK and not args.api_key_digests:
+        print(f"serve: serve.host={config.serve.host} is open to others and no API keys are set: anybody may ask",
+              file=sys.stderr)
     with ensure_ray(config), _signals() as (started, stopped):
         app = start_app(config, args)
         started.set()
         try:
-            with tracker.start(STAGE, params={"serves": {"label": app.label, **asdict(serving_of(args))}}) as run:
+            with tracker.start(STAGE, params=_params(args)) as run:
                 print(f"serve: {app.label} answers at {app.url}, for example\n"
                       f"  curl {app.url}/v1/chat/completions -H 'Content-Type: application/json' -d "
                       f"'{{\"model\": \"{app.name}\", \"messages\": [{{\"role\": \"user\", \"content\": \"Hello\"}}]}}'",
                       file=sys.stderr, flush=True)
+                print("serve: other heads, while it runs: serve.update=true "
+                      f"ray_address={ray.get_runtime_context().gcs_address}", file=sys.stderr, flush=True)
                 while not stopped.wait(1.0):
                     pass
         finally:
             app.stop()
     return StageResult(STAGE, run.run_id, {"url": app.url}, {"model": app.label})
+
+
+def update_app(args: AppArgs) -> ServedApp:
+    """Give the running application of that name the heads of `args`; its other settings, and its replicas, stay.
+
+    Raises InputError where none runs, where it has another base, and when a replica turns the heads down: it then goes on
+    with those it had.
+    """
+    instance = _instance_with(args.app_name)
+    handle = serve.get_deployment_handle("DecodeServer", args.app_name)
+    asked, before = serving_of(args), handle.info.remote().result()
+    if asked.base != before["base"]:
+        raise InputError(f"serve.update: {args.app_name} runs base {before['base']}, the heads are for {asked.base}: heads "
+                         "alone can be changed; start another application for another base")
+    running = handle.running_args.remote().result()
+    wanted = replace(running, configuration=args.configuration, label=args.label, version=args.version, digest=args.digest)
+    serve.run(build(wanted), name=args.app_name, route_prefix=ROUTE)
+    after = handle.info.remote().result()
+    if after["rejected"] is not None and after["configuration"] != asked.configuration:
+        serve.run(build(running), name=args.app_name, route_prefix=ROUTE)  # or a new replica would begin with the bad ones
+        raise InputError(f"serve.update: {args.label} was turned down, {after['label']} goes on: {after['rejected']['reason']}")
+    return ServedApp(args.app_name, instance.url, args.label, alone=False)
+
+
+def _instance_with(name: str) -> Instance:
+    instance = running_instance()
+    if instance is None or name not in instance.applications:
+        raise InputError(f"serve.update: no application {name} runs on this cluster: start it, or set ray_address= to the "
+                         "cluster where it runs")
+    return instance
+
+
+def _params(args: AppArgs) -> dict[str, Any]:
+    return {"serves": {"label": args.label, "version": args.version, **asdict(serving_of(args))}}
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import time
@@ -20,9 +19,10 @@ from hydra_core.errors import InputError
 from pipelines.cluster import check_workers, ensure_ray
 from pipelines.config import RunConfig
 from pipelines.deepspeed_setup import check_toolchain
-from pipelines.distill import distilled
+from pipelines.distill import answered, distilled
 from pipelines.features import FeatureStore
 from pipelines.provenance import provenance
+from pipelines.row_index import RowStore
 from pipelines.stage import (
     RunPaths,
     StageFolder,
@@ -32,27 +32,36 @@ from pipelines.stage import (
     stage_folder,
 )
 from pipelines.tracking import Run, Tracker
-from pipelines.train_loop import DIVERGED, LoopSettings, total_steps, train_loop
-from pipelines.train_report import CURVE, HEADS, LOGGED
+from pipelines.train_dry import run_dry
+from pipelines.train_guard import STOPPED, raise_if_stopped
+from pipelines.train_loop import LoopSettings, total_steps, train_loop, training_rows
+from pipelines.train_report import CURVE, HEADS, LAST, LOGGED
 
 STAGE = "train"
 STATE = "state"
 """Folder of Ray's checkpoints inside a drafter's stage folder; removed once its heads stand."""
+HOW = {"drafters", "only", "max_failures", "dry_run", "stop_ratio"}
+"""Settings that change no drafter's outcome, or are told apart by drafter."""
 
 
 def run_train(config: RunConfig) -> StageResult:
     """Train `train.only` or every drafter of `train.drafters` that is not finished yet.
 
     Outputs: drafter -> heads folder. Figures: drafter -> tokens per step, top-1 per head, coverage, steps, seconds.
-    Raises InputError for missing or foreign features, a missing toolchain, a cluster that is too small, or a diverged
-    loss.
+    Raises InputError for missing or foreign features, a missing toolchain or a cluster that is too small; StoppedError for
+    a loss that is not a number or explodes.
     """
     names = [config.train.only] if config.train.only else list(config.train.drafters)
     for name in names:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name):
             raise InputError(f"train.drafters: {name!r} cannot name a folder: use letters, digits and . _ + -")
+    if config.train.dry_run:
+        return run_dry(config, names)
     tracker = Tracker.open(config)
     features, data_digest = distilled(config)
+    rows = features
+    if config.train.features == "online":
+        rows, data_digest = answered(config)
     results: dict[str, StageResult] = {}
     todo = []
     for name in names:
@@ -61,11 +70,11 @@ def run_train(config: RunConfig) -> StageResult:
         todo += [] if done else [name]
     if todo:
         check_toolchain(config.train.workers.gpus > 0)
-        vocabulary = _check_data(config, features)
+        vocabulary = _check_data(config, rows, features)
         with ensure_ray(config):
             check_workers("train.workers", config.train.workers)
             for name in todo:
-                results[name] = _train_one(config, name, features, data_digest, vocabulary, tracker)
+                results[name] = _train_one(config, name, (rows, features), data_digest, vocabulary, tracker)
     return StageResult(
         STAGE, tracker.parent(),
         outputs={name: results[name].outputs[HEADS] for name in names},
@@ -92,32 +101,35 @@ def build_trainer(config: RunConfig, settings: LoopSettings, state: Path, name: 
                                                checkpoint_score_order="max")))
 
 
-def _train_one(config: RunConfig, name: str, features: Path, data_digest: str, vocabulary: BaseVocabulary,
+def _train_one(config: RunConfig, name: str, data: tuple[Path, Path], data_digest: str, vocabulary: BaseVocabulary,
                tracker: Tracker) -> StageResult:
+    """Train one drafter; `data`: folders of the training rows and of the features that validation reads."""
+    rows, features = data
     folder, wanted = RunPaths.of(config).stage(STAGE, name), _fingerprint(config, name, data_digest)
     with stage_folder(config, STAGE, folder, wanted) as stage:
-        store = FeatureStore.open(features, "train")
+        store = training_rows(config.train, rows)
         coverage = _coverage(config, name, store, vocabulary)
         with tracker.start(STAGE, part=name, fingerprint=wanted) as run:
-            run.log_dataset("features", data_digest, str(features), "training")
+            run.log_dataset("features", data_digest, str(rows), "training")
             run.log_metrics({"draft_vocab_coverage": coverage})
-            settings = LoopSettings(config.model_dump(mode="json", by_alias=True), name, str(features), str(folder),
-                                    tracker.uri, run.run_id, provenance(config) | {"data_digest": data_digest})
-            (folder / DIVERGED).unlink(missing_ok=True)
+            settings = LoopSettings(config.model_dump(mode="json", by_alias=True), name, str(rows), str(features),
+                                    str(folder), tracker.uri, run.run_id, provenance(config) | {"data_digest": data_digest})
+            (folder / STOPPED).unlink(missing_ok=True)
             result = build_trainer(config, settings, folder / STATE, f"{name}-{wanted[:16]}").fit()
-            _check_diverged(folder, name)
+            raise_if_stopped(folder, name, result.checkpoint)
             steps = total_steps(config.train, store)
             return _finish(stage, name, result, run, {"coverage": coverage, "steps": steps})
 
 
 def _finish(stage: StageFolder, name: str, result: Any, run: Run, figures: dict[str, Any]) -> StageResult:
-    """Put the best checkpoint's heads and the last one's curve in place, then the manifest."""
+    """Put the best checkpoint's heads and the last one's heads and curve in place, then the manifest."""
     folder = stage.folder
     best, metrics = max(result.best_checkpoints, key=lambda pair: (pair[1]["tokens_per_step"], -pair[1]["step"]))
     with best.as_directory() as source:
         _copy_folder(Path(source) / HEADS, folder / HEADS)
     with result.checkpoint.as_directory() as source:
         shutil.copyfile(Path(source) / CURVE, folder / CURVE)
+        _copy_folder(Path(source) / HEADS, folder / LAST)
     heads = sum(1 for key in metrics if re.fullmatch(r"head\d+_top1", key))
     figures |= {
         "tokens_per_step": round(metrics["tokens_per_step"], 4),
@@ -126,8 +138,9 @@ def _finish(stage: StageFolder, name: str, result: Any, run: Run, figures: dict[
     run.log_metrics({f"best.{key}": float(value) for key, value in metrics.items()})
     run.log_artifact(folder / HEADS, "heads")
     run.log_artifact(folder / CURVE)
-    done = StageResult(STAGE, run.run_id, {HEADS: str(folder / HEADS), "curve": str(folder / CURVE)}, figures)
-    stage.finish(done, [*(path for path in (folder / HEADS).iterdir()), folder / CURVE])
+    done = StageResult(STAGE, run.run_id, {HEADS: str(folder / HEADS), LAST: str(folder / LAST), "curve": str(folder / CURVE)},
+                       figures)
+    stage.finish(done, [*(folder / HEADS).iterdir(), *(folder / LAST).iterdir(), folder / CURVE])
     shutil.rmtree(folder / STATE, ignore_errors=True)  # optimizer state: many times the heads, and of no more use
     for leftover in (*folder.glob("normalisers-*.npy"), folder / LOGGED):
         leftover.unlink(missing_ok=True)
@@ -145,7 +158,7 @@ def _copy_folder(source: Path, target: Path) -> None:
 
 def _settings(config: RunConfig, name: str) -> dict[str, Any]:
     """What decides the outcome of training one drafter."""
-    train = config.train.model_dump(mode="json", by_alias=True, exclude={"drafters", "only", "max_failures"})
+    train = config.train.model_dump(mode="json", by_alias=True, exclude=HOW)
     train["workers"] = config.train.workers.count  # logical CPUs and threads change the time, not the heads' worth
     return {"train": train, "heads": config.train.drafters[name].model_dump(mode="json"),
             "base": config.base.model_dump(mode="json")}
@@ -155,28 +168,19 @@ def _fingerprint(config: RunConfig, name: str, data_digest: str) -> str:
     return fingerprint(STAGE, _settings(config, name) | {"drafter": name}, {"distill": data_digest})
 
 
-def _check_data(config: RunConfig, features: Path) -> BaseVocabulary:
+def _check_data(config: RunConfig, rows: Path, features: Path) -> BaseVocabulary:
     """Both splits are there and made by this very base. Raises InputError before any worker starts."""
     vocabulary = load_vocabulary(config.base.model, dtype=config.base.dtype, cache=RunPaths.of(config).cache)
-    for split in ("train", "held_out"):
-        store = FeatureStore.open(features, split)
+    for folder, store in ((rows, training_rows(config.train, rows)), (features, FeatureStore.open(features, "held_out"))):
         if store.base != str(vocabulary.identity):
-            raise InputError(f"{features}: rows were made by base {store.base}, not {vocabulary.identity}: "
+            raise InputError(f"{folder}: rows were made by base {store.base}, not {vocabulary.identity}: "
                              "use that base or distill again")
-        if store.width != vocabulary.width:
-            raise InputError(f"{features}: hidden states are {store.width} wide, the base is {vocabulary.width}")
+        if isinstance(store, FeatureStore) and store.width != vocabulary.width:
+            raise InputError(f"{folder}: hidden states are {store.width} wide, the base is {vocabulary.width}")
     return vocabulary
 
 
-def _coverage(config: RunConfig, name: str, store: FeatureStore, vocabulary: BaseVocabulary) -> float:
+def _coverage(config: RunConfig, name: str, store: RowStore, vocabulary: BaseVocabulary) -> float:
     counts = store.response_counts(vocabulary.size)
     size = config.train.drafters[name].draft_vocab_size
     return round(DraftVocab.rank(counts, size, vocabulary.stop_ids).coverage(counts), 5)
-
-
-def _check_diverged(folder: Path, name: str) -> None:
-    path = folder / DIVERGED
-    if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        raise InputError(f"train.drafters.{name}: the loss is not a number at step {found['step']} "
-                         f"(lr {found['lr']:.2e}): lower train.lr or raise train.warmup_steps, under another name")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,10 @@ from hydra_core.drafters import DraftVocab, HeadsConfig
 from hydra_core.training.alignment import target_range
 from hydra_core.training.losses import log_normalisers
 from hydra_core.training.packing import FeatureRow, Packed, pack_rows
-from pipelines.features import BatchOrder, FeatureStore, share_of
+from pipelines.features import BatchOrder, share_of
+from pipelines.row_index import RowStore, disk_array
 
+ROWS_AT_ONCE = 1024  # rows whose normalisers are computed between two exchanges
 LINE_TOKENS = 256
 """Width of a packed line unless a row is longer: attention over a line costs its square."""
 
@@ -33,74 +36,90 @@ class Share:
 class RowReader:
     """Packed batches from a store, with the base's softmax normalisers where they are known."""
 
-    def __init__(self, store: FeatureStore) -> None:
+    def __init__(self, store: RowStore) -> None:
         self.store = store
         self.normalisers: np.ndarray | None = None  # [tokens of the store] float32
 
     def pack(self, rows: Sequence[int] | np.ndarray) -> Packed:
         """Rows by number, packed into lines."""
-        read = [self._row(int(row)) for row in rows]
+        numbers = [int(row) for row in rows]
+        read = [self._with_normalisers(*pair) for pair in zip(numbers, self.store.read_rows(numbers), strict=True)]
         return pack_rows(read, max(LINE_TOKENS, *(row.token_ids.shape[0] for row in read)))
 
-    def _row(self, row: int) -> FeatureRow:
-        found = self.store.read(row)
+    def _with_normalisers(self, row: int, found: FeatureRow) -> FeatureRow:
         if self.normalisers is None:
             return found
         offsets = self.store.index.offsets
-        known = torch.from_numpy(self.normalisers[offsets[row]:offsets[row + 1]])
+        known = torch.from_numpy(np.array(self.normalisers[offsets[row]:offsets[row + 1]]))
         return FeatureRow(found.token_ids, found.prompt_tokens, found.hidden, known)
 
-    def compute_normalisers(self, rows: Sequence[int], head: VocabHead) -> np.ndarray:
-        """Normalisers of `rows` in an array of the whole store, zero elsewhere: shares of several ranks add up."""
-        found = np.zeros(len(self.store.index.tokens), np.float32)
-        for row in rows:
-            read = self.store.read(row)
-            first = int(self.store.index.offsets[row])
-            begin = max(read.prompt_tokens - 1, 0)  # earlier positions teach no head
-            hidden = read.hidden[begin:].to(head.weight.device)
-            found[first + begin:first + len(read.token_ids)] = log_normalisers(hidden, head).cpu().numpy()
-        return found
+    def compute_normalisers(self, share: Share, head: VocabHead, add_up: Callable[[Tensor], Tensor]) -> np.ndarray:
+        """Normalisers of all tokens, [sum] float32 mapped from a file: each rank computes its share, `add_up` sums them.
+
+        A stretch of rows at a time, so that memory does not grow with the data.
+        """
+        offsets = self.store.index.offsets
+        with tempfile.TemporaryFile() as file:
+            file.truncate(4 * len(self.store.index.tokens))
+            whole = disk_array(file, np.float32, len(self.store.index.tokens))
+        for start in range(0, len(self.store), ROWS_AT_ONCE):
+            stop = min(start + ROWS_AT_ONCE, len(self.store))
+            found = torch.zeros(int(offsets[stop] - offsets[start]), dtype=torch.float32)
+            for row in range(start + share.rank, stop, share.world):
+                (read,) = self.store.read_rows([row])
+                begin = max(read.prompt_tokens - 1, 0)  # earlier positions teach no head
+                first = int(offsets[row] - offsets[start])
+                hidden = read.hidden[begin:].to(head.weight.device)
+                found[first + begin:first + len(read.token_ids)] = log_normalisers(hidden, head).cpu()
+            whole[offsets[start]:offsets[stop]] = add_up(found).numpy()
+        return whole
 
 
-def valid_counts(store: FeatureStore, draft_vocab: DraftVocab, heads: HeadsConfig) -> np.ndarray:
+def valid_counts(store: RowStore, draft_vocab: DraftVocab, heads: HeadsConfig) -> np.ndarray:
     """Positions whose loss counts, for each row and head: [rows, K] int64.
 
-    Every rank holds all token ids, so the divisor of a step's loss needs no communication.
+    Every rank knows all token ids, so the divisor of a step's loss needs no communication.
     """
-    index = store.index
-    if heads.loss == "teacher":
-        counted = np.ones(len(index.tokens), np.int64)
-    else:
-        counted = (draft_vocab.index_of.numpy()[index.tokens] >= 0).astype(np.int64)
-    before = np.concatenate([[0], np.cumsum(counted)])
+    index, index_of = store.index, draft_vocab.index_of.numpy()
     counts = np.zeros((len(store), heads.num_heads), np.int64)
-    spans = zip(index.offsets[:-1], index.prompt_tokens, index.lengths, strict=True)
-    for row, (start, prompt, tokens) in enumerate(spans):
-        for head in range(heads.num_heads):
-            asked = target_range(head, int(prompt), int(tokens))
-            counts[row, head] = before[start + asked.stop] - before[start + asked.start] if len(asked) else 0
+    for row, (prompt, tokens) in enumerate(zip(index.prompt_tokens, index.lengths, strict=True)):
+        asked = [target_range(head, int(prompt), int(tokens)) for head in range(heads.num_heads)]
+        if heads.reads_teacher:
+            counts[row] = [len(one) for one in asked]
+        else:
+            drafted = index_of[store.token_ids(row)] >= 0
+            counts[row] = [int(drafted[one.start:one.stop].sum()) for one in asked]
     return counts
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's part of a step, and the whole step's valid positions per head [K] int64."""
+    """One rank's part of a step, in pieces computed one after the other, and the whole step's valid positions per head
+    [K] int64.
+    """
 
     step: int
-    packed: Packed
+    pieces: tuple[Packed, ...]
     counts: Tensor
+
+    @property
+    def padding(self) -> float:
+        """Share of the laid-out tokens that are none."""
+        laid = sum(piece.token_ids.numel() for piece in self.pieces)
+        return 1 - sum(int(piece.spans.lengths.sum()) for piece in self.pieces) / laid
 
 
 class StepBatches:
-    """Batches of steps in order, the next one read while the current one is computed."""
+    """Batches of steps in order, the next one read while the current one is computed; `accumulate` pieces in each."""
 
-    def __init__(self, reader: RowReader, order: BatchOrder, counts: np.ndarray, share: Share) -> None:
-        self.reader, self.order, self.counts, self.share = reader, order, counts, share
+    def __init__(self, reader: RowReader, order: BatchOrder, counts: np.ndarray, share: Share, accumulate: int = 1) -> None:
+        self.reader, self.order, self.counts, self.share, self.accumulate = reader, order, counts, share, accumulate
 
     def batch(self, step: int) -> Batch:
-        rows = self.order.rows(step)
-        mine = share_of(rows, self.reader.store.index.lengths, self.share.rank, self.share.world)
-        return Batch(step, self.reader.pack(mine), torch.from_numpy(self.counts[rows].sum(0)))
+        rows, first = self.order.rows(step), self.share.rank * self.accumulate
+        lengths, parts = self.reader.store.index.lengths, self.share.world * self.accumulate
+        pieces = tuple(self.reader.pack(share_of(rows, lengths, first + piece, parts)) for piece in range(self.accumulate))
+        return Batch(step, pieces, torch.from_numpy(self.counts[rows].sum(0)))
 
     def between(self, start: int, stop: int) -> Iterator[Batch]:
         """Batches of steps start .. stop - 1."""
@@ -113,7 +132,7 @@ class StepBatches:
                 yield batch
 
 
-def validation_groups(store: FeatureStore, rows: int, per_batch: int, seed: int,
+def validation_groups(store: RowStore, rows: int, per_batch: int, seed: int,
                       share: Share) -> list[tuple[np.ndarray, bool]]:
     """Row numbers of this rank's held-out batches, each with whether it counts; the same at every validation.
 
@@ -132,5 +151,5 @@ def load_normalisers(path: Path, tokens: int) -> np.ndarray | None:
     """What an earlier start of the same run kept, or None."""
     if not path.exists():
         return None
-    found: np.ndarray = np.load(path, allow_pickle=False)
+    found: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     return found if found.shape == (tokens,) else None

@@ -7,14 +7,13 @@ again from its state, and the curve has every step once.
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import tempfile
 import time
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from hydra_core.base import BaseVocabulary, load_vocabulary
+from hydra_core.base import BaseVocabulary, load_base, load_vocabulary
 from hydra_core.drafters import DraftVocab, HeadsConfig, build_drafter
 from hydra_core.training.metrics import HeadCounts
 from hydra_core.training.model import HeadTraining
@@ -32,7 +31,10 @@ from pipelines.config import RunConfig, TrainSection
 from pipelines.contracts import content_id
 from pipelines.deepspeed_setup import deepspeed_settings, learning_rate, prepare_environment
 from pipelines.features import BatchOrder, FeatureStore
-from pipelines.stage import RunPaths, write_text
+from pipelines.online import OnlineStore
+from pipelines.row_index import RowStore
+from pipelines.stage import RunPaths
+from pipelines.train_average import WeightAverage
 from pipelines.train_data import (
     Batch,
     RowReader,
@@ -42,19 +44,24 @@ from pipelines.train_data import (
     valid_counts,
     validation_groups,
 )
+from pipelines.train_guard import why_not_keep, why_stop, write_stop
 from pipelines.train_report import Progress, log_curve, read_curve_and_figures, save_curve_and_heads
 
-DIVERGED = "diverged.json"
 STATE_TAG = "state"
 
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """What the driver hands each worker; plain values only, since they are sent over the wire."""
+    """What the driver hands each worker; plain values only, since they are sent over the wire.
+
+    `rows`: folder of the training rows: features, or answers if they are made online; `held_out`: of the features that
+    validation reads.
+    """
 
     config: dict[str, Any]
     drafter: str
-    features: str
+    rows: str
+    held_out: str
     folder: str
     tracking_uri: str | None
     run_id: str | None
@@ -76,6 +83,7 @@ class Workshop:
     held_out: RowReader
     total: int
     engine: Any
+    average: WeightAverage | None = None
     curve: list[dict[str, Any]] = field(default_factory=list)
     next_step: int = 0
 
@@ -96,19 +104,24 @@ def train_loop(settings: dict[str, Any]) -> None:
     context = ray.train.get_context()
     shop = set_up(LoopSettings(**settings), Share(context.get_world_rank(), context.get_world_size()))
     restore(shop, ray.train.get_checkpoint())
-    order = BatchOrder.of(shop.learn.store, shop.train.rows_per_step, shop.train.seed)
-    batches = StepBatches(shop.learn, order, valid_counts(shop.learn.store, shop.draft_vocab, shop.heads), shop.share)
+    order = BatchOrder.of(shop.learn.store, shop.train.rows_per_step, shop.train.seed, shop.train.cache_mb << 20)
+    batches = StepBatches(shop.learn, order, valid_counts(shop.learn.store, shop.draft_vocab, shop.heads), shop.share,
+                          shop.train.accumulate)
     progress = Progress(shop)
     for batch in batches.between(shop.next_step, shop.total):
         record = train_step(shop, batch)
-        if not math.isfinite(record["loss"]):
-            _stop_diverged(shop, record)
-            return  # every rank sees the same sum and returns: raising would make Ray retry what must fail again
-        shop.curve.append(record)
-        shop.next_step = batch.step + 1
-        progress.after(record)
-        if shop.next_step % shop.train.validate_every == 0 or shop.next_step == shop.total:
-            _validate_and_report(shop, progress)
+        why = why_stop(shop.curve, record, shop.train.stop_ratio)
+        if why is None:
+            shop.curve.append(record)
+            shop.next_step = batch.step + 1
+            progress.after(record)
+            if shop.next_step % shop.train.validate_every == 0 or shop.next_step == shop.total:
+                why = _validate_and_report(shop, progress)
+        if why is not None:
+            if shop.first:
+                write_stop(Path(shop.settings.folder), why, record)
+            dist.barrier()
+            return  # every rank has seen the same figures and returns
 
 
 def set_up(settings: LoopSettings, share: Share) -> Workshop:
@@ -120,26 +133,45 @@ def set_up(settings: LoopSettings, share: Share) -> Workshop:
     _quieten()
     torch.set_num_threads(train.workers.threads)
     device = _device(uses_gpu)
-    vocabulary = load_vocabulary(config.base.model, dtype=config.base.dtype, device=str(device),
-                                 cache=RunPaths.of(config).cache)
-    learn = RowReader(FeatureStore.open(Path(settings.features), "train"))
-    held_out = RowReader(FeatureStore.open(Path(settings.features), "held_out"))
+    learn = RowReader(training_rows(train, Path(settings.rows)))
+    vocabulary = _open_base(config, learn.store, device)
+    held_out = RowReader(FeatureStore.open(Path(settings.held_out), "held_out", cache_bytes=train.cache_mb << 20))
     counts = learn.store.response_counts(vocabulary.size)
     draft_vocab = DraftVocab.rank(counts, heads.draft_vocab_size, vocabulary.stop_ids)
     torch.manual_seed(train.seed)
     model = HeadTraining(build_drafter(heads, vocabulary, draft_vocab), vocabulary)
     engine = start_engine(model, train, share)
     shop = Workshop(settings, train, heads, share, device, vocabulary, draft_vocab, learn, held_out,
-                    total_steps(train, learn.store), engine)
-    if heads.loss == "teacher":
-        for name, reader in (("train", learn), ("held_out", held_out)):
+                    total_steps(train, learn.store), engine, WeightAverage.asked_for(model, train))
+    if heads.reads_teacher:
+        stored = {"train": learn, "held_out": held_out}
+        if train.features == "online":
+            del stored["train"]  # rows come by with their hidden states: a pass over all of them would cost as much again
+        for name, reader in stored.items():
             # by the order of the rows too: rows that were distilled again may stand elsewhere
             kept = f"normalisers-{name}-{content_id(reader.store.index.ids)[:12]}.npy"
             _know_normalisers(shop, reader, Path(settings.folder) / kept)
     return shop
 
 
-def total_steps(train: TrainSection, store: FeatureStore) -> int:
+def training_rows(train: TrainSection, folder: Path) -> RowStore:
+    """The rows that heads learn from: stored with their hidden states, or answers alone."""
+    if train.features == "online":
+        return OnlineStore.open(folder, "train")
+    return FeatureStore.open(folder, "train", cache_bytes=train.cache_mb << 20)
+
+
+def _open_base(config: RunConfig, store: RowStore, device: torch.device) -> BaseVocabulary:
+    """The base's two ends; of a base that runs here where the rows have no hidden states yet."""
+    base, cache = config.base, RunPaths.of(config).cache
+    if not isinstance(store, OnlineStore):
+        return load_vocabulary(base.model, dtype=base.dtype, device=str(device), cache=cache)
+    whole = load_base(base.model, dtype=base.dtype, device=str(device), cache=cache, context_limit=base.context_limit)
+    store.use(whole)
+    return whole.vocabulary
+
+
+def total_steps(train: TrainSection, store: RowStore) -> int:
     """Optimizer steps of the whole run."""
     steps = BatchOrder.of(store, train.rows_per_step, train.seed).total_steps(train.epochs)
     return min(steps, train.max_steps) if train.max_steps else steps
@@ -149,15 +181,15 @@ def start_engine(model: HeadTraining, train: TrainSection, share: Share) -> Any:
     """A DeepSpeed engine around the model, with a fused AdamW (one pass over memory, on a CPU too)."""
     import deepspeed
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=train.learning_rate, weight_decay=train.weight_decay,
-                                  fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=train.learning_rate, betas=train.betas, eps=train.eps,
+                                  weight_decay=train.weight_decay, fused=True)
     deepspeed.logger.setLevel("WARNING")
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_settings(train, share.world))
     return engine
 
 
 def train_step(shop: Workshop, batch: Batch) -> dict[str, Any]:
-    """One optimizer step; the record of its curve, equal on every rank."""
+    """One optimizer step; the record of its curve, equal on every rank but for the time and the padding."""
     engine, world = shop.engine, shop.share.world
     # Dropout's draw is a function of the step, so a resumed run needs no generator state.
     torch.manual_seed((shop.train.seed * 1_000_003 + batch.step) * world + shop.share.rank)
@@ -166,14 +198,21 @@ def train_step(shop: Workshop, batch: Batch) -> dict[str, Any]:
         group["lr"] = rate
     engine.train()
     counts = batch.counts.clamp(min=1).to(shop.device)
-    # Divided by the whole step's counts and summed over ranks; DeepSpeed averages over ranks, hence times world.
-    loss, sums = engine(batch.packed.to(shop.device), counts / world)
-    engine.backward(loss)
-    engine.step()
-    dist.all_reduce(sums)
-    per_head = (sums / counts).tolist()
+    # Divided by the whole step's counts and summed over pieces and ranks; DeepSpeed averages over both, hence the product.
+    divisors, totals = counts / (world * len(batch.pieces)), torch.zeros(len(counts), dtype=torch.float64, device=shop.device)
+    for piece in batch.pieces:
+        loss, sums = engine(piece.to(shop.device), divisors)
+        engine.backward(loss)
+        engine.step()  # of the optimizer after the last piece alone
+        totals += sums
+    dist.all_reduce(totals)
+    per_head = (totals / counts).tolist()
+    if shop.average is not None:
+        shop.average.update(batch.step)
     record = {"step": batch.step, "loss": sum(per_head) / len(per_head), "lr": rate,
-              "positions": int(batch.counts.max()), "time": round(time.time(), 3)}
+              "positions": int(batch.counts.max()), "padding": round(batch.padding, 4), "time": round(time.time(), 3)}
+    norm = engine.get_global_grad_norm()
+    record |= {} if norm is None else {"gradient": float(norm)}
     return record | {f"head{head}_loss": value for head, value in enumerate(per_head)}
 
 
@@ -186,7 +225,7 @@ def validate(shop: Workshop) -> dict[str, float]:
                                train.seed, shop.share)
     total = HeadCounts.zeros(shop.heads.num_heads)
     parts: list[tuple[np.ndarray, tuple[int, ...]]] = []
-    with _gathered(shop):
+    with _judged(shop):
         for rows, counts_here in groups:
             counts, ranks = shop.model.evaluate(shop.held_out.pack(rows).to(shop.device))
             if counts_here:
@@ -207,32 +246,34 @@ def restore(shop: Workshop, checkpoint: Any) -> None:
     with checkpoint.as_directory() as folder:
         _, client = shop.engine.load_checkpoint(folder, tag=STATE_TAG)
         shop.curve, figures = read_curve_and_figures(Path(folder))
+        if shop.average is not None:
+            shop.average.load(Path(folder))
         dist.barrier()  # inside: the first to leave may delete the folder
     shop.next_step = int(client["next_step"])
     if shop.first:
         log_curve(shop, figures)  # a kill right after the checkpoint left it unlogged
 
 
-def _validate_and_report(shop: Workshop, progress: Progress) -> None:
+def _validate_and_report(shop: Workshop, progress: Progress) -> str | None:
+    """Validate and make a checkpoint; what is wrong with the heads if they are not worth one."""
     import ray.train
 
     figures = validate(shop)
+    if why := why_not_keep(figures):
+        return why
     metrics = {"step": shop.next_step, "loss": shop.curve[-1]["loss"], **figures}
     with tempfile.TemporaryDirectory() as folder:
         shop.engine.save_checkpoint(folder, tag=STATE_TAG, client_state={"next_step": shop.next_step})
-        with _gathered(shop):
+        with _judged(shop):
             if shop.first:
                 save_curve_and_heads(shop, Path(folder), metrics)
+        if shop.first and shop.average is not None:
+            shop.average.save(Path(folder))
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
     if shop.first:
         log_curve(shop, figures)
     progress.validated(figures)
-
-
-def _stop_diverged(shop: Workshop, record: dict[str, Any]) -> None:
-    if shop.first:
-        write_text(Path(shop.settings.folder) / DIVERGED, json.dumps({"step": record["step"], "lr": record["lr"]}))
-    dist.barrier()
+    return None
 
 
 def _know_normalisers(shop: Workshop, reader: RowReader, kept: Path) -> None:
@@ -241,19 +282,27 @@ def _know_normalisers(shop: Workshop, reader: RowReader, kept: Path) -> None:
     have = torch.tensor(found is not None, dtype=torch.int32, device=shop.device)
     dist.all_reduce(have, op=dist.ReduceOp.MIN)  # a file that only some ranks see must not split them
     if found is None or not int(have):
-        rows = range(shop.share.rank, len(reader.store), shop.share.world)
-        part = torch.from_numpy(reader.compute_normalisers(rows, shop.vocabulary.head)).to(shop.device)
-        dist.all_reduce(part)
-        found = part.cpu().numpy()
+        found = reader.compute_normalisers(shop.share, shop.vocabulary.head, partial(_sum_over_ranks, shop.device))
         if shop.first:
             _save_array(kept, found)
     reader.normalisers = found
+
+
+def _sum_over_ranks(device: torch.device, part: torch.Tensor) -> torch.Tensor:
+    moved = part.to(device)
+    dist.all_reduce(moved)
+    return moved.cpu()
 
 
 def _save_array(path: Path, values: np.ndarray) -> None:
     temporary = path.with_suffix(".part.npy")
     np.save(temporary, values, allow_pickle=False)
     temporary.replace(path)
+
+
+def _judged(shop: Workshop) -> AbstractContextManager[Any]:
+    """The weights that are validated and saved: the averaged ones where those are asked for."""
+    return _gathered(shop) if shop.average is None else shop.average.applied()
 
 
 def _gathered(shop: Workshop) -> AbstractContextManager[Any]:

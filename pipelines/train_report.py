@@ -16,7 +16,7 @@ from pipelines.tracking import metric_logger
 if TYPE_CHECKING:
     from pipelines.train_loop import Workshop
 
-CURVE, HEADS, LOGGED = "curve.jsonl", "heads", "logged.json"
+CURVE, HEADS, LAST, LOGGED = "curve.jsonl", "heads", "last", "logged.json"
 PROGRESS_SECONDS = 5.0
 
 
@@ -25,7 +25,8 @@ def save_curve_and_heads(shop: Workshop, folder: Path, metrics: dict[str, Any]) 
     lines = "".join(json.dumps(record) + "\n" for record in shop.curve)
     write_text(folder / CURVE, lines)
     provenance = shop.settings.provenance | {"training": metrics}
-    save_checkpoint(folder / HEADS, shop.model.drafter, shop.vocabulary.identity, default_trees(), provenance)
+    drafter = shop.model.drafter
+    save_checkpoint(folder / HEADS, drafter, shop.vocabulary.identity, default_trees(drafter.num_heads), provenance)
 
 
 def read_curve_and_figures(folder: Path) -> tuple[list[dict[str, Any]], dict[str, float]]:
@@ -65,7 +66,8 @@ class Progress:
             done = self.shop.next_step - self.first_step
             left = (now - self.began) / done * (self.shop.total - self.shop.next_step)
             speed = self.positions / (now - self.began)
-            self._say(f"loss {record['loss']:.3f}, {speed:.0f} positions/s, {left:.0f} s left")
+            self._say(f"loss {record['loss']:.3f}, {speed:.0f} positions/s, "
+                      f"{record['padding']:.0%} padding, {left:.0f} s left")
             self.shown = now
 
     def validated(self, figures: dict[str, float]) -> None:

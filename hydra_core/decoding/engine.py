@@ -174,7 +174,13 @@ class Engine:
 
     def _propose(self) -> Proposal:
         rows = self.scheduler.decoding
-        return self.session.propose(self.roots[:len(rows)], _root_positions(rows), self._choosers(rows))
+        roots, plain = self.roots[:len(rows)], [not row.request.speculate for row in rows]
+        if all(plain):
+            return Proposal(roots[:, None], chain(1))
+        proposal = self.session.propose(roots, _root_positions(rows), self._choosers(rows))
+        if any(plain):
+            proposal.tokens[plain, 1:] = -1
+        return proposal
 
     def _verify(self, proposal: Proposal) -> tuple[Tensor, Tensor]:
         """One base forward over all nodes: hidden states [B, N, D] and logits [B, N, V]."""
@@ -197,7 +203,8 @@ class Engine:
         rows = self.scheduler.decoding
         span = (0, len(rows))
         self.cache.commit(span, accepted.path, accepted.counts)
-        self.session.learn(proposal, accepted)
+        if all(row.request.speculate for row in rows):  # else drafts were taken away, and that they fell says nothing
+            self.session.learn(proposal, accepted)
         batch = torch.arange(len(rows), device=hidden.device)[:, None]
         self.session.observe(span, hidden[batch, accepted.path], accepted.counts)
         for row, drafts, tokens in zip(rows, (proposal.tokens[:, 1:] >= 0).sum(-1).tolist(), accepted.emitted,

@@ -34,7 +34,8 @@ class Request:
     repetition penalty counts prompt and answer, the other two the answer. `stop_ids` replaces the base's own
     end-of-turn ids when given; `stop` strings end an answer with the token that completes one (they need a tokenizer).
     The stop token is the last one of the result. `logprobs`: how many of the most likely tokens are reported at each
-    position, with the chosen one, from the base's unprocessed logits; None reports nothing.
+    position, with the chosen one, from the base's unprocessed logits; None reports nothing. `speculate`: whether drafts
+    are made; without them the tokens are the same, one a step.
     """
 
     id: str
@@ -53,6 +54,7 @@ class Request:
     frequency_penalty: float = 0.0
     logprobs: int | None = None
     lossy_typical: Typical | None = None
+    speculate: bool = True
 
     def __post_init__(self) -> None:
         """Lists become tuples; what is neither is left for `check` to refuse."""

@@ -201,7 +201,9 @@ class TreeSet:
             raise InputError(f"{where}: is not a map of batch sizes to rank paths ({error})") from None
 
 
-def default_trees() -> TreeSet:
-    """Before anything is measured: a small bushy tree for one request, a chain for a few, nothing for many."""
+def default_trees(heads: int = 4) -> TreeSet:
+    """Before anything is measured: a small bushy tree for one request, a chain for a few, nothing for many; none deeper
+    than `heads`."""
     bushy = Tree(((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 0, 0, 0), (0, 0, 0, 1)))
-    return TreeSet({1: bushy, 4: Tree(((0,), (0, 0), (0, 0, 0))), 8: Tree(((0,),)), 9: PLAIN})
+    sizes = {1: bushy, 4: Tree(((0,), (0, 0), (0, 0, 0))), 8: Tree(((0,),)), 9: PLAIN}
+    return TreeSet({size: Tree(tuple(path for path in tree.paths if len(path) <= heads)) for size, tree in sizes.items()})

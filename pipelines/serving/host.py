@@ -1,4 +1,4 @@
-"""One engine, driven by one thread, awaited from an event loop."""
+"""Engines on one base, driven by one thread, awaited from event loops."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import queue
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from hydra_core.decoding import Engine, Request, StepOutput
@@ -25,23 +26,42 @@ class _Sink:
             self.loop.call_soon_threadsafe(self.queue.put_nowait, item)
 
 
-class EngineHost:
-    """Runs an engine's steps in a thread of its own; requests come and go through a command queue.
+@dataclass(frozen=True)
+class _Swap:
+    engine: Engine
+    done: Future[None]
 
-    After an exception in a step every request in flight fails with it and `failure` is set: the host is then dead.
+
+@dataclass(frozen=True)
+class Load:
+    """How busy a replica is. `kv_use`: share of the newest engine's key and value slots that rows of all engines hold."""
+
+    running: int
+    waiting: int
+    kv_use: float
+
+
+class EngineHost:
+    """Runs engines' steps in a thread of its own; requests come and go through a command queue.
+
+    New requests go to the newest engine; older ones stay until what they began is done. After an exception in a step
+    every request in flight fails with it and `failure` is set: the host is then dead. `after_step`: told the load
+    whenever it may have changed, in that thread.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, after_step: Callable[[Load], None] | None = None) -> None:
         self.engine = engine
         self.failure: Exception | None = None
-        self._commands: queue.SimpleQueue[tuple[Request, _Sink] | str | None] = queue.SimpleQueue()
+        self._older: list[Engine] = []
+        self._after_step = after_step
+        self._commands: queue.SimpleQueue[tuple[Request, _Sink] | str | _Swap | None] = queue.SimpleQueue()
         self._sinks: dict[str, _Sink] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     @property
     def running(self) -> int:
-        return self.engine.running
+        return sum(engine.running for engine in self._engines())
 
     async def stream(self, request: Request) -> AsyncIterator[StepOutput]:
         """Outputs of one request until its result. Leaving early cancels it. Raises InputError for a bad request."""
@@ -62,42 +82,89 @@ class EngineHost:
             if not done:
                 self._commands.put(request.id)
 
+    def swap(self, engine: Engine) -> Future[None]:
+        """Decode new requests with `engine`, once a warm-up on it has run. The future fails, and nothing is changed,
+        where the warm-up does."""
+        command = _Swap(engine, Future())
+        self._commands.put(command)
+        return command.done
+
     def close(self) -> None:
         """Stop the thread after the step it is in."""
         self._commands.put(None)
         self._thread.join(timeout=30)
 
+    def _engines(self) -> list[Engine]:
+        return [*self._older, self.engine]
+
     def _run(self) -> None:
         try:
             while self._take_commands():
-                for output in self.engine.step():
-                    sink = self._sinks.get(output.id)
-                    if output.result is not None:
-                        self._sinks.pop(output.id, None)
-                    if sink is not None:
-                        sink.put(output)
+                for engine in self._engines():
+                    self._step(engine)
+                self._older = [engine for engine in self._older if engine.has_work]
+                if self._after_step is not None:
+                    self._after_step(load_of(self._engines()))
         except Exception as error:
             self.failure = error
             for sink in self._sinks.values():
                 sink.put(RuntimeError(f"the engine failed: {error}"))
             self._sinks.clear()
 
+    def _step(self, engine: Engine) -> None:
+        for output in engine.step() if engine.has_work else ():
+            sink = self._sinks.get(output.id)
+            if output.result is not None:
+                self._sinks.pop(output.id, None)
+            if sink is not None:
+                sink.put(output)
+
     def _take_commands(self) -> bool:
         """Apply what has been asked; wait for something to do when idle. False: stop."""
         while True:
             try:
-                command = self._commands.get(block=not self.engine.has_work)
+                command = self._commands.get(block=not any(engine.has_work for engine in self._engines()))
             except queue.Empty:
                 return True
             if command is None:
                 return False
-            if isinstance(command, str):
-                self.engine.cancel(command)
+            if isinstance(command, _Swap):
+                self._take_over(command)
+            elif isinstance(command, str):
+                for engine in self._engines():
+                    engine.cancel(command)
                 self._sinks.pop(command, None)
-                continue
-            request, sink = command
-            try:
-                self.engine.add(request)
-                self._sinks[request.id] = sink
-            except InputError as error:
-                sink.put(error)
+            else:
+                self._add(*command)
+
+    def _add(self, request: Request, sink: _Sink) -> None:
+        try:
+            self.engine.add(request)
+            self._sinks[request.id] = sink
+        except InputError as error:
+            sink.put(error)
+
+    def _take_over(self, command: _Swap) -> None:
+        try:
+            warm_up(command.engine)
+        except Exception as error:
+            command.done.set_exception(error)
+            return
+        self._older.append(self.engine)
+        self.engine = command.engine
+        command.done.set_result(None)
+
+
+def warm_up(engine: Engine) -> None:
+    """Decode a few tokens: what is made at first use is made, and what cannot work fails here."""
+    engine.generate([Request("warm-up", (engine.base.vocab_size - 1,), 4, stop_ids=())])
+
+
+def load_of(engines: list[Engine]) -> Load:
+    """How busy `engines` are together, the newest last. For the thread that drives them."""
+    rows = [row for engine in engines for row in
+            [*engine.scheduler.decoding, *(engine.scheduler.group.rows if engine.scheduler.group else ())]]
+    held = sum(len(row.request.prompt_ids) + len(row.tokens) for row in rows)
+    newest = engines[-1]
+    return Load(sum(engine.running for engine in engines), sum(engine.waiting for engine in engines),
+                held / (newest.max_batch * newest.context_limit))

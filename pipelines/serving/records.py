@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+Speculative = Literal["off", "drafter", "lossy-typical"]
+"""How an answer is decoded: plainly, with exact drafts, or by typical acceptance, which changes answers."""
 
 
 def is_text(value: Any) -> bool:
@@ -18,7 +21,11 @@ def is_text(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Generation:
-    """One answer to be made. Exactly one of `prompt` (templated), `text` (raw), `messages` and `prompt_ids` is given."""
+    """What is to be answered. Exactly one of `prompt` (templated), `text` (raw), `messages` and `prompt_ids` is given.
+
+    `n`: answers to the one prompt, which differ by their noise; `logprobs`: how many likely tokens are told at each
+    position besides the chosen one, None: no probabilities at all.
+    """
 
     id: str
     max_new_tokens: int
@@ -29,12 +36,38 @@ class Generation:
     text: str | None = None
     messages: list[dict[str, Any]] | None = None
     prompt_ids: list[int] | None = None
+    n: int = 1
+    top_p: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logprobs: int | None = None
+    speculative: Speculative = "drafter"
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token with its log probability, and the likeliest in its place as (text, log probability), best first."""
+
+    text: str
+    logprob: float
+    top: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text that one step added to choice `index`. `depths`: of each of its tokens, 1, 2, ... for drafts that stood and 0
+    for the base's own; `tokens`: where probabilities were asked for."""
+
+    index: int
+    text: str
+    depths: tuple[int, ...]
+    tokens: tuple[Token, ...] = ()
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A finished answer. `latency_seconds`: from arrival at the replica to the last token; `drafted`: None when a stop
-    string ended the answer before the engine did."""
+    """A finished answer: choice `index`. `latency_seconds`: from arrival at the replica to the last token; `drafted`,
+    `accepted` and `accepted_lengths` as in `Result`; `tokens`: where probabilities were asked for."""
 
     id: str
     text: str
@@ -45,6 +78,9 @@ class Answer:
     drafted: int | None
     accepted: int
     latency_seconds: float
+    index: int = 0
+    accepted_lengths: tuple[int, ...] = ()
+    tokens: tuple[Token, ...] | None = None
 
     @property
     def tokens_per_step(self) -> float:
@@ -62,7 +98,12 @@ class Refusal:
 
 @dataclass(frozen=True)
 class AppArgs:
-    """A resolved, validated application; `configuration` None decodes plainly. Plain values: Serve ships them as JSON."""
+    """A resolved, validated application; `configuration` None decodes plainly. Plain values: Serve ships them as JSON.
+
+    `version`: of a registered model; `digest`: of the configuration's files, checked again where they are loaded;
+    `max_replicas`: None keeps `replicas`; `api_key_digests`: sha256 in hex of the keys that open the endpoint, none:
+    everybody may ask; `max_body_bytes`: of one request.
+    """
 
     base: dict[str, Any]
     cache: str
@@ -76,3 +117,14 @@ class AppArgs:
     cpus: float = 0.5
     gpus: float = 0.0
     threads: int = 2
+    version: int | None = None
+    digest: str | None = None
+    max_replicas: int | None = None
+    max_prompt_tokens: int | None = None
+    max_body_bytes: int = 2**20
+    api_key_digests: tuple[str, ...] = ()
+
+    @property
+    def room(self) -> int:
+        """Answers that one replica takes at once: those that decode and those that wait for a row."""
+        return self.max_batch + self.max_queued

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from jobs.runner import STAGES, read_config
+from pipelines.config import RunConfig
 from pipelines.serving.records import AppArgs
 from tests.conftest import ROOT
 
@@ -30,13 +32,21 @@ def check_serve(values: dict[str, Any]) -> None:
         AppArgs(**application["args"])
 
 
-def check_entrypoint(text: str) -> None:
+def check_entrypoint(text: str) -> RunConfig:
+    """The command is one that runs here; returns what it would be configured as."""
     found = re.search(r"python -m jobs\.(\w+)(.*)", text)
     assert found and found[1] in STAGES
     words = found[2].split()
     config = words[words.index("--config") + 1] if "--config" in words else None
     overrides = [word for word in words if "=" in word]
-    read_config(found[1], str(ROOT / config) if config else None, overrides)
+    return read_config(found[1], str(ROOT / config) if config else None, overrides)
+
+
+def check_nightly(config: RunConfig) -> None:
+    """Yesterday's file to yesterday's folder, told by the UTC date."""
+    day = config.batch.partition
+    assert day is not None and date.fromisoformat(day) in {datetime.now(UTC).date() - timedelta(days) for days in (1, 2)}
+    assert day in str(config.batch.source) and day in str(config.batch.target)
 
 
 @pytest.mark.parametrize("path", sorted(CLUSTER.glob("*.yaml")), ids=lambda path: path.name)
@@ -68,19 +78,28 @@ def test_ray_jobs(name: str, kind: str) -> None:
     values = load(name)
     assert values["kind"] == kind
     spec = values["spec"] if kind == "RayJob" else values["spec"]["jobTemplate"]
-    check_entrypoint(spec["entrypoint"])
+    config = check_entrypoint(spec["entrypoint"])
     check_cluster(spec["rayClusterSpec"])
     assert spec["shutdownAfterJobFinishes"] is True
     assert isinstance(yaml.safe_load(spec["runtimeEnvYAML"]), dict)
     if kind == "RayCronJob":
-        assert len(values["spec"]["schedule"].split()) == 5
+        assert len(values["spec"]["schedule"].split()) == 5 and values["spec"]["timeZone"] == "Etc/UTC"
+        check_nightly(config)
 
 
-def test_cronjob() -> None:
-    values = load("cronjob.yaml")
-    container = values["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]
-    check_entrypoint(" ".join(container["command"]))
-    assert values["spec"]["concurrencyPolicy"] == "Forbid"
+def test_cron_batch() -> None:
+    values = load("cron_batch.yaml")
+    spec = values["spec"]
+    assert (values["apiVersion"], values["kind"]) == ("batch/v1", "CronJob")
+    assert len(spec["schedule"].split()) == 5 and spec["timeZone"] == "Etc/UTC" and spec["concurrencyPolicy"] == "Forbid"
+    hour = int(spec["schedule"].split()[1])
+    assert hour * 3600 + spec["startingDeadlineSeconds"] < 24 * 3600  # a late start still means the same yesterday
+    job = spec["jobTemplate"]["spec"]
+    assert job["activeDeadlineSeconds"] < 24 * 3600 and job["template"]["spec"]["restartPolicy"] == "Never"
+    command = job["template"]["spec"]["containers"][0]["command"]
+    assert command[:3] == ["ray", "job", "submit"] and any(word.startswith("--address=http://") for word in command)
+    assert not any(word.startswith("--submission-id") for word in command)  # a second try would be refused under the same
+    check_nightly(check_entrypoint(" ".join(command)))
 
 
 def test_runtime_env() -> None:

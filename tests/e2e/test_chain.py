@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from hydra_core.base import Base, load_vocabulary
 from hydra_core.checkpoint import load_checkpoint
 from hydra_core.decoding import Request, naive_generate
-from pipelines.batch_worker import read_batch_rows
+from pipelines.batch_files import read_batch_rows
 from pipelines.bench_plan import read_rows
 from pipelines.contracts import PROMPTS
 from pipelines.parts import read_parts

@@ -7,11 +7,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -21,7 +23,8 @@ from hydra_core.base import Base
 from hydra_core.decoding import DecodingConfiguration, Request, naive_generate, save_configuration
 from hydra_core.errors import InputError
 from pipelines.batch import batch_finished, run_batch
-from pipelines.batch_worker import read_batch_rows
+from pipelines.batch_files import parts, read_batch_rows
+from pipelines.batch_lock import only_run
 from pipelines.config import RunConfig, load_config
 from pipelines.serve import start_app
 from pipelines.tracking import Tracker, register
@@ -62,7 +65,8 @@ def test_rows_errors_and_report(local_ray: None, tiny_base_dir: Path, tiny_base:
             wanted = naive_generate(tiny_base, Request("x", prompt, 12))
             assert tuple(row["token_ids"]) == wanted.token_ids and row["text"] == tiny_base.decode(wanted.token_ids)
             assert row["finish_reason"] == wanted.finish_reason and row["latency_seconds"] > 0
-    errors = [row for part in Path(result.outputs["errors"]).glob("*.parquet") for row in pq.read_table(part).to_pylist()]
+    errors = list(read_batch_errors(Path(result.outputs["errors"]), kind))
+    assert (result.figures["errors_input"], result.figures["errors_refused"]) == (5, 1)
     assert sorted(row["message"].split(":")[0] for row in errors) == [
         "prompt", "row 21", "row 22", "row 26", "row 27", "row 28"]
     assert not serve.status().applications  # nothing is left running
@@ -78,11 +82,12 @@ def test_done_means_the_same_answers(local_ray: None, tiny_base_dir: Path, stora
     assert not batch_finished(make())
     run_batch(make())
     copied = path.rename(storage.parent / "moved.jsonl")
-    for same in ({"batch.concurrency": 2}, {"batch.rows_per_file": 1}, {"batch.max_error_share": 1}, {"serve.port": 0},
+    for same in ({"batch.engine": "embedded"}, {"batch.format": "jsonl"},
+                 {"batch.concurrency": 2}, {"batch.rows_per_file": 1}, {"batch.max_error_share": 1}, {"serve.port": 0},
                  {"base.context_limit": 256}, {}):
         assert batch_finished(make(**{**same, "batch.input": str(copied)})), same
     for other in ({"base.dtype": "bf16"}, {"base.context_limit": 100}, {"base.model": str(save_tiny(storage / "b", seed=1))},
-                  {"batch.temperature": 1.0}, {"batch.limit": 2}, {"batch.format": "jsonl"}):
+                  {"batch.temperature": 1.0}, {"batch.limit": 2}, {"batch.format": "parquet"}):
         config = make(**{"batch.input": str(copied), **other})
         assert not batch_finished(config), other
         with pytest.raises(InputError, match="another run"):
@@ -172,6 +177,108 @@ def test_bad_input(local_ray: None, tiny_base_dir: Path, storage: Path) -> None:
     assert not (storage / "runs" / "default" / "batch").exists()
 
 
+def read_batch_errors(folder: Path, kind: str) -> list[dict[str, object]]:
+    if kind == "parquet":
+        return [row for part in parts(folder, kind) for row in pq.read_table(part).to_pylist()]
+    return [json.loads(line) for part in parts(folder, kind) for line in part.open(encoding="utf-8")]
+
+
+def write_requests(path: Path, count: int) -> Path:
+    def request(i: int) -> dict[str, object]:
+        body = {"model": "hydra-heads", "max_tokens": 9, "temperature": i % 2}
+        if i % 3:
+            return {"custom_id": f"r{i}", "method": "POST", "url": "/v1/completions", "body": {**body, "prompt": f"raw {i}"}}
+        chat = [{"role": "system", "content": "Be short."}, {"role": "user", "content": f"question {i}"}]
+        return {"custom_id": f"r{i}", "method": "POST", "url": "/v1/chat/completions", "body": {**body, "messages": chat}}
+
+    bad = [{"custom_id": "other", "method": "POST", "url": "/v1/completions", "body": {"model": "gpt", "prompt": "x"}},
+           {"custom_id": "no-url", "method": "POST", "url": "/v1/embeddings", "body": {}}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*map(request, range(count)), *bad, request(0)]), encoding="utf-8")
+    return path
+
+
+def test_openai_batch_through_handle_http_and_embedded_engine(local_ray: None, tiny_base_dir: Path, storage: Path) -> None:
+    path = write_requests(storage.parent / "in.jsonl", 9)
+    make: Callable[..., RunConfig] = lambda name, **changes: config_for(  # noqa: E731
+        storage, tiny_base_dir, batch__input=str(path), batch__max_error_share=0.5, batch__output=str(storage / name), **changes)
+    app = start_app(make("x"))
+    try:
+        results = [run_batch(make("handle")), run_batch(make("http", batch__address=app.url))]
+    finally:
+        app.stop()
+    results.append(run_batch(make("embedded", batch__engine="embedded")))
+    texts = []
+    for result in results:
+        lines = read_batch_errors(Path(result.outputs["rows"]), "openai")
+        assert all(set(line) == {"id", "custom_id", "response", "error"} for line in lines)
+        bodies = {str(line["custom_id"]): line["response"]["body"] for line in lines}  # type: ignore[index]
+        texts.append({name: (body["choices"][0].get("text") or body["choices"][0]["message"]["content"],
+                             body["usage"]["completion_tokens"]) for name, body in bodies.items()})
+        assert (result.figures["rows"], result.figures["errors"], result.figures["rows_skipped"]) == (9, 2, 1)
+        assert {line["custom_id"] for line in read_batch_errors(Path(result.outputs["errors"]), "openai")} == {"other", "no-url"}
+        assert result.figures["errors_input"] == result.figures["errors_refused"] == 1 and result.figures["tokens"] > 0
+    assert texts[0] == texts[1] == texts[2] and len(texts[0]) == 9
+
+
+def test_partitions_are_runs_of_their_own(local_ray: None, tiny_base_dir: Path, storage: Path,
+                                          capsys: pytest.CaptureFixture[str]) -> None:
+    for day in ("2026-01-30", "2026-01-31"):
+        write_rows(storage.parent / f"{day}.jsonl", 2 if day.endswith("30") else 3)
+
+    def run(day: str) -> int:
+        config = config_for(storage, tiny_base_dir, batch__engine="embedded", batch__max_new_tokens=4, batch__partition=day,
+                            batch__input=str(storage.parent / "{partition}.jsonl"),
+                            batch__output=str(storage.parent / "out" / "{partition}"))
+        return int(run_batch(config).figures["rows"])
+
+    assert (run("2026-01-30"), run("2026-01-31")) == (2, 3)
+    folder = storage.parent / "out" / "2026-01-31"
+    marker, manifest = (folder / "_SUCCESS").stat(), (folder / "manifest.json").stat()
+    assert marker.st_mtime_ns >= manifest.st_mtime_ns
+    capsys.readouterr()
+    (folder / "_SUCCESS").unlink()  # as if killed just before
+    assert run("2026-01-31") == 3 and (folder / "_SUCCESS").exists()
+    assert f"{folder} is finished already, with 3 rows: nothing to do" in capsys.readouterr().err
+    with pytest.raises(InputError, match="no such file"):
+        run("2026-02-01")
+    with only_run(folder.parent / "2026-01-30", storage):
+        assert run("2026-01-30") == 2  # what is finished needs no lock
+        (folder.parent / "2026-01-30" / "manifest.json").unlink()
+        with pytest.raises(InputError, match=rf"2026-01-30: another run is at it \(process {os.getpid()} "):
+            run("2026-01-30")
+    assert run("2026-01-30") == 2
+
+
+@pytest.mark.parametrize(("engine", "title"), [("serve", "ray::ServeReplica"), ("embedded", "ray::MapWorker")])
+def test_a_killed_replica_or_worker_costs_no_row(local_ray: None, tiny_base_dir: Path, tiny_base: Base, storage: Path,
+                                                 engine: str, title: str) -> None:
+    path = write_rows(storage.parent / "in.jsonl", 60)
+    config = config_for(storage, tiny_base_dir, batch__input=str(path), batch__rows_per_file=4, batch__concurrency=4,
+                        batch__max_new_tokens=60, batch__engine=engine, batch__output=str(storage / "out"))
+    killed = []
+
+    def kill() -> None:
+        deadline = time.monotonic() + 120
+        while not list(storage.glob("out/rows/part-*")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        found = [child for child in psutil.Process().children(recursive=True)
+                 if title in " ".join(child.cmdline()) and "Ingress" not in " ".join(child.cmdline())]
+        for child in found:
+            child.kill()
+        killed.extend(found)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    result = run_batch(config)
+    killer.join()
+    assert killed
+    rows = list(read_batch_rows(Path(result.outputs["rows"]), "jsonl"))
+    assert len(rows) == 60 == len({row["id"] for row in rows}) == result.figures["rows"]
+    for row in rows[:5]:
+        prompt = tuple(tiny_base.encode_prompt(f"question {row['row'] - 1}"))
+        assert tuple(row["token_ids"]) == naive_generate(tiny_base, Request("x", prompt, 60)).token_ids
+
+
 def test_killed_job_goes_on(tiny_base_dir: Path, storage: Path, worker_env: dict[str, str]) -> None:
     path = write_rows(storage.parent / "in.jsonl", 120)
     output = storage.parent / "out"
@@ -181,8 +288,8 @@ def test_killed_job_goes_on(tiny_base_dir: Path, storage: Path, worker_env: dict
     environment = {**os.environ, **worker_env}
     process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list(output.glob("rows/part-*")) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 600
+    while not list(output.glob("rows/part-*")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -193,6 +300,6 @@ def test_killed_job_goes_on(tiny_base_dir: Path, storage: Path, worker_env: dict
     result = json.loads(done.stdout)
     after = {part.name: part.stat().st_mtime_ns for part in output.glob("rows/part-*")}
     assert all(after[name] == stamp for name, stamp in before.items())  # nothing finished was made again
-    rows = list(read_batch_rows(output / "rows", "parquet"))
+    rows = list(read_batch_rows(output / "rows", "jsonl"))
     assert len(rows) == 120 == len({row["id"] for row in rows})
     assert 4 * len(before) <= result["resumed"] < 120

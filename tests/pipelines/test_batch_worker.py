@@ -1,60 +1,87 @@
-"""The writer of `batch` by itself: what it asks for and what it writes."""
+"""Rows in flight: as many as asked for, no row lost when something breaks, nothing held but what is in flight."""
 
 from __future__ import annotations
 
+import threading
+import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-import pyarrow as pa
 import pytest
-from ray import serve
 
-from pipelines.batch import BATCH_INPUT
-from pipelines.batch_worker import BatchSettings, BatchWriter, read_batch_rows
-from pipelines.serving.records import Answer, Generation, Refusal
-
-
-class Handle:
-    """Answers each request with `text`, and the first one of all with a full queue."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.asked: list[Generation] = []
-        self.generate = SimpleNamespace(remote=self._remote)
-
-    def _remote(self, generation: Generation) -> Any:
-        self.asked.append(generation)
-        if len(self.asked) == 1:
-            return SimpleNamespace(result=lambda: Refusal(429, "full"))
-        answer = Answer(generation.id, self.text, (5, 6), "stop", 3, 1, 1, 1, 0.1)
-        return SimpleNamespace(result=lambda: answer)
+from pipelines import batch_worker
+from pipelines.batch_ask import Asking, Patience, Reply
+from pipelines.batch_files import BATCH, Output, read_batch_rows, settle
+from pipelines.batch_rows import BadRow, BatchRow, Reading, ordered
+from pipelines.batch_worker import BatchSettings, BatchWorker
 
 
-def writer(folder: Path, kind: str = "jsonl") -> BatchWriter:
-    return BatchWriter(BatchSettings(str(folder), "app", "plain", kind, 8, 0.0, 0, 2, 2))
+class Echo:
+    """Answers each row with its prompt, and breaks at the row named `fault`."""
+
+    def __init__(self, fault: str | None = None) -> None:
+        self.patience = Patience("echo")
+        self.fault, self.running, self.most = fault, 0, 0
+        self.lock = threading.Lock()
+
+    def ask(self, row: BatchRow) -> Reply:
+        with self.lock:
+            self.running += 1
+            self.most = max(self.most, self.running)
+        if row.id == self.fault:
+            raise RuntimeError("broken")
+        with self.lock:
+            self.running -= 1
+        return Reply(200, columns={"text": row.prompt, "token_ids": [5], "tokens": 1, "finish_reason": "stop", "steps": 0,
+                                   "drafted": 0, "accepted": 0, "tokens_per_step": 0.0, "latency_seconds": 0.1})
 
 
-def block(*ids: str) -> pa.Table:
-    rows = [{"id": row_id, "row": number, "prompt": "x", "messages": None, "prompt_ids": None}
-            for number, row_id in enumerate(ids, start=1)]
-    return pa.Table.from_pylist(rows, schema=BATCH_INPUT)
+def worker(monkeypatch: pytest.MonkeyPatch, folder: Path, asker: Echo, rows_per_file: int = 8) -> BatchWorker:
+    monkeypatch.setattr(batch_worker, "open_asker", lambda _: asker)
+    return BatchWorker(BatchSettings(Output(str(folder), "jsonl", "plain", rows_per_file), Asking("m", 4, 0.0, 0), 3))
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_line_ends_of_every_kind_are_read_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str) -> None:
-    text = "one\u2028two\u2029three\u0085four\rfive\nsix\x0b\x0c\x1c"
-    monkeypatch.setattr(serve, "get_deployment_handle", lambda *_: Handle(text))
-    writer(tmp_path, kind)(block("a", "b", "c"))
-    assert sorted((row["id"], row["text"]) for row in read_batch_rows(tmp_path / "rows", kind)) == [
-        (row_id, text) for row_id in "abc"]
+def test_rows_are_taken_only_as_others_are_answered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asker, taken = Echo(), 0
+
+    def rows() -> Iterator[BatchRow]:
+        nonlocal taken
+        for number in range(50):
+            taken += 1
+            assert taken - work.writer.done <= 6  # 3 asked, and one waiting behind each
+            yield BatchRow(str(number), number, prompt="x")
+
+    work = worker(monkeypatch, tmp_path, asker)
+    work.answer(rows())
+    assert asker.most <= 3 and work.writer.done == 50
+    assert len({row["id"] for row in read_batch_rows(tmp_path / "rows", "jsonl")}) == 50
 
 
-def test_each_attempt_asks_under_an_id_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    handle = Handle("x")
-    monkeypatch.setattr(serve, "get_deployment_handle", lambda *_: handle)
-    writer(tmp_path)(block("a", "b"))
-    writer(tmp_path)(block("a", "b"))  # another job, or this one again: the application may still have the first
-    assert len(handle.asked) == 5  # one of them found the queue full
-    assert len({generation.id for generation in handle.asked}) == 4
-    assert all(generation.id.startswith("batch-") for generation in handle.asked)
+def test_what_was_answered_is_written_when_something_breaks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    work = worker(monkeypatch, tmp_path, Echo(fault="20"))
+    with pytest.raises(RuntimeError, match="broken"):
+        work.answer(BatchRow(str(number), number, prompt="x") for number in range(50))
+    found = settle(tmp_path / "rows", "jsonl", BATCH)
+    assert len(found.ids) == work.writer.done >= 14 and work.asker.patience.over
+
+
+@pytest.mark.slow
+def test_fifty_thousand_rows_of_a_large_file_pass_through_little_memory(monkeypatch: pytest.MonkeyPatch,
+                                                                        tmp_path: Path) -> None:
+    """200 MB of rows; what is held at most is a window, a part and 16 bytes an id."""
+    work = worker(monkeypatch, tmp_path, Echo(), rows_per_file=64)
+    monkeypatch.setattr(work.writer, "_write", lambda *_: [])  # the disk is no part of this
+
+    def refuse(bad: BadRow) -> None:
+        raise AssertionError(bad)
+
+    reading = Reading(refuse)
+    source = (BatchRow(str(number), number, prompt=f"{number:08d}" * 500) for number in range(50_000))
+    tracemalloc.start()
+    try:
+        work.answer(ordered(reading.todo(source, set())))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (reading.rows, work.writer.done) == (50_000, 50_000)
+    assert peak < 40 << 20

@@ -142,8 +142,8 @@ def test_validation_gives_every_rank_as_many_batches(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["hydra", "hydra++"])
-def test_gradients_do_not_depend_on_the_number_of_ranks(tiny_base: Base, folder: Path, kind: str) -> None:
-    """The mean over ranks of what each back-propagates is the whole step's gradient, for either loss."""
+def test_gradients_do_not_depend_on_ranks_and_pieces(tiny_base: Base, folder: Path, kind: str) -> None:
+    """The mean over ranks and pieces of what each back-propagates is the whole step's gradient, for either loss."""
     store = FeatureStore.open(folder, "train")
     heads = HeadsConfig(kind=kind)  # type: ignore[arg-type]
     vocab = DraftVocab.rank(store.response_counts(288), 40, tiny_base.stop_ids)
@@ -153,15 +153,18 @@ def test_gradients_do_not_depend_on_the_number_of_ranks(tiny_base: Base, folder:
     if kind == "hydra":
         assert (counts < valid_counts(store, vocab, HeadsConfig(kind="hydra++"))).any()  # some cannot be drafted
 
-    def gradients(world: int) -> list[torch.Tensor]:
-        totals: list[torch.Tensor] = []
+    def gradients(world: int, accumulate: int) -> list[torch.Tensor]:
+        parts, totals = world * accumulate, [torch.zeros_like(parameter) for parameter in model.parameters()]
         for rank in range(world):
-            batch = StepBatches(RowReader(store), BatchOrder.of(store, 8, 3), counts, Share(rank, world)).batch(2)
-            loss, _ = model(batch.packed, batch.counts / world)
-            found = torch.autograd.grad(loss, list(model.parameters()))
-            totals = [g / world for g in found] if not totals else [t + g / world
-                                                                      for t, g in zip(totals, found, strict=True)]
+            batches = StepBatches(RowReader(store), BatchOrder.of(store, 8, 3), counts, Share(rank, world), accumulate)
+            batch = batches.batch(2)
+            for piece in batch.pieces:
+                loss, _ = model(piece, batch.counts / parts)
+                found = torch.autograd.grad(loss, list(model.parameters()))
+                totals = [total + part / parts for total, part in zip(totals, found, strict=True)]
         return totals
 
-    for one, four in zip(gradients(1), gradients(4), strict=True):
-        torch.testing.assert_close(one, four, rtol=1e-4, atol=1e-6)
+    whole = gradients(1, 1)
+    for world, accumulate in ((4, 1), (1, 4), (2, 2)):
+        for one, parted in zip(whole, gradients(world, accumulate), strict=True):
+            torch.testing.assert_close(one, parted, rtol=1e-4, atol=1e-6)

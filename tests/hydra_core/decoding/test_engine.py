@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -385,3 +386,15 @@ def test_times_and_accepted_lengths_add_up(make_engine: Callable[..., Engine], n
     assert min(times.prefill, times.draft, times.verify, times.accept, times.commit) > 0
     assert (times.predicted > 0) == (name in ("ngram", "adaptive")), "grown trees foretell what a step takes"
     assert engine.times - times == type(times)()
+
+
+@pytest.mark.parametrize("name", ["ngram", "hydra++", "adaptive"])
+def test_rows_without_drafts_beside_rows_with_them(tiny_base: Base, make_engine: Callable[..., Engine], name: str) -> None:
+    requests = [Request(f"r{i}", prompt, 30, temperature=i % 3 / 2, seed=i, speculate=i % 2 == 0)
+                for i, prompt in enumerate(random_prompts(6, seed=1))]
+    for asked in (requests, [replace(request, speculate=False) for request in requests], requests):
+        results = make_engine(name, max_batch=4).generate(asked)
+        same(tiny_base, results, asked)
+        for request, result in zip(asked, results, strict=True):
+            assert request.speculate or (result.drafted, result.steps) == (0, len(result.token_ids) - 1)
+    assert name == "ngram" or any(result.accepted for result in results)

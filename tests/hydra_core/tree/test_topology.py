@@ -86,6 +86,7 @@ def test_batch_sizes_round_up() -> None:
     assert [trees.for_batch(batch) for batch in (1, 2, 4, 5, 16, 99)] == [one, two, two, PLAIN, PLAIN, PLAIN]
     assert (trees.max_nodes, trees.max_depth) == (3, 1)
     assert default_trees().for_batch(64) == PLAIN
+    assert default_trees(2).max_depth == 2 and default_trees(1).for_batch(1) == Tree(((0,), (1,), (2,)))
 
 
 @pytest.mark.parametrize("values", [[], {"x": []}, {"1": [[0, 1]]}, {"1": 5}, {}, {"0": []}])

@@ -12,9 +12,10 @@ from hydra_core.base import Base
 from hydra_core.decoding import DecodingConfiguration, save_configuration
 from hydra_core.errors import InputError
 from pipelines.config import load_config
-from pipelines.serving.deployment import DecodeServer
+from pipelines.serving.heads import heads_of
 from pipelines.serving.identity import configuration_digest, serving_of
 from pipelines.serving.records import AppArgs, Generation, Refusal, is_text
+from pipelines.serving.replica import DecodeServer
 from tests.tiny import save_tiny
 
 
@@ -24,11 +25,18 @@ def args(tiny_base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> AppAr
     return AppArgs(base.model_dump(), str(tmp_path_factory.mktemp("cache")), None, "plain", threads=1)
 
 
+def replica(args: AppArgs) -> DecodeServer:
+    """As Serve makes one."""
+    server = DecodeServer(args)
+    asyncio.run(server.reconfigure(heads_of(args)))
+    return server
+
+
 def test_a_replica_says_what_was_asked_for(args: AppArgs, tiny_base: Base, tmp_path: Path) -> None:
     save_configuration(tmp_path / "ngram", DecodingConfiguration("ngram", "ngram", tiny_base.identity))
     for asked in (args, replace(args, configuration=str(tmp_path / "ngram")),
                   replace(args, base=args.base | {"context_limit": 100})):
-        server = DecodeServer(asked)
+        server = replica(asked)
         assert server.serving == serving_of(asked)
         assert asyncio.run(server.info()).items() >= vars(server.serving).items()
         server.host.close()
@@ -59,7 +67,7 @@ def test_a_configuration_is_its_files_and_not_its_place(tiny_base: Base, tmp_pat
 
 
 def test_half_a_surrogate_pair_is_a_bad_request(args: AppArgs) -> None:
-    server = DecodeServer(args)
+    server = replica(args)
     half = "\ud800"
     for generation, field in ((Generation("a", 4, text=half), "prompt"), (Generation("b", 4, prompt=half), "prompt"),
                               (Generation("c", 4, messages=[{"role": "user", "content": half}]), "messages")):

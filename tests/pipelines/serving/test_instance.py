@@ -12,7 +12,7 @@ from ray import serve
 
 from hydra_core.errors import InputError
 from pipelines.config import RunConfig, load_config
-from pipelines.serve import start_app
+from pipelines.serve import resolve_args, start_app, update_app
 from pipelines.serving.instance import running_instance
 from tests.pipelines.test_serve import free_port
 
@@ -79,6 +79,8 @@ def test_a_free_port_is_told_and_serve_ends_with_its_last_application(local_ray:
     assert urlsplit(app.url).port and httpx.get(f"{app.url}/health").status_code == 200
     app.stop()
     assert running_instance() is None
+    with pytest.raises(InputError, match=r"serve\.update: no application hydra-heads runs on this cluster"):
+        update_app(resolve_args(config_for(storage, tiny_base_dir)))
     app = start_app(config_for(storage, tiny_base_dir))
     serve.run(Neighbour.options(ray_actor_options={"num_cpus": 0.1}).bind(), name="neighbour", route_prefix="/neighbour")
     app.stop()  # the Serve is ours, but somebody has moved in

@@ -1,0 +1,78 @@
+"""One run at a time for each output of `batch`: two would ask for the same rows."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from hydra_core.errors import InputError
+
+
+@contextmanager
+def only_run(folder: Path, storage: Path) -> Iterator[None]:
+    """Hold the lock of `folder` inside the block. Raises InputError, saying who holds it, while another run does.
+
+    It is a lock of the operating system on a file beside the folder: a process that dies, however it dies, gives it up.
+    The file says who took it last and goes with the lock; so do folders above it in `storage` that are empty then.
+    """
+    path = folder.parent / f".{folder.name}.lock"
+    descriptor = _locked(path, folder)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname(),
+                                         "since": datetime.now(UTC).isoformat(timespec="seconds")}).encode())
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+        _remove_empty(path.parent, storage)
+
+
+def _locked(path: Path, folder: Path) -> int:
+    """An open descriptor of the lock file, locked."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:  # another run that ended has just taken its empty folder with it
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = _holder(descriptor)
+            os.close(descriptor)
+            raise InputError(f"batch.output={folder}: another run is at it{holder}: wait for it or stop it") from None
+        if _same_file(descriptor, path):
+            return descriptor
+        os.close(descriptor)  # whoever held it has removed the file meanwhile
+
+
+def _same_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _holder(descriptor: int) -> str:
+    try:
+        told = json.loads(os.pread(descriptor, 4096, 0))
+        return f" (process {told['pid']} on {told['host']}, since {told['since']})"
+    except (ValueError, KeyError, TypeError):  # it has just taken the lock
+        return ""
+
+
+def _remove_empty(folder: Path, storage: Path) -> None:
+    for parent in (folder, *folder.parents):
+        if storage not in parent.parents:
+            return
+        try:
+            parent.rmdir()
+        except OSError:  # it is not empty
+            return

@@ -1,0 +1,11 @@
+"""What every section of the configuration is."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Section(BaseModel):
+    """A frozen group of settings; a name it does not know is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)

@@ -1,0 +1,42 @@
+"""Errors in OpenAI's shape."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipelines.serving.records import Refusal
+
+KINDS = {401: "authentication_error", 429: "rate_limit_error"}
+RETRY_SECONDS = 1
+
+
+class ApiError(Exception):
+    """An error in OpenAI's shape: status code, message, the parameter at fault, extra headers."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None,
+                 headers: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers or {}
+
+    def body(self) -> dict[str, Any]:
+        kind = KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": printable(self.message), "type": kind,
+                          "param": None if self.param is None else printable(self.param), "code": self.code}}
+
+
+def printable(text: str) -> str:
+    """`text` as UTF-8 can hold it, and no longer than a reader wants."""
+    whole = text.encode("utf-8", "replace").decode()
+    return whole if len(whole) <= 500 else whole[:497] + "..."
+
+
+def queue_full(in_flight: int) -> ApiError:
+    return ApiError(429, f"{in_flight} answers are being made already: try again later", code="queue_full",
+                    headers={"Retry-After": str(RETRY_SECONDS)})
+
+
+def refused(refusal: Refusal) -> ApiError:
+    """What a replica refused, as the client is told."""
+    if refusal.status == 429:
+        return ApiError(429, refusal.message, code="queue_full", headers={"Retry-After": str(RETRY_SECONDS)})
+    return ApiError(refusal.status, refusal.message, refusal.message.split(":")[0] or None)

@@ -1,0 +1,64 @@
+"""What an application decodes with, as Serve's `user_config`: it may change while the application runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hydra_core.base import Base
+from hydra_core.decoding import Engine, load_heads
+from hydra_core.errors import InputError
+from pipelines.machine_costs import machine_costs
+from pipelines.serving.identity import configuration_digest
+from pipelines.serving.records import AppArgs
+
+
+@dataclass(frozen=True)
+class Heads:
+    """`configuration`: a folder, None decodes plainly; `version`: of a registered model; `digest`: of the folder's files,
+    None: whatever they are."""
+
+    configuration: str | None
+    label: str
+    version: int | None = None
+    digest: str | None = None
+
+    @staticmethod
+    def of(values: dict[str, Any]) -> Heads:
+        """From a `user_config`. Raises InputError for an unknown or missing field."""
+        known = {field.name for field in dataclasses.fields(Heads)}
+        if unknown := sorted(set(values) - known):
+            raise InputError(f"user_config.{unknown[0]}: unknown field; known are {', '.join(sorted(known))}")
+        try:
+            return Heads(**values)
+        except TypeError as error:
+            raise InputError(f"user_config: {error}") from None
+
+    def check_digest(self) -> str:
+        """The digest of the folder as it is. Raises InputError where that is not the one that was deployed."""
+        found = configuration_digest(self.configuration)
+        if self.digest is not None and found != self.digest:
+            raise InputError(f"{self.configuration}: its files are {found[:12]}, {self.digest[:12]} was deployed: were they "
+                             "changed in place? Promote again")
+        return found
+
+
+def heads_of(args: AppArgs) -> dict[str, Any]:
+    """The `user_config` of an application."""
+    return asdict(Heads(args.configuration, args.label, args.version, args.digest))
+
+
+def without_heads(args: AppArgs) -> AppArgs:
+    """What does not change while an application runs: Serve replaces replicas whose arguments do."""
+    return replace(args, configuration=None, label="", version=None, digest=None)
+
+
+def make_engine(heads: Heads, base: Base, args: AppArgs) -> Engine:
+    """An engine that has not run. Raises InputError for another base, files that changed, and heads that do not load."""
+    heads.check_digest()
+    costs = partial(machine_costs, base, Path(args.cache))
+    drafter, trees = load_heads(heads.configuration, base, costs) if heads.configuration else (None, None)
+    return Engine(base, drafter, trees, max_batch=args.max_batch)

@@ -1,0 +1,50 @@
+"""API keys: read where the application is deployed, carried as digests alone, compared in constant time."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra_core.errors import InputError
+
+VARIABLE = "HYDRA_HEADS_API_KEYS"
+SHORTEST = 16
+"""Characters of a key: digests of shorter ones could be guessed."""
+
+
+def key_digests(path: str | None) -> tuple[str, ...]:
+    """sha256 in hex of the keys in the file `path` and in the environment variable, one a line or between commas there;
+    empty: no keys are asked for.
+
+    Raises InputError, which never shows a key, for a file that cannot be read or that holds none, and for a bad key.
+    """
+    keys = [(VARIABLE, number, key) for number, key in enumerate(_words(os.environ.get(VARIABLE, "")), start=1)]
+    if path is not None:
+        try:
+            lines = Path(path).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError):
+            raise InputError(f"serve.api_keys_file={path}: cannot be read as text") from None
+        found = [(path, row, line.strip()) for row, line in enumerate(lines, start=1)
+                 if line.strip() and not line.lstrip().startswith("#")]
+        if not found:
+            raise InputError(f"serve.api_keys_file={path}: holds no key: write one a line")
+        keys += found
+    for where, row, key in keys:
+        if len(key) < SHORTEST or not key.isascii() or not key.isprintable() or " " in key:
+            raise InputError(f"{where}: key {row}: must be {SHORTEST} or more printable ASCII characters without spaces")
+    return tuple(sorted({hashlib.sha256(key.encode()).hexdigest() for _, _, key in keys}))
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for line in text.splitlines() for word in line.split(",") if word.strip()]
+
+
+def opens(authorization: str | None, digests: Sequence[str]) -> bool:
+    """Whether the header `Bearer KEY` holds one of the keys. Every digest is compared, whichever fits."""
+    scheme, _, key = (authorization or "").partition(" ")
+    given = hashlib.sha256(key.strip().encode("utf-8", "replace")).hexdigest()
+    fits = [hmac.compare_digest(given, digest) for digest in digests]
+    return scheme.lower() == "bearer" and any(fits)

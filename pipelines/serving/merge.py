@@ -1,0 +1,37 @@
+"""Several streams as one, in the order in which things come."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+
+async def merged(sources: Sequence[AsyncIterator[Any]]) -> AsyncIterator[Any]:
+    """Items of all `sources`. An exception of one ends all of them, and so does leaving early."""
+    items: asyncio.Queue[tuple[Any, BaseException | None, bool]] = asyncio.Queue()
+
+    async def drain(source: AsyncIterator[Any]) -> None:
+        try:
+            async for item in source:
+                items.put_nowait((item, None, False))
+            items.put_nowait((None, None, True))
+        except Exception as error:
+            items.put_nowait((None, error, True))
+        finally:
+            await source.aclose()  # type: ignore[attr-defined]
+
+    tasks = [asyncio.create_task(drain(source)) for source in sources]
+    left = len(tasks)
+    try:
+        while left:
+            item, error, ended = await items.get()
+            if error is not None:
+                raise error
+            left -= ended
+            if not ended:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,18 @@
+"""The dashboard shows what is told, and all of it."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from pipelines.serving.metrics import NAMES, series
+from tests.conftest import ROOT
+
+
+def test_every_metric_of_the_dashboard_exists_and_every_metric_is_on_it() -> None:
+    dashboard = json.loads((ROOT / "cluster" / "grafana_dashboard.json").read_text(encoding="utf-8"))
+    asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    named = {name for text in asked for name in re.findall(r"ray_hydra_\w+", text)}
+    assert named and named <= series()
+    assert all(any(f"ray_{name}" in text for text in asked) for name in NAMES)
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
