@@ -145,7 +145,8 @@ struct Decoder : torch::CustomClassHolder {
       added = layer.output(mixed);
       norm<T>(stream, added, layer.mlp_norm, normed, rows, depth);
       std::vector<Tensor> halves = layer.gate_up(normed).chunk(2, -1);
-      added = layer.down(at::silu(halves[0]).mul_(halves[1]));
+      // in float32, rounded once: what goes on to the last matrix decides most of a step's rounding
+      added = layer.down(at::silu(halves[0].to(at::kFloat)).mul_(halves[1]).to(keys.scalar_type()));
     }
     return added;
   }
