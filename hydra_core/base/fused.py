@@ -93,14 +93,14 @@ class FusedDecoder:
         if self.native is not None and ids.numel() <= MOST_TOKENS and not step.fixed:
             added = self.native.run(hidden, cache.keys, cache.values, step.rows[0], step.slots, step.span, cos, sin, mask)
             hidden = hidden + added.view_as(hidden)
-            return F.rms_norm(hidden, (width,), self.final_norm, self.eps).to(kind)
-        for index, layer in enumerate(self.layers):
-            normed = F.rms_norm(hidden, (width,), layer.input_norm, self.eps).to(kind)
-            mixed = cached_attention(layer.qkv(normed), self.heads, cache, index, step, cos, sin, mask, layer.head_norms)
-            hidden = hidden + layer.output(mixed)
-            normed = F.rms_norm(hidden, (width,), layer.mlp_norm, self.eps).to(kind)
-            gate, up = layer.gate_up(normed).chunk(2, dim=-1)
-            hidden = hidden + layer.down(F.silu(gate) * up)
+        else:
+            for index, layer in enumerate(self.layers):
+                normed = F.rms_norm(hidden, (width,), layer.input_norm, self.eps).to(kind)
+                mixed = cached_attention(layer.qkv(normed), self.heads, cache, index, step, cos, sin, mask, layer.head_norms)
+                hidden = hidden + layer.output(mixed)
+                normed = F.rms_norm(hidden, (width,), layer.mlp_norm, self.eps).to(kind)
+                gate, up = layer.gate_up(normed).chunk(2, dim=-1)
+                hidden = hidden + layer.down(F.silu(gate) * up)
         return F.rms_norm(hidden, (width,), self.final_norm, self.eps).to(kind)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Clock:
     """Running totals of one engine."""
 
     def __init__(self) -> None:
-        self.totals = dict.fromkeys((part.name for part in fields(StepTimes)), 0.0)
+        self.totals = asdict(StepTimes())
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -53,5 +53,4 @@ class Clock:
         self.totals["predicted"] += predicted
 
     def read(self) -> StepTimes:
-        return StepTimes(steps=int(self.totals["steps"]), **{
-            name: seconds for name, seconds in self.totals.items() if name != "steps"})
+        return StepTimes(**self.totals)
