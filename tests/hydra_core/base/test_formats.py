@@ -113,9 +113,11 @@ def test_a_lossy_base_is_named_so(tiny_base_dir: Path, tmp_path: Path, caplog: p
     assert float((unquantised - wanted).norm() / wanted.norm()) > 0.03
 
 
-def test_lossy_answers_are_the_naive_loops(tiny_base_dir: Path, tmp_path: Path) -> None:
-    base = load_base(str(tiny_base_dir), dtype=LOSSY, cache=tmp_path)
-    exact = load_base(str(tiny_base_dir), dtype=LOSSY, cache=tmp_path, widen=True)
+def test_lossy_answers_are_the_naive_loops(tmp_path: Path) -> None:
+    # calm: the usual tiny base amplifies rounding until one in sixty answers parts at more than a near-tie on some processors
+    model = str(save_tiny(tmp_path / "calm", hidden_size=128, intermediate_size=256, initializer_range=0.08))
+    base = load_base(model, dtype=LOSSY, cache=tmp_path)
+    exact = load_base(model, dtype=LOSSY, cache=tmp_path, widen=True)
     prompts = [prompt for prompt in random_prompts(24, seed=1) if len(prompt) > MOST_ROWS][:8]
     requests = [Request(str(i), prompt, 24) for i, prompt in enumerate(prompts)]
     for batch in (1, 8):
