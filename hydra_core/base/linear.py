@@ -77,23 +77,18 @@ class FrozenLinear:
         return F.linear(x, self.weight, self.bias)
 
 
-class PackableLinear(nn.Linear):
-    """A trained layer of a drafter that can be packed to decode. Training, loading and moving unpack it, so that no stale
-    copy is ever used."""
+class Packable(nn.Module):
+    """A module that may keep a copy of itself in the layout that decodes fastest. Training, loading and moving drop the
+    copy, so that no stale one is ever used."""
 
-    _packed: FrozenLinear | None = None
+    _packed: Any = None
 
-    def pack(self) -> None:
-        """Make the faster copy, where this machine has one."""
-        weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
-        self._packed = FrozenLinear.for_drafts(weight, bias) if packable(weight) else None
-
-    def train(self, mode: bool = True) -> PackableLinear:
+    def train(self, mode: bool = True) -> Packable:
         self._packed = None
         super().train(mode)
         return self
 
-    def _apply(self, *args: Any, **kwargs: Any) -> PackableLinear:
+    def _apply(self, *args: Any, **kwargs: Any) -> Packable:
         self._packed = None
         super()._apply(*args, **kwargs)
         return self
@@ -102,7 +97,20 @@ class PackableLinear(nn.Linear):
         self._packed = None
         super()._load_from_state_dict(*args, **kwargs)
 
+
+class PackableLinear(Packable, nn.Linear):
+    """A trained layer of a drafter that can be packed to decode."""
+
+    def pack(self) -> None:
+        """Make the faster copy, where this machine has one."""
+        self._packed = self.frozen() if packable(self.weight) else None
+
+    def frozen(self) -> FrozenLinear:
+        """The layer as drafting multiplies by it: perhaps in 4 bits."""
+        return FrozenLinear.for_drafts(self.weight.detach(), None if self.bias is None else self.bias.detach())
+
     def forward(self, x: Tensor) -> Tensor:
         if self._packed is not None and not torch.is_grad_enabled():
-            return self._packed(x)
+            packed: Tensor = self._packed(x)
+            return packed
         return F.linear(x, self.weight, self.bias)

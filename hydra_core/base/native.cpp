@@ -1,7 +1,8 @@
-// One step of the fused decoder without Python between its operations: what PyTorch has as an operator is called as
-// such, what it has not (add and normalise, turn and store, fold and unfold heads) is a loop here.
+// One step of the fused decoder, and one draft head, without Python between their operations: what PyTorch has as an
+// operator is called as such, what it has not (add and normalise, turn and store, fold and unfold heads) is a loop here.
 //
-// Letters: B rows, N nodes a row, M = B * N, D width, H key/value heads, G query heads for each, d head width, S slots.
+// Letters: B rows, N nodes a row, M = B * N, D width, H key/value heads, G query heads for each, d head width, S slots;
+// of a draft head: W paths a row, k its tokens on a path, Vd draft vocabulary.
 
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -9,7 +10,9 @@
 #include <torch/library.h>
 
 #include <cmath>
+#include <limits>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 namespace {
@@ -93,6 +96,10 @@ void turn(const T* head, const T* cos, const T* sin, const T* norm, double eps, 
   }
 }
 
+Linear linear_of(std::vector<Maybe> parts, int64_t packed, int64_t most, int64_t group) {
+  return {*parts.at(0), parts.at(1), parts.at(2), parts.at(3), packed != 0, most, group};
+}
+
 struct Decoder : torch::CustomClassHolder {
   int64_t heads, kv_heads, width;
   double eps, head_eps;
@@ -103,16 +110,11 @@ struct Decoder : torch::CustomClassHolder {
     TORCH_CHECK(width <= 512 && width % 2 == 0, "head width ", width);
   }
 
-  static Linear linear(std::vector<Maybe> parts, int64_t packed, int64_t most, int64_t group) {
-    return {*parts.at(0), parts.at(1), parts.at(2), parts.at(3), packed != 0, most, group};
-  }
-
   // `norms`: of the layer's input, of its MLP's, of query and key heads; each matrix: weight, bias, codes, scales.
   void add(std::vector<Maybe> norms, std::vector<std::vector<Maybe>> matrices, std::vector<int64_t> packed, int64_t most,
            int64_t group) {
-    layers.push_back({*norms.at(0), *norms.at(1), norms.at(2), norms.at(3), linear(matrices.at(0), packed.at(0), most, group),
-                      linear(matrices.at(1), packed.at(1), most, group), linear(matrices.at(2), packed.at(2), most, group),
-                      linear(matrices.at(3), packed.at(3), most, group)});
+    const auto matrix = [&](size_t index) { return linear_of(matrices.at(index), packed.at(index), most, group); };
+    layers.push_back({*norms.at(0), *norms.at(1), norms.at(2), norms.at(3), matrix(0), matrix(1), matrix(2), matrix(3)});
   }
 
   // `stream`: [B, N, D] float32, changed in place; `keys`, `values`: [L, R, S, H, d]; `first`: cache row of the first;
@@ -197,9 +199,120 @@ struct Decoder : torch::CustomClassHolder {
   }
 };
 
+// A block of a draft head. `first` makes parts of D side by side: the residual kind's one, the gated kind's gate and up,
+// and then, where the input is wider than the output, what it is carried on as.
+struct Block {
+  Linear first;
+  std::optional<Linear> down;
+  bool widens;
+};
+
+template <typename T>
+float silu(T x) {
+  const float value = static_cast<float>(x);
+  return value / (1.0f + std::exp(-value));
+}
+
+// A draft head in bfloat16: its blocks, its norm, and the base's vocabulary rows.
+struct Head : torch::CustomClassHolder {
+  std::vector<Block> blocks;
+  Maybe norm;
+  double eps;
+  std::optional<Linear> rows;
+  double scale, softcap;
+
+  // `norm`: [D] float32 that ends the head; `softcap`: 0 for none.
+  Head(Maybe norm, double eps, double scale, double softcap) : norm(norm), eps(eps), scale(scale), softcap(softcap) {}
+
+  // Of one or two matrices: weight, bias, codes, scales each.
+  void add(std::vector<std::vector<Maybe>> matrices, std::vector<int64_t> packed, bool widens, int64_t most, int64_t group) {
+    blocks.push_back({linear_of(matrices.at(0), packed.at(0), most, group), std::nullopt, widens});
+    if (matrices.size() > 1) blocks.back().down = linear_of(matrices.at(1), packed.at(1), most, group);
+  }
+
+  void end(std::vector<Maybe> matrix, int64_t packed, int64_t most, int64_t group) {
+    rows = linear_of(matrix, packed, most, group);
+  }
+
+  // `features`: [B, D]; `path`: [B, W, k, D], or [B, W, 0, D] where the head does not hear it. Logits [B, W, Vd] float32.
+  Tensor logits(Tensor features, Tensor path) const {
+    using T = at::BFloat16;
+    const int64_t batch = path.size(0), paths = path.size(1), width = features.size(1);
+    Tensor x = at::cat({features.unsqueeze(1).expand({batch, paths, width}), path.flatten(2)}, 2).flatten(0, 1);
+    for (const Block& block : blocks) x = block.down ? gated<T>(block, x, width) : residual<T>(block, x, width);
+    if (norm) {
+      Tensor stream = x.to(at::kFloat);
+      add_and_norm<T>(stream.data_ptr<float>(), nullptr, norm->data_ptr<float>(), x.data_ptr<T>(), x.size(0), width, eps);
+    }
+    Tensor made = (*rows)(x).to(at::kFloat);
+    if (scale != 1.0) made.mul_(scale);
+    if (softcap != 0.0) made.div_(softcap).tanh_().mul_(softcap);
+    return made.view({batch, paths, -1});
+  }
+
+  // The `count` likeliest of each path, best first: indices [B, W, count] int64 and their probabilities float32.
+  std::tuple<Tensor, Tensor> likeliest(Tensor features, Tensor path, int64_t count) const {
+    Tensor scores = logits(features, path);
+    const int64_t size = scores.size(2), lines = scores.size(0) * scores.size(1);
+    count = std::min(count, size);
+    Tensor indices = at::empty({scores.size(0), scores.size(1), count}, scores.options().dtype(at::kLong));
+    Tensor best = at::empty({scores.size(0), scores.size(1), count}, scores.options());
+    const float* from = scores.data_ptr<float>();
+    int64_t* index = indices.data_ptr<int64_t>();
+    float* value = best.data_ptr<float>();
+    for (int64_t line = 0; line < lines; ++line, from += size, index += count, value += count) top(from, size, count, index, value);
+    return {indices, best.sub_(scores.logsumexp(-1, true)).exp_()};
+  }
+
+  // Kept in order as they are found: beyond the first few, hardly a value is large enough to be looked at twice.
+  static void top(const float* from, int64_t size, int64_t count, int64_t* index, float* value) {
+    std::fill_n(value, count, -std::numeric_limits<float>::infinity());
+    std::fill_n(index, count, 0);
+    for (int64_t i = 0; i < size; ++i) {
+      if (!(from[i] > value[count - 1])) continue;
+      int64_t place = count - 1;
+      for (; place > 0 && from[i] > value[place - 1]; --place) {
+        value[place] = value[place - 1];
+        index[place] = index[place - 1];
+      }
+      value[place] = from[i];
+      index[place] = i;
+    }
+  }
+
+  template <typename T>
+  static Tensor residual(const Block& block, const Tensor& x, int64_t width) {
+    Tensor made = block.first(x), result = at::empty({x.size(0), width}, x.options());
+    const int64_t step = made.size(1);
+    const T *from = made.data_ptr<T>(), *carried = block.widens ? from + width : x.data_ptr<T>();
+    const int64_t carried_step = block.widens ? step : width;
+    T* target = result.data_ptr<T>();
+    for (int64_t row = 0; row < x.size(0); ++row, from += step, carried += carried_step, target += width)
+      for (int64_t i = 0; i < width; ++i) target[i] = static_cast<T>(static_cast<float>(carried[i]) + silu(from[i]));
+    return result;
+  }
+
+  template <typename T>
+  static Tensor gated(const Block& block, const Tensor& x, int64_t width) {
+    Tensor made = block.first(x), mixed = at::empty({x.size(0), width}, x.options());
+    const int64_t step = made.size(1);
+    const T* from = made.data_ptr<T>();
+    T* target = mixed.data_ptr<T>();
+    for (int64_t row = 0; row < x.size(0); ++row, from += step, target += width)
+      for (int64_t i = 0; i < width; ++i) target[i] = static_cast<T>(silu(from[i]) * static_cast<float>(from[i + width]));
+    return (*block.down)(mixed).add_(block.widens ? made.narrow(1, 2 * width, width) : x);
+  }
+};
+
 }  // namespace
 
 TORCH_LIBRARY(hydra_heads, library) {
+  library.class_<Head>("Head")
+      .def(torch::init<Maybe, double, double, double>())
+      .def("add", &Head::add)
+      .def("end", &Head::end)
+      .def("logits", &Head::logits)
+      .def("likeliest", &Head::likeliest);
   library.class_<Decoder>("Decoder")
       .def(torch::init<int64_t, int64_t, int64_t, double, double>())
       .def("add", &Decoder::add)

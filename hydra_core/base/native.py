@@ -1,4 +1,4 @@
-"""`native.cpp`, compiled once for a machine and kept: decoding steps without Python between their operations.
+"""`native.cpp`, compiled once for a machine and kept: decoding steps and draft heads without Python between their operations.
 
 A step of a small model is some thousand operations of a few microseconds each, and Python takes as long between them. Where
 there is no C++ compiler the same steps run through PyTorch's operators, with one log line.
@@ -51,6 +51,24 @@ def native_decoder(layers: Sequence[LayerWeights], heads: int, kv_heads: int, wi
         matrices = [layer.qkv, layer.output, layer.gate_up, layer.down]
         made.add([layer.input_norm, layer.mlp_norm, norms.query if norms else None, norms.key if norms else None],
                  [_parts(matrix) for matrix in matrices], [int(matrix.packed) for matrix in matrices], MOST_ROWS, GROUP)
+    return made
+
+
+def native_head(blocks: Sequence[Sequence[FrozenLinear]], widens: Sequence[bool], norm: Tensor | None, eps: float,
+                rows: FrozenLinear, scale: float, softcap: float | None) -> Any | None:
+    """A draft head as an object with the C++ `logits` and `likeliest`, or None where it cannot be had: in another dtype than
+    bfloat16, off the CPU, without a compiler.
+
+    `blocks`: the one or two matrices of each, as the source has them; `widens`: whether its input is wider than its output;
+    `norm`: [D] that ends the head; `rows`: the base's vocabulary projection, with its `scale` and `softcap`.
+    """
+    first = blocks[0][0]
+    if first.weight.device.type != "cpu" or first.weight.dtype != torch.bfloat16 or not _load():
+        return None
+    made = torch.classes.hydra_heads.Head(None if norm is None else norm.float().contiguous(), eps, scale, softcap or 0.0)
+    for matrices, widened in zip(blocks, widens, strict=True):
+        made.add([_parts(matrix) for matrix in matrices], [int(matrix.packed) for matrix in matrices], widened, MOST_ROWS, GROUP)
+    made.end(_parts(rows), int(rows.packed), MOST_ROWS, GROUP)
     return made
 
 

@@ -140,7 +140,7 @@ class AdaptiveSession(PlainSession):
         """Candidates of every head, the likeliest nodes of a depth drafted on."""
         self.inputs.catch_up()
         batch = len(positions)
-        features = self.inputs.features[:batch, None]
+        features = self.inputs.features[:batch]
         at = torch.zeros_like(known.tokens)                                     # [B, W] nodes that are drafted on
         chances, path = known.chances, heads.embed(known.tokens)[:, :, None]    # [B, W], [B, W, depth + 1, D]
         first, columns = 1, []
@@ -168,10 +168,11 @@ class AdaptiveSession(PlainSession):
         """Tokens [B, W, width] and the head's probabilities of them; W is 1 where the path makes no difference."""
         if not heads.config.sequential:
             path = path[:, :1]
-        logits = heads.draft_logits(heads.head_hidden(depth, features.expand(-1, path.shape[1], -1), path))
-        if self.shared_noise:
-            where = [position + depth + 1 for position in positions]
-            logits = rank_scores(logits, where, choosers, self.draft_ids)
+        if not self.shared_noise or not any(chooser.request.temperature for chooser in choosers):
+            indices, values = heads.candidates(depth, features, path, WIDTH)
+            return self.draft_ids[indices], values
+        logits = rank_scores(heads.candidate_logits(depth, features, path), [position + depth + 1 for position in positions],
+                             choosers, self.draft_ids)
         best = logits.softmax(-1).topk(min(WIDTH, logits.shape[-1]), dim=-1)
         return self.draft_ids[best.indices], best.values
 

@@ -126,10 +126,11 @@ class HeadSession(PlainSession):
             path = self.drafter.embed(tokens[:, routes])
         else:  # what was drafted makes no difference: one source stands for all
             path = self.inputs.features.new_zeros(batch, 1, depth + 1, 0)
-        features = self.inputs.features[:batch, None].expand(-1, path.shape[1], -1)
-        logits = self.drafter.draft_logits(self.drafter.head_hidden(depth, features, path))
-        where = [position + depth + 1 for position in positions]
-        scores = rank_scores(logits, where, choosers, self.draft_ids) if self.shared_noise else logits
+        features = self.inputs.features[:batch]
+        if not self.shared_noise or not any(chooser.request.temperature for chooser in choosers):
+            return self.draft_ids[self.drafter.candidates(depth, features, path, level.width)[0]]
+        logits = self.drafter.candidate_logits(depth, features, path)
+        scores = rank_scores(logits, [position + depth + 1 for position in positions], choosers, self.draft_ids)
         return self.draft_ids[scores.topk(min(level.width, scores.shape[-1]), dim=-1).indices]
 
     def move(self, source: int, target: int) -> None:

@@ -5,12 +5,15 @@ Letters: B rows, T positions, K heads, D width, Vd draft vocabulary. Head i at p
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hydra_core.base.linear import PackableLinear
-from hydra_core.base.vocabulary import BaseVocabulary
+from hydra_core.base.linear import FrozenLinear, Packable, PackableLinear, packable
+from hydra_core.base.native import native_head
+from hydra_core.base.vocabulary import BaseVocabulary, VocabHead
 from hydra_core.drafters.config import HeadsConfig
 from hydra_core.drafters.vocab import DraftVocab
 
@@ -33,6 +36,10 @@ class ResBlock(nn.Module):
         carried = x if self.skip is None else self.skip(x)
         return carried + F.silu(self.inner(x))
 
+    def frozen(self) -> list[FrozenLinear]:
+        """Its one matrix, what is carried made beside what is added."""
+        return [_side_by_side(self.inner, self.skip)]
+
 
 class GatedBlock(nn.Module):
     """x + W3 (SiLU(W1 x) * (W2 x)), the MLP of a Llama layer in the head's own width (SwiGLU, arXiv 2002.05202).
@@ -54,16 +61,29 @@ class GatedBlock(nn.Module):
         mixed: Tensor = self.down(F.silu(gate) * up)
         return carried + mixed
 
+    def frozen(self) -> list[FrozenLinear]:
+        """Its two matrices, what is carried made beside gate and up."""
+        return [_side_by_side(self.gate_up, self.skip), self.down.frozen()]
 
-class MlpHead(nn.Module):
+
+def _side_by_side(layer: PackableLinear, skip: PackableLinear | None) -> FrozenLinear:
+    """Two layers of the same input as one; only the first may have a bias."""
+    if skip is None:
+        return layer.frozen()
+    weight = torch.cat((layer.weight, skip.weight)).detach()
+    bias = None if layer.bias is None else F.pad(layer.bias.detach(), (0, len(skip.weight)))
+    return FrozenLinear.for_drafts(weight, bias)
+
+
+class MlpHead(Packable):
     """`num_blocks` blocks of their own (none shared), then, if wanted, an RMSNorm that starts as the base's final norm."""
 
     def __init__(self, width_in: int, vocabulary: BaseVocabulary, config: HeadsConfig) -> None:
         super().__init__()
-        width = vocabulary.width
+        width, self.eps = vocabulary.width, vocabulary.norm_eps
         block = GatedBlock if config.mlp == "gated" else ResBlock
         self.blocks = nn.ModuleList(block(width_in if i == 0 else width, width) for i in range(config.num_blocks))
-        self.norm = nn.RMSNorm(width, eps=vocabulary.norm_eps) if config.final_norm else nn.Identity()
+        self.norm = nn.RMSNorm(width, eps=self.eps) if config.final_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
         if isinstance(self.norm, nn.RMSNorm):
             with torch.no_grad():
@@ -82,6 +102,23 @@ class MlpHead(nn.Module):
             x = block(self.dropout(x))
         ended: Tensor = self.norm(x)
         return ended
+
+    def pack(self, rows: VocabHead) -> None:
+        """Compile it with the vocabulary rows it ends in, or else pack its layers one by one, where either can be had here."""
+        if packable(self.weight) and rows.packed is not None:
+            blocks = [block for block in self.blocks if isinstance(block, ResBlock | GatedBlock)]
+            norm = self.norm.weight.detach() if isinstance(self.norm, nn.RMSNorm) else None
+            self._packed = native_head([block.frozen() for block in blocks], [block.skip is not None for block in blocks], norm,
+                                       self.eps, rows.packed, rows.scale, rows.softcap)
+        if self._packed is None:
+            for module in self.modules():
+                if isinstance(module, PackableLinear):
+                    module.pack()
+
+    @property
+    def compiled(self) -> Any | None:
+        """The object that `native_head` makes, while nothing is differentiated."""
+        return None if torch.is_grad_enabled() else self._packed
 
 
 class HeadDrafter(nn.Module):
@@ -113,9 +150,9 @@ class HeadDrafter(nn.Module):
     def pack(self) -> None:
         """Lay the weights out for decoding, where this machine has a faster layout; going on training undoes it."""
         self.rows = self.rows.for_drafting()
-        for module in self.modules():
-            if isinstance(module, PackableLinear):
-                module.pack()
+        for head in self.heads:
+            assert isinstance(head, MlpHead)
+            head.pack(self.rows)
 
     def head_width(self, i: int) -> int:
         """Width of what head `i` reads."""
@@ -147,3 +184,31 @@ class HeadDrafter(nn.Module):
     def draft_logits(self, hidden: Tensor) -> Tensor:
         """Logits over the draft vocabulary [..., Vd] float32 from a head's output [..., D]."""
         return self.rows(hidden)
+
+    def candidate_logits(self, i: int, features: Tensor, path: Tensor) -> Tensor:
+        """While decoding: logits [B, W, Vd] float32 of head `i` after W paths a row.
+
+        `features`: [B, D]; `path`: [B, W, i + 1, D], `embed` of each path's tokens.
+        """
+        head = self.heads[i]
+        assert isinstance(head, MlpHead)
+        if head.compiled is not None:
+            logits: Tensor = head.compiled.logits(features, self._heard(path))
+            return logits
+        return self.draft_logits(self.head_hidden(i, features[:, None].expand(-1, path.shape[1], -1), path))
+
+    def candidates(self, i: int, features: Tensor, path: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The `count` likeliest of those, or all there are, best first: indices [B, W, count] int64 into the draft vocabulary
+        and probabilities float32."""
+        head = self.heads[i]
+        assert isinstance(head, MlpHead)
+        if head.compiled is not None:
+            indices, values = head.compiled.likeliest(features, self._heard(path), count)
+            return indices, values
+        logits = self.candidate_logits(i, features, path)
+        best = logits.softmax(-1).topk(min(count, logits.shape[-1]), dim=-1)
+        return best.indices, best.values
+
+    def _heard(self, path: Tensor) -> Tensor:
+        """What of a path goes into a head: nothing where it reads the hidden state alone."""
+        return path if self.config.sequential else path[:, :, :0]

@@ -20,3 +20,7 @@ class HydraPlusPlus(Hydra):
 
     def features(self, hidden: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         return self.prefix(super().features(hidden, positions, mask), positions, mask)
+
+    def pack(self) -> None:
+        super().pack()
+        self.prefix.pack()

@@ -9,11 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hydra_core.base.attention import Rotary, cached_attention, grouped_attention, grouped_mask, rotate
+from hydra_core.base.fused import LayerWeights
 from hydra_core.base.kv_cache import KVCache, Step
-from hydra_core.base.linear import PackableLinear
+from hydra_core.base.linear import Packable, PackableLinear, packable
+from hydra_core.base.native import MOST_TOKENS, native_decoder
 
 
-class PrefixLayer(nn.Module):
+class PrefixLayer(Packable):
     """A Llama decoder layer in the base's own shape, then an RMSNorm.
 
     The projections back into the stream start at zero, so that the layer starts as the normalised hidden state and
@@ -27,7 +29,7 @@ class PrefixLayer(nn.Module):
         self.kv_heads = getattr(config, "num_key_value_heads", None) or self.query_heads
         self.head_width = getattr(config, "head_dim", None) or width // self.query_heads
         inner = getattr(config, "intermediate_size", None) or 4 * width
-        eps = getattr(config, "rms_norm_eps", 1e-5)
+        self.eps = eps = getattr(config, "rms_norm_eps", 1e-5)
         self.input_norm = nn.RMSNorm(width, eps=eps)
         self.qkv = PackableLinear(width, (self.query_heads + 2 * self.kv_heads) * self.head_width, bias=False)
         self.output = PackableLinear(self.query_heads * self.head_width, width, bias=False)
@@ -60,11 +62,27 @@ class PrefixLayer(nn.Module):
         mixed = grouped_attention(turned[:, :, :self.query_heads], keys, values, folded, self.head_width ** -0.5)
         return self._finish(hidden, mixed)
 
+    def pack(self) -> None:
+        """Lay the weights out for decoding and compile the step, where either can be had here."""
+        if not packable(self.qkv.weight):
+            return
+        matrices = [self.qkv, self.output, self.gate_up, self.down]
+        for matrix in matrices:
+            matrix.pack()
+        qkv, output, gate_up, down = [matrix._packed for matrix in matrices]
+        layer = LayerWeights(self.input_norm.weight.detach().float(), qkv, None, output, self.mlp_norm.weight.detach().float(),
+                             gate_up, down)
+        self._packed = native_decoder([layer], self.query_heads, self.kv_heads, self.head_width, self.eps)
+
     def step(self, hidden: Tensor, cache: KVCache, step: Step) -> Tensor:
         """While decoding: [B, N, D] newly committed hidden states on top of the cache; writes their keys and values."""
-        qkv = self.qkv(self.input_norm(hidden))
-        cos, sin = self._rotary_like(qkv).at(step.positions, step.span)
+        cos, sin = self._rotary_like(hidden).at(step.positions, step.span)
         mask = grouped_mask(step.mask, self.query_heads // self.kv_heads)
+        if self._packed is not None and hidden.shape[0] * hidden.shape[1] <= MOST_TOKENS:
+            stream = hidden.float()
+            added = self._packed.run(stream, cache.keys, cache.values, step.rows[0], step.slots, step.span, cos, sin, mask)
+            return self.norm((stream + added.view_as(stream)).to(hidden.dtype))
+        qkv = self.qkv(self.input_norm(hidden))
         return self._finish(hidden, cached_attention(qkv, self.query_heads, cache, 0, step, cos, sin, mask))
 
     def _finish(self, hidden: Tensor, mixed: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hydra_core.base import Base
+from hydra_core.base import Base, load_base, native
 from hydra_core.base.linear import packable
 from hydra_core.checkpoint import load_checkpoint, save_checkpoint
 from hydra_core.decoding import Engine, Request, naive_generate
-from hydra_core.drafters import AdaptiveDrafter, Drafter, HeadsConfig, NgramDrafter
+from hydra_core.drafters import AdaptiveDrafter, Drafter, HeadDrafter, HeadsConfig, NgramDrafter
+from hydra_core.drafters import heads as heads_module
 from hydra_core.tree import Tree, TreeSet
+from hydra_core.tree.topology import chain
 from tests.trained import overfit_heads, random_heads, random_prompts
 
 TREES = TreeSet({1: Tree(((0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)))})
@@ -98,6 +101,85 @@ def test_packed_weights_draft_alike(tiny_base: Base, name: str) -> None:
         heads.pack()
         packed = heads.head_hidden(1, features, path)
     assert float((packed - plain).norm() / plain.norm()) < 0.01
+
+
+@pytest.fixture(scope="module")
+def bf16_base(tiny_base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Base:
+    base = load_base(str(tiny_base_dir), dtype="bf16", cache=tmp_path_factory.mktemp("cache"))
+    if not packable(base.vocabulary.embedding) or not native._load():
+        pytest.skip("this machine packs or compiles nothing")
+    return base
+
+
+def noisy(base: Base, kind: str, **fields: object) -> HeadDrafter:
+    heads = random_heads(base, kind, **fields)  # type: ignore[arg-type]
+    torch.manual_seed(3)
+    for parameter in heads.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return heads.to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("ends", [(1.0, None), (0.5, 3.0)])
+@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_compiled_heads_draft_as_written(bf16_base: Base, kind: str, name: str, ends: tuple[float, float | None],
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same logits but for rounding, whatever a head is made of; and of its own logits the very best, in order."""
+    monkeypatch.setattr(heads_module, "native_head", lambda *given: None)
+    plain, compiled = (noisy(bf16_base, kind, draft_vocab_size=64, **FIELDS[name]) for _ in range(2))
+    for heads in (plain, compiled):
+        heads.rows = replace(heads.rows, scale=ends[0], softcap=ends[1])
+    plain.pack()
+    monkeypatch.undo()
+    compiled.pack()
+    assert plain.heads[0].compiled is None and compiled.heads[0].compiled is not None
+    width = bf16_base.vocabulary.width
+    for head, paths, batch in ((0, 1, 1), (1, 4, 2), (2, 3, 5)):
+        features, tokens = torch.randn(batch, width).bfloat16(), torch.randint(3, 200, (batch, paths, head + 1))
+        path = plain.embed(tokens)
+        ours, wanted = (heads.candidate_logits(head, features, path) for heads in (compiled, plain))
+        assert ours.shape == wanted.shape == (batch, paths, 64) and ours.dtype == torch.float32
+        assert float((ours - wanted).norm() / wanted.norm()) < 0.02
+        for count in (1, 6, 64, 100):
+            indices, chances = compiled.candidates(head, features, path, count)
+            best = ours.softmax(-1).topk(min(count, 64), dim=-1)
+            torch.testing.assert_close(chances, best.values)
+            torch.testing.assert_close(ours.softmax(-1).gather(2, indices), best.values)
+            assert indices.sort(-1).values.diff(dim=-1).gt(0).all(), "no token twice"
+
+
+@torch.no_grad()
+def test_compiled_heads_are_dropped_with_their_weights(bf16_base: Base) -> None:
+    heads = noisy(bf16_base, "hydra++")
+    features, path = torch.randn(1, bf16_base.vocabulary.width).bfloat16(), heads.embed(torch.tensor([[[5]]]))
+    heads.pack()
+    before = heads.candidate_logits(0, features, path)
+    heads.load_state_dict({name: tensor * 1.5 for name, tensor in heads.state_dict().items()})
+    assert heads.heads[0].compiled is None and heads.prefix._packed is None
+    heads.pack()
+    assert not torch.equal(heads.candidate_logits(0, features, path), before)
+    assert heads.train().heads[0].compiled is None and heads.prefix._packed is None
+
+
+@torch.no_grad()
+def test_a_compiled_prefix_layer_reads_as_written(bf16_base: Base) -> None:
+    """Ragged rows, in pieces: the same features and the same keys and values but for rounding."""
+    layers = [noisy(bf16_base, "hydra++").prefix for _ in range(2)]
+    for layer in layers:
+        layer.pack()
+    assert layers[1]._packed is not None
+    layers[1]._packed = None
+    caches = [layer.allocate(3, 40) for layer in layers]
+    for count in (7, 1, 3):
+        hidden = torch.randn(3, count, bf16_base.vocabulary.width).bfloat16()
+        ours, wanted = (layer.step(hidden, cache, cache.plan((0, 3), chain(count)))
+                        for layer, cache in zip(layers, caches, strict=True))
+        assert float((ours - wanted).float().norm() / wanted.float().norm()) < 0.02
+        for cache in caches:
+            cache.lengths += torch.tensor([count, count, 1])
+    torch.testing.assert_close(caches[0].keys[:, :, :5], caches[1].keys[:, :, :5], atol=0.03, rtol=0.03)
+    torch.testing.assert_close(caches[0].values[:, :, :5], caches[1].values[:, :, :5], atol=0.03, rtol=0.03)
 
 
 @pytest.mark.parametrize("name", FIELDS)
