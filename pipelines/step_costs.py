@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 
 from hydra_core.base import Base
-from hydra_core.base.graphs import step_forward
+from hydra_core.base.graphs import recorder_for, step_forward
 from hydra_core.decoding.accept import accept
 from hydra_core.decoding.adaptive import MOST_NODES, AdaptiveSession
 from hydra_core.decoding.choose import Chooser, likeliest
@@ -85,7 +85,7 @@ def draft_seconds(base: Base, heads: HeadDrafter, trees: Mapping[int, Tree] | No
     """
     def job(batch: int, depth: int) -> Job:
         session = _growing(base, heads, batch, depth, context) if trees is None else HeadSession(
-            heads, TreeSet({1: trees[depth]}), batch, context + MOST_NODES)
+            heads, TreeSet({1: trees[depth]}), batch, context + MOST_NODES, recorder=recorder_for(base.device))
         inputs = session.inputs if depth else None
         roots = torch.full((batch,), 5, dtype=torch.int64, device=base.device)
         positions, counts = [context] * batch, torch.full_like(roots, depth + 1)

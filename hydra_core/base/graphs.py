@@ -146,6 +146,11 @@ class CudaRecorder:
         return replay
 
 
+def recorder_for(device: torch.device, graphs: bool | None = None) -> Recorder | None:
+    """What records steps on `device`, or None where none are to be: off CUDA, or when `graphs` is False."""
+    return CudaRecorder(device) if device.type == "cuda" and graphs is not False else None
+
+
 def step_forward(base: Base, cache: KVCache, nodes: int, graphs: bool | None = None) -> StepForward:
     """The forward of decoding steps over `cache`, of up to `nodes` nodes a row: recorded, or as it is written.
 

@@ -65,7 +65,7 @@ class Engine:
         check_memory(base, drafter, max_batch, slots, spare)
         self.cache = base.allocate(max_batch, slots)
         self.forward = step_forward(base, self.cache, spare, graphs)
-        self.session = open_session(drafter, trees, max_batch, slots, shared_noise, base.device)
+        self.session = open_session(drafter, trees, max_batch, slots, shared_noise, base.device, graphs)
         self.roots = torch.zeros(max_batch, dtype=torch.int64, device=base.device)
         self.scheduler = Scheduler(max_batch, self.context_limit, base.branching)
         self.choosers: dict[str, Chooser] = {}  # by request id, for the rows that run

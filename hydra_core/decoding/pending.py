@@ -18,17 +18,19 @@ ROOM = 64
 class HeadFeatures:
     """What heads read at each row's last committed position: `features` [R, D], up to date after `catch_up`.
 
-    The prefix layer's cache always covers a row's committed tokens but those that wait here.
+    The prefix layer's cache always covers a row's committed tokens but those that wait here. `recorded`: only rows that
+    decode may wait, from the first on; see `RecordedDrafts`.
     """
 
-    def __init__(self, drafter: HeadDrafter, rows: int, slots: int) -> None:
+    def __init__(self, drafter: HeadDrafter, rows: int, slots: int, recorded: bool = False) -> None:
         weight = drafter.weight
         self.features = torch.zeros(rows, weight.shape[0], dtype=weight.dtype, device=weight.device)
         self.prefix = drafter.prefix if isinstance(drafter, HydraPlusPlus) else None
         self.cache: KVCache | None = self.prefix.allocate(rows, slots + ROOM) if self.prefix else None
         self.waiting = torch.zeros(rows, ROOM if self.prefix else 0, weight.shape[0], dtype=weight.dtype, device=weight.device)
         self.counts = torch.zeros(rows, dtype=torch.int64, device=weight.device)
-        self._most = 0  # an upper bound of counts, known without asking the device
+        self.most = 0  # an upper bound of counts, known without asking the device
+        self.recorded = recorded
 
     def clear(self, row: int) -> None:
         """Another text begins in `row`."""
@@ -42,11 +44,11 @@ class HeadFeatures:
         width = hidden.shape[1]
         if self.prefix is None:
             self._keep_last(rows, hidden, counts)
-        elif self._most + width <= ROOM:
+        elif self.most + width <= ROOM and not (self.recorded and rows[0]):
             index = self.counts[rows[0]:rows[1], None] + torch.arange(width, device=hidden.device)
             self.waiting[rows[0]:rows[1]].scatter_(1, index[..., None].expand_as(hidden), hidden)
             self.counts[rows[0]:rows[1]] += counts
-            self._most += width
+            self.most += width
         else:
             self.catch_up()
             for start in range(0, width, PREFILL_CHUNK):
@@ -55,18 +57,27 @@ class HeadFeatures:
 
     def catch_up(self) -> None:
         """Read what waits, of all rows in one call."""
-        if self._most == 0 or self.prefix is None:
+        if self.most == 0 or self.prefix is None:
             return
         longest = int(self.counts.max())
         if longest:
             rows = int(self.counts.nonzero().max()) + 1
             self._read((0, rows), self.waiting[:rows, :longest], self.counts[:rows].clone())
             self.counts.zero_()
-        self._most = 0
+        self.most = 0
 
-    def _read(self, rows: tuple[int, int], hidden: Tensor, counts: Tensor) -> None:
+    def read_waiting(self, rows: int, width: int, span: int) -> None:
+        """Read `width` tokens, of which some may wait, of the first `rows` rows: what is read is known to the device alone.
+
+        `span`: slots that attention reads, as `KVCache.plan` takes it.
+        """
+        counts = self.counts[:rows]
+        self._read((0, rows), self.waiting[:rows, :width], counts, span)
+        counts.zero_()
+
+    def _read(self, rows: tuple[int, int], hidden: Tensor, counts: Tensor, span: int | None = None) -> None:
         assert self.prefix is not None and self.cache is not None
-        step = self.cache.plan(rows, chain(hidden.shape[1]))
+        step = self.cache.plan(rows, chain(hidden.shape[1]), span)
         hidden = self.prefix.step(hidden, self.cache, step)
         self.cache.lengths[rows[0]:rows[1]] += counts
         self._keep_last(rows, hidden, counts)

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from hydra_core.base.graphs import NODES, ROWS, SPANS, Recorder, Run, rounded
 from hydra_core.decoding.accept import Accepted
 from hydra_core.decoding.choose import Chooser, rank_scores
 from hydra_core.decoding.pending import HeadFeatures
@@ -82,15 +83,42 @@ class PlainSession:
         """Nothing to copy."""
 
 
-class HeadSession(PlainSession):
-    """Trained heads and a tree that is fixed for each batch size."""
+@dataclass(frozen=True)
+class DeviceLevel:
+    """A level of a fixed tree where it is drafted: `nodes`; for each of its n nodes `source_of` and `ranks` [n] int64; `routes`:
+    [sources, depth] int64, the nodes from the root to each source; `width`: candidates needed from each source."""
 
-    def __init__(self, drafter: HeadDrafter, trees: TreeSet, rows: int, slots: int, shared_noise: bool = True) -> None:
+    nodes: slice
+    source_of: Tensor
+    ranks: Tensor
+    routes: Tensor
+    width: int
+
+    @classmethod
+    def all_of(cls, tree: Tree, sequential: bool, device: torch.device) -> tuple[DeviceLevel, ...]:
+        """`sequential`: candidates depend on the path to their source; else the first source stands for all."""
+        return tuple(cls(
+            slice(level.nodes.start, level.nodes.stop),
+            (level.source_of if sequential else torch.zeros_like(level.source_of)).to(device), level.ranks.to(device),
+            tree.topology.routes[list(level.sources), :depth].to(device), level.width)
+            for depth, level in enumerate(tree.levels, start=1))
+
+
+class HeadSession(PlainSession):
+    """Trained heads and a tree that is fixed for each batch size.
+
+    `recorder`: where greedy rows are drafted for by recorded steps, see `RecordedDrafts`.
+    """
+
+    def __init__(self, drafter: HeadDrafter, trees: TreeSet, rows: int, slots: int, shared_noise: bool = True,
+                 recorder: Recorder | None = None) -> None:
         self.drafter, self.trees, self.shared_noise = drafter, trees, shared_noise
         drafter.pack()
-        self.inputs = HeadFeatures(drafter, rows, slots)
+        self.inputs = HeadFeatures(drafter, rows, slots, recorded=recorder is not None)
         self.draft_ids = drafter.draft_vocab.ids.to(drafter.weight.device)
         self.max_nodes = trees.max_nodes
+        self.recorded = None if recorder is None else RecordedDrafts(self, rows, recorder)
+        self._levels: dict[Tree, tuple[DeviceLevel, ...]] = {}
 
     @property
     def features(self) -> Tensor:
@@ -106,31 +134,40 @@ class HeadSession(PlainSession):
 
     def propose(self, roots: Tensor, positions: Sequence[int], choosers: Sequence[Chooser]) -> Proposal:
         tree = self.trees.for_batch(len(roots))
+        noisy = self.shared_noise and any(chooser.request.temperature for chooser in choosers)
+        if tree.levels and self.recorded is not None and not noisy:
+            return Proposal(self.recorded(tree, roots, max(positions)), tree.topology.forest)
         if tree.levels:
             self.inputs.catch_up()
         tokens = roots.new_full((len(roots), tree.size), -1)
         tokens[:, 0] = roots
-        for depth, level in enumerate(tree.levels):
-            ranked = self._ranked(tree, depth, tokens, positions, choosers)
-            source_of = level.source_of if self.drafter.config.sequential else torch.zeros_like(level.source_of)
-            tokens[:, level.nodes.start:level.nodes.stop] = ranked[:, source_of, level.ranks]
+        self.fill(tree, tokens, positions, choosers if noisy else ())
         return Proposal(tokens, tree.topology.forest)
 
-    def _ranked(self, tree: Tree, depth: int, tokens: Tensor, positions: Sequence[int],
-                choosers: Sequence[Chooser]) -> Tensor:
+    def fill(self, tree: Tree, tokens: Tensor, positions: Sequence[int], noisy: Sequence[Chooser]) -> None:
+        """Candidates for all nodes but the root, into `tokens` [B, N]; `noisy`: how rows choose whose noise counts, or none."""
+        for depth, level in enumerate(self._on_device(tree)):
+            ranked = self._ranked(level, depth, tokens, positions, noisy)
+            tokens[:, level.nodes] = ranked[:, level.source_of, level.ranks]
+
+    def _on_device(self, tree: Tree) -> tuple[DeviceLevel, ...]:
+        if tree not in self._levels:
+            self._levels[tree] = DeviceLevel.all_of(tree, self.drafter.config.sequential, self.draft_ids.device)
+        return self._levels[tree]
+
+    def _ranked(self, level: DeviceLevel, depth: int, tokens: Tensor, positions: Sequence[int],
+                noisy: Sequence[Chooser]) -> Tensor:
         """Candidate tokens [B, sources, width] below the nodes of `depth` that have children, best first."""
-        level = tree.levels[depth]
         batch = len(tokens)
         if self.drafter.config.sequential:
-            routes = tree.topology.routes[list(level.sources), :depth + 1]      # [sources, depth + 1]
-            path = self.drafter.embed(tokens[:, routes])
+            path = self.drafter.embed(tokens[:, level.routes])
         else:  # what was drafted makes no difference: one source stands for all
             path = self.inputs.features.new_zeros(batch, 1, depth + 1, 0)
         features = self.inputs.features[:batch]
-        if not self.shared_noise or not any(chooser.request.temperature for chooser in choosers):
+        if not noisy:
             return self.draft_ids[self.drafter.candidates(depth, features, path, level.width)[0]]
         logits = self.drafter.candidate_logits(depth, features, path)
-        scores = rank_scores(logits, [position + depth + 1 for position in positions], choosers, self.draft_ids)
+        scores = rank_scores(logits, [position + depth + 1 for position in positions], noisy, self.draft_ids)
         return self.draft_ids[scores.topk(min(level.width, scores.shape[-1]), dim=-1).indices]
 
     def move(self, source: int, target: int) -> None:
@@ -138,3 +175,48 @@ class HeadSession(PlainSession):
 
     def copy_beginning(self, source: int, target: int, count: int) -> None:
         self.inputs.copy_beginning(source, target, count)
+
+
+class RecordedDrafts:
+    """Drafting for greedy rows as one recorded step: what waits is read and the tree filled, with nothing asked of the
+    device between; see `hydra_core.base.graphs`, whose rounding holds here too.
+
+    A row beyond the decoding ones has nothing waiting, or is nobody's: what is written past its end is never looked at.
+    """
+
+    def __init__(self, session: HeadSession, rows: int, recorder: Recorder) -> None:
+        self.session, self.rows, self.recorder = session, rows, recorder
+        self.roots = torch.zeros(rows, dtype=torch.int64, device=session.draft_ids.device)
+        self.recorded: dict[tuple[int, Tree, int, int], Run] = {}
+        self._tables: list[tuple[Tensor, ...]] = []
+
+    @torch.inference_mode()
+    def __call__(self, tree: Tree, roots: Tensor, longest: int) -> Tensor:
+        """Tokens [B, N] of `tree` below `roots` [B]; they last until the next call. `longest`: committed tokens of the longest
+        row."""
+        inputs, batch = self.session.inputs, len(roots)
+        rows = rounded(batch, ROWS, self.rows)
+        width = rounded(inputs.most, NODES, inputs.waiting.shape[1]) if inputs.most else 0
+        span = rounded(longest + width, SPANS, inputs.cache.slots) if inputs.cache is not None and width else 0
+        self.roots[:batch] = roots
+        run = self.recorded.get((rows, tree, width, span))
+        if run is None:
+            run = self.recorded[rows, tree, width, span] = self._record(rows, tree, width, span)
+        inputs.most = 0
+        return run()[:batch]
+
+    def _record(self, rows: int, tree: Tree, width: int, span: int) -> Run:
+        session, inputs = self.session, self.session.inputs
+
+        def draft() -> Tensor:
+            if width:
+                inputs.read_waiting(rows, width, span)
+            tokens = self.roots.new_full((rows, tree.size), -1)
+            tokens[:, 0] = self.roots[:rows]
+            session.fill(tree, tokens, (), ())
+            return tokens
+
+        run = self.recorder(draft)
+        if inputs.prefix is not None:
+            self._tables.append(inputs.prefix.tables)  # a longer cache replaces them, and this recording goes on reading these
+        return run

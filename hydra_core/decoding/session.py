@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from hydra_core.base.graphs import recorder_for
 from hydra_core.decoding.adaptive import AdaptiveSession, most_nodes
 from hydra_core.decoding.propose import HeadSession, PlainSession, Session
 from hydra_core.drafters import AdaptiveDrafter, Drafter, HeadDrafter, NgramDrafter
@@ -11,12 +12,12 @@ from hydra_core.tree.topology import TreeSet
 
 
 def open_session(drafter: Drafter | None, trees: TreeSet, rows: int, slots: int, shared_noise: bool = True,
-                 device: torch.device | str = "cpu") -> Session:
-    """The session of a drafter for `rows` rows of at most `slots` tokens; `device`: the base's."""
+                 device: torch.device | str = "cpu", graphs: bool | None = None) -> Session:
+    """The session of a drafter for `rows` rows of at most `slots` tokens; `device`: the base's; `graphs`: as of `Engine`."""
     if drafter is None:
         return PlainSession()
     if isinstance(drafter, HeadDrafter):
-        return HeadSession(drafter, trees, rows, slots, shared_noise)
+        return HeadSession(drafter, trees, rows, slots, shared_noise, recorder_for(torch.device(device), graphs))
     return AdaptiveSession(_adaptive(drafter), rows, slots, shared_noise, device)
 
 

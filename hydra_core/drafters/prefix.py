@@ -49,6 +49,11 @@ class PrefixLayer(Packable):
             self._rotary = Rotary(self._frequencies.to(like.device), 1.0, like.dtype)
         return self._rotary
 
+    @property
+    def tables(self) -> tuple[Tensor, ...]:
+        """cos and sin of the positions so far, as `Rotary` keeps them."""
+        return () if self._rotary is None else (self._rotary.cos, self._rotary.sin)
+
     def forward(self, hidden: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         """Teacher forced: `hidden` [B, T, D], `positions` [B, T], `mask` [B, 1, T, T] bool; returns [B, T, D]."""
         qkv = self.qkv(self.input_norm(hidden))
@@ -78,7 +83,7 @@ class PrefixLayer(Packable):
         """While decoding: [B, N, D] newly committed hidden states on top of the cache; writes their keys and values."""
         cos, sin = self._rotary_like(hidden).at(step.positions, step.span)
         mask = grouped_mask(step.mask, self.query_heads // self.kv_heads)
-        if self._packed is not None and hidden.shape[0] * hidden.shape[1] <= MOST_TOKENS:
+        if self._packed is not None and hidden.shape[0] * hidden.shape[1] <= MOST_TOKENS and not step.fixed:
             stream = hidden.float()
             added = self._packed.run(stream, cache.keys, cache.values, step.rows[0], step.slots, step.span, cos, sin, mask)
             return self.norm((stream + added.view_as(stream)).to(hidden.dtype))

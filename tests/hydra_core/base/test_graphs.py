@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from hydra_core.base.attention import Rotary
 from hydra_core.base.fused import FusedDecoder
 from hydra_core.base.graphs import NODES, ROWS, SPANS, CudaRecorder, GraphedForward, Run, StepInputs, rounded
 from hydra_core.decoding import Engine, Request, Result, naive_generate
+from hydra_core.decoding.propose import HeadSession
 from hydra_core.decoding.session import open_session
 from hydra_core.drafters import AdaptiveDrafter, Drafter, HeadDrafter, NgramDrafter
 from hydra_core.errors import InputError
@@ -74,7 +76,9 @@ def drafters(heads: dict[str, HeadDrafter]) -> dict[str, Drafter | None]:
 
 
 @pytest.fixture
-def make_engine(tiny_base: Base, trained: dict[str, HeadDrafter]) -> Callable[..., Engine]:
+def make_engine(tiny_base: Base, trained: dict[str, HeadDrafter], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]:
+    monkeypatch.setattr("hydra_core.decoding.session.recorder_for", lambda device, graphs: None if graphs is False else Tape)
+
     def make(name: str, **changes: Any) -> Engine:
         engine = Engine(tiny_base, drafters(trained)[name], TREES, **changes)
         engine.forward = GraphedForward(tiny_base, engine.cache, engine.cache.slots - engine.context_limit, Tape)
@@ -94,6 +98,12 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 def recordings(engine: Engine) -> dict[tuple[int, int, int], Run]:
     assert isinstance(engine.forward, GraphedForward)
     return engine.forward.recorded
+
+
+def drafts(engine: Engine) -> dict[tuple[int, Tree, int, int], Run]:
+    """What fixed trees have recorded of their drafting."""
+    session = engine.session
+    return session.recorded.recorded if isinstance(session, HeadSession) and session.recorded is not None else {}
 
 
 def mixed_requests(seed: int, count: int) -> list[Request]:
@@ -138,6 +148,22 @@ def test_a_running_batch_equals_naive(tiny_base: Base, make_engine: Callable[...
     assert max(result.accepted for result in results.values()) > 0 or name == "plain"
 
 
+@pytest.mark.parametrize("name", ["hydra", "hydra++"])
+@pytest.mark.parametrize("max_batch", [1, 5])
+def test_recorded_drafts_are_those_that_were_not(tiny_base: Base, trained: dict[str, HeadDrafter], small_steps: None,
+                                                 make_engine: Callable[..., Engine], name: str, max_batch: int) -> None:
+    """Step for step, with prompts going in beside them and rows leaving, as many tokens stand as without recording."""
+    requests = [replace(request, temperature=0.0) for request in mixed_requests(seed=max_batch, count=4 + 4 * max_batch)]
+    engine = make_engine(name, max_batch=max_batch)
+    plain = Engine(tiny_base, drafters(trained)[name], TREES, max_batch=max_batch, graphs=False)
+    results, wanted = (serve(which, requests, random.Random(7), {"r3", "r8"}) for which in (engine, plain))
+    for request in requests:
+        ours, theirs = results[request.id], wanted[request.id]
+        assert (ours.token_ids, ours.steps, ours.accepted_lengths) == (theirs.token_ids, theirs.steps, theirs.accepted_lengths)
+    assert {rows for rows, *_ in drafts(engine)} == ({1} if max_batch == 1 else {1, 2}) and not drafts(plain)
+    assert len({width for *_, width, _ in drafts(engine)}) > (name == "hydra++"), "prompts that waited were read too"
+
+
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_the_context_limit_is_reached_beside_others(tiny_base: Base, make_engine: Callable[..., Engine], small_steps: None,
                                                     name: str) -> None:
@@ -157,12 +183,12 @@ def test_recordings_are_bounded_and_ask_nothing(make_engine: Callable[..., Engin
     """A second load finds all it needs, or records sizes that were not met; nothing in a recording waits for the host."""
     engine = make_engine("hydra++", max_batch=5)
     serve(engine, mixed_requests(1, 20), random.Random(1), set())
-    first = dict(recordings(engine))
+    first, drafted = dict(recordings(engine)), dict(drafts(engine))
     serve(engine, mixed_requests(1, 20), random.Random(1), set())
-    assert recordings(engine) == first, "the same load records nothing new"
+    assert recordings(engine) == first and drafts(engine) == drafted, "the same load records nothing new"
     allowed = {rounded(rows, ROWS, 5) for rows in range(1, 6)}, {1, 2, 4, 8, 9}, {128, 192, 256, engine.cache.slots}
     assert all(size in sizes for key in first for size, sizes in zip(key, allowed, strict=True))
-    for tape in first.values():
+    for tape in (*first.values(), *drafted.values()):
         assert isinstance(tape, Tape)
         assert not [func for func, *_ in tape.calls if any(word in str(func) for word in ASKS)]
 
