@@ -54,7 +54,7 @@ def random_base(name: str) -> Base:
     finally:
         torch.set_default_dtype(torch.float32)
     vocabulary = _vocabulary_of(model, config, BaseIdentity(name, name, "bf16"), (2,))
-    return Base(vocabulary, FusedDecoder(model), None, config.max_position_embeddings, DEVICE)
+    return Base(vocabulary, FusedDecoder(model, native=True), None, config.max_position_embeddings, DEVICE)
 
 
 def random_heads(base: Base, kind: str) -> HeadDrafter:

@@ -68,9 +68,15 @@ def grouped_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tenso
     groups = heads // keys.shape[1]
     folded = queries.view(batch, nodes, keys.shape[1], groups, width).permute(0, 2, 3, 1, 4)
     folded = folded.reshape(batch, keys.shape[1], groups * nodes, width)
-    mixed = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scale)
-    mixed = mixed.view(batch, keys.shape[1], groups, nodes, width).permute(0, 3, 1, 2, 4)
-    return mixed.reshape(batch, nodes, heads * width)
+    return folded_attention(folded, keys, values, mask, nodes, scale)
+
+
+def folded_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, nodes: int, scale: float) -> Tensor:
+    """The same of queries that are folded already, [B, H, G * N, d] with G the query heads of a key head."""
+    batch, kv_heads, folded, width = queries.shape
+    mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+    mixed = mixed.view(batch, kv_heads, folded // nodes, nodes, width).permute(0, 3, 1, 2, 4)
+    return mixed.reshape(batch, nodes, kv_heads * (folded // nodes) * width)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hydra_core.base.attention import HeadNorms, Rotary, cached_attention, grouped_mask
+from hydra_core.base.attention import HeadNorms, Rotary, cached_attention, folded_attention, grouped_mask
+from hydra_core.base.kernels import add_and_norm, gate, reason_unavailable, turn_and_store
 from hydra_core.base.kv_cache import KVCache, Step
 from hydra_core.base.linear import FrozenLinear
 from hydra_core.base.native import MOST_TOKENS, native_decoder
@@ -37,7 +38,7 @@ class FusedDecoder:
     """Forward of the Llama family over a `KVCache`, built from a loaded transformers model (whose weights it takes over).
 
     `codes`: tensor name -> 4-bit codes of the layers' matrices, where they are to be multiplied as such; `native`:
-    whether steps may run compiled.
+    whether steps may run compiled: by a library of our own on a CPU, between the matrix products by Triton on a GPU.
     """
 
     branching = True
@@ -57,6 +58,8 @@ class FusedDecoder:
         rotary = model.model.rotary_emb
         self.rotary = Rotary(rotary.inv_freq, rotary.attention_scaling, self.embedding.dtype)
         self.native = native_decoder(self.layers, self.heads, self.kv_heads, self.head_width, self.eps) if native else None
+        self.kernels = native and reason_unavailable(self.embedding.device, self.embedding.dtype, self.embedding.shape[1],
+                                                     self.head_width) is None
 
     @staticmethod
     def reason_unsupported(config: Any) -> str | None:
@@ -93,6 +96,8 @@ class FusedDecoder:
         if self.native is not None and ids.numel() <= MOST_TOKENS and not step.fixed:
             added = self.native.run(hidden, cache.keys, cache.values, step.rows[0], step.slots, step.span, cos, sin, mask)
             hidden = hidden + added.view_as(hidden)
+        elif self.kernels:
+            return self._by_kernels(hidden, cache, step, cos, sin, mask)
         else:
             for index, layer in enumerate(self.layers):
                 normed = F.rms_norm(hidden, (width,), layer.input_norm, self.eps).to(kind)
@@ -102,6 +107,19 @@ class FusedDecoder:
                 gate, up = layer.gate_up(normed).chunk(2, dim=-1)
                 hidden = hidden + layer.down(F.silu(gate) * up)
         return F.rms_norm(hidden, (width,), self.final_norm, self.eps).to(kind)
+
+    def _by_kernels(self, hidden: Tensor, cache: KVCache, step: Step, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+        """The layers and the final norm on a GPU; `hidden` [B, N, D] float32 is changed in place."""
+        kind, (first, last), added = self.embedding.dtype, step.rows, None
+        for index, layer in enumerate(self.layers):
+            normed = add_and_norm(hidden, added, layer.input_norm, self.eps, kind)
+            keys, values = cache.keys[index, first:last], cache.values[index, first:last]
+            queries = turn_and_store(layer.qkv(normed), cos, sin, step.slots, layer.head_norms, keys, values, self.heads)
+            mixed = folded_attention(queries, keys[:, :step.span].transpose(1, 2), values[:, :step.span].transpose(1, 2), mask,
+                                     step.slots.shape[1], self.head_width ** -0.5)
+            normed = add_and_norm(hidden, layer.output(mixed), layer.mlp_norm, self.eps, kind)
+            added = layer.down(gate(layer.gate_up(normed)))
+        return add_and_norm(hidden, added, self.final_norm, self.eps, kind)
 
 
 def _take_weights(layer: Any, name: str, codes: Mapping[str, Q4Matrix] | None, stream: torch.dtype) -> LayerWeights:

@@ -45,7 +45,7 @@ def steps(base: Base, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     cache = base.allocate(rows + 1, 64)
     base.prefill(prompts, cache, (1, rows + 1))
     tokens = torch.randint(3, 259, (rows, TREE.size), generator=torch.Generator().manual_seed(1))
-    return base.forward(tokens, cache, (1, rows + 1), TREE).float(), cache.keys.float(), cache.values.float()
+    return base.forward(tokens.to(base.device), cache, (1, rows + 1), TREE).float(), cache.keys.float(), cache.values.float()
 
 
 @pytest.mark.parametrize("rows", [1, 3])
