@@ -92,6 +92,7 @@ class GraphedForward:
         `longest`: committed tokens of the longest of the b rows. Raises ValueError when a row has no room for the nodes.
         """
         batch, nodes = ids.shape
+        forest = forest.to(self.cache.lengths.device)  # once, for all who read it
         rows, slots = rounded(batch, ROWS, self.cache.rows), self.cache.slots
         padded = rounded(nodes, NODES, min(self.nodes, slots - longest))
         if nodes > padded:

@@ -37,7 +37,11 @@ def most_nodes(drafter: AdaptiveDrafter) -> int:
 
 
 class AdaptiveSession(PlainSession):
-    """Trees grown by learned chances and measured costs; see `growth` and `rates`."""
+    """Trees grown by learned chances and measured costs; see `growth` and `rates`.
+
+    Heads run where the base does; what is made of their candidates is decided on the host, in small tensors that a GPU would
+    only wait for.
+    """
 
     def __init__(self, drafter: AdaptiveDrafter, rows: int, slots: int, shared_noise: bool = True,
                  device: torch.device | str = "cpu") -> None:
@@ -46,12 +50,12 @@ class AdaptiveSession(PlainSession):
         heads = drafter.heads
         self.depths = heads.num_heads if heads is not None else 0
         self.indexes = [NgramIndex(drafter.ngram) for _ in range(rows)] if drafter.ngram else []
+        self.device = torch.device(device) if heads is None else heads.weight.device
         if heads is not None:
             heads.pack()
-            device = heads.weight.device
             self.inputs = HeadFeatures(heads, rows, slots)
-            self.draft_ids = heads.draft_vocab.ids.to(device)
-        self.rates = Rates(self.depths, rows, device)
+            self.draft_ids = heads.draft_vocab.ids.to(self.device)
+        self.rates = Rates(self.depths, rows)
         self._seconds: dict[tuple[int, int, int], Tensor] = {}
         self._extra = [1.0] * 4     # tokens a row that heads add to copied ones, by how sure those are
         self._idle = 0              # steps since heads were used
@@ -97,7 +101,7 @@ class AdaptiveSession(PlainSession):
         kinds = self._kinds
         if kinds is None or kinds.shape[1] == 1:
             return
-        stood = torch.zeros(kinds.shape, dtype=torch.bool, device=kinds.device).scatter_(1, accepted.path, True)
+        stood = torch.zeros(kinds.shape, dtype=torch.bool).scatter_(1, accepted.path.cpu(), True)
         parents = proposal.forest.parents.clamp(min=0).expand_as(kinds)
         known = kinds >= 0
         self.rates.learn(kinds, known & stood.gather(1, parents), known & stood)
@@ -105,9 +109,9 @@ class AdaptiveSession(PlainSession):
     # -- one draft -----------------------------------------------------------------------------------------------------
 
     def propose(self, roots: Tensor, positions: Sequence[int], choosers: Sequence[Chooser]) -> Proposal:
-        sampled = torch.tensor([chooser.request.temperature > 0 for chooser in choosers], device=roots.device)
-        roots_alone = Candidates.roots(roots)
-        copied = self._copied(len(roots), roots.device)
+        sampled = torch.tensor([chooser.request.temperature > 0 for chooser in choosers])
+        roots_alone = Candidates.roots(roots.cpu())
+        copied = self._copied(len(roots))
         candidates = roots_alone if copied is None else add_copied(roots_alone, copied, self.rates, sampled)
         worth = weigh(candidates, self._step_seconds(positions, 0))
         if self.drafter.heads is not None and self._heads_pay(positions, worth):
@@ -122,9 +126,9 @@ class AdaptiveSession(PlainSession):
             self._idle += 1
         grown = select(candidates, worth)
         self._kinds = grown.kinds
-        return Proposal(grown.tokens, grown.forest, worth.seconds)
+        return Proposal(grown.tokens.to(self.device), grown.forest, worth.seconds)
 
-    def _copied(self, batch: int, device: torch.device) -> Copied | None:
+    def _copied(self, batch: int) -> Copied | None:
         """What the text of each row would go on with, or None where no row finds anything."""
         if self.drafter.ngram is None:
             return None
@@ -132,8 +136,8 @@ class AdaptiveSession(PlainSession):
         found = [index.match(length) for index in self.indexes[:batch]]
         if length < 1 or not any(match.matched for match in found):
             return None
-        tokens = torch.tensor([match.tokens or (-1,) * length for match in found], device=device)
-        return Copied(tokens, torch.tensor([match_class(match.matched) for match in found], device=device))
+        tokens = torch.tensor([match.tokens or (-1,) * length for match in found])
+        return Copied(tokens, torch.tensor([match_class(match.matched) for match in found]))
 
     def _grow(self, heads: HeadDrafter, known: Candidates, positions: Sequence[int], choosers: Sequence[Chooser],
               sampled: Tensor) -> Candidates:
@@ -142,7 +146,7 @@ class AdaptiveSession(PlainSession):
         batch = len(positions)
         features = self.inputs.features[:batch]
         at = torch.zeros_like(known.tokens)                                     # [B, W] nodes that are drafted on
-        chances, path = known.chances, heads.embed(known.tokens)[:, :, None]    # [B, W], [B, W, depth + 1, D]
+        chances, path = known.chances, self._embedded(heads, known.tokens)    # [B, W], [B, W, depth + 1, D]
         first, columns = 1, []
         for depth in range(self.depths):
             tokens, given = self._candidates(heads, depth, features, path, positions, choosers)
@@ -157,24 +161,28 @@ class AdaptiveSession(PlainSession):
             if not self._deeper_pays(positions, depth + 1, chances):
                 break
             at, first = first + best, first + below.shape[1]
-            chosen = heads.embed(tokens.gather(1, best))[:, :, None]
-            above = path.gather(1, (best // children[2])[..., None, None].expand(-1, -1, *path.shape[2:]))
+            chosen = self._embedded(heads, tokens.gather(1, best))
+            above = path.gather(1, (best // children[2]).to(self.device)[..., None, None].expand(-1, -1, *path.shape[2:]))
             path = torch.cat((above, chosen), dim=2)
         tokens, parents, kinds, below = (torch.cat(parts, 1) for parts in zip(*columns, strict=True))
         return known.joined(tokens, parents, kinds, below, len(columns))
 
+    def _embedded(self, heads: HeadDrafter, tokens: Tensor) -> Tensor:
+        """Paths of one token each: [B, W, 1, D] where heads run, of `tokens` [B, W] on the host."""
+        return heads.embed(tokens.to(self.device))[:, :, None]
+
     def _candidates(self, heads: HeadDrafter, depth: int, features: Tensor, path: Tensor, positions: Sequence[int],
                     choosers: Sequence[Chooser]) -> tuple[Tensor, Tensor]:
-        """Tokens [B, W, width] and the head's probabilities of them; W is 1 where the path makes no difference."""
+        """Tokens [B, W, width] and the head's probabilities of them, on the host; W is 1 where the path makes no difference."""
         if not heads.config.sequential:
             path = path[:, :1]
         if not self.shared_noise or not any(chooser.request.temperature for chooser in choosers):
             indices, values = heads.candidates(depth, features, path, WIDTH)
-            return self.draft_ids[indices], values
+            return self.draft_ids[indices].cpu(), values.cpu()
         logits = rank_scores(heads.candidate_logits(depth, features, path), [position + depth + 1 for position in positions],
                              choosers, self.draft_ids)
         best = logits.softmax(-1).topk(min(WIDTH, logits.shape[-1]), dim=-1)
-        return self.draft_ids[best.indices], best.values
+        return self.draft_ids[best.indices].cpu(), best.values.cpu()
 
     # -- what pays -----------------------------------------------------------------------------------------------------
 
@@ -186,7 +194,7 @@ class AdaptiveSession(PlainSession):
             costs = self.drafter.costs
             drafting = costs.draft_seconds(batch, depth)
             known = torch.tensor([costs.verify_seconds(batch, nodes, context) + drafting
-                                  for nodes in range(1, self.max_nodes + 1)], device=self.rates.edges.device)
+                                  for nodes in range(1, self.max_nodes + 1)])
             self._seconds[batch, depth, context] = known
         return known
 

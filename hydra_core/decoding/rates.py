@@ -33,18 +33,18 @@ class Rates:
     head drafts too; each for greedy and for sampled rows.
     """
 
-    def __init__(self, heads: int, rows: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, heads: int, rows: int) -> None:
         self.heads = heads
-        self.edges = torch.tensor(BIN_EDGES, device=device)
+        self.edges = torch.tensor(BIN_EDGES)
         centres = torch.tensor([(low + high) / 2 for low, high in zip((0.0, *BIN_EDGES), (*BIN_EDGES, 1.0), strict=True)])
         copied = torch.tensor(COPIED_AT_FIRST)
         both = 1 - (1 - copied[:, None]) * (1 - centres)
         halves = [torch.cat([centres.repeat(heads), (share * copied).repeat(DEEP), both.flatten()])
                   for share in (1.0, SAMPLED_SHARE)]
         self.half = len(halves[0])
-        prior = torch.cat(halves).to(device)
+        prior = torch.cat(halves)
         self.hits, self.trials = prior * PRIOR_TRIALS, torch.full_like(prior, PRIOR_TRIALS)
-        self.came, self.expected = (torch.full((rows,), REQUEST_TRIALS, device=device) for _ in range(2))
+        self.came, self.expected = (torch.full((rows,), REQUEST_TRIALS) for _ in range(2))
         self._values = self.hits / self.trials
 
     def restart(self, row: int) -> None:

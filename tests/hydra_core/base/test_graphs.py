@@ -23,6 +23,7 @@ from hydra_core.base.attention import Rotary
 from hydra_core.base.fused import FusedDecoder
 from hydra_core.base.graphs import NODES, ROWS, SPANS, CudaRecorder, GraphedForward, Run, StepInputs, rounded
 from hydra_core.decoding import Engine, Request, Result, naive_generate
+from hydra_core.decoding.adaptive import AdaptiveSession
 from hydra_core.decoding.propose import HeadSession
 from hydra_core.decoding.session import open_session
 from hydra_core.drafters import AdaptiveDrafter, Drafter, HeadDrafter, NgramDrafter
@@ -269,9 +270,10 @@ def test_who_records(tiny_base: Base) -> None:
 
 
 def test_devices_follow_the_base() -> None:
-    """Text is copied on the device that decodes; a tree that stays the same goes there once."""
+    """Trees are grown on the host for the device that decodes; one that stays the same goes there once."""
     session = open_session(NgramDrafter(), TreeSet({1: PLAIN}), 2, 64, device="meta")
-    assert session.rates.edges.device.type == "meta"  # type: ignore[attr-defined]
+    assert isinstance(session, AdaptiveSession)
+    assert session.device.type == "meta" and session.rates.edges.device.type == "cpu"
     forest, meta = TREES.trees[1].topology.forest, torch.device("meta")
     assert forest.to(meta) is forest.to(meta) and forest.to(meta).parents.device == meta
     assert forest.to(torch.device("cpu")) is forest
