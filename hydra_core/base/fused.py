@@ -90,15 +90,16 @@ class FusedDecoder:
         """As `Decoder.__call__`."""
         width = self.embedding.shape[1]
         cos, sin = self.rotary.at(step.positions, step.span)
-        mask = grouped_mask(step.mask, self.heads // self.kv_heads)
         kind = self.embedding.dtype
         hidden = F.embedding(ids, self.embedding).to(self.stream)
         if self.native is not None and ids.numel() <= MOST_TOKENS and not step.fixed:
-            added = self.native.run(hidden, cache.keys, cache.values, step.rows[0], step.slots, step.span, cos, sin, mask)
+            added = self.native.run(hidden, cache.keys, cache.values, step.rows[0], step.slots, step.span, cos, sin,
+                                    step.mask)
             hidden = hidden + added.view_as(hidden)
         elif self.kernels:
-            return self._by_kernels(hidden, cache, step, cos, sin, mask)
+            return self._by_kernels(hidden, cache, step, cos, sin)
         else:
+            mask = grouped_mask(step.mask, self.heads // self.kv_heads)
             for index, layer in enumerate(self.layers):
                 normed = F.rms_norm(hidden, (width,), layer.input_norm, self.eps).to(kind)
                 mixed = cached_attention(layer.qkv(normed), self.heads, cache, index, step, cos, sin, mask, layer.head_norms)
@@ -108,9 +109,10 @@ class FusedDecoder:
                 hidden = hidden + layer.down(F.silu(gate) * up)
         return F.rms_norm(hidden, (width,), self.final_norm, self.eps).to(kind)
 
-    def _by_kernels(self, hidden: Tensor, cache: KVCache, step: Step, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+    def _by_kernels(self, hidden: Tensor, cache: KVCache, step: Step, cos: Tensor, sin: Tensor) -> Tensor:
         """The layers and the final norm on a GPU; `hidden` [B, N, D] float32 is changed in place."""
         kind, (first, last), added = self.embedding.dtype, step.rows, None
+        mask = grouped_mask(step.mask, self.heads // self.kv_heads)
         for index, layer in enumerate(self.layers):
             normed = add_and_norm(hidden, added, layer.input_norm, self.eps, kind)
             keys, values = cache.keys[index, first:last], cache.values[index, first:last]

@@ -1,21 +1,29 @@
 """A frozen matrix in the layouts that this machine multiplies fastest.
 
-On a CPU, oneDNN reads a bf16 matrix 1.5 to 2 times as fast once it is reordered, at the few rows a decoding step has;
-the products are the same to the last bit. It cannot be differentiated through, so trainers keep the plain layout.
+On a CPU with AVX-512's bf16 dot product a loop of our own (`rows.h`) reads a matrix at the memory's full speed; where there
+is none, or AMX, oneDNN reads it 1.5 to 2 times as fast once it is reordered. Neither can be differentiated through, so
+trainers keep the plain layout.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hydra_core.base.int4 import MOST_ROWS, OUT_MULTIPLE, Int4Weight, kernel_missing
+from hydra_core.base.library import load_library
 from hydra_core.base.q4_1 import GROUP, Q4Matrix, quantise
 
+Layout = Literal["plain", "onednn", "rows"]
+LAYOUTS: tuple[Layout, ...] = ("plain", "onednn", "rows")
+"""As numbered in `native.cpp`."""
+ROWS_BLOCK = 32
+"""Outputs of a matrix come in so many in the layout `rows`."""
 EXPECTED_ROWS = 8
 """Rows of a typical step, for oneDNN to choose a layout by; any number works."""
 
@@ -32,34 +40,44 @@ def quantisable(weight: Tensor) -> bool:
             and weight.shape[0] % OUT_MULTIPLE == 0 and weight.shape[1] % GROUP == 0)
 
 
-def pack(weight: Tensor) -> Tensor:
-    """An opaque copy of [out, in] for `packed_linear`; call it only for what is `packable`."""
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), EXPECTED_ROWS)
-    return packed
+@lru_cache(maxsize=1)
+def rows_available() -> bool:
+    """Whether `rows.h` runs here and is the faster one: with AMX oneDNN has the better instruction for many rows."""
+    return load_library() and bool(torch.ops.hydra_heads.rows_available()) and not torch.cpu._is_amx_tile_supported()
 
 
-def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+def pack(weight: Tensor) -> tuple[Tensor, Layout]:
+    """An opaque copy of [out, in] for `multiply`, and its layout; call it only for what is `packable`."""
+    if weight.shape[0] % ROWS_BLOCK == 0 and weight.shape[1] % 2 == 0 and rows_available():
+        return torch.ops.hydra_heads.rows_pack(weight.contiguous()), "rows"
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), EXPECTED_ROWS), "onednn"
+
+
+def multiply(x: Tensor, packed: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:
     """`F.linear` with a packed matrix."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    product: Tensor
+    if layout == "rows":
+        product = torch.ops.hydra_heads.rows_linear(x.reshape(-1, x.shape[-1]), packed, bias)
+        return product.view(*x.shape[:-1], -1)
+    product = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     return product
 
 
 @dataclass(frozen=True)
 class FrozenLinear:
-    """A matrix [out, in], packed or plain, and perhaps a bias [out]; `few`: the same in 4 bits, for few rows."""
+    """A matrix [out, in] in some `layout`, and perhaps a bias [out]; `few`: the same in 4 bits, for few rows."""
 
     weight: Tensor
     bias: Tensor | None
-    packed: bool
+    layout: Layout = "plain"
     few: Int4Weight | None = None
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None = None, codes: Q4Matrix | None = None) -> FrozenLinear:
         """`codes`: 4-bit codes of the same values, where they are to be used."""
         few = None if codes is None else Int4Weight.of(codes, weight.dtype)
-        if packable(weight):
-            return cls(pack(weight), bias, True, few)
-        return cls(weight, bias, False, few)
+        packed, layout = pack(weight) if packable(weight) else (weight, LAYOUTS[0])
+        return cls(packed, bias, layout, few)
 
     @classmethod
     def for_drafts(cls, weight: Tensor, bias: Tensor | None = None) -> FrozenLinear:
@@ -72,8 +90,8 @@ class FrozenLinear:
         if self.few is not None and x.numel() <= MOST_ROWS * x.shape[-1]:
             product = self.few(x)
             return product if self.bias is None else product + self.bias
-        if self.packed:
-            return packed_linear(x, self.weight, self.bias)
+        if self.layout != "plain":
+            return multiply(x, self.weight, self.layout, self.bias)
         return F.linear(x, self.weight, self.bias)
 
 

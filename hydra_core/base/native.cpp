@@ -13,7 +13,10 @@
 #include <limits>
 #include <optional>
 #include <tuple>
+#include <type_traits>
 #include <vector>
+
+#include "rows.h"
 
 namespace {
 
@@ -27,19 +30,24 @@ Tensor packed_linear(const Tensor& x, const Tensor& weight, const Maybe& bias) {
   return op.call(x, weight, bias, "none", c10::List<std::optional<at::Scalar>>(), "");
 }
 
+// How a matrix is laid out, as `FrozenLinear.layout`.
+enum Layout : int64_t { PLAIN, ONEDNN, ROWS };
+
 // As `FrozenLinear`: `codes` and `scales` are the 4-bit copy that up to `most` rows take.
 struct Linear {
   Tensor weight;
   Maybe bias, codes, scales;
-  bool packed;
-  int64_t most, group;
+  int64_t layout, most, group;
 
   Tensor operator()(const Tensor& x) const {  // [M, in] to [M, out]
     if (codes && x.size(0) <= most) {
       Tensor product = at::_weight_int4pack_mm_for_cpu(x, *codes, group, *scales);
       return bias ? product.add_(*bias) : product;
     }
-    return packed ? packed_linear(x, weight, bias) : at::linear(x, weight, bias);
+#ifdef HYDRA_ROWS
+    if (layout == ROWS) return few::linear(x, weight, bias);
+#endif
+    return layout == ONEDNN ? packed_linear(x, weight, bias) : at::linear(x, weight, bias);
   }
 };
 
@@ -96,8 +104,8 @@ void turn(const T* head, const T* cos, const T* sin, const T* norm, double eps, 
   }
 }
 
-Linear linear_of(std::vector<Maybe> parts, int64_t packed, int64_t most, int64_t group) {
-  return {*parts.at(0), parts.at(1), parts.at(2), parts.at(3), packed != 0, most, group};
+Linear linear_of(std::vector<Maybe> parts, int64_t layout, int64_t most, int64_t group) {
+  return {*parts.at(0), parts.at(1), parts.at(2), parts.at(3), layout, most, group};
 }
 
 struct Decoder : torch::CustomClassHolder {
@@ -111,14 +119,14 @@ struct Decoder : torch::CustomClassHolder {
   }
 
   // `norms`: of the layer's input, of its MLP's, of query and key heads; each matrix: weight, bias, codes, scales.
-  void add(std::vector<Maybe> norms, std::vector<std::vector<Maybe>> matrices, std::vector<int64_t> packed, int64_t most,
+  void add(std::vector<Maybe> norms, std::vector<std::vector<Maybe>> matrices, std::vector<int64_t> layouts, int64_t most,
            int64_t group) {
-    const auto matrix = [&](size_t index) { return linear_of(matrices.at(index), packed.at(index), most, group); };
+    const auto matrix = [&](size_t index) { return linear_of(matrices.at(index), layouts.at(index), most, group); };
     layers.push_back({*norms.at(0), *norms.at(1), norms.at(2), norms.at(3), matrix(0), matrix(1), matrix(2), matrix(3)});
   }
 
   // `stream`: [B, N, D] float32, changed in place; `keys`, `values`: [L, R, S, H, d]; `first`: cache row of the first;
-  // `slots`: [B, N] int64; `cos`, `sin`: [B, N, 1, d]; `mask`: [B, 1, G * N, span] additive. What the last layer adds is
+  // `slots`: [B, N] int64; `cos`, `sin`: [B, N, 1, d]; `mask`: [B, 1, N, span] additive. What the last layer adds is
   // returned apart, [M, D]: the final norm adds it.
   Tensor run(Tensor stream, Tensor keys, Tensor values, int64_t first, Tensor slots, int64_t span, Tensor cos, Tensor sin,
              Maybe mask) const {
@@ -133,24 +141,53 @@ struct Decoder : torch::CustomClassHolder {
     const int64_t batch = stream.size(0), nodes = stream.size(1), depth = stream.size(2), rows = batch * nodes;
     Tensor normed = at::empty({rows, depth}, keys.options());
     Tensor queries = at::empty({batch, kv_heads, heads / kv_heads * nodes, width}, keys.options());
-    Tensor mixed = at::empty({rows, heads * width}, keys.options());
+    const int64_t groups = heads / kv_heads;
+    const Maybe folded_mask = mask && groups > 1 && !own_attention<T>() ? Maybe(mask->repeat({1, 1, groups, 1})) : mask;
     Tensor added;
     for (size_t index = 0; index < layers.size(); ++index) {
       const Layer& layer = layers[index];
       norm<T>(stream, added, layer.input_norm, normed, rows, depth);
       Tensor stored_keys = keys[index].narrow(0, first, batch), stored_values = values[index].narrow(0, first, batch);
       store<T>(layer, layer.qkv(normed), cos, sin, slots, queries, stored_keys, stored_values);
-      Tensor seen = at::scaled_dot_product_attention(
-          queries, stored_keys.narrow(1, 0, span).transpose(1, 2), stored_values.narrow(1, 0, span).transpose(1, 2), mask,
-          0.0, false, 1.0 / std::sqrt(static_cast<double>(width)));
-      unfold<T>(seen, mixed, nodes);
-      added = layer.output(mixed);
+      added = layer.output(attend<T>(queries, stored_keys, stored_values, span, nodes, folded_mask));
       norm<T>(stream, added, layer.mlp_norm, normed, rows, depth);
-      std::vector<Tensor> halves = layer.gate_up(normed).chunk(2, -1);
-      // in float32, rounded once: what goes on to the last matrix decides most of a step's rounding
-      added = layer.down(at::silu(halves[0].to(at::kFloat)).mul_(halves[1]).to(keys.scalar_type()));
+      added = layer.down(gate<T>(layer.gate_up(normed)));
     }
     return added;
+  }
+
+  template <typename T>
+  bool own_attention() const {
+#ifdef HYDRA_ROWS
+    return std::is_same_v<T, at::BFloat16> && width % 32 == 0;
+#else
+    return false;
+#endif
+  }
+
+  // [M, Hq * d], what the queries [B, H, G * N, d] find.
+  template <typename T>
+  Tensor attend(const Tensor& queries, const Tensor& keys, const Tensor& values, int64_t span, int64_t nodes,
+                const Maybe& mask) const {
+#ifdef HYDRA_ROWS
+    if (own_attention<T>()) return few::attend(queries, keys, values, span, nodes, mask);
+#endif
+    Tensor seen = at::scaled_dot_product_attention(
+        queries, keys.narrow(1, 0, span).transpose(1, 2), values.narrow(1, 0, span).transpose(1, 2), mask, 0.0, false,
+        1.0 / std::sqrt(static_cast<double>(width)));
+    Tensor mixed = at::empty({keys.size(0) * nodes, heads * width}, keys.options());
+    unfold<T>(seen, mixed, nodes);
+    return mixed;
+  }
+
+  // In float32, rounded once: what goes on to the last matrix decides most of a step's rounding.
+  template <typename T>
+  static Tensor gate(const Tensor& made) {
+#ifdef HYDRA_ROWS
+    if (std::is_same_v<T, at::BFloat16>) return few::gate(made);
+#endif
+    std::vector<Tensor> halves = made.chunk(2, -1);
+    return at::silu(halves[0].to(at::kFloat)).mul_(halves[1]).to(made.scalar_type());
   }
 
   template <typename T>
@@ -225,13 +262,13 @@ struct Head : torch::CustomClassHolder {
   Head(Maybe norm, double eps, double scale, double softcap) : norm(norm), eps(eps), scale(scale), softcap(softcap) {}
 
   // Of one or two matrices: weight, bias, codes, scales each.
-  void add(std::vector<std::vector<Maybe>> matrices, std::vector<int64_t> packed, bool widens, int64_t most, int64_t group) {
-    blocks.push_back({linear_of(matrices.at(0), packed.at(0), most, group), std::nullopt, widens});
-    if (matrices.size() > 1) blocks.back().down = linear_of(matrices.at(1), packed.at(1), most, group);
+  void add(std::vector<std::vector<Maybe>> matrices, std::vector<int64_t> layouts, bool widens, int64_t most, int64_t group) {
+    blocks.push_back({linear_of(matrices.at(0), layouts.at(0), most, group), std::nullopt, widens});
+    if (matrices.size() > 1) blocks.back().down = linear_of(matrices.at(1), layouts.at(1), most, group);
   }
 
-  void end(std::vector<Maybe> matrix, int64_t packed, int64_t most, int64_t group) {
-    rows = linear_of(matrix, packed, most, group);
+  void end(std::vector<Maybe> matrix, int64_t layout, int64_t most, int64_t group) {
+    rows = linear_of(matrix, layout, most, group);
   }
 
   // `features`: [B, D]; `path`: [B, W, k, D], or [B, W, 0, D] where the head does not hear it. Logits [B, W, Vd] float32.
@@ -306,7 +343,34 @@ struct Head : torch::CustomClassHolder {
 
 }  // namespace
 
+bool rows_available() {
+#ifdef HYDRA_ROWS
+  return true;
+#else
+  return false;
+#endif
+}
+
+Tensor rows_pack(const Tensor& weight) {
+#ifdef HYDRA_ROWS
+  return few::pack(weight);
+#else
+  TORCH_CHECK(false, "this processor has no such layout");
+#endif
+}
+
+Tensor rows_linear(const Tensor& x, const Tensor& packed, const Maybe& bias) {
+#ifdef HYDRA_ROWS
+  return few::linear(x, packed, bias);
+#else
+  TORCH_CHECK(false, "this processor has no such layout");
+#endif
+}
+
 TORCH_LIBRARY(hydra_heads, library) {
+  library.def("rows_available", rows_available);
+  library.def("rows_pack", rows_pack);
+  library.def("rows_linear", rows_linear);
   library.class_<Head>("Head")
       .def(torch::init<Maybe, double, double, double>())
       .def("add", &Head::add)

@@ -82,12 +82,13 @@ class PrefixLayer(Packable):
     def step(self, hidden: Tensor, cache: KVCache, step: Step) -> Tensor:
         """While decoding: [B, N, D] newly committed hidden states on top of the cache; writes their keys and values."""
         cos, sin = self._rotary_like(hidden).at(step.positions, step.span)
-        mask = grouped_mask(step.mask, self.query_heads // self.kv_heads)
         if self._packed is not None and hidden.shape[0] * hidden.shape[1] <= MOST_TOKENS and not step.fixed:
             stream = hidden.float()
-            added = self._packed.run(stream, cache.keys, cache.values, step.rows[0], step.slots, step.span, cos, sin, mask)
+            added = self._packed.run(stream, cache.keys, cache.values, step.rows[0], step.slots, step.span, cos, sin,
+                                     step.mask)
             return self.norm((stream + added.view_as(stream)).to(hidden.dtype))
         qkv = self.qkv(self.input_norm(hidden))
+        mask = grouped_mask(step.mask, self.query_heads // self.kv_heads)
         return self._finish(hidden, cached_attention(qkv, self.query_heads, cache, 0, step, cos, sin, mask))
 
     def _finish(self, hidden: Tensor, mixed: Tensor) -> Tensor:

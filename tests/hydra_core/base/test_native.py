@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from hydra_core.base import Base, load_base
-from hydra_core.base import native as module
+from hydra_core.base import Base, library, load_base
 from hydra_core.base.fused import FusedDecoder
-from hydra_core.base.native import MOST_TOKENS, library_folder
+from hydra_core.base.library import library_folder
+from hydra_core.base.native import MOST_TOKENS
 from hydra_core.decoding import Engine, Request
 from hydra_core.drafters import NgramDrafter
 from hydra_core.tree import Tree
@@ -85,14 +85,14 @@ def test_long_chunks_go_through_pytorch(tiny_base: Base, monkeypatch: pytest.Mon
 
 def test_without_a_compiler_answers_are_the_same(tiny_base: Base, tiny_base_dir: Path, tmp_path: Path,
                                                  monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    module._load.cache_clear()
-    monkeypatch.setattr(module.shutil, "which", lambda name: None)
+    library.load_library.cache_clear()
+    monkeypatch.setattr(library.shutil, "which", lambda name: None)
     base = load_base(str(tiny_base_dir), dtype="fp32", cache=tmp_path)
     assert base.decoder.native is None and "no C++ compiler" in caplog.text
     requests = [Request(str(i), prompt, 20) for i, prompt in enumerate(random_prompts(6, seed=2))]
     ours = Engine(base, NgramDrafter(min_match=1), max_batch=3).generate(requests)
     assert [r.token_ids for r in ours] == [r.token_ids for r in Engine(tiny_base, max_batch=3).generate(requests)]
-    module._load.cache_clear()
+    library.load_library.cache_clear()
 
 
 def test_a_compiler_that_fails_is_told_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
@@ -102,17 +102,17 @@ def test_a_compiler_that_fails_is_told_once(monkeypatch: pytest.MonkeyPatch, tmp
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    module._load.cache_clear()
-    assert not module._load() and not module._load()
+    library.load_library.cache_clear()
+    assert not library.load_library() and not library.load_library()
     assert caplog.text.count("native.cpp:1: no such thing") == 1
     assert [path.suffix for path in library_folder().iterdir()] == [".lock"]  # nothing half-made
-    module._load.cache_clear()
+    library.load_library.cache_clear()
 
 
 @pytest.mark.slow
 def test_processes_that_start_together_compile_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    script = "from hydra_core.base.native import _load; raise SystemExit(0 if _load() else 1)"
+    script = "from hydra_core.base.library import load_library; raise SystemExit(0 if load_library() else 1)"
     runs = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(2)]
     assert [run.wait(600) for run in runs] == [0, 0]
     assert len([path for path in library_folder().iterdir() if path.suffix == ".so"]) == 1

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hydra_core.base import Base, load_base, native
+from hydra_core.base import Base, load_base
+from hydra_core.base.library import load_library
 from hydra_core.base.linear import packable
 from hydra_core.checkpoint import load_checkpoint, save_checkpoint
 from hydra_core.decoding import Engine, Request, naive_generate
@@ -106,7 +107,7 @@ def test_packed_weights_draft_alike(tiny_base: Base, name: str) -> None:
 @pytest.fixture(scope="module")
 def bf16_base(tiny_base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Base:
     base = load_base(str(tiny_base_dir), dtype="bf16", cache=tmp_path_factory.mktemp("cache"))
-    if not packable(base.vocabulary.embedding) or not native._load():
+    if not packable(base.vocabulary.embedding) or not load_library():
         pytest.skip("this machine packs or compiles nothing")
     return base
 

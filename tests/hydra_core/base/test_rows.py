@@ -1,0 +1,101 @@
+"""Our own loops over few rows against the same in float64, on processors that have the instruction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hydra_core.base import native
+from hydra_core.base.fused import LayerWeights
+from hydra_core.base.library import load_library
+from hydra_core.base.linear import FrozenLinear, rows_available
+
+pytestmark = pytest.mark.skipif(not load_library() or not torch.ops.hydra_heads.rows_available(),
+                                reason="this processor has no bf16 dot product in AVX-512")
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("shape", [(32, 2), (96, 48), (960, 576), (64, 1536)])
+@pytest.mark.parametrize("rows", [1, 2, 5, 11, 12, 13, 16, 25, 300])
+def test_products(shape: tuple[int, int], rows: int, threads: int) -> None:
+    """As close as bf16 lets it be, with a bias and without; each row the same to the last bit whatever goes with it."""
+    generator = torch.Generator().manual_seed(rows)
+    weight, bias, x = (torch.randn(size, generator=generator).bfloat16() for size in (shape, shape[:1], (rows, shape[1])))
+    packed = torch.ops.hydra_heads.rows_pack(weight)
+    for added in (None, bias):
+        ours = torch.ops.hydra_heads.rows_linear(x, packed, added)
+        exact = F.linear(x.double(), weight.double(), None if added is None else added.double())
+        assert float((ours.double() - exact).abs().max()) <= float(exact.abs().max()) / 256 + 1e-2
+        assert float((ours.double() - exact).norm() / exact.norm()) < 0.003
+        alone = torch.cat([torch.ops.hydra_heads.rows_linear(x[i:i + 1], packed, added) for i in range(0, rows, 7)])
+        assert torch.equal(alone, ours[::7])
+
+
+def test_it_is_what_decoding_multiplies_by() -> None:
+    if not rows_available():
+        pytest.skip("oneDNN has AMX here")
+    assert FrozenLinear.of(torch.randn(64, 48).bfloat16()).layout == "rows"
+    assert FrozenLinear.of(torch.randn(40, 48).bfloat16()).layout == "onednn"
+    assert FrozenLinear.of(torch.randn(64, 48)).layout == "plain"
+
+
+def layer(heads: int, kv_heads: int, width: int, hidden: int, inner: int) -> LayerWeights:
+    torch.manual_seed(heads + width)
+
+    def matrix(out: int, given: int) -> FrozenLinear:
+        return FrozenLinear(torch.randn(out, given).mul(given ** -0.5).bfloat16(), None)
+
+    return LayerWeights(torch.rand(hidden) + 0.5, matrix((heads + 2 * kv_heads) * width, hidden), None,
+                        matrix(hidden, heads * width), torch.rand(hidden) + 0.5, matrix(2 * inner, hidden), matrix(hidden, inner))
+
+
+@pytest.mark.parametrize("shape", [(9, 3, 64), (4, 4, 32), (8, 1, 128), (6, 2, 96)])
+@pytest.mark.parametrize(("batch", "nodes", "span"), [(1, 1, 1), (1, 1, 40), (1, 5, 17), (2, 16, 64), (3, 7, 129), (1, 33, 700)])
+@torch.inference_mode()
+def test_a_layer_is_the_formula(shape: tuple[int, int, int], batch: int, nodes: int, span: int, threads: int) -> None:
+    """Attention under a mask and the gated MLP, of rows in the middle of a cache, against float64."""
+    if nodes > span:
+        pytest.skip("no room for the nodes")
+    heads, kv_heads, width = shape
+    hidden, inner, groups = 64, 80, heads // kv_heads
+    weights = layer(heads, kv_heads, width, hidden, inner)
+    compiled = native.native_decoder([weights], heads, kv_heads, width, 1e-5)
+    keys, values = (torch.randn(1, batch + 2, span + 3, kv_heads, width).bfloat16() for _ in range(2))
+    stream = torch.randn(batch, nodes, hidden)
+    slots = torch.stack([torch.randperm(span)[:nodes] for _ in range(batch)])
+    cos, sin = torch.ones(batch, nodes, 1, width).bfloat16(), torch.zeros(batch, nodes, 1, width).bfloat16()
+    seen = torch.rand(batch, 1, nodes, span) < 0.6
+    seen[..., 0] = True
+    mask = torch.zeros(seen.shape).masked_fill(~seen, float("-inf")).bfloat16()
+    ours = stream.clone()
+    added = compiled.run(ours, keys, values, 1, slots, span, cos, sin, mask)
+    ours = ours + added.view_as(ours)
+
+    def product(x: torch.Tensor, matrix: FrozenLinear) -> torch.Tensor:
+        return F.linear(x, matrix.weight.double())
+
+    exact = stream.double()
+    normed = F.rms_norm(exact, (hidden,), weights.input_norm.double(), 1e-5)
+    split = product(normed, weights.qkv).view(batch, nodes, heads + 2 * kv_heads, width)
+    stored_keys, stored_values = keys[0, 1:batch + 1, :span].double(), values[0, 1:batch + 1, :span].double()
+    queries = split[:, :, :heads].transpose(1, 2)
+    looked = [store.transpose(1, 2).repeat_interleave(groups, 1) for store in (stored_keys, stored_values)]
+    mixed = F.scaled_dot_product_attention(queries, *looked, attn_mask=mask.double()).transpose(1, 2).flatten(2)
+    exact = exact + product(mixed, weights.output)
+    normed = F.rms_norm(exact, (hidden,), weights.mlp_norm.double(), 1e-5)
+    gate, up = product(normed, weights.gate_up).chunk(2, -1)
+    exact = exact + product(F.silu(gate) * up, weights.down)
+    assert float((ours.double() - exact).norm() / exact.norm()) < 0.01
+    here = torch.arange(batch)[:, None]
+    written = keys[0, 1:batch + 1][here, slots].double()
+    torch.testing.assert_close(written, split[:, :, heads:heads + kv_heads], atol=0.05, rtol=0.02)
