@@ -19,6 +19,9 @@ log = logging.getLogger(__name__)
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "rows.h"))
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-std=c++20", "-fPIC", "-shared", "-w")
 
+ROWS_BLOCK = 32
+"""Outputs of a matrix come in so many in the layouts of `rows.h`."""
+
 
 def library_folder() -> Path:
     """Where compiled libraries are kept: with the machine rather than with any storage, since they fit no other."""
@@ -41,6 +44,12 @@ def load_library() -> bool:
                     reason[0] if reason else type(error).__name__)
         return False
     return True
+
+
+@lru_cache(maxsize=1)
+def rows_available() -> bool:
+    """Whether `rows.h` runs here and is the faster one: with AMX oneDNN has the better instruction for many rows."""
+    return load_library() and bool(torch.ops.hydra_heads.rows_available()) and not torch.cpu._is_amx_tile_supported()
 
 
 def _compiled(compiler: str, folder: Path) -> Path:

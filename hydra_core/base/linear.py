@@ -7,23 +7,20 @@ trainers keep the plain layout.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hydra_core.base.int4 import MOST_ROWS, OUT_MULTIPLE, Int4Weight, kernel_missing
-from hydra_core.base.library import load_library
+from hydra_core.base.int4 import OUT_MULTIPLE, FewRows, for_few_rows, kernel_missing
+from hydra_core.base.library import ROWS_BLOCK, rows_available
 from hydra_core.base.q4_1 import GROUP, Q4Matrix, quantise
 
 Layout = Literal["plain", "onednn", "rows"]
 LAYOUTS: tuple[Layout, ...] = ("plain", "onednn", "rows")
 """As numbered in `native.cpp`."""
-ROWS_BLOCK = 32
-"""Outputs of a matrix come in so many in the layout `rows`."""
 EXPECTED_ROWS = 8
 """Rows of a typical step, for oneDNN to choose a layout by; any number works."""
 
@@ -38,12 +35,6 @@ def quantisable(weight: Tensor) -> bool:
     """Whether a 4-bit copy of `weight` [out, in] would be faster here at few rows."""
     return (packable(weight) and kernel_missing() is None
             and weight.shape[0] % OUT_MULTIPLE == 0 and weight.shape[1] % GROUP == 0)
-
-
-@lru_cache(maxsize=1)
-def rows_available() -> bool:
-    """Whether `rows.h` runs here and is the faster one: with AMX oneDNN has the better instruction for many rows."""
-    return load_library() and bool(torch.ops.hydra_heads.rows_available()) and not torch.cpu._is_amx_tile_supported()
 
 
 def pack(weight: Tensor) -> tuple[Tensor, Layout]:
@@ -70,26 +61,24 @@ class FrozenLinear:
     weight: Tensor
     bias: Tensor | None
     layout: Layout = "plain"
-    few: Int4Weight | None = None
+    few: FewRows | None = None
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None = None, codes: Q4Matrix | None = None) -> FrozenLinear:
         """`codes`: 4-bit codes of the same values, where they are to be used."""
-        few = None if codes is None else Int4Weight.of(codes, weight.dtype)
+        few = None if codes is None else for_few_rows(codes, weight.dtype)
         packed, layout = pack(weight) if packable(weight) else (weight, LAYOUTS[0])
         return cls(packed, bias, layout, few)
 
     @classmethod
     def for_drafts(cls, weight: Tensor, bias: Tensor | None = None) -> FrozenLinear:
-        """With a 4-bit copy made of the weights, where torch's kernel for it is the faster one: a draft may be wrong, and a
-        third of the bytes is read. Our own loops read draft heads out of the cache twice as fast as that kernel does."""
-        made = cls.of(weight, bias)
-        return replace(made, few=Int4Weight.of(quantise(weight), weight.dtype)) if made.layout == "onednn" and quantisable(
-            weight) else made
+        """With a 4-bit copy made of the weights, where there is a faster kernel for it: a draft may be wrong, and a third
+        of the bytes is read."""
+        return cls.of(weight, bias, quantise(weight) if quantisable(weight) else None)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
-        if self.few is not None and x.numel() <= MOST_ROWS * x.shape[-1]:
+        if self.few is not None and x.numel() <= self.few.most * x.shape[-1]:
             product = self.few(x)
             return product if self.bias is None else product + self.bias
         if self.layout != "plain":

@@ -33,13 +33,16 @@ Tensor packed_linear(const Tensor& x, const Tensor& weight, const Maybe& bias) {
 // How a matrix is laid out, as `FrozenLinear.layout`.
 enum Layout : int64_t { PLAIN, ONEDNN, ROWS };
 
-// As `FrozenLinear`: `codes` and `scales` are the 4-bit copy that up to `most` rows take.
+// As `FrozenLinear`: `codes` and `scales` are the 4-bit copy that up to `most` rows take, ours (int16) or torch's.
 struct Linear {
   Tensor weight;
   Maybe bias, codes, scales;
   int64_t layout, most, group;
 
   Tensor operator()(const Tensor& x) const {  // [M, in] to [M, out]
+#ifdef HYDRA_ROWS
+    if (codes && x.size(0) <= most && codes->scalar_type() == at::kShort) return few::linear4(x, *codes, *scales, bias);
+#endif
     if (codes && x.size(0) <= most) {
       Tensor product = at::_weight_int4pack_mm_for_cpu(x, *codes, group, *scales);
       return bias ? product.add_(*bias) : product;
@@ -104,8 +107,9 @@ void turn(const T* head, const T* cos, const T* sin, const T* norm, double eps, 
   }
 }
 
-Linear linear_of(std::vector<Maybe> parts, int64_t layout, int64_t most, int64_t group) {
-  return {*parts.at(0), parts.at(1), parts.at(2), parts.at(3), layout, most, group};
+// `layout`: its number, and the rows up to which the 4-bit copy is taken.
+Linear linear_of(std::vector<Maybe> parts, std::tuple<int64_t, int64_t> layout, int64_t group) {
+  return {*parts.at(0), parts.at(1), parts.at(2), parts.at(3), std::get<0>(layout), std::get<1>(layout), group};
 }
 
 struct Decoder : torch::CustomClassHolder {
@@ -119,9 +123,9 @@ struct Decoder : torch::CustomClassHolder {
   }
 
   // `norms`: of the layer's input, of its MLP's, of query and key heads; each matrix: weight, bias, codes, scales.
-  void add(std::vector<Maybe> norms, std::vector<std::vector<Maybe>> matrices, std::vector<int64_t> layouts, int64_t most,
+  void add(std::vector<Maybe> norms, std::vector<std::vector<Maybe>> matrices, std::vector<std::tuple<int64_t, int64_t>> layouts,
            int64_t group) {
-    const auto matrix = [&](size_t index) { return linear_of(matrices.at(index), layouts.at(index), most, group); };
+    const auto matrix = [&](size_t index) { return linear_of(matrices.at(index), layouts.at(index), group); };
     layers.push_back({*norms.at(0), *norms.at(1), norms.at(2), norms.at(3), matrix(0), matrix(1), matrix(2), matrix(3)});
   }
 
@@ -262,13 +266,14 @@ struct Head : torch::CustomClassHolder {
   Head(Maybe norm, double eps, double scale, double softcap) : norm(norm), eps(eps), scale(scale), softcap(softcap) {}
 
   // Of one or two matrices: weight, bias, codes, scales each.
-  void add(std::vector<std::vector<Maybe>> matrices, std::vector<int64_t> layouts, bool widens, int64_t most, int64_t group) {
-    blocks.push_back({linear_of(matrices.at(0), layouts.at(0), most, group), std::nullopt, widens});
-    if (matrices.size() > 1) blocks.back().down = linear_of(matrices.at(1), layouts.at(1), most, group);
+  void add(std::vector<std::vector<Maybe>> matrices, std::vector<std::tuple<int64_t, int64_t>> layouts, bool widens,
+           int64_t group) {
+    blocks.push_back({linear_of(matrices.at(0), layouts.at(0), group), std::nullopt, widens});
+    if (matrices.size() > 1) blocks.back().down = linear_of(matrices.at(1), layouts.at(1), group);
   }
 
-  void end(std::vector<Maybe> matrix, int64_t layout, int64_t most, int64_t group) {
-    rows = linear_of(matrix, layout, most, group);
+  void end(std::vector<Maybe> matrix, std::tuple<int64_t, int64_t> layout, int64_t group) {
+    rows = linear_of(matrix, layout, group);
   }
 
   // `features`: [B, D]; `path`: [B, W, k, D], or [B, W, 0, D] where the head does not hear it. Logits [B, W, Vd] float32.
@@ -367,7 +372,16 @@ Tensor rows_linear(const Tensor& x, const Tensor& packed, const Maybe& bias) {
 #endif
 }
 
+Tensor rows_linear4(const Tensor& x, const Tensor& codes, const Tensor& scales, const Maybe& bias) {
+#ifdef HYDRA_ROWS
+  return few::linear4(x, codes, scales, bias);
+#else
+  TORCH_CHECK(false, "this processor has no such layout");
+#endif
+}
+
 TORCH_LIBRARY(hydra_heads, library) {
+  library.def("rows_linear4", rows_linear4);
   library.def("rows_available", rows_available);
   library.def("rows_pack", rows_pack);
   library.def("rows_linear", rows_linear);

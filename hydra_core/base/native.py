@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hydra_core.base.int4 import MOST_ROWS
 from hydra_core.base.library import load_library
 from hydra_core.base.linear import LAYOUTS, FrozenLinear
 from hydra_core.base.q4_1 import GROUP
@@ -38,7 +37,7 @@ def native_decoder(layers: Sequence[LayerWeights], heads: int, kv_heads: int, wi
         norms = layer.head_norms
         matrices = [layer.qkv, layer.output, layer.gate_up, layer.down]
         made.add([layer.input_norm, layer.mlp_norm, norms.query if norms else None, norms.key if norms else None],
-                 [_parts(matrix) for matrix in matrices], [LAYOUTS.index(matrix.layout) for matrix in matrices], MOST_ROWS, GROUP)
+                 [_parts(matrix) for matrix in matrices], [_layout(matrix) for matrix in matrices], GROUP)
     return made
 
 
@@ -55,12 +54,16 @@ def native_head(blocks: Sequence[Sequence[FrozenLinear]], widens: Sequence[bool]
         return None
     made = torch.classes.hydra_heads.Head(None if norm is None else norm.float().contiguous(), eps, scale, softcap or 0.0)
     for matrices, widened in zip(blocks, widens, strict=True):
-        layouts = [LAYOUTS.index(matrix.layout) for matrix in matrices]
-        made.add([_parts(matrix) for matrix in matrices], layouts, widened, MOST_ROWS, GROUP)
-    made.end(_parts(rows), LAYOUTS.index(rows.layout), MOST_ROWS, GROUP)
+        made.add([_parts(matrix) for matrix in matrices], [_layout(matrix) for matrix in matrices], widened, GROUP)
+    made.end(_parts(rows), _layout(rows), GROUP)
     return made
 
 
 def _parts(matrix: FrozenLinear) -> list[Tensor | None]:
     few = matrix.few
     return [matrix.weight, matrix.bias, few.packed if few else None, few.scales if few else None]
+
+
+def _layout(matrix: FrozenLinear) -> tuple[int, int]:
+    """The number of its layout, and the rows up to which its 4-bit copy is taken."""
+    return LAYOUTS.index(matrix.layout), matrix.few.most if matrix.few else 0

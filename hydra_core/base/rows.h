@@ -103,6 +103,99 @@ inline Tensor linear(const Tensor& given, const Tensor& packed, const std::optio
   return result;
 }
 
+// ---- a matrix in 4 bits ---------------------------------------------------------------------------------------------
+
+constexpr int64_t GROUP = 32;  // inputs that share a scale and a minimum
+constexpr int MOST4 = 6;       // rows that are summed together: two sums of a group and two of all each
+
+// The values 0 to 15 in bfloat16, twice: a code is looked up with the lowest bit of its neighbour above it.
+inline __m512i code_values() {
+  alignas(64) uint16_t values[32];
+  for (int i = 0; i < 32; ++i) values[i] = at::BFloat16(static_cast<float>(i % 16)).x;
+  return _mm512_load_si512(values);
+}
+
+// `codes`: of one block, [in / 8, 2, 16, 2] of four codes each, those of inputs 2 j and 2 j + 1 in bits 4 j; `scales`: [in / 32,
+// 2, 32] float16, scale and minimum; `sums`: [ROWS, in / 32] of x over each group. A weight is scale * code + minimum.
+template <int ROWS>
+void tile4(const Value* x, const float* sums, int64_t in, const int16_t* codes, const at::Half* scales, const Value* bias,
+           Value* target, int64_t out, __m512i values) {
+  const int64_t groups = in / GROUP;
+  __m512 total[ROWS][2];
+  for (int half = 0; half < 2; ++half) {
+    const __m512 first = bias ? widen(_mm256_loadu_si256((const __m256i*)(bias + 16 * half))) : _mm512_setzero_ps();
+    for (int row = 0; row < ROWS; ++row) total[row][half] = first;
+  }
+  for (int64_t group = 0; group < groups; ++group, scales += 2 * BLOCK) {
+    __m512 made[ROWS][2];
+    for (int row = 0; row < ROWS; ++row) made[row][0] = made[row][1] = _mm512_setzero_ps();
+    for (int64_t eight = 0; eight < GROUP / 8; ++eight, codes += 64) {
+      const __m512i low = _mm512_loadu_si512(codes), high = _mm512_loadu_si512(codes + 32);
+#pragma GCC unroll 4
+      for (int two = 0; two < 4; ++two) {
+        const __m512bh first = both(_mm512_permutexvar_epi16(_mm512_srli_epi16(low, 4 * two), values));
+        const __m512bh second = both(_mm512_permutexvar_epi16(_mm512_srli_epi16(high, 4 * two), values));
+#pragma GCC unroll 6
+        for (int row = 0; row < ROWS; ++row) {
+          const __m512bh given = pair(x + row * in + group * GROUP + eight * 8 + 2 * two);
+          made[row][0] = _mm512_dpbf16_ps(made[row][0], first, given);
+          made[row][1] = _mm512_dpbf16_ps(made[row][1], second, given);
+        }
+      }
+    }
+    for (int half = 0; half < 2; ++half) {
+      const __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(scales + 16 * half)));
+      const __m512 least = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(scales + BLOCK + 16 * half)));
+      for (int row = 0; row < ROWS; ++row) {
+        const __m512 sum = _mm512_set1_ps(sums[row * groups + group]);
+        total[row][half] = _mm512_fmadd_ps(scale, made[row][half], _mm512_fmadd_ps(least, sum, total[row][half]));
+      }
+    }
+  }
+  for (int row = 0; row < ROWS; ++row)
+    for (int half = 0; half < 2; ++half)
+      _mm256_storeu_si256((__m256i*)(target + row * out + 16 * half), narrow(total[row][half]));
+}
+
+inline void tile4_of(int64_t rows, const Value* x, const float* sums, int64_t in, const int16_t* codes, const at::Half* scales,
+                     const Value* bias, Value* target, int64_t out, __m512i values) {
+  switch (rows) {
+#define ROWS_CASE(n) case n: return tile4<n>(x, sums, in, codes, scales, bias, target, out, values)
+    ROWS_CASE(1); ROWS_CASE(2); ROWS_CASE(3); ROWS_CASE(4); ROWS_CASE(5); ROWS_CASE(6);
+#undef ROWS_CASE
+  }
+}
+
+// `x`: [M, in]; `codes`: [out / 32, in / 8, 2, 16, 2] int16; `scales`: [out / 32, in / 32, 2, 32] float16. Returns [M, out].
+inline Tensor linear4(const Tensor& given, const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& bias) {
+  const Tensor x = given.contiguous();
+  const int64_t count = x.size(0), in = x.size(1), blocks = codes.size(0), out = blocks * BLOCK, groups = in / GROUP;
+  Tensor result = at::empty({count, out}, x.options());
+  const Value* from = x.const_data_ptr<Value>();
+  std::vector<float> sums(count * groups);
+  for (int64_t i = 0; i < count * groups; ++i) {
+    const __m512 low = widen(_mm256_loadu_si256((const __m256i*)(from + i * GROUP)));
+    sums[i] = _mm512_reduce_add_ps(_mm512_add_ps(low, widen(_mm256_loadu_si256((const __m256i*)(from + i * GROUP + 16)))));
+  }
+  const int16_t* all_codes = codes.const_data_ptr<int16_t>();
+  const at::Half* all_scales = scales.const_data_ptr<at::Half>();
+  const Value* added = bias ? bias->const_data_ptr<Value>() : nullptr;
+  Value* target = result.data_ptr<Value>();
+  const int64_t passes = (count + MOST4 - 1) / MOST4;
+  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    const __m512i values = code_values();
+    for (int64_t block = begin; block < end; ++block) {
+      for (int64_t pass = 0, at = 0; pass < passes; ++pass) {
+        const int64_t some = (count - at) / (passes - pass);
+        tile4_of(some, from + at * in, sums.data() + at * groups, in, all_codes + block * in * 8, all_scales + block * groups * 2 * BLOCK,
+                 added ? added + block * BLOCK : nullptr, target + at * out + block * BLOCK, out, values);
+        at += some;
+      }
+    }
+  });
+  return result;
+}
+
 // SiLU(gate) * up in float32, rounded once: [M, 2 I] to [M, I].
 inline Tensor gate(const Tensor& made) {
   const int64_t count = made.size(0), inner = made.size(1) / 2;

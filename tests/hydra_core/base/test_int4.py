@@ -11,7 +11,8 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 
 from hydra_core.base import Base, load_base, load_vocabulary, resolve_base
-from hydra_core.base.int4 import MOST_ROWS, Int4Weight
+from hydra_core.base.int4 import MOST_ROWS, Int4Weight, RowsInt4Weight, for_few_rows
+from hydra_core.base.library import rows_available
 from hydra_core.base.linear import FrozenLinear
 from hydra_core.base.q4_1 import load_codes, unpack_blocks
 from hydra_core.decoding import Engine, Request, compare, naive_generate
@@ -69,25 +70,45 @@ def test_products_stay_within_the_bound(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("rows", "columns"), [(64, 96), (192, 576)])
 def test_a_row_does_not_depend_on_the_others(rows: int, columns: int) -> None:
     """So that verifying a small tree rounds as plain decoding does: to the last bit, in any place, beside any others."""
-    weight = Int4Weight.of(unpack_blocks(random_blocks(rows, columns)))
-    generator = torch.Generator().manual_seed(2)
-    x = torch.randn(MOST_ROWS, columns, generator=generator).bfloat16()
-    alone = torch.cat([weight(row[None]) for row in x])
-    for count in range(1, MOST_ROWS + 1):
-        assert torch.equal(weight(x[:count]), alone[:count])
-        order = torch.randperm(MOST_ROWS, generator=generator)[:count]
-        assert torch.equal(weight(x[order]), alone[order])
+    matrix = unpack_blocks(random_blocks(rows, columns))
+    for weight in (Int4Weight.of(matrix), for_few_rows(matrix, torch.bfloat16)):
+        generator = torch.Generator().manual_seed(2)
+        x = torch.randn(weight.most, columns, generator=generator).bfloat16()
+        alone = torch.cat([weight(row[None]) for row in x])
+        for count in range(1, weight.most + 1):
+            assert torch.equal(weight(x[:count]), alone[:count])
+            order = torch.randperm(weight.most, generator=generator)[:count]
+            assert torch.equal(weight(x[order]), alone[order])
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (64, 96), (192, 576), (576, 1536)])
+@pytest.mark.parametrize("count", [1, 2, 5, 6, 7, 13, 40])
+def test_our_own_products_are_exact_but_for_their_last_rounding(shape: tuple[int, int], count: int) -> None:
+    """Codes, scale and minimum as the file has them, negative scales too; with a bias and without."""
+    if not rows_available():
+        pytest.skip("this processor has no bf16 dot product in AVX-512, or AMX")
+    matrix = unpack_blocks(random_blocks(*shape))
+    weight = for_few_rows(matrix, torch.bfloat16)
+    assert isinstance(weight, RowsInt4Weight)
+    x, bias = torch.randn(count, shape[1]).bfloat16(), torch.randn(shape[0]).bfloat16()
+    exact = x.double() @ matrix.dequantise(torch.float64).T
+    for ours, wanted in ((weight(x), exact), (torch.ops.hydra_heads.rows_linear4(x, weight.packed, weight.scales, bias),
+                                              exact + bias.double())):
+        # half a step of bf16, and float32's own over the sum of sizes
+        allowed = wanted.abs() / 256 + 1e-5 * (x.double().abs() @ matrix.dequantise(torch.float64).abs().T + 1)
+        assert bool(((ours.double() - wanted).abs() <= allowed).all())
 
 
 def test_few_and_many_rows_take_different_kernels() -> None:
-    """One row more than `MOST_ROWS` and all of them are rounded by the dense matrix, as bf16 rounds."""
+    """One row more than the packed one's most and all of them are rounded by the dense matrix, as bf16 rounds."""
     matrix = unpack_blocks(random_blocks(64, 96))
     layer = FrozenLinear.of(matrix.dequantise().bfloat16(), None, matrix)
     dense = FrozenLinear.of(matrix.dequantise().bfloat16())
-    x = torch.randn(MOST_ROWS + 1, 96, generator=torch.Generator().manual_seed(3)).bfloat16()
     assert layer.few is not None
-    assert torch.equal(layer(x[:MOST_ROWS]), layer.few(x[:MOST_ROWS])) and torch.equal(layer(x), dense(x))
-    assert not torch.equal(layer(x)[:MOST_ROWS], layer.few(x[:MOST_ROWS]))
+    most = layer.few.most
+    x = torch.randn(most + 1, 96, generator=torch.Generator().manual_seed(3)).bfloat16()
+    assert torch.equal(layer(x[:most]), layer.few(x[:most])) and torch.equal(layer(x), dense(x))
+    assert not torch.equal(layer(x)[:most], layer.few(x[:most]))
 
 
 def test_the_checkpoint_keeps_its_codes(model: str, base: Base, cache: Path) -> None:
@@ -98,7 +119,7 @@ def test_the_checkpoint_keeps_its_codes(model: str, base: Base, cache: Path) -> 
     plain = load_base(model, dtype="fp32", cache=cache)
     assert base.identity.digest == plain.identity.digest and base.identity.weight_format == "int4"
     assert base.identity == load_vocabulary(model, dtype="int4", cache=cache).identity
-    for rows in (MOST_ROWS, MOST_ROWS + 1, 60):  # few and many rows are multiplied by different kernels
+    for rows in (MOST_ROWS, MOST_ROWS + 1, 16, 17, 60):  # few and many rows are multiplied by different kernels
         prompt = [list(range(5, 5 + rows))]
         ours, wanted = base.hidden_states(prompt)[0].float(), plain.hidden_states(prompt)[0]
         assert float((ours - wanted).norm() / wanted.norm()) < 0.03

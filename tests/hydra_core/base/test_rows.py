@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from hydra_core.base import native
 from hydra_core.base.fused import LayerWeights
-from hydra_core.base.library import load_library
-from hydra_core.base.linear import FrozenLinear, rows_available
+from hydra_core.base.library import load_library, rows_available
+from hydra_core.base.linear import FrozenLinear
 
 pytestmark = pytest.mark.skipif(not load_library() or not torch.ops.hydra_heads.rows_available(),
                                 reason="this processor has no bf16 dot product in AVX-512")
