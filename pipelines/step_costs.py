@@ -13,7 +13,7 @@ from hydra_core.base import Base
 from hydra_core.base.graphs import recorder_for, step_forward
 from hydra_core.decoding.accept import accept
 from hydra_core.decoding.adaptive import MOST_NODES, AdaptiveSession
-from hydra_core.decoding.choose import Chooser, likeliest
+from hydra_core.decoding.choose import Chooser
 from hydra_core.decoding.memory import free_bytes, workspace_bytes
 from hydra_core.decoding.propose import HeadSession
 from hydra_core.decoding.records import Request
@@ -69,7 +69,7 @@ def verify_seconds(base: Base, points: Sequence[Point], repeats: int,
         def run() -> None:
             cache.lengths[:] = context
             hidden = forwards[batch](tokens, forest, context)
-            accepted = accept(tokens, forest, likeliest(base.logits(hidden)))
+            accepted = accept(tokens, forest, base.likeliest(hidden))
             cache.commit((0, batch), accepted.path, accepted.counts)
 
         return run

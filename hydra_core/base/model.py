@@ -85,6 +85,10 @@ class Base:
         """[..., D] to [..., V] float32."""
         return self.vocabulary.head(hidden)
 
+    def likeliest(self, hidden: Tensor) -> Tensor:
+        """[..., D] to the likeliest token [...] int64, of equals the first."""
+        return self.vocabulary.head.likeliest(hidden)
+
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Sequence[int]], cache: KVCache, rows: tuple[int, int]) -> Tensor:
         """Compute and commit whole prompts into cache `rows`: hidden states [B, T, D], junk past each prompt's end.

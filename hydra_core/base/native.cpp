@@ -372,6 +372,14 @@ Tensor rows_linear(const Tensor& x, const Tensor& packed, const Maybe& bias) {
 #endif
 }
 
+Tensor rows_largest(const Tensor& x, const Tensor& packed, const Maybe& bias) {
+#ifdef HYDRA_ROWS
+  return few::largest(x, packed, bias);
+#else
+  TORCH_CHECK(false, "this processor has no such layout");
+#endif
+}
+
 Tensor rows_linear4(const Tensor& x, const Tensor& codes, const Tensor& scales, const Maybe& bias) {
 #ifdef HYDRA_ROWS
   return few::linear4(x, codes, scales, bias);
@@ -381,6 +389,7 @@ Tensor rows_linear4(const Tensor& x, const Tensor& codes, const Tensor& scales, 
 }
 
 TORCH_LIBRARY(hydra_heads, library) {
+  library.def("rows_largest", rows_largest);
   library.def("rows_linear4", rows_linear4);
   library.def("rows_available", rows_available);
   library.def("rows_pack", rows_pack);

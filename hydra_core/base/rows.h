@@ -103,6 +103,48 @@ inline Tensor linear(const Tensor& given, const Tensor& packed, const std::optio
   return result;
 }
 
+// The output that is largest in each row of `linear`'s result, of equals the first: [M] int64. Nothing else of it is kept.
+inline Tensor largest(const Tensor& given, const Tensor& packed, const std::optional<Tensor>& bias) {
+  const Tensor x = given.contiguous();
+  const int64_t count = x.size(0), in = x.size(1), blocks = packed.size(0);
+  const Value *values = x.const_data_ptr<Value>(), *weights = packed.const_data_ptr<Value>();
+  const Value* added = bias ? bias->const_data_ptr<Value>() : nullptr;
+  const int64_t passes = (count + MOST - 1) / MOST, pieces = std::max<int64_t>(1, std::min<int64_t>(blocks, at::get_num_threads()));
+  std::vector<float> most(pieces * count, -INFINITY);
+  std::vector<int64_t> where(pieces * count, 0);
+  at::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
+    alignas(64) Value made[MOST * BLOCK];
+    for (int64_t piece = begin; piece < end; ++piece) {
+      for (int64_t block = blocks * piece / pieces; block < blocks * (piece + 1) / pieces; ++block) {
+        for (int64_t pass = 0, at = 0; pass < passes; ++pass) {
+          const int64_t some = (count - at) / (passes - pass);
+          tile_of(some, values + at * in, in, weights + block * in * BLOCK, added ? added + block * BLOCK : nullptr, made, BLOCK);
+          for (int64_t row = 0; row < some; ++row) {
+            const __m512 low = widen(_mm256_loadu_si256((const __m256i*)(made + row * BLOCK)));
+            const __m512 high = widen(_mm256_loadu_si256((const __m256i*)(made + row * BLOCK + 16)));
+            const float best = _mm512_reduce_max_ps(_mm512_max_ps(low, high));
+            float& known = most[piece * count + at + row];
+            if (!(best > known)) continue;  // of equals the first stays
+            known = best;
+            const __m512 wanted = _mm512_set1_ps(best);
+            const uint32_t equal = _mm512_cmpeq_ps_mask(low, wanted) | static_cast<uint32_t>(_mm512_cmpeq_ps_mask(high, wanted)) << 16;
+            where[piece * count + at + row] = block * BLOCK + __builtin_ctz(equal);
+          }
+          at += some;
+        }
+      }
+    }
+  });
+  Tensor result = at::empty({count}, x.options().dtype(at::kLong));
+  for (int64_t row = 0; row < count; ++row) {
+    int64_t best = 0;
+    for (int64_t piece = 1; piece < pieces; ++piece)
+      if (most[piece * count + row] > most[best * count + row]) best = piece;
+    result.data_ptr<int64_t>()[row] = where[best * count + row];
+  }
+  return result;
+}
+
 // ---- a matrix in 4 bits ---------------------------------------------------------------------------------------------
 
 constexpr int64_t GROUP = 32;  // inputs that share a scale and a minimum

@@ -28,6 +28,16 @@ class BaseIdentity:
         return f"{self.name}@{self.digest[:16]}:{self.weight_format}"
 
 
+def likeliest(logits: Tensor) -> Tensor:
+    """[...] int64: the likeliest token of each [..., V], the first of equals, as `argmax` has it.
+
+    On a CPU by NumPy's, which takes a fifth of the time of torch's.
+    """
+    if logits.device.type != "cpu":
+        return logits.argmax(-1)
+    return torch.as_tensor(logits.numpy().argmax(-1))
+
+
 @dataclass(frozen=True)
 class VocabHead:
     """Hidden state to logits: the one function for matrix, bias, scale and soft cap.
@@ -54,6 +64,15 @@ class VocabHead:
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
+
+    def likeliest(self, hidden: Tensor) -> Tensor:
+        """[..., D] to the likeliest token [...] int64, as `likeliest` of the logits has it."""
+        packed = self.packed
+        if packed is None or packed.layout != "rows" or packed.few is not None or self.softcap is not None or self.scale != 1.0:
+            return likeliest(self(hidden))
+        flat = hidden.to(self.weight.dtype).reshape(-1, hidden.shape[-1])
+        chosen: Tensor = torch.ops.hydra_heads.rows_largest(flat, packed.weight, packed.bias)
+        return chosen.view(hidden.shape[:-1])
 
     def for_decoding(self) -> VocabHead:
         """The same head with a packed copy of its matrix, where this machine has a faster layout."""

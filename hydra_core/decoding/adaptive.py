@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from hydra_core.decoding.choose import Chooser, rank_scores
 from hydra_core.decoding.growth import Candidates, Copied, Worth, add_copied, select, weigh
 from hydra_core.decoding.pending import HeadFeatures
 from hydra_core.decoding.propose import PlainSession, Proposal
-from hydra_core.decoding.rates import Rates, match_class
+from hydra_core.decoding.rates import Bools, Floats, Ints, Rates, match_class
 from hydra_core.drafters import AdaptiveDrafter, HeadDrafter, NgramIndex
 
 WIDTH = 6
@@ -39,7 +40,7 @@ def most_nodes(drafter: AdaptiveDrafter) -> int:
 class AdaptiveSession(PlainSession):
     """Trees grown by learned chances and measured costs; see `growth` and `rates`.
 
-    Heads run where the base does; what is made of their candidates is decided on the host, in small tensors that a GPU would
+    Heads run where the base does; what is made of their candidates is decided on the host, in small arrays that a GPU would
     only wait for.
     """
 
@@ -56,10 +57,10 @@ class AdaptiveSession(PlainSession):
             self.inputs = HeadFeatures(heads, rows, slots)
             self.draft_ids = heads.draft_vocab.ids.to(self.device)
         self.rates = Rates(self.depths, rows)
-        self._seconds: dict[tuple[int, int, int], Tensor] = {}
+        self._seconds: dict[tuple[int, int, int], Floats] = {}
         self._extra = [1.0] * 4     # tokens a row that heads add to copied ones, by how sure those are
         self._idle = 0              # steps since heads were used
-        self._kinds: Tensor | None = None
+        self._kinds: Ints | None = None
 
     @property
     def features(self) -> Tensor:
@@ -101,16 +102,17 @@ class AdaptiveSession(PlainSession):
         kinds = self._kinds
         if kinds is None or kinds.shape[1] == 1:
             return
-        stood = torch.zeros(kinds.shape, dtype=torch.bool).scatter_(1, accepted.path.cpu(), True)
-        parents = proposal.forest.parents.clamp(min=0).expand_as(kinds)
+        rows, stood = np.arange(len(kinds))[:, None], np.zeros(kinds.shape, dtype=np.bool_)
+        stood[rows, accepted.path.cpu().numpy()] = True
+        parents = proposal.forest.parents.numpy().clip(0)
         known = kinds >= 0
-        self.rates.learn(kinds, known & stood.gather(1, parents), known & stood)
+        self.rates.learn(kinds, known & stood[rows, parents], known & stood)
 
     # -- one draft -----------------------------------------------------------------------------------------------------
 
     def propose(self, roots: Tensor, positions: Sequence[int], choosers: Sequence[Chooser]) -> Proposal:
-        sampled = torch.tensor([chooser.request.temperature > 0 for chooser in choosers])
-        roots_alone = Candidates.roots(roots.cpu())
+        sampled = np.array([chooser.request.temperature > 0 for chooser in choosers])
+        roots_alone = Candidates.roots(roots.cpu().numpy())
         copied = self._copied(len(roots))
         candidates = roots_alone if copied is None else add_copied(roots_alone, copied, self.rates, sampled)
         worth = weigh(candidates, self._step_seconds(positions, 0))
@@ -126,7 +128,7 @@ class AdaptiveSession(PlainSession):
             self._idle += 1
         grown = select(candidates, worth)
         self._kinds = grown.kinds
-        return Proposal(grown.tokens.to(self.device), grown.forest, worth.seconds)
+        return Proposal(torch.tensor(grown.tokens, device=self.device), grown.forest, worth.seconds)
 
     def _copied(self, batch: int) -> Copied | None:
         """What the text of each row would go on with, or None where no row finds anything."""
@@ -136,65 +138,67 @@ class AdaptiveSession(PlainSession):
         found = [index.match(length) for index in self.indexes[:batch]]
         if length < 1 or not any(match.matched for match in found):
             return None
-        tokens = torch.tensor([match.tokens or (-1,) * length for match in found])
-        return Copied(tokens, torch.tensor([match_class(match.matched) for match in found]))
+        tokens = np.array([match.tokens or (-1,) * length for match in found])
+        return Copied(tokens, np.array([match_class(match.matched) for match in found]))
 
     def _grow(self, heads: HeadDrafter, known: Candidates, positions: Sequence[int], choosers: Sequence[Chooser],
-              sampled: Tensor) -> Candidates:
+              sampled: Bools) -> Candidates:
         """Candidates of every head, the likeliest nodes of a depth drafted on."""
         self.inputs.catch_up()
         batch = len(positions)
-        features = self.inputs.features[:batch]
-        at = torch.zeros_like(known.tokens)                                     # [B, W] nodes that are drafted on
-        chances, path = known.chances, self._embedded(heads, known.tokens)    # [B, W], [B, W, depth + 1, D]
+        rows, features = np.arange(batch)[:, None], self.inputs.features[:batch]
+        at = np.zeros_like(known.tokens)                                        # [B, W] nodes that are drafted on
+        chances, path = known.chances, self._embedded(heads, known.tokens)      # [B, W], [B, W, depth + 1, D]
         first, columns = 1, []
         for depth in range(self.depths):
             tokens, given = self._candidates(heads, depth, features, path, positions, choosers)
             kinds = self.rates.head_kinds(depth, given, sampled)                # [B, W or 1, width]
-            below = (chances[..., None] * self.rates.chances(kinds)).flatten(1)
-            children = (batch, at.shape[1], kinds.shape[2])
-            tokens, parents = tokens.expand(children).flatten(1), at[..., None].expand(children).flatten(1)
-            columns.append((tokens, parents, kinds.expand(children).flatten(1), below))
+            below = (chances[..., None] * self.rates.chances(kinds)).reshape(batch, -1)
+            width = kinds.shape[2]
+            if kinds.shape[1] < at.shape[1]:
+                tokens, kinds = (np.broadcast_to(part, (batch, at.shape[1], width)) for part in (tokens, kinds))
+            tokens = tokens.reshape(batch, -1)
+            columns.append((tokens, at.repeat(width, axis=1), kinds.reshape(batch, -1), below))
             if depth + 1 == self.depths:
                 break
-            chances, best = below.topk(min(BEAM, below.shape[1]), dim=1)
+            best = (-below).argsort(axis=1, kind="stable")[:, :BEAM]
+            chances = below[rows, best]
             if not self._deeper_pays(positions, depth + 1, chances):
                 break
             at, first = first + best, first + below.shape[1]
-            chosen = self._embedded(heads, tokens.gather(1, best))
-            above = path.gather(1, (best // children[2]).to(self.device)[..., None, None].expand(-1, -1, *path.shape[2:]))
-            path = torch.cat((above, chosen), dim=2)
-        tokens, parents, kinds, below = (torch.cat(parts, 1) for parts in zip(*columns, strict=True))
+            above = path[torch.arange(batch, device=self.device)[:, None], torch.tensor(best // width, device=self.device)]
+            path = torch.cat((above, self._embedded(heads, tokens[rows, best])), dim=2)
+        tokens, parents, kinds, below = (np.concatenate(parts, 1) for parts in zip(*columns, strict=True))
         return known.joined(tokens, parents, kinds, below, len(columns))
 
-    def _embedded(self, heads: HeadDrafter, tokens: Tensor) -> Tensor:
+    def _embedded(self, heads: HeadDrafter, tokens: Ints) -> Tensor:
         """Paths of one token each: [B, W, 1, D] where heads run, of `tokens` [B, W] on the host."""
-        return heads.embed(tokens.to(self.device))[:, :, None]
+        return heads.embed(torch.tensor(tokens, device=self.device))[:, :, None]
 
     def _candidates(self, heads: HeadDrafter, depth: int, features: Tensor, path: Tensor, positions: Sequence[int],
-                    choosers: Sequence[Chooser]) -> tuple[Tensor, Tensor]:
+                    choosers: Sequence[Chooser]) -> tuple[Ints, Floats]:
         """Tokens [B, W, width] and the head's probabilities of them, on the host; W is 1 where the path makes no difference."""
         if not heads.config.sequential:
             path = path[:, :1]
         if not self.shared_noise or not any(chooser.request.temperature for chooser in choosers):
             indices, values = heads.candidates(depth, features, path, WIDTH)
-            return self.draft_ids[indices].cpu(), values.cpu()
-        logits = rank_scores(heads.candidate_logits(depth, features, path), [position + depth + 1 for position in positions],
-                             choosers, self.draft_ids)
-        best = logits.softmax(-1).topk(min(WIDTH, logits.shape[-1]), dim=-1)
-        return self.draft_ids[best.indices].cpu(), best.values.cpu()
+        else:
+            logits = rank_scores(heads.candidate_logits(depth, features, path), [position + depth + 1 for position in positions],
+                                 choosers, self.draft_ids)
+            values, indices = logits.softmax(-1).topk(min(WIDTH, logits.shape[-1]), dim=-1)
+        return self.draft_ids[indices].cpu().numpy(), values.cpu().double().numpy()
 
     # -- what pays -----------------------------------------------------------------------------------------------------
 
-    def _step_seconds(self, positions: Sequence[int], depth: int) -> Tensor:
+    def _step_seconds(self, positions: Sequence[int], depth: int) -> Floats:
         """Seconds of a step by nodes [most], of rows that stand at `positions`; `depth` heads are drafted with, 0: none."""
         batch, context = len(positions), self._context(positions)
         known = self._seconds.get((batch, depth, context))
         if known is None:
             costs = self.drafter.costs
             drafting = costs.draft_seconds(batch, depth)
-            known = torch.tensor([costs.verify_seconds(batch, nodes, context) + drafting
-                                  for nodes in range(1, self.max_nodes + 1)])
+            known = np.array([costs.verify_seconds(batch, nodes, context) + drafting
+                              for nodes in range(1, self.max_nodes + 1)])
             self._seconds[batch, depth, context] = known
         return known
 
@@ -207,7 +211,7 @@ class AdaptiveSession(PlainSession):
             seconds[min(worth.nodes + WIDTH, len(seconds)) - 1])
         return with_heads * len(positions) > worth.gain
 
-    def _deeper_pays(self, positions: Sequence[int], depth: int, chances: Tensor) -> bool:
+    def _deeper_pays(self, positions: Sequence[int], depth: int, chances: Floats) -> bool:
         """Whether the likeliest paths are likely enough for another head to be asked."""
         costs, batch = self.drafter.costs, len(positions)
         price = costs.draft_seconds(batch, depth + 1) - costs.draft_seconds(batch, depth)

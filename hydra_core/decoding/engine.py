@@ -14,7 +14,7 @@ from torch import Tensor
 from hydra_core.base.graphs import step_forward
 from hydra_core.base.model import Base
 from hydra_core.decoding.accept import Accepted, accept, accept_walking
-from hydra_core.decoding.choose import Chooser, choose, likeliest, token_logprob
+from hydra_core.decoding.choose import Chooser, choose, token_logprob
 from hydra_core.decoding.clock import Clock, StepTimes
 from hydra_core.decoding.memory import check_memory
 from hydra_core.decoding.propose import Proposal
@@ -117,9 +117,9 @@ class Engine:
         with phase("draft"):
             proposal = self._propose()
         with phase("verify"):
-            hidden, logits = self._verify(proposal)
+            hidden, choices = self._verify(proposal)
         with phase("accept"):
-            accepted = self._accept(proposal, logits)
+            accepted = self._accept(proposal, choices)
         with phase("commit"):
             return outputs + self._commit(proposal, hidden, accepted)
 
@@ -183,18 +183,20 @@ class Engine:
         return proposal
 
     def _verify(self, proposal: Proposal) -> tuple[Tensor, Tensor]:
-        """One base forward over all nodes: hidden states [B, N, D] and logits [B, N, V]."""
+        """One base forward over all nodes: hidden states [B, N, D], and the likeliest tokens [B, N] int64 where those are all
+        that rows choose by, else logits [B, N, V] float32."""
         rows, tokens = self.scheduler.decoding, proposal.tokens.clamp(min=0)
         hidden = self.forward(tokens, proposal.forest, max(_root_positions(rows)))
+        if all(chooser.simple for chooser in self._choosers(rows)):
+            return hidden, self.base.likeliest(hidden)
         return hidden, self.base.logits(hidden)
 
-    def _accept(self, proposal: Proposal, logits: Tensor) -> Accepted:
+    def _accept(self, proposal: Proposal, choices: Tensor) -> Accepted:
         """The path of each row on which the base agrees with the draft."""
+        if choices.dim() == 2:
+            return accept(proposal.tokens, proposal.forest, choices)
         rows = self.scheduler.decoding
-        choosers = self._choosers(rows)
-        if all(chooser.simple for chooser in choosers):
-            return accept(proposal.tokens, proposal.forest, likeliest(logits))
-        return accept_walking(proposal.tokens, proposal.forest, logits, _root_positions(rows), choosers)
+        return accept_walking(proposal.tokens, proposal.forest, choices, _root_positions(rows), self._choosers(rows))
 
     def _choosers(self, rows: Sequence[Row]) -> list[Chooser]:
         return [self.choosers[row.request.id] for row in rows]

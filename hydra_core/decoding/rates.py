@@ -8,8 +8,14 @@ drafted; no token ever depends on them.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints: TypeAlias = NDArray[np.int64]
+Floats: TypeAlias = NDArray[np.float64]
+Bools: TypeAlias = NDArray[np.bool_]
 
 BIN_EDGES = (0.005, 0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.96)
 BINS = len(BIN_EDGES) + 1
@@ -35,16 +41,16 @@ class Rates:
 
     def __init__(self, heads: int, rows: int) -> None:
         self.heads = heads
-        self.edges = torch.tensor(BIN_EDGES)
-        centres = torch.tensor([(low + high) / 2 for low, high in zip((0.0, *BIN_EDGES), (*BIN_EDGES, 1.0), strict=True)])
-        copied = torch.tensor(COPIED_AT_FIRST)
+        self.edges = np.array(BIN_EDGES)
+        centres = (np.array((0.0, *BIN_EDGES)) + np.array((*BIN_EDGES, 1.0))) / 2
+        copied = np.array(COPIED_AT_FIRST)
         both = 1 - (1 - copied[:, None]) * (1 - centres)
-        halves = [torch.cat([centres.repeat(heads), (share * copied).repeat(DEEP), both.flatten()])
+        halves = [np.concatenate((np.tile(centres, heads), np.tile(share * copied, DEEP), both.ravel()))
                   for share in (1.0, SAMPLED_SHARE)]
         self.half = len(halves[0])
-        prior = torch.cat(halves)
-        self.hits, self.trials = prior * PRIOR_TRIALS, torch.full_like(prior, PRIOR_TRIALS)
-        self.came, self.expected = (torch.full((rows,), REQUEST_TRIALS) for _ in range(2))
+        prior = np.concatenate(halves)
+        self.hits, self.trials = prior * PRIOR_TRIALS, np.full_like(prior, PRIOR_TRIALS)
+        self.came, self.expected = (np.full(rows, REQUEST_TRIALS) for _ in range(2))
         self._values = self.hits / self.trials
 
     def restart(self, row: int) -> None:
@@ -55,35 +61,35 @@ class Rates:
         """Row `source` goes on in place `target`."""
         self.came[target], self.expected[target] = self.came[source], self.expected[source]
 
-    def head_kinds(self, depth: int, probabilities: Tensor, sampled: Tensor) -> Tensor:
+    def head_kinds(self, depth: int, probabilities: Floats, sampled: Bools) -> Ints:
         """Kinds [B, ...] of head `depth`'s drafts by probability [B, ...]; `sampled`: [B] bool."""
-        offset = (sampled * self.half).view(-1, *[1] * (probabilities.dim() - 1))
-        return torch.bucketize(probabilities, self.edges) + (depth * BINS + offset)
+        offset = (sampled * self.half).reshape(-1, *[1] * (probabilities.ndim - 1))
+        return np.searchsorted(self.edges, probabilities) + (depth * BINS + offset)
 
-    def copied_kinds(self, length: int, matches: Tensor, sampled: Tensor) -> Tensor:
+    def copied_kinds(self, length: int, matches: Ints, sampled: Bools) -> Ints:
         """Kinds [B, length] of copied tokens after matches of class [B]."""
-        depths = torch.arange(length, device=matches.device).clamp(max=DEEP - 1) * MATCHES
+        depths = np.arange(length).clip(max=DEEP - 1) * MATCHES
         return (sampled * self.half + self.heads * BINS + matches)[:, None] + depths
 
-    def agreed_kinds(self, head_kinds: Tensor, matches: Tensor, sampled: Tensor) -> Tensor:
+    def agreed_kinds(self, head_kinds: Ints, matches: Ints, sampled: Bools) -> Ints:
         """Kinds of copied tokens that a head drafts too, under `head_kinds`; all of one shape or broadcast to it."""
         own_bin = (head_kinds - sampled * self.half) % BINS
         return sampled * self.half + self.heads * BINS + DEEP * MATCHES + matches * BINS + own_bin
 
-    def chances(self, kinds: Tensor) -> Tensor:
+    def chances(self, kinds: Ints) -> Floats:
         """Chance [B, ...] that a node of `kinds` [B, ...] stands if its parent does, in rows 0 .. B - 1."""
         batch = len(kinds)
-        ratio = (self.came[:batch] / self.expected[:batch]).view(-1, *[1] * (kinds.dim() - 1))
-        return (self._values[kinds] * ratio).clamp(max=0.995)
+        ratio = (self.came[:batch] / self.expected[:batch]).reshape(-1, *[1] * (kinds.ndim - 1))
+        return np.minimum(self._values[kinds] * ratio, 0.995)
 
-    def learn(self, kinds: Tensor, tried: Tensor, stood: Tensor) -> None:
+    def learn(self, kinds: Ints, tried: Bools, stood: Bools) -> None:
         """Nodes [B, N]: their kinds, which had a parent that stood, and which of those stood themselves (both bool)."""
         batch = len(kinds)
-        expected = self._values[kinds.clamp(min=0)]
+        expected = self._values[kinds.clip(0)]
         self.came[:batch] += stood.sum(-1)
         self.expected[:batch] += (expected * tried).sum(-1)
-        self.trials.index_add_(0, kinds[tried], torch.ones_like(expected[tried]))
-        self.hits.index_add_(0, kinds[stood], torch.ones_like(expected[stood]))
+        self.trials += np.bincount(kinds[tried], minlength=len(self.trials))
+        self.hits += np.bincount(kinds[stood], minlength=len(self.hits))
         self._values = self.hits / self.trials
 
 

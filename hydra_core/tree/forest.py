@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -27,17 +29,18 @@ class Forest:
     _elsewhere: dict[torch.device, Forest] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def of(cls, parents: Tensor, depth: int) -> Forest:
-        """From [B, N] parents, none of whose nodes is deeper than `depth`."""
+    def of(cls, parents: NDArray[np.int64], depth: int) -> Forest:
+        """From [B, N] parents, none of whose nodes is deeper than `depth`; on the host."""
         batch, nodes = parents.shape
-        above = parents.clamp(min=0)
-        ancestors = torch.eye(nodes, dtype=torch.bool, device=parents.device).expand(batch, -1, -1)
+        rows, above = np.arange(batch)[:, None], parents.clip(0)
+        ancestors = np.eye(nodes, dtype=np.bool_)[None].repeat(batch, 0)
         reached, index = 1, above  # `index`: each node's ancestor `reached` steps up; doubling takes log2(depth) rounds
         while reached <= depth:
-            ancestors = ancestors | ancestors.gather(1, index[:, :, None].expand(-1, -1, nodes))
-            index = index.gather(1, index)
+            ancestors = ancestors | ancestors[rows, index]
+            index = index[rows, index]
             reached *= 2
-        return cls(parents, ancestors.sum(-1) - 1, ancestors, depth)
+        depths = ancestors.sum(-1, dtype=np.int64) - 1
+        return cls(torch.from_numpy(parents), torch.from_numpy(depths), torch.from_numpy(ancestors), depth)
 
     @property
     def size(self) -> int:

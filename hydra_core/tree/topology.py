@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,7 +56,7 @@ class Topology:
     @cached_property
     def forest(self) -> Forest:
         """The shape as tensors, for a batch whose rows all have it."""
-        return Forest.of(torch.tensor([self.parents]), self.depth)
+        return Forest.of(np.array([self.parents]), self.depth)
 
     @cached_property
     def routes(self) -> Tensor:

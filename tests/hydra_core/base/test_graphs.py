@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -202,9 +203,9 @@ def test_it_runs_where_no_question_can_be_asked() -> None:
         cache = base.allocate(6, 300)
     forward = GraphedForward(base, cache, 12, lambda run: run)
     ids = torch.zeros(3, 5, dtype=torch.int64, device="meta")
-    parents = torch.tensor([[-1, 0, 0, 1, 1]])
+    parents = np.array([[-1, 0, 0, 1, 1]])
     assert forward(ids, Forest.of(parents, 2), 140).shape == (3, 5, 32)  # a fixed tree comes from the host
-    assert forward(ids, Forest.of(parents.repeat(3, 1).to("meta"), 2), 140).shape == (3, 5, 32)
+    assert forward(ids, Forest.of(parents.repeat(3, 0), 2), 140).shape == (3, 5, 32)
     assert list(forward.recorded) == [(4, 8, 192)]
     cache.commit((0, 3), torch.zeros(3, 3, dtype=torch.int64, device="meta"), torch.ones(3, dtype=torch.int64, device="meta"))
 
@@ -224,7 +225,7 @@ def test_rounded_sizes_change_no_state(tiny_base: Base, monkeypatch: pytest.Monk
               torch.tensor([[-1, 0, 1, 2, 3]]), chain(3).parents]
     for parents in shapes:  # of one rounded size and another: what an earlier tree left must not be seen
         ids = torch.randint(3, 259, (3, parents.shape[1]), generator=generator)
-        forest = Forest.of(parents, 6)
+        forest = Forest.of(parents.numpy(), 6)
         wanted = tiny_base.forward(ids, cache, (0, 3), forest)
         before = [cache.keys[:, row, :len(prompts[row])].clone() for row in range(6)]
         hidden = forward(ids, forest, int(cache.lengths[:3].max()))
@@ -273,7 +274,7 @@ def test_devices_follow_the_base() -> None:
     """Trees are grown on the host for the device that decodes; one that stays the same goes there once."""
     session = open_session(NgramDrafter(), TreeSet({1: PLAIN}), 2, 64, device="meta")
     assert isinstance(session, AdaptiveSession)
-    assert session.device.type == "meta" and session.rates.edges.device.type == "cpu"
+    assert session.device.type == "meta" and isinstance(session.rates.edges, np.ndarray)
     forest, meta = TREES.trees[1].topology.forest, torch.device("meta")
     assert forest.to(meta) is forest.to(meta) and forest.to(meta).parents.device == meta
     assert forest.to(torch.device("cpu")) is forest

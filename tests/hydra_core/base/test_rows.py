@@ -12,6 +12,7 @@ from hydra_core.base import native
 from hydra_core.base.fused import LayerWeights
 from hydra_core.base.library import load_library, rows_available
 from hydra_core.base.linear import FrozenLinear
+from hydra_core.base.vocabulary import VocabHead, likeliest
 
 pytestmark = pytest.mark.skipif(not load_library() or not torch.ops.hydra_heads.rows_available(),
                                 reason="this processor has no bf16 dot product in AVX-512")
@@ -39,6 +40,21 @@ def test_products(shape: tuple[int, int], rows: int, threads: int) -> None:
         assert float((ours.double() - exact).norm() / exact.norm()) < 0.003
         alone = torch.cat([torch.ops.hydra_heads.rows_linear(x[i:i + 1], packed, added) for i in range(0, rows, 7)])
         assert torch.equal(alone, ours[::7])
+
+
+@pytest.mark.parametrize("rows", [1, 3, 12, 13, 40])
+def test_the_largest_is_the_one_of_the_products(rows: int, threads: int) -> None:
+    """Of equals the first, of which there are many where few values are to be had."""
+    generator = torch.Generator().manual_seed(rows)
+    weight, bias = (torch.randint(-2, 3, shape, generator=generator).bfloat16() for shape in ((3200, 48), (3200,)))
+    fine = torch.randn(3200, 48, generator=generator).bfloat16()
+    x = torch.randint(-1, 2, (rows, 48), generator=generator).bfloat16()
+    for matrix, added in ((weight, None), (weight, bias), (fine, None)):
+        packed = torch.ops.hydra_heads.rows_pack(matrix)
+        products = torch.ops.hydra_heads.rows_linear(x, packed, added)
+        assert torch.equal(torch.ops.hydra_heads.rows_largest(x, packed, added), likeliest(products.float()))
+        head = VocabHead(matrix, added).for_decoding()
+        assert torch.equal(head.likeliest(x[None]), likeliest(head(x[None])))
 
 
 def test_it_is_what_decoding_multiplies_by() -> None:

@@ -15,8 +15,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from hydra_core.base.vocabulary import likeliest
 from hydra_core.decoding import Chooser, Request, choose
-from hydra_core.decoding.choose import likeliest, rank_scores, token_logprob
+from hydra_core.decoding.choose import rank_scores, token_logprob
 from hydra_core.decoding.noise import gumbel, position_key
 
 VOCAB = 400

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,35 +11,35 @@ from hydra_core.decoding import Engine, Request
 from hydra_core.decoding.adaptive import AdaptiveSession
 from hydra_core.decoding.choose import Chooser
 from hydra_core.decoding.growth import Candidates, Copied, Grown, Worth, add_copied, select, weigh
-from hydra_core.decoding.rates import MATCHES, Rates, match_class
+from hydra_core.decoding.rates import MATCHES, Floats, Rates, match_class
 from hydra_core.drafters import AdaptiveDrafter, NgramDrafter
 from hydra_core.tree.costs import StepCosts
 from tests.trained import overfit_heads, random_prompts
 
-GREEDY = torch.tensor([False])
+GREEDY = np.array([False])
 FREE = StepCosts({1: {1: 1.0, 32: 1.0}}, {1: {0: 0.0}})
 DEAR = StepCosts({1: {1: 1.0, 32: 1000.0}}, {1: {0: 0.0}})
 
 
 def candidates(nodes: list[tuple[int, int, float]]) -> Candidates:
     """One row: (token, parent, chance of the path) of the nodes below the root."""
-    tokens, parents, chances = (torch.tensor([list(column)]) for column in zip(*nodes, strict=True))
-    known = Candidates.roots(torch.tensor([9]))
-    return known.joined(tokens, parents, torch.zeros_like(tokens), chances.float(), len(nodes))
+    tokens, parents, chances = (np.array([list(column)]) for column in zip(*nodes, strict=True))
+    known = Candidates.roots(np.array([9]))
+    return known.joined(tokens, parents, np.zeros_like(tokens), chances, len(nodes))
 
 
-def grow(known: Candidates, seconds: torch.Tensor) -> tuple[Grown, Worth]:
+def grow(known: Candidates, seconds: Floats) -> tuple[Grown, Worth]:
     worth = weigh(known, seconds)
     return select(known, worth), worth
 
 
-def seconds(*values: float) -> torch.Tensor:
-    return torch.tensor(values)
+def seconds(*values: float) -> Floats:
+    return np.array(values)
 
 
 def test_the_likeliest_nodes_are_kept_with_their_parents() -> None:
     known = candidates([(5, 0, 0.6), (6, 0, 0.2), (7, 1, 0.5), (8, 1, 0.05), (4, 3, 0.4)])
-    grown, worth = grow(known, torch.ones(4))
+    grown, worth = grow(known, np.ones(4))
     assert grown.tokens.tolist() == [[9, 5, 7, 4]] and grown.forest.parents.tolist() == [[-1, 0, 1, 2]]
     assert worth.expected == pytest.approx(2.5) and worth.gain == pytest.approx(2.5)
 
@@ -52,19 +53,19 @@ def test_as_many_nodes_as_pay() -> None:
 
 def test_rows_share_the_number_of_nodes_and_nothing_else() -> None:
     one, other = candidates([(5, 0, 0.9), (6, 1, 0.8)]), candidates([(7, 0, 0.3), (8, 0, 0.2)])
-    both = Candidates(*(torch.cat((getattr(one, name), getattr(other, name)))
+    both = Candidates(*(np.concatenate((getattr(one, name), getattr(other, name)))
                         for name in ("tokens", "parents", "kinds", "chances")), depth=2)
-    grown, worth = grow(both, torch.ones(3))
+    grown, worth = grow(both, np.ones(3))
     assert grown.tokens.tolist() == [[9, 5, 6], [9, 7, 8]] and grown.forest.parents.tolist() == [[-1, 0, 1], [-1, 0, 0]]
     assert worth.expected == pytest.approx(1 + (0.9 + 0.8 + 0.3 + 0.2) / 2)
 
 
 def test_a_copied_chain_runs_along_what_stands_and_then_leaves_it() -> None:
     rates = Rates(2, 1)
-    kinds = rates.head_kinds(0, torch.tensor([[0.4, 0.3]]), GREEDY)
-    known = Candidates.roots(torch.tensor([9])).joined(torch.tensor([[5, 6]]), torch.tensor([[0, 0]]), kinds,
-                                                       torch.tensor([[0.4, 0.3]]), 1)
-    with_copy = add_copied(known, Copied(torch.tensor([[6, 7, 8]]), torch.tensor([3])), rates, GREEDY)
+    kinds = rates.head_kinds(0, np.array([[0.4, 0.3]]), GREEDY)
+    known = Candidates.roots(np.array([9])).joined(np.array([[5, 6]]), np.array([[0, 0]]), kinds,
+                                                       np.array([[0.4, 0.3]]), 1)
+    with_copy = add_copied(known, Copied(np.array([[6, 7, 8]]), np.array([3])), rates, GREEDY)
     assert with_copy.tokens.tolist() == [[9, 5, 6, -1, 7, 8]]  # 6 stands already: no node of its own
     assert with_copy.parents.tolist()[0][4:] == [2, 4]
     chances = with_copy.chances[0].tolist()
@@ -75,27 +76,27 @@ def test_a_copied_chain_runs_along_what_stands_and_then_leaves_it() -> None:
 
 def test_a_short_chain_beside_a_long_one() -> None:
     rates = Rates(0, 2)
-    known = Candidates.roots(torch.tensor([9, 9]))
-    sampled = torch.tensor([False, True])
-    copied = add_copied(known, Copied(torch.tensor([[5, 6], [-1, -1]]), torch.tensor([0, 0])), rates, sampled)
-    grown, _ = grow(copied, torch.ones(3))
+    known = Candidates.roots(np.array([9, 9]))
+    sampled = np.array([False, True])
+    copied = add_copied(known, Copied(np.array([[5, 6], [-1, -1]]), np.array([0, 0])), rates, sampled)
+    grown, _ = grow(copied, np.ones(3))
     assert grown.tokens.tolist() == [[9, 5, 6], [9, -1, -1]] and grown.forest.parents.tolist()[0] == [-1, 0, 1]
 
 
 def test_rates_are_learned_by_kind_and_by_request() -> None:
     """What always comes true goes up, what never does goes down; a request's own luck moves its row alone."""
     rates = Rates(1, 2)
-    kinds = torch.stack([rates.copied_kinds(2, torch.tensor([match, match]), torch.tensor([False, False]))[:, depth]
+    kinds = np.stack([rates.copied_kinds(2, np.array([match, match]), np.array([False, False]))[:, depth]
                          for depth, match in ((0, 0), (1, 2))], 1)
     before = rates.chances(kinds)
     assert bool((before[:, 1] > before[:, 0]).all())
-    tried = torch.ones(2, 2, dtype=torch.bool)
+    tried = np.ones((2, 2), dtype=np.bool_)
     for _ in range(60):
-        rates.learn(kinds, tried, torch.tensor([[True, False], [True, False]]))
+        rates.learn(kinds, tried, np.array([[True, False], [True, False]]))
     after = rates.chances(kinds)
     assert bool((after[:, 0] > 0.7).all()) and bool((after[:, 1] < 0.3).all()) and bool((after <= 0.995).all())
     for _ in range(5):
-        rates.learn(kinds[:, :1], tried[:, :1], torch.tensor([[True], [False]]))
+        rates.learn(kinds[:, :1], tried[:, :1], np.array([[True], [False]]))
     lucky, unlucky = rates.chances(kinds)[:, 0].tolist()
     assert lucky > unlucky
     rates.move(0, 1)
@@ -107,15 +108,15 @@ def test_rates_are_learned_by_kind_and_by_request() -> None:
 def test_every_kind_has_a_number_of_its_own() -> None:
     rates = Rates(3, 1)
     seen = set()
-    for sampled in (torch.tensor([False]), torch.tensor([True])):
+    for sampled in (np.array([False]), np.array([True])):
         for depth in range(3):
             for p in (0.001, 0.3, 0.99):
-                kind = rates.head_kinds(depth, torch.tensor([[p]]), sampled)
-                seen.add(int(kind))
+                kind = rates.head_kinds(depth, np.array([[p]]), sampled)
+                seen.add(kind.item())
                 for match in range(MATCHES):
-                    seen.add(("both", int(rates.agreed_kinds(kind[:, 0], torch.tensor([match]), sampled)))[1])
+                    seen.add(("both", rates.agreed_kinds(kind[:, 0], np.array([match]), sampled).item())[1])
         for depth in range(4):
-            seen |= {int(rates.copied_kinds(4, torch.tensor([match]), sampled)[0, depth]) for match in range(MATCHES)}
+            seen |= {int(rates.copied_kinds(4, np.array([match]), sampled)[0, depth]) for match in range(MATCHES)}
     assert len(seen) == 2 * (3 * 3 + 3 * MATCHES + 4 * MATCHES) and max(seen) < len(rates.hits)
     assert [match_class(matched) for matched in (1, 2, 3, 5, 6, 31, 32)] == [0, 0, 1, 2, 3, 5, 6]
 

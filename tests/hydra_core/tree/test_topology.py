@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -70,7 +71,7 @@ def test_forest_of_different_trees() -> None:
     """Every row is as if it stood alone."""
     rows = [tuple(random.Random(seed).randrange(node) if node else -1 for node in range(13)) for seed in range(20)]
     alone = [Topology(row) for row in rows]
-    together = Forest.of(torch.tensor(rows), max(topology.depth for topology in alone))
+    together = Forest.of(np.array(rows), max(topology.depth for topology in alone))
     for row, topology in enumerate(alone):
         assert torch.equal(together.ancestors[row], topology.forest.ancestors[0])
         assert together.depths[row].tolist() == list(topology.depths)
