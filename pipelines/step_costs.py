@@ -19,7 +19,7 @@ from hydra_core.decoding.propose import HeadSession
 from hydra_core.decoding.records import Request
 from hydra_core.drafters import AdaptiveDrafter, HeadDrafter
 from hydra_core.tree.costs import StepCosts
-from hydra_core.tree.topology import Topology, Tree, TreeSet
+from hydra_core.tree.topology import Topology, Tree, TreeSet, chain
 
 Job = Callable[[], None]
 Key = TypeVar("Key", bound=Hashable)
@@ -81,7 +81,9 @@ def draft_seconds(base: Base, heads: HeadDrafter, trees: Mapping[int, Tree] | No
                   repeats: int, say: Callable[[str], None] = lambda text: None) -> dict[tuple[int, int], float]:
     """(Batch size, depth) -> median seconds of drafting, the prefix layer's catching up on the step's tokens included.
 
-    `trees`: the fixed tree of each depth; None: trees are grown with so many heads, 0 of them from copied text alone.
+    Between two drafts the base reads its weights once, as it does while decoding: heads that still lay in the processor's
+    cache would seem cheaper than they are. `trees`: the fixed tree of each depth; None: trees are grown with so many heads,
+    0 of them from copied text alone.
     """
     def job(batch: int, depth: int) -> Job:
         session = _growing(base, heads, batch, depth, context) if trees is None else HeadSession(
@@ -101,7 +103,9 @@ def draft_seconds(base: Base, heads: HeadDrafter, trees: Mapping[int, Tree] | No
         return run
 
     depths = range(heads.num_heads + 1) if trees is None else trees
-    return medians({(batch, depth): job(batch, depth) for batch in batches for depth in depths}, repeats, base.device, say)
+    cache, token = base.allocate(1, 2), torch.full((1, 1), 5, dtype=torch.int64, device=base.device)
+    return medians({(batch, depth): job(batch, depth) for batch in batches for depth in depths}, repeats, base.device, say,
+                   before=lambda: base.forward(token, cache, (0, 1), chain(1)))
 
 
 def _growing(base: Base, heads: HeadDrafter, batch: int, depth: int, context: int) -> AdaptiveSession:
@@ -118,15 +122,16 @@ def _growing(base: Base, heads: HeadDrafter, batch: int, depth: int, context: in
 
 @torch.inference_mode()
 def medians(jobs: Mapping[Key, Job], repeats: int, device: torch.device,
-            say: Callable[[str], None]) -> dict[Key, float]:
+            say: Callable[[str], None], before: Callable[[], object] = lambda: None) -> dict[Key, float]:
     """Median seconds of each job over `repeats` rounds, forwards and backwards in turn, after one to warm up.
 
-    What drifts on the machine (clock, other work) then touches all of them alike.
+    What drifts on the machine (clock, other work) then touches all of them alike. `before` goes before every run, untimed.
     """
     order = list(jobs)
     seconds: dict[Key, list[float]] = {key: [] for key in order}
     for repeat in range(repeats + 1):
         for key in order if repeat % 2 else reversed(order):
+            before()
             _settle(device)
             began = time.perf_counter()
             jobs[key]()

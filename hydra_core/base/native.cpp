@@ -153,7 +153,7 @@ struct Decoder : torch::CustomClassHolder {
       norm<T>(stream, added, layer.input_norm, normed, rows, depth);
       Tensor stored_keys = keys[index].narrow(0, first, batch), stored_values = values[index].narrow(0, first, batch);
       store<T>(layer, layer.qkv(normed), cos, sin, slots, queries, stored_keys, stored_values);
-      added = layer.output(attend<T>(queries, stored_keys, stored_values, span, nodes, folded_mask));
+      added = layer.output(attend<T>(queries, stored_keys, stored_values, span, slots, folded_mask));
       norm<T>(stream, added, layer.mlp_norm, normed, rows, depth);
       added = layer.down(gate<T>(layer.gate_up(normed)));
     }
@@ -171,14 +171,15 @@ struct Decoder : torch::CustomClassHolder {
 
   // [M, Hq * d], what the queries [B, H, G * N, d] find.
   template <typename T>
-  Tensor attend(const Tensor& queries, const Tensor& keys, const Tensor& values, int64_t span, int64_t nodes,
+  Tensor attend(const Tensor& queries, const Tensor& keys, const Tensor& values, int64_t span, const Tensor& slots,
                 const Maybe& mask) const {
 #ifdef HYDRA_ROWS
-    if (own_attention<T>()) return few::attend(queries, keys, values, span, nodes, mask);
+    if (own_attention<T>()) return few::attend(queries, keys, values, span, slots, mask);
 #endif
     Tensor seen = at::scaled_dot_product_attention(
         queries, keys.narrow(1, 0, span).transpose(1, 2), values.narrow(1, 0, span).transpose(1, 2), mask, 0.0, false,
         1.0 / std::sqrt(static_cast<double>(width)));
+    const int64_t nodes = slots.size(1);
     Tensor mixed = at::empty({keys.size(0) * nodes, heads * width}, keys.options());
     unfold<T>(seen, mixed, nodes);
     return mixed;

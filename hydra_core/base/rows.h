@@ -285,15 +285,16 @@ inline void turn16(const int32_t* const* lines, int64_t offset, __m512i* turned)
   }
 }
 
-// One head's keys and values of one row: `stride` from a slot to the next, `width` a multiple of 32.
+// One head's keys and values of one row: `stride` from a slot to the next, `span` slots that the row itself has filled,
+// `width` a multiple of 32.
 struct Head {
   const Value *keys, *values;
   int64_t stride, span, width;
 };
 
-// Scores [count, padded] of queries [count, width]; what lies past the span is -inf. `mask`: [nodes, span] additive.
+// Scores [count, padded] of queries [count, width]; what lies past the span is -inf. `mask`: [nodes, `line`] additive.
 inline void score(const Head& head, const Value* queries, int64_t first, int64_t count, const Value* mask, int64_t nodes,
-                  float scale, float* scores, int64_t padded) {
+                  int64_t line, float scale, float* scores, int64_t padded) {
   const int64_t pairs = head.width / 2;
   std::vector<__m512i> turned(pairs);
   for (int64_t slot = 0; slot < head.span; slot += 16) {
@@ -310,7 +311,7 @@ inline void score(const Head& head, const Value* queries, int64_t first, int64_t
         other = _mm512_dpbf16_ps(other, both(turned[at + 1]), pair(values + 2 * at + 2));
       }
       sum = _mm512_mul_ps(_mm512_add_ps(sum, other), _mm512_set1_ps(scale));
-      if (mask) sum = _mm512_add_ps(sum, widen(_mm256_maskz_loadu_epi16(inside, mask + (first + query) % nodes * head.span + slot)));
+      if (mask) sum = _mm512_add_ps(sum, widen(_mm256_maskz_loadu_epi16(inside, mask + (first + query) % nodes * line + slot)));
       _mm512_storeu_ps(scores + query * padded + slot, _mm512_mask_blend_ps(inside, _mm512_set1_ps(-INFINITY), sum));
     }
   }
@@ -352,26 +353,29 @@ void mix(const Head& head, const float* weights, int64_t padded, Value* const* t
 }
 
 // `queries`: [B, H, G * N, d]; `keys`, `values`: [B, S, H, d] of which the first `span` slots are read; `mask`: [B, 1, N, span]
-// additive. Returns [B * N, H * G * d], the order in which the output matrix reads it.
-inline Tensor attend(const Tensor& queries, const Tensor& keys, const Tensor& values, int64_t span, int64_t nodes,
+// additive; `slots`: [B, N] where the nodes themselves stand, after all that their row may look at. Returns [B * N, H * G * d],
+// the order in which the output matrix reads it.
+inline Tensor attend(const Tensor& queries, const Tensor& keys, const Tensor& values, int64_t span, const Tensor& slots,
                      const std::optional<Tensor>& mask) {
+  const int64_t nodes = slots.size(1);
   const int64_t batch = queries.size(0), heads = queries.size(1), folded = queries.size(2), width = queries.size(3);
   const int64_t groups = folded / nodes, all = heads * groups * width, pieces = (folded + QUERIES - 1) / QUERIES;
-  const int64_t padded = (span + 15) / 16 * 16;
+  const int64_t* last = slots.const_data_ptr<int64_t>() + nodes - 1;
   Tensor result = at::empty({batch * nodes, all}, queries.options());
   const Tensor masked = mask ? mask->contiguous() : Tensor();
   const float scale = 1.0f / std::sqrt(static_cast<float>(width));
   Value* target = result.data_ptr<Value>();
   const int64_t grain = std::max<int64_t>(1, WORK / (2 * std::min(folded, QUERIES) * span * width + 1));
   at::parallel_for(0, batch * heads * pieces, grain, [&](int64_t begin, int64_t end) {
-    std::vector<float> scores(QUERIES * padded);
+    std::vector<float> scores(QUERIES * (span + 15));
     for (int64_t task = begin; task < end; ++task) {
       const int64_t row = task / (heads * pieces), kv = task / pieces % heads, piece = task % pieces;
       const int64_t first = folded * piece / pieces, count = folded * (piece + 1) / pieces - first;
+      const int64_t own = last[row * nodes] + 1, padded = (own + 15) / 16 * 16;
       const Head head{keys.const_data_ptr<Value>() + row * keys.stride(0) + kv * keys.stride(2),
-                      values.const_data_ptr<Value>() + row * values.stride(0) + kv * values.stride(2), keys.stride(1), span, width};
+                      values.const_data_ptr<Value>() + row * values.stride(0) + kv * values.stride(2), keys.stride(1), own, width};
       score(head, queries.const_data_ptr<Value>() + ((row * heads + kv) * folded + first) * width, first, count,
-            mask ? masked.const_data_ptr<Value>() + row * nodes * span : nullptr, nodes, scale, scores.data(), padded);
+            mask ? masked.const_data_ptr<Value>() + row * nodes * span : nullptr, nodes, span, scale, scores.data(), padded);
       Value* lines[QUERIES];
       for (int64_t query = 0; query < count; ++query) {
         soften(scores.data() + query * padded, padded);

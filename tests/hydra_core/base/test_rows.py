@@ -79,7 +79,7 @@ def layer(heads: int, kv_heads: int, width: int, hidden: int, inner: int) -> Lay
 @pytest.mark.parametrize(("batch", "nodes", "span"), [(1, 1, 1), (1, 1, 40), (1, 5, 17), (2, 16, 64), (3, 7, 129), (1, 33, 700)])
 @torch.inference_mode()
 def test_a_layer_is_the_formula(shape: tuple[int, int, int], batch: int, nodes: int, span: int, threads: int) -> None:
-    """Attention under a mask and the gated MLP, of rows in the middle of a cache, against float64."""
+    """Attention under a mask and the gated MLP, of rows of several lengths in the middle of a cache, against float64."""
     if nodes > span:
         pytest.skip("no room for the nodes")
     heads, kv_heads, width = shape
@@ -88,10 +88,12 @@ def test_a_layer_is_the_formula(shape: tuple[int, int, int], batch: int, nodes: 
     compiled = native.native_decoder([weights], heads, kv_heads, width, 1e-5)
     keys, values = (torch.randn(1, batch + 2, span + 3, kv_heads, width).bfloat16() for _ in range(2))
     stream = torch.randn(batch, nodes, hidden)
-    slots = torch.stack([torch.randperm(span)[:nodes] for _ in range(batch)])
+    lengths = torch.tensor([(span - nodes) // (row + 1) for row in range(batch)])  # the first row fills the span
+    slots = lengths[:, None] + torch.arange(nodes)
     cos, sin = torch.ones(batch, nodes, 1, width).bfloat16(), torch.zeros(batch, nodes, 1, width).bfloat16()
     seen = torch.rand(batch, 1, nodes, span) < 0.6
     seen[..., 0] = True
+    seen &= torch.arange(span) < (lengths + nodes)[:, None, None, None]
     mask = torch.zeros(seen.shape).masked_fill(~seen, float("-inf")).bfloat16()
     ours = stream.clone()
     added = compiled.run(ours, keys, values, 1, slots, span, cos, sin, mask)
