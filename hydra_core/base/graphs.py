@@ -161,8 +161,8 @@ def step_forward(base: Base, cache: KVCache, nodes: int, graphs: bool | None = N
     able = base.device.type == "cuda" and isinstance(base.decoder, FusedDecoder)
     if graphs and not able:
         raise InputError("graphs=True: steps are recorded on a CUDA device and of the fused decoder alone: leave it unset")
-    if able and graphs is not False:
-        return GraphedForward(base, cache, nodes, CudaRecorder(base.device))
+    if able and (recorder := recorder_for(base.device, graphs)) is not None:
+        return GraphedForward(base, cache, nodes, recorder)
 
     def forward(ids: Tensor, forest: Forest, longest: int) -> Tensor:
         return base.forward(ids, cache, (0, len(ids)), forest)

@@ -357,44 +357,14 @@ bool rows_available() {
 #endif
 }
 
-Tensor rows_pack(const Tensor& weight) {
-#ifdef HYDRA_ROWS
-  return few::pack(weight);
-#else
-  TORCH_CHECK(false, "this processor has no such layout");
-#endif
-}
-
-Tensor rows_linear(const Tensor& x, const Tensor& packed, const Maybe& bias) {
-#ifdef HYDRA_ROWS
-  return few::linear(x, packed, bias);
-#else
-  TORCH_CHECK(false, "this processor has no such layout");
-#endif
-}
-
-Tensor rows_largest(const Tensor& x, const Tensor& packed, const Maybe& bias) {
-#ifdef HYDRA_ROWS
-  return few::largest(x, packed, bias);
-#else
-  TORCH_CHECK(false, "this processor has no such layout");
-#endif
-}
-
-Tensor rows_linear4(const Tensor& x, const Tensor& codes, const Tensor& scales, const Maybe& bias) {
-#ifdef HYDRA_ROWS
-  return few::linear4(x, codes, scales, bias);
-#else
-  TORCH_CHECK(false, "this processor has no such layout");
-#endif
-}
-
 TORCH_LIBRARY(hydra_heads, library) {
-  library.def("rows_largest", rows_largest);
-  library.def("rows_linear4", rows_linear4);
   library.def("rows_available", rows_available);
-  library.def("rows_pack", rows_pack);
-  library.def("rows_linear", rows_linear);
+#ifdef HYDRA_ROWS
+  library.def("rows_pack", few::pack);
+  library.def("rows_linear", few::linear);
+  library.def("rows_largest", few::largest);
+  library.def("rows_linear4", few::linear4);
+#endif
   library.class_<Head>("Head")
       .def(torch::init<Maybe, double, double, double>())
       .def("add", &Head::add)

@@ -28,6 +28,8 @@ constexpr int64_t WORK = 1 << 18;  // multiplications that are worth another thr
 
 inline __m512 widen(__m256i values) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(values), 16)); }
 inline __m256i narrow(__m512 values) { return (__m256i)_mm512_cvtneps_pbh(values); }
+inline __m512 sixteen(const Value* at) { return widen(_mm256_loadu_si256((const __m256i*)at)); }
+inline void keep(Value* at, __m512 values) { _mm256_storeu_si256((__m256i*)at, narrow(values)); }
 inline __m512bh both(__m512i values) { return (__m512bh)values; }
 inline __m512bh pair(const Value* at) { return both(_mm512_set1_epi32(*reinterpret_cast<const int32_t*>(at))); }
 
@@ -51,13 +53,36 @@ inline Tensor pack(const Tensor& weight) {
   return weight.view({out / BLOCK, BLOCK, in / 2, 2}).permute({0, 2, 1, 3}).contiguous();
 }
 
+// Sums of a block's outputs for each row, as they start (at the bias) and as they are kept.
+template <int ROWS>
+inline void start(__m512 (&sums)[ROWS][2], const Value* bias) {
+  for (int half = 0; half < 2; ++half) {
+    const __m512 first = bias ? sixteen(bias + 16 * half) : _mm512_setzero_ps();
+    for (int row = 0; row < ROWS; ++row) sums[row][half] = first;
+  }
+}
+
+template <int ROWS>
+inline void finish(const __m512 (&sums)[ROWS][2], Value* target, int64_t out) {
+  for (int row = 0; row < ROWS; ++row)
+    for (int half = 0; half < 2; ++half) keep(target + row * out + 16 * half, sums[row][half]);
+}
+
+// `run(at, some)` for `count` rows, at most `most` of them at once and as even as it goes.
+template <typename Run>
+inline void in_passes(int64_t count, int64_t most, const Run& run) {
+  const int64_t passes = (count + most - 1) / most;
+  for (int64_t pass = 0, at = 0; pass < passes; ++pass) {
+    const int64_t some = (count - at) / (passes - pass);
+    run(at, some);
+    at += some;
+  }
+}
+
 template <int ROWS>
 void tile(const Value* x, int64_t in, const Value* weight, const Value* bias, Value* target, int64_t out) {
   __m512 sums[ROWS][2];
-  for (int half = 0; half < 2; ++half) {
-    const __m512 first = bias ? widen(_mm256_loadu_si256((const __m256i*)(bias + 16 * half))) : _mm512_setzero_ps();
-    for (int row = 0; row < ROWS; ++row) sums[row][half] = first;
-  }
+  start(sums, bias);
   for (int64_t k = 0; k < in; k += 2, weight += 2 * BLOCK) {
     const __m512bh low = both(_mm512_loadu_si512(weight)), high = both(_mm512_loadu_si512(weight + BLOCK));
 #pragma GCC unroll 12
@@ -67,9 +92,7 @@ void tile(const Value* x, int64_t in, const Value* weight, const Value* bias, Va
       sums[row][1] = _mm512_dpbf16_ps(sums[row][1], high, values);
     }
   }
-  for (int row = 0; row < ROWS; ++row)
-    for (int half = 0; half < 2; ++half)
-      _mm256_storeu_si256((__m256i*)(target + row * out + 16 * half), narrow(sums[row][half]));
+  finish(sums, target, out);
 }
 
 inline void tile_of(int64_t rows, const Value* x, int64_t in, const Value* weight, const Value* bias, Value* target, int64_t out) {
@@ -89,15 +112,12 @@ inline Tensor linear(const Tensor& given, const Tensor& packed, const std::optio
   const Value *values = x.const_data_ptr<Value>(), *weights = packed.const_data_ptr<Value>();
   const Value* added = bias ? bias->const_data_ptr<Value>() : nullptr;
   Value* target = result.data_ptr<Value>();
-  const int64_t passes = (count + MOST - 1) / MOST;
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
-      for (int64_t pass = 0, at = 0; pass < passes; ++pass) {
-        const int64_t some = (count - at) / (passes - pass);  // as even as it goes
+      in_passes(count, MOST, [&](int64_t at, int64_t some) {
         tile_of(some, values + at * in, in, weights + block * in * BLOCK, added ? added + block * BLOCK : nullptr,
                 target + at * out + block * BLOCK, out);
-        at += some;
-      }
+      });
     }
   });
   return result;
@@ -109,19 +129,17 @@ inline Tensor largest(const Tensor& given, const Tensor& packed, const std::opti
   const int64_t count = x.size(0), in = x.size(1), blocks = packed.size(0);
   const Value *values = x.const_data_ptr<Value>(), *weights = packed.const_data_ptr<Value>();
   const Value* added = bias ? bias->const_data_ptr<Value>() : nullptr;
-  const int64_t passes = (count + MOST - 1) / MOST, pieces = std::max<int64_t>(1, std::min<int64_t>(blocks, at::get_num_threads()));
+  const int64_t pieces = std::max<int64_t>(1, std::min<int64_t>(blocks, at::get_num_threads()));
   std::vector<float> most(pieces * count, -INFINITY);
   std::vector<int64_t> where(pieces * count, 0);
   at::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
     alignas(64) Value made[MOST * BLOCK];
     for (int64_t piece = begin; piece < end; ++piece) {
       for (int64_t block = blocks * piece / pieces; block < blocks * (piece + 1) / pieces; ++block) {
-        for (int64_t pass = 0, at = 0; pass < passes; ++pass) {
-          const int64_t some = (count - at) / (passes - pass);
+        in_passes(count, MOST, [&](int64_t at, int64_t some) {
           tile_of(some, values + at * in, in, weights + block * in * BLOCK, added ? added + block * BLOCK : nullptr, made, BLOCK);
           for (int64_t row = 0; row < some; ++row) {
-            const __m512 low = widen(_mm256_loadu_si256((const __m256i*)(made + row * BLOCK)));
-            const __m512 high = widen(_mm256_loadu_si256((const __m256i*)(made + row * BLOCK + 16)));
+            const __m512 low = sixteen(made + row * BLOCK), high = sixteen(made + row * BLOCK + 16);
             const float best = _mm512_reduce_max_ps(_mm512_max_ps(low, high));
             float& known = most[piece * count + at + row];
             if (!(best > known)) continue;  // of equals the first stays
@@ -130,8 +148,7 @@ inline Tensor largest(const Tensor& given, const Tensor& packed, const std::opti
             const uint32_t equal = _mm512_cmpeq_ps_mask(low, wanted) | static_cast<uint32_t>(_mm512_cmpeq_ps_mask(high, wanted)) << 16;
             where[piece * count + at + row] = block * BLOCK + __builtin_ctz(equal);
           }
-          at += some;
-        }
+        });
       }
     }
   });
@@ -164,10 +181,7 @@ void tile4(const Value* x, const float* sums, int64_t in, const int16_t* codes, 
            Value* target, int64_t out, __m512i values) {
   const int64_t groups = in / GROUP;
   __m512 total[ROWS][2];
-  for (int half = 0; half < 2; ++half) {
-    const __m512 first = bias ? widen(_mm256_loadu_si256((const __m256i*)(bias + 16 * half))) : _mm512_setzero_ps();
-    for (int row = 0; row < ROWS; ++row) total[row][half] = first;
-  }
+  start(total, bias);
   for (int64_t group = 0; group < groups; ++group, scales += 2 * BLOCK) {
     __m512 made[ROWS][2];
     for (int row = 0; row < ROWS; ++row) made[row][0] = made[row][1] = _mm512_setzero_ps();
@@ -194,9 +208,7 @@ void tile4(const Value* x, const float* sums, int64_t in, const int16_t* codes, 
       }
     }
   }
-  for (int row = 0; row < ROWS; ++row)
-    for (int half = 0; half < 2; ++half)
-      _mm256_storeu_si256((__m256i*)(target + row * out + 16 * half), narrow(total[row][half]));
+  finish(total, target, out);
 }
 
 inline void tile4_of(int64_t rows, const Value* x, const float* sums, int64_t in, const int16_t* codes, const at::Half* scales,
@@ -216,23 +228,19 @@ inline Tensor linear4(const Tensor& given, const Tensor& codes, const Tensor& sc
   const Value* from = x.const_data_ptr<Value>();
   std::vector<float> sums(count * groups);
   for (int64_t i = 0; i < count * groups; ++i) {
-    const __m512 low = widen(_mm256_loadu_si256((const __m256i*)(from + i * GROUP)));
-    sums[i] = _mm512_reduce_add_ps(_mm512_add_ps(low, widen(_mm256_loadu_si256((const __m256i*)(from + i * GROUP + 16)))));
+    sums[i] = _mm512_reduce_add_ps(_mm512_add_ps(sixteen(from + i * GROUP), sixteen(from + i * GROUP + 16)));
   }
   const int16_t* all_codes = codes.const_data_ptr<int16_t>();
   const at::Half* all_scales = scales.const_data_ptr<at::Half>();
   const Value* added = bias ? bias->const_data_ptr<Value>() : nullptr;
   Value* target = result.data_ptr<Value>();
-  const int64_t passes = (count + MOST4 - 1) / MOST4;
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     const __m512i values = code_values();
     for (int64_t block = begin; block < end; ++block) {
-      for (int64_t pass = 0, at = 0; pass < passes; ++pass) {
-        const int64_t some = (count - at) / (passes - pass);
+      in_passes(count, MOST4, [&](int64_t at, int64_t some) {
         tile4_of(some, from + at * in, sums.data() + at * groups, in, all_codes + block * in * 8, all_scales + block * groups * 2 * BLOCK,
                  added ? added + block * BLOCK : nullptr, target + at * out + block * BLOCK, out, values);
-        at += some;
-      }
+      });
     }
   });
   return result;
@@ -339,7 +347,7 @@ void mix(const Head& head, const float* weights, int64_t padded, Value* const* t
     for (int query = 0; query < COUNT; ++query) sums[query][0] = sums[query][1] = _mm512_setzero_ps();
     for (int64_t slot = 0; slot < head.span; ++slot) {
       const Value* from = head.values + slot * head.stride + at;
-      const __m512 low = widen(_mm256_loadu_si256((const __m256i*)from)), high = widen(_mm256_loadu_si256((const __m256i*)(from + 16)));
+      const __m512 low = sixteen(from), high = sixteen(from + 16);
       for (int query = 0; query < COUNT; ++query) {
         const __m512 weight = _mm512_set1_ps(weights[query * padded + slot]);
         sums[query][0] = _mm512_fmadd_ps(weight, low, sums[query][0]);
@@ -348,7 +356,7 @@ void mix(const Head& head, const float* weights, int64_t padded, Value* const* t
     }
     for (int query = 0; query < COUNT; ++query)
       for (int half = 0; half < 2; ++half)
-        _mm256_storeu_si256((__m256i*)(targets[query] + at + 16 * half), narrow(sums[query][half]));
+        keep(targets[query] + at + 16 * half, sums[query][half]);
   }
 }
 

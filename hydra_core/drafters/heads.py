@@ -143,16 +143,18 @@ class HeadDrafter(nn.Module):
     @property
     def weight(self) -> Tensor:
         """A trained tensor [D, ...]: its dtype and device are those of all the heads."""
-        head = self.heads[0]
+        return self._head(0).weight
+
+    def _head(self, i: int) -> MlpHead:
+        head = self.heads[i]
         assert isinstance(head, MlpHead)
-        return head.weight
+        return head
 
     def pack(self) -> None:
         """Lay the weights out for decoding, where this machine has a faster layout; going on training undoes it."""
         self.rows = self.rows.for_drafting()
-        for head in self.heads:
-            assert isinstance(head, MlpHead)
-            head.pack(self.rows)
+        for i in range(self.num_heads):
+            self._head(i).pack(self.rows)
 
     def head_width(self, i: int) -> int:
         """Width of what head `i` reads."""
@@ -190,20 +192,16 @@ class HeadDrafter(nn.Module):
 
         `features`: [B, D]; `path`: [B, W, i + 1, D], `embed` of each path's tokens.
         """
-        head = self.heads[i]
-        assert isinstance(head, MlpHead)
-        if head.compiled is not None:
-            logits: Tensor = head.compiled.logits(features, self._heard(path))
+        if (compiled := self._head(i).compiled) is not None:
+            logits: Tensor = compiled.logits(features, self._heard(path))
             return logits
         return self.draft_logits(self.head_hidden(i, features[:, None].expand(-1, path.shape[1], -1), path))
 
     def candidates(self, i: int, features: Tensor, path: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The `count` likeliest of those, or all there are, best first: indices [B, W, count] int64 into the draft vocabulary
         and probabilities float32."""
-        head = self.heads[i]
-        assert isinstance(head, MlpHead)
-        if head.compiled is not None:
-            indices, values = head.compiled.likeliest(features, self._heard(path), count)
+        if (compiled := self._head(i).compiled) is not None:
+            indices, values = compiled.likeliest(features, self._heard(path), count)
             return indices, values
         logits = self.candidate_logits(i, features, path)
         best = logits.softmax(-1).topk(min(count, logits.shape[-1]), dim=-1)
