@@ -11,6 +11,7 @@ import ctypes
 import importlib
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra_core.errors import InputError, StoppedError
+from hydra_core.shipped import SHIPPED
 from pipelines.config import RunConfig, load_config, parse_override, to_yaml
 from pipelines.plan import describe
 from pipelines.stage import StageResult
@@ -31,16 +33,21 @@ STAGES = {
     "bench": "plain, transformers, n-gram lookup and every drafter on the same prompts",
     "compare": "benches from MLflow side by side",
     "promote": "register the fastest lossless configuration as champion",
+    "generate": "answer prompts here and now, as fast as a champion or the package's own heads draft",
     "serve": "OpenAI-compatible endpoint that decodes speculatively",
     "batch": "offline generation over a prompt file",
 }
 ALIASES = {"bench": {"prompts": "bench.prompts", "heads": "bench.heads", "limit": "bench.limit",
-                     "max_new_tokens": "bench.max_new_tokens"}}
-POSITIONAL = {"compare": "compare.runs"}
+                     "max_new_tokens": "bench.max_new_tokens"},
+           "generate": {"model": "generate.model", "max_new_tokens": "generate.max_new_tokens"}}
+POSITIONAL = {"compare": "compare.runs", "generate": "generate.prompts"}
 """Stages whose words without `=` are a list of their own."""
 DEFAULT_CONFIGS = {"quickstart": str(Path(__file__).parent / "configs" / "quickstart.yaml")}
 PATH_FIELDS = ("prompts.path", "distill.heads", "bench.prompts", "bench.heads", "batch.input", "batch.output", "serve.model",
-               "serve.api_keys_file", "base.model")
+               "generate.model", "serve.api_keys_file", "base.model")
+WORDS = {"serve.model": ("plain", SHIPPED), "generate.model": ("plain", SHIPPED), "bench.heads": (SHIPPED,),
+         "distill.heads": (SHIPPED,)}
+"""What such a field may say that is no path."""
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray (to this very name) for the entry point of a submitted job."""
 UNPACKED = "/runtime_resources/working_dir_files/"
@@ -104,9 +111,9 @@ def find_mistake(error: BaseException) -> InputError | None:
 
 
 def _overrides(stage: str, words: Sequence[str]) -> list[str]:
-    """`words` with those of a stage's own list turned into an override."""
+    """`words` with those of a stage's own list turned into an override; a text with `=` somewhere in it is one of those."""
     field = POSITIONAL.get(stage)
-    own = [word for word in words if "=" not in word] if field else []
+    own = [word for word in words if not re.match(r"[\w.+-]+=", word)] if field else []
     return [word for word in words if word not in own] + ([f"{field}={json.dumps(own)}"] if own else [])
 
 
@@ -145,7 +152,7 @@ def _is_relative_path(dotted: str, value: str, config: RunConfig) -> bool:
         return value.startswith((".", "~")) or value.endswith(".gguf") or Path(value).is_dir()
     if dotted == "prompts.path" and config.prompts.source == "datasets":
         return value.startswith((".", "~")) or Path(value).exists()
-    return not (dotted == "serve.model" and value == "plain")
+    return value not in WORDS.get(dotted, ())
 
 
 def inside_submitted_job() -> bool:
@@ -182,7 +189,7 @@ def _parser(stage: str) -> argparse.ArgumentParser:
         parser.add_argument("--dry-run", action="append_const", const="train.dry_run=true", dest="flags",
                             help="train nothing; save untrained heads, to try serving with")
     parser.set_defaults(flags=[])
-    words = "RUN ... " if stage in POSITIONAL else ""
+    words = {"compare": "RUN ... ", "generate": "PROMPT ... "}.get(stage, "")
     parser.add_argument("overrides", nargs="*", metavar=f"{words}section.field=value")
     return parser
 

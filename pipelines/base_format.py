@@ -18,19 +18,20 @@ from filelock import FileLock
 
 from hydra_core.base import formats_of, load_base, pick_device, resolve_base
 from hydra_core.decoding import read_configuration
+from hydra_core.decoding.configuration import ANY_FORMAT
 from hydra_core.decoding.configuration import FILE as CONFIGURATION
 from pipelines.cluster import ensure_ray, measuring_resources
 from pipelines.config import BaseSection, RunConfig
 from pipelines.machine_costs import machine_costs
+from pipelines.model import find_model
 from pipelines.quiet import speak
-from pipelines.serve import find_args
-from pipelines.serving.identity import PLAIN
 from pipelines.stage import RunPaths, write_text
 
 AUTO = "auto"
 FILE = "base_format.json"
-SERVING = ("serve", "batch")
-"""Stages that decode as a configuration says, in the format it was measured in."""
+ASKED = {"serve": lambda config: config.serve.model, "batch": lambda config: config.serve.model,
+         "generate": lambda config: config.generate.model}
+"""What stages that decode as a configuration says, in the format it was measured in, are asked to decode with."""
 
 
 def resolve_format(config: RunConfig, stage: str) -> RunConfig:
@@ -42,7 +43,7 @@ def resolve_format(config: RunConfig, stage: str) -> RunConfig:
     """
     if config.base.dtype != AUTO:
         return config
-    if (served := _served(config) if stage in SERVING else None) is not None:
+    if (served := _served(config, ASKED[stage](config)) if stage in ASKED else None) is not None:
         return _settled(config, served, "as the configuration that is served was measured")
     path = RunPaths.of(config).run / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,10 +90,13 @@ def _candidates(config: RunConfig) -> dict[str, float | None]:
     return found
 
 
-def _served(config: RunConfig) -> str | None:
-    """The format of the configuration that is to be served; None for plain decoding or heads, which fix none."""
-    folder = None if config.serve.model == PLAIN else find_args(config).configuration
-    return read_configuration(Path(folder)).base.weight_format if folder and (Path(folder) / CONFIGURATION).exists() else None
+def _served(config: RunConfig, asked: str | None) -> str | None:
+    """The format of the configuration that is to decode; None for plain decoding or heads, which fix none."""
+    folder = find_model(config, asked).folder
+    if folder is None or not (folder / CONFIGURATION).exists():
+        return None
+    dtype = read_configuration(folder).base.weight_format
+    return None if dtype == ANY_FORMAT else dtype
 
 
 def _settled(config: RunConfig, dtype: str, why: str) -> RunConfig:

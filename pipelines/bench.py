@@ -12,6 +12,7 @@ import ray
 from hydra_core.base import load_vocabulary, resolve_base
 from hydra_core.decoding import check_heads
 from hydra_core.errors import InputError
+from hydra_core.shipped import SHIPPED
 from pipelines.bench_batch import read_batches, summarise_batches
 from pipelines.bench_identity import read_identity
 from pipelines.bench_llama import check_llama
@@ -27,6 +28,7 @@ from pipelines.bench_plan import (
     SWEEP,
     TRANSFORMERS,
     BenchPlan,
+    own_heads,
     read_rows,
     split_sweep,
     sweep_tree,
@@ -39,6 +41,7 @@ from pipelines.bench_steps import print_steps, steps_markdown
 from pipelines.cluster import ensure_ray, measuring_resources
 from pipelines.config import RunConfig
 from pipelines.contracts import content_id
+from pipelines.model import shipped_heads
 from pipelines.stage import (
     RunPaths,
     StageResult,
@@ -164,14 +167,17 @@ def _inputs(config: RunConfig, heads: dict[str, str]) -> dict[str, tuple[str, st
 
 
 def find_heads(config: RunConfig) -> dict[str, str]:
-    """Drafter name -> checkpoint folder: `bench.heads`, else what `tree` (or `train`) left in this run."""
+    """Drafter name -> checkpoint folder: `bench.heads`, else what `tree` (or `train`) left in this run; and `shipped` where
+    heads for this base come with the package."""
+    packaged = shipped_heads(config)
+    last = {} if packaged is None else {SHIPPED: packaged}
     if config.bench.heads:
-        folder = Path(config.bench.heads)
+        folder = Path(packaged) if config.bench.heads == SHIPPED and packaged else Path(config.bench.heads)
         try:
             kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["heads"]["kind"]
         except (OSError, ValueError, KeyError, TypeError):
             raise InputError(f"bench.heads={folder}: is not a heads checkpoint (no readable config.json)") from None
-        return {str(kind): str(folder)}
+        return {str(kind): str(folder)} | last
     found = {}
     for name in config.train.drafters:
         for stage in ("tree", "train"):
@@ -179,12 +185,12 @@ def find_heads(config: RunConfig) -> dict[str, str]:
             if read_manifest(folder) is not None and (folder / "heads").is_dir():
                 found[name] = str(folder / "heads")
                 break
-    return found
+    return found | last
 
 
 def _methods(config: RunConfig, heads: dict[str, str]) -> tuple[str, ...]:
     theirs, llama = ((), ()) if config.bench.temperature else ((TRANSFORMERS, LOOKUP), (LLAMA,))
-    known = (PLAIN, *theirs, NGRAM, *heads, *((COMBINED,) if heads else ()), *llama)
+    known = (PLAIN, *theirs, NGRAM, *heads, *((COMBINED,) if own_heads(heads) else ()), *llama)
     asked = config.bench.methods or tuple(method for method in known if method not in (LOOKUP, LLAMA))
     for method in asked:
         if method not in known and split_sweep(method, heads)[0] not in heads:

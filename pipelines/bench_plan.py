@@ -14,6 +14,7 @@ from hydra_core.base.formats import DTYPES
 from hydra_core.checkpoint import load_checkpoint
 from hydra_core.drafters import AdaptiveDrafter, Drafter, NgramDrafter
 from hydra_core.errors import InputError
+from hydra_core.shipped import SHIPPED
 from hydra_core.tree import TreeSet
 from hydra_core.tree.costs import unmeasured_costs
 from pipelines.config import BaseSection
@@ -24,6 +25,8 @@ LOOKUP = "transformers-lookup"
 """transformers' own prompt lookup."""
 COMBINED = "combined"
 """The last of the heads and copied text, in trees grown at each step."""
+GROWN = (COMBINED, SHIPPED)
+"""`shipped` is the same with the heads that come with the package."""
 LLAMA = "llama.cpp"
 """On the base's own GGUF file, where llama-cpp-python is installed."""
 FOREIGN = (TRANSFORMERS, LOOKUP, LLAMA)
@@ -148,9 +151,9 @@ def make_drafter(method: str, plan: BenchPlan, base: Base, *, measured: bool = T
     heads = None
     if method != NGRAM:
         name, nodes = split_sweep(method, plan.heads)
-        loaded = load_checkpoint(Path(combined_heads(plan.heads) if method == COMBINED else plan.heads[name]),
-                                 base.vocabulary, base.dtype)
-        if method != COMBINED:
+        folder = combined_heads(plan.heads) if method == COMBINED else plan.heads[name]
+        loaded = load_checkpoint(Path(folder), base.vocabulary, base.dtype)
+        if method not in GROWN:
             return loaded.drafter, loaded.trees if nodes is None else sweep_tree(loaded.folder, nodes)
         heads = loaded.drafter
     costs = machine_costs(base, Path(plan.cache), heads) if measured else unmeasured_costs()
@@ -158,8 +161,13 @@ def make_drafter(method: str, plan: BenchPlan, base: Base, *, measured: bool = T
 
 
 def combined_heads(heads: Mapping[str, str]) -> str:
-    """The checkpoint folder that `combined` drafts with: the last one, by the order of `train.drafters`."""
-    return list(heads.values())[-1]
+    """The checkpoint folder that `combined` drafts with: the last of the run's own, by the order of `train.drafters`."""
+    return own_heads(heads)[-1]
+
+
+def own_heads(heads: Mapping[str, str]) -> list[str]:
+    """Checkpoint folders of the run itself, without the package's."""
+    return [folder for name, folder in heads.items() if name != SHIPPED]
 
 
 def split_sweep(method: str, heads: Mapping[str, str]) -> tuple[str, int | None]:

@@ -16,6 +16,7 @@ from hydra_core.base.embedded import EMBEDDED_BASE
 from hydra_core.drafters.config import HeadsConfig
 from hydra_core.errors import InputError
 from pipelines.config_batch import BatchSection
+from pipelines.config_generate import GenerateSection
 from pipelines.config_section import Section
 
 STORAGE_VARIABLE = "HYDRA_HEADS_STORAGE"
@@ -86,7 +87,8 @@ class DistillSection(Section):
     held_out: float = Field(0.1, gt=0, lt=1, description="share of prompts kept for validation, by prompt_id")
     workers: Workers = Workers()
     running_batch: int = Field(32, ge=1, description="rows decoded together by one worker")
-    heads: str | None = Field(None, description="heads or configuration folder to decode with: the same rows, sooner")
+    heads: str | None = Field(
+        None, description="heads or configuration folder, or `shipped`, to decode with: the same rows, sooner")
     rows_per_file: int = Field(64, ge=1, description="rows a part file holds: what a kill can cost")
     features: Literal["all", "held_out"] = Field(
         "all", description="rows whose hidden states are stored; held_out: enough for train.features=online")
@@ -180,7 +182,7 @@ class BenchSection(Section):
     """Every way of decoding on the same prompts in one run."""
 
     prompts: str | None = Field(None, description="JSONL of `prompt` or Spec-Bench's format; default: held-out prompts")
-    heads: str | None = Field(None, description="one checkpoint folder to bench instead of this run's own")
+    heads: str | None = Field(None, description="one checkpoint folder, or `shipped`, to bench instead of this run's own")
     limit: int | None = Field(None, ge=1)
     max_new_tokens: int = Field(64, ge=1)
     rounds: int = Field(1, ge=1)
@@ -229,7 +231,8 @@ class PromoteSection(Section):
 class ServeSection(Section):
     """The OpenAI-compatible endpoint."""
 
-    model: str | None = Field(None, description="models:/NAME@alias, a folder, or `plain`; default: champion")
+    model: str | None = Field(
+        None, description="models:/NAME@alias, a folder, `shipped` or `plain`; default: champion, else the package's own heads")
     app_name: str = "hydra-heads"
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
@@ -277,6 +280,7 @@ class RunConfig(Section):
     bench: BenchSection = BenchSection()
     compare: CompareSection = CompareSection()
     promote: PromoteSection = PromoteSection()
+    generate: GenerateSection = GenerateSection()
     serve: ServeSection = ServeSection()
     batch: BatchSection = BatchSection()
     tracking: TrackingSection = TrackingSection()

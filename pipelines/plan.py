@@ -80,6 +80,11 @@ def _serve(config: RunConfig) -> list[str]:
             f"-> http://{config.serve.host}:{config.serve.port}"]
 
 
+def _generate(config: RunConfig) -> list[str]:
+    model = config.generate.model or "the champion, or the package's own heads"
+    return [f"{len(config.generate.prompts) or 'no'} prompt(s), at most {config.generate.max_new_tokens} tokens each, by {model}"]
+
+
 def _batch(config: RunConfig) -> list[str]:
     batch = config.batch
     prompts = batch.source or "held-out prompts of this run"
@@ -92,4 +97,4 @@ def _compare(config: RunConfig) -> list[str]:
 
 
 _STEPS = {"distill": _distill, "train": _train, "tree": _tree, "bench": _bench, "compare": _compare, "promote": _promote,
-          "serve": _serve, "batch": _batch}
+          "generate": _generate, "serve": _serve, "batch": _batch}

@@ -13,7 +13,7 @@ from hydra_core.decoding import DecodingConfiguration, save_configuration
 from hydra_core.drafters import NgramDrafter
 from hydra_core.errors import InputError
 from pipelines.bench import bench_fingerprint, find_heads
-from pipelines.bench_plan import COMBINED, FOREIGN, NGRAM, PLAIN, combined_heads
+from pipelines.bench_plan import COMBINED, FOREIGN, GROWN, NGRAM, PLAIN, combined_heads
 from pipelines.config import RunConfig, load_config
 from pipelines.serving.identity import configuration_digest
 from pipelines.stage import RunPaths, StageResult, fingerprint, finished, require_manifest, stage_folder
@@ -107,6 +107,7 @@ def _configuration(config: RunConfig, winner: str, plan: dict[str, Any]) -> Deco
     ngram = NgramDrafter(*plan["ngram"])
     if winner in (PLAIN, NGRAM):
         return DecodingConfiguration(winner, "plain" if winner == PLAIN else "ngram", identity, ngram)
-    if winner == COMBINED:
-        return DecodingConfiguration(winner, "combined", identity, ngram, Path(combined_heads(plan["heads"])))
+    if winner in GROWN:
+        heads = combined_heads(plan["heads"]) if winner == COMBINED else plan["heads"][winner]
+        return DecodingConfiguration(winner, "combined", identity, ngram, Path(heads))
     return DecodingConfiguration(winner, "heads", identity, ngram, Path(plan["heads"][winner]))

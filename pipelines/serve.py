@@ -20,13 +20,14 @@ from hydra_core.decoding import check_heads
 from hydra_core.errors import InputError
 from pipelines.cluster import ensure_ray
 from pipelines.config import RunConfig
+from pipelines.model import find_model
 from pipelines.serving.deployment import build
-from pipelines.serving.identity import PLAIN, configuration_digest, serving_of
+from pipelines.serving.identity import configuration_digest, serving_of
 from pipelines.serving.instance import Instance, end_instance, running_instance, start_instance
 from pipelines.serving.keys import key_digests
 from pipelines.serving.records import AppArgs
 from pipelines.stage import RunPaths, StageResult
-from pipelines.tracking import Tracker, resolve
+from pipelines.tracking import Tracker
 
 STAGE = "serve"
 ROUTE = "/"
@@ -53,19 +54,10 @@ def find_args(config: RunConfig) -> AppArgs:
 
     Raises InputError for a model that is not registered and for bad API keys.
     """
-    paths, section = RunPaths.of(config), config.serve
-    model = section.model or f"models:/{config.promote.model_name}@{config.promote.alias}"
-    folder: Path | None = None
-    version: int | None = None
-    label = PLAIN
-    if model.startswith("models:/"):
-        version, folder = resolve(config, model, paths.cache / "models")
-        label = f"models:/{config.promote.model_name}/{version}" if section.model is None else f"{model} (version {version})"
-    elif model != PLAIN:
-        folder, label = Path(model), model
-    return AppArgs(config.base.model_dump(), str(paths.cache), None if folder is None else str(folder), label,
-                   section.app_name, section.max_batch, section.max_queued, section.max_new_tokens, section.replicas,
-                   section.workers.cpus, section.workers.gpus, section.workers.threads, version,
+    section, model = config.serve, find_model(config, config.serve.model)
+    return AppArgs(config.base.model_dump(), str(RunPaths.of(config).cache), None if model.folder is None else str(model.folder),
+                   model.label, section.app_name, section.max_batch, section.max_queued, section.max_new_tokens, section.replicas,
+                   section.workers.cpus, section.workers.gpus, section.workers.threads, model.version,
                    max_replicas=section.max_replicas, max_prompt_tokens=section.max_prompt_tokens,
                    max_body_bytes=section.max_body_bytes, api_key_digests=key_digests(section.api_keys_file))
 

@@ -304,6 +304,10 @@ def _clean(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_\-./ ]", "_", name.replace("++", "_pp"))
 
 
+class NotRegistered(InputError):
+    """The registry knows no such model."""
+
+
 # -- registry ----------------------------------------------------------------------------------------------------------
 
 def register(config: RunConfig, name: str, run: Run, artifact_path: str, alias: str, tags: Mapping[str, str]) -> int:
@@ -323,8 +327,8 @@ def register(config: RunConfig, name: str, run: Run, artifact_path: str, alias: 
 def resolve(config: RunConfig, uri: str, download: Path) -> tuple[int, Path]:
     """Version and local folder of `models:/NAME@alias` or `models:/NAME/3`.
 
-    Artifacts of a remote store are fetched into `download`. Raises InputError for a malformed or unknown name, and for
-    a version whose folder is gone.
+    Artifacts of a remote store are fetched into `download`. Raises InputError for a malformed name and for a version whose
+    folder is gone, NotRegistered for a name, alias or version that there is not.
     """
     match = _MODEL_URI.match(uri)
     if match is None:
@@ -336,7 +340,7 @@ def resolve(config: RunConfig, uri: str, download: Path) -> tuple[int, Path]:
         else:
             version = client.get_model_version(match["name"], match["version"])
     except MlflowException:
-        raise InputError(f"serve.model={uri}: is not registered: run `hydra-heads promote` first, "
+        raise NotRegistered(f"serve.model={uri}: is not registered: run `hydra-heads promote` first, "
                          "or name a configuration folder") from None
     source = str(version.source)
     if source.startswith("file://"):

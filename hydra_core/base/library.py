@@ -1,4 +1,4 @@
-"""`native.cpp` and `rows.h`, compiled once for a machine, kept, and loaded into the process."""
+"""`native.cpp` with its headers, compiled once for a machine, kept, and loaded into the process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock
 
 log = logging.getLogger(__name__)
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "rows.h"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "draw.h", "rows.h"))
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-std=c++20", "-fPIC", "-shared", "-w")
 
 ROWS_BLOCK = 32

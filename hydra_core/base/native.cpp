@@ -16,6 +16,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "draw.h"
 #include "rows.h"
 
 namespace {
@@ -358,6 +359,7 @@ bool rows_available() {
 }
 
 TORCH_LIBRARY(hydra_heads, library) {
+  library.def("draw", draw::tokens);
   library.def("rows_available", rows_available);
 #ifdef HYDRA_ROWS
   library.def("rows_pack", few::pack);

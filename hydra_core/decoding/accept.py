@@ -63,7 +63,7 @@ def accept_walking(tokens: Tensor, forest: Forest, logits: Tensor, positions: Se
     active = list(range(len(choosers)))
     while active:
         at = [paths[row][-1] for row in active]
-        reached = logits[active, at]
+        reached = logits[:, 0] if forest.size == 1 else logits[active, at]  # a copy of 128 rows costs as much as their draw
         where = [positions[row] + len(paths[row]) for row in active]
         picked = choose(reached, where, [choosers[row] for row in active])
         going = []

@@ -8,12 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hydra_core.base.library import load_library
 from hydra_core.base.vocabulary import likeliest
-from hydra_core.decoding.noise import HIGHEST, gumbel, position_key
+from hydra_core.decoding.noise import gumbel, position_key
 from hydra_core.decoding.records import Request, TokenLogprob
-
-LIKELY = 16
-"""Tokens whose noise is looked at first; their best is hard to beat."""
 
 
 class Chooser:
@@ -72,13 +70,19 @@ def _nucleus(scores: Tensor, mass: float) -> Tensor:
 def choose(logits: Tensor, positions: Sequence[int], choosers: Sequence[Chooser]) -> list[int]:
     """The token of each of R rows from `logits` [R, V] float32; `positions`: where the tokens will stand."""
     scores = _processed(logits, choosers)
-    tokens: list[int] = likeliest(scores).tolist()
-    drawing = [row for row, chooser in enumerate(choosers) if chooser.request.temperature > 0]
-    if drawing:
-        drawn = _drawn(scores[drawing], [_key(choosers[row], positions[row]) for row in drawing])
-        for row, token in zip(drawing, drawn, strict=True):
-            tokens[row] = token
-    return tokens
+    drawing = [chooser.request.temperature > 0 for chooser in choosers]
+    if not any(drawing):
+        greedy: list[int] = likeliest(scores).tolist()
+        return greedy
+    keys = [_key(chooser, position) for chooser, position in zip(choosers, positions, strict=True)]
+    if scores.device.type == "cpu" and load_library():
+        words = torch.tensor(keys, dtype=torch.int32)
+        drawn: list[int] = torch.ops.hydra_heads.draw(scores, words, torch.tensor(drawing)).tolist()
+        return drawn
+    noise = gumbel(keys, torch.arange(scores.shape[1], device=scores.device))
+    warm = torch.tensor(drawing, device=scores.device)[:, None]
+    everything: list[int] = likeliest(scores + torch.where(warm, noise, 0.0)).tolist()
+    return everything
 
 
 def _processed(logits: Tensor, choosers: Sequence[Chooser]) -> Tensor:
@@ -93,30 +97,6 @@ def _processed(logits: Tensor, choosers: Sequence[Chooser]) -> Tensor:
 
 def _key(chooser: Chooser, position: int) -> tuple[int, int]:
     return position_key(chooser.request.seed, position, chooser.request.choice)
-
-
-def _drawn(scores: Tensor, keys: Sequence[tuple[int, int]]) -> list[int]:
-    """argmax(scores + noise) of each row [R, V]: by all the noise there is on a GPU, by as little as will do on a CPU."""
-    if scores.device.type == "cpu":
-        return [_drawn_sparingly(row, key) for row, key in zip(scores, keys, strict=True)]
-    everything = torch.arange(scores.shape[1], device=scores.device)
-    tokens: list[int] = (scores + gumbel(keys, everything)).argmax(-1).tolist()
-    return tokens
-
-
-def _drawn_sparingly(scores: Tensor, key: tuple[int, int]) -> int:
-    """The same for one row [V], hashing only tokens that can still win.
-
-    The best of the likeliest tokens is a floor for the winner, and no noise exceeds `HIGHEST`; at a sharp distribution a
-    few hundred of 50,000 tokens are left to hash.
-    """
-    likely = scores.topk(min(LIKELY, len(scores))).indices
-    floor = (scores[likely] + gumbel([key], likely)[0]).max()
-    can_win = scores >= floor - HIGHEST
-    if int(can_win.count_nonzero()) > len(scores) // 4:  # picking them out would cost more than it saves
-        return int(likeliest(scores + gumbel([key], torch.arange(len(scores)))[0]))
-    ids = can_win.nonzero()[:, 0]
-    return int(ids[likeliest(scores[ids] + gumbel([key], ids)[0])])
 
 
 def rank_scores(logits: Tensor, positions: Sequence[int], choosers: Sequence[Chooser], ids: Tensor) -> Tensor:

@@ -20,13 +20,15 @@ from hydra_core.base.vocabulary import BaseIdentity, BaseVocabulary
 from hydra_core.checkpoint import load_checkpoint
 from hydra_core.drafters import AdaptiveDrafter, Drafter, HeadDrafter, NgramDrafter
 from hydra_core.errors import InputError
+from hydra_core.shipped import SHIPPED, shipped_configuration
 from hydra_core.tree.costs import StepCosts, unmeasured_costs
 from hydra_core.tree.topology import TreeSet
 
 SCHEMA_VERSION = 1
 WITH_HEADS = ("heads", "combined")
 FILE = "configuration.json"
-
+ANY_FORMAT = "any"
+"""Weight format of a configuration that was not measured in one: it goes with all of its base's."""
 
 Costs = Callable[[HeadDrafter | None], StepCosts]
 
@@ -83,29 +85,41 @@ def read_configuration(folder: Path) -> DecodingConfiguration:
 
 def load_heads(folder: str | Path, base: Base,
                costs: Costs | None = None) -> tuple[Drafter | None, TreeSet | None]:
-    """Drafter and trees of a heads checkpoint or of a configuration folder, ready for `Engine`, in the base's dtype.
+    """Drafter and trees of a heads checkpoint or of a configuration folder, ready for `Engine`, in the base's dtype; `shipped`
+    is the folder that comes with the package for this base.
 
     `costs`: says what steps take on this machine, given the heads if there are any; a guess without it.
     Raises InputError for a folder that is neither, or that belongs to another base.
     """
-    if (Path(folder) / FILE).exists():
-        return load_configuration(Path(folder), base, costs)
-    loaded = load_checkpoint(Path(folder), base.vocabulary, base.dtype)
+    found = find_heads(folder, base.identity)
+    if (found / FILE).exists():
+        return load_configuration(found, base, costs)
+    loaded = load_checkpoint(found, base.vocabulary, base.dtype)
     return loaded.drafter, loaded.trees
 
 
 def check_heads(folder: str | Path, vocabulary: BaseVocabulary) -> None:
     """Raise InputError unless `load_heads` will do with the base of `vocabulary`; needs no more of the base than that."""
-    heads: Path | None = Path(folder)
-    if (Path(folder) / FILE).exists():
-        heads = _configuration_of(Path(folder), vocabulary.identity).heads
+    found = find_heads(folder, vocabulary.identity)
+    heads = _configuration_of(found, vocabulary.identity).heads if (found / FILE).exists() else found
     if heads is not None:
         load_checkpoint(heads, vocabulary)
 
 
+def find_heads(folder: str | Path, identity: BaseIdentity) -> Path:
+    """`folder`, or the one that `shipped` stands for. Raises InputError where none comes with the package for this base."""
+    if str(folder) != SHIPPED:
+        return Path(folder)
+    if (found := shipped_configuration(identity.digest)) is None:
+        raise InputError(f"{SHIPPED}: no heads come with the package for {identity.name} ({identity.digest[:16]}): train some")
+    return found
+
+
 def _configuration_of(folder: Path, identity: BaseIdentity) -> DecodingConfiguration:
     configuration = read_configuration(folder)
-    if configuration.base != identity:
+    measured = configuration.base
+    same = measured.digest == identity.digest if measured.weight_format == ANY_FORMAT else measured == identity
+    if not same:
         raise InputError(f"{folder}: was measured on base {configuration.base}, not on {identity}: "
                          "set base.model and base.dtype to that one")
     return configuration
