@@ -29,6 +29,7 @@ STAGES = {
     "quickstart": "every stage below, small, on this machine",
     "distill": "prompts in; the base's own answers and hidden states out",
     "train": "train draft heads on those rows",
+    "ablate": "variants of training on the same rows, side by side",
     "tree": "find the draft tree that pays best on this machine",
     "bench": "plain, transformers, n-gram lookup and every drafter on the same prompts",
     "compare": "benches from MLflow side by side",

@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field, ValidationError, field_validator, model_
 from hydra_core.base.embedded import EMBEDDED_BASE
 from hydra_core.drafters.config import HeadsConfig
 from hydra_core.errors import InputError
+from pipelines.config_ablate import AblateSection
 from pipelines.config_batch import BatchSection
 from pipelines.config_generate import GenerateSection
 from pipelines.config_section import Section
@@ -110,6 +111,7 @@ class TrainSection(Section):
     dry_run: bool = Field(False, description="train nothing: save untrained heads under `train-dry`, to try serving with")
     features: Literal["stored", "online"] = Field(
         "stored", description="hidden states as distill stored them; online: the base makes them in each worker")
+    share: float = Field(1.0, gt=0, le=1, description="of the training rows that are learned from, told by their ids")
     cache_mb: int = Field(512, ge=1, description="stored hidden states each worker keeps; rows are shuffled in such windows")
     epochs: float = Field(4.0, gt=0)
     max_steps: int | None = Field(None, ge=1)
@@ -280,6 +282,7 @@ class RunConfig(Section):
     bench: BenchSection = BenchSection()
     compare: CompareSection = CompareSection()
     promote: PromoteSection = PromoteSection()
+    ablate: AblateSection = AblateSection()
     generate: GenerateSection = GenerateSection()
     serve: ServeSection = ServeSection()
     batch: BatchSection = BatchSection()

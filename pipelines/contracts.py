@@ -61,6 +61,11 @@ def split_of(prompt_id: str, held_out: float) -> str:
     return "held_out" if int(prompt_id[:8], 16) / 0x1_0000_0000 < held_out else "train"
 
 
+def is_in_share(row_id: str, share: float) -> bool:
+    """Whether a row is among about that share of all rows; a larger share holds every smaller one."""
+    return share >= 1 or int(row_id[:8], 16) / 0x1_0000_0000 < share
+
+
 def check_schema(schema: pa.Schema, contract: pa.Schema, where: str) -> None:
     """Raise InputError unless `schema` has the contract's columns, types and version."""
     version = (schema.metadata or {}).get(b"hydra_heads_schema", b"none").decode()

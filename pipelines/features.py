@@ -41,16 +41,16 @@ class FeatureStore(RowStore):
         self._held = 0
 
     @classmethod
-    def open(cls, folder: Path, split: str, *, cache_bytes: int = CACHE_BYTES) -> FeatureStore:
+    def open(cls, folder: Path, split: str, *, cache_bytes: int = CACHE_BYTES, share: float = 1.0) -> FeatureStore:
         """Index the shards `folder/*.parquet`.
 
-        `cache_bytes` bounds the hidden states kept in memory. Raises InputError for an empty folder, a file that is not
-        a feature shard, rows of different bases, or a split without rows.
+        `cache_bytes` bounds the hidden states kept in memory; `share`: of the split's rows that are taken. Raises InputError
+        for an empty folder, a file that is not a feature shard, rows of different bases, or a split without rows.
         """
         paths = sorted(folder.glob("*.parquet"))
         if not paths:
             raise InputError(f"{folder}: has no feature shards (*.parquet): run `hydra-heads distill` first")
-        reader = IndexReader(split, FEATURES)
+        reader = IndexReader(split, FEATURES, share)
         for path in paths:
             reader.add(path)
         index = reader.build(folder)

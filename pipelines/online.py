@@ -22,12 +22,12 @@ class OnlineStore(RowStore):
     _model: Base | None = None
 
     @classmethod
-    def open(cls, folder: Path, split: str) -> OnlineStore:
+    def open(cls, folder: Path, split: str, share: float = 1.0) -> OnlineStore:
         """Index the answers `folder/*.parquet`. Raises InputError as `FeatureStore.open` does."""
         paths = sorted(folder.glob("*.parquet"))
         if not paths:
             raise InputError(f"{folder}: has no answers (*.parquet): run `hydra-heads distill` first")
-        reader = IndexReader(split, RESPONSES)
+        reader = IndexReader(split, RESPONSES, share)
         for path in paths:
             reader.add(path)
         index = reader.build(folder)

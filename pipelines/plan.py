@@ -50,6 +50,12 @@ def _train(config: RunConfig) -> list[str]:
             for name, heads in train.drafters.items() if train.only in (None, name)]
 
 
+def _ablate(config: RunConfig) -> list[str]:
+    trainings = sum(len(variant.seeds) for variant in config.ablate.variants.values())
+    return [f"{len(config.ablate.variants)} variants, {trainings} trainings on the rows of this run's distill -> "
+            f"{RunPaths.of(config).stage('ablate')}"]
+
+
 def _tree(config: RunConfig) -> list[str]:
     tree, folder = config.tree, RunPaths.of(config).stage("tree")
     sizes = ", ".join(str(size) for size in tree.batch_sizes)
@@ -96,5 +102,5 @@ def _compare(config: RunConfig) -> list[str]:
     return [f"the benches of {', '.join(config.compare.runs) or 'no run yet: name two or more'}, read from MLflow"]
 
 
-_STEPS = {"distill": _distill, "train": _train, "tree": _tree, "bench": _bench, "compare": _compare, "promote": _promote,
-          "generate": _generate, "serve": _serve, "batch": _batch}
+_STEPS = {"distill": _distill, "train": _train, "ablate": _ablate, "tree": _tree, "bench": _bench, "compare": _compare,
+          "promote": _promote, "generate": _generate, "serve": _serve, "batch": _batch}

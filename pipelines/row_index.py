@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hydra_core.errors import InputError
 from hydra_core.training.packing import FeatureRow
-from pipelines.contracts import FEATURES, check_schema
+from pipelines.contracts import FEATURES, check_schema, is_in_share
 
 HIDDEN_BYTES = {"bf16": 2, "fp32": 4}
 _PLAIN = ("id", "split", "base", "temperature")
@@ -101,11 +101,12 @@ def disk_array(file: IO[bytes], dtype: Any, count: int) -> np.ndarray:
 class IndexReader:
     """Collects the light columns of the shards of `contract`, row group by row group.
 
-    `kinds`: (base, width, dtype) of the rows, the latter two None where the contract has no hidden states.
+    `share`: of the split's rows that are taken, told by their ids alone; `kinds`: (base, width, dtype) of the rows, the latter
+    two None where the contract has no hidden states.
     """
 
-    def __init__(self, split: str, contract: pa.Schema) -> None:
-        self.split, self.contract = split, contract
+    def __init__(self, split: str, contract: pa.Schema, share: float = 1.0) -> None:
+        self.split, self.contract, self.share = split, contract, share
         self.columns = (*_PLAIN, *_HIDDEN) if contract == FEATURES else _PLAIN
         self.blocks: list[Block] = []
         self.ids: list[str] = []
@@ -134,7 +135,7 @@ class IndexReader:
     def _add_rows(self, path: Path, light: pa.Table) -> None:
         columns = {name: light.column(name).to_pylist() for name in self.columns}
         for place in range(light.num_rows):
-            if columns["split"][place] != self.split:
+            if columns["split"][place] != self.split or not is_in_share(columns["id"][place], self.share):
                 continue
             row = {name: values[place] for name, values in columns.items()}
             prompt = light.column("prompt_ids")[place].values.to_numpy()

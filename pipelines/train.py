@@ -118,7 +118,8 @@ def _train_one(config: RunConfig, name: str, data: tuple[Path, Path], data_diges
             result = build_trainer(config, settings, folder / STATE, f"{name}-{wanted[:16]}").fit()
             raise_if_stopped(folder, name, result.checkpoint)
             steps = total_steps(config.train, store)
-            return _finish(stage, name, result, run, {"coverage": coverage, "steps": steps})
+            learned = int(store.index.lengths.sum() - store.index.prompt_tokens.sum())
+            return _finish(stage, name, result, run, {"coverage": coverage, "steps": steps, "response_tokens": learned})
 
 
 def _finish(stage: StageFolder, name: str, result: Any, run: Run, figures: dict[str, Any]) -> StageResult:

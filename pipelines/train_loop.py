@@ -157,8 +157,8 @@ def set_up(settings: LoopSettings, share: Share) -> Workshop:
 def training_rows(train: TrainSection, folder: Path) -> RowStore:
     """The rows that heads learn from: stored with their hidden states, or answers alone."""
     if train.features == "online":
-        return OnlineStore.open(folder, "train")
-    return FeatureStore.open(folder, "train", cache_bytes=train.cache_mb << 20)
+        return OnlineStore.open(folder, "train", train.share)
+    return FeatureStore.open(folder, "train", cache_bytes=train.cache_mb << 20, share=train.share)
 
 
 def _open_base(config: RunConfig, store: RowStore, device: torch.device) -> BaseVocabulary:

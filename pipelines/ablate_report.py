@@ -1,0 +1,49 @@
+"""What `ablate` shows: a table and a panel for every question."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipelines.cost_report import save_figure
+
+if TYPE_CHECKING:
+    from pipelines.ablate import Measured
+
+
+def markdown(studies: Mapping[str, Sequence[str]], measured: Mapping[str, Measured]) -> str:
+    """One table a question; the first variant is what the others are compared with."""
+    parts = []
+    for question, names in studies.items():
+        base = measured[names[0]]
+        lines = ["| variant | tokens per step | against the first | top-1 by head | seeds | response tokens | minutes |",
+                 "|---|---|---|---|---|---|---|"]
+        for name in names:
+            one = measured[name]
+            spread = "" if one.spread is None else f" ± {one.spread:.3f}"
+            lines.append(f"| {name} | {one.tokens_per_step:.3f}{spread} | {one.tokens_per_step / base.tokens_per_step:.3f}x | "
+                         f"{' / '.join(f'{top:.3f}' for top in one.top1)} | {one.seeds} | {one.response_tokens:,} | "
+                         f"{one.seconds / 60:.1f} |")
+        parts.append(f"## {question}\n\n" + "\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def plot_studies(path: Path, studies: Mapping[str, Sequence[str]], measured: Mapping[str, Measured]) -> None:
+    """Write a PNG: tokens per step on held-out rows, one panel a question, bars with the spread over seeds."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    bars = sum(len(names) for names in studies.values())
+    figure = Figure(figsize=(8, 1 + 0.9 * len(studies) + 0.35 * bars), layout="constrained")
+    panels = figure.subplots(len(studies), 1, squeeze=False, gridspec_kw={"height_ratios": [
+        1 + len(names) for names in studies.values()]})[:, 0]
+    for axis, (question, names) in zip(panels, studies.items(), strict=True):
+        values = [measured[name].tokens_per_step for name in names]
+        axis.barh(range(len(names)), values, xerr=[measured[name].spread or 0.0 for name in names], color="tab:blue", capsize=3)
+        axis.set_yticks(range(len(names)), names)
+        axis.invert_yaxis()
+        axis.set_xlim(left=max(1.0, min(values) - 0.3))
+        axis.set_title(question, fontsize=10)
+    panels[-1].set_xlabel("tokens per step on held-out rows, trees of 16 nodes fitted to them")
+    save_figure(figure, path, FigureCanvasAgg)
