@@ -132,6 +132,8 @@ class TrainSection(Section):
     seed: int = 0
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["bf16", "fp32"] = Field("fp32", description="of the heads while they train")
+    plain_losses: bool = Field(False, description="losses as they are written, every head with the base's whole softmax made "
+                                                  "anew: the usual way, to compare with")
     workers: TrainWorkers = TrainWorkers()
     validate_every: int = Field(50, ge=1, description="steps between validations, each with a checkpoint")
     validation_rows: int = Field(64, ge=1)
@@ -145,6 +147,8 @@ class TrainSection(Section):
             raise ValueError(f"train.only={self.only!r} is none of train.drafters: {', '.join(self.drafters)}")
         if self.rows_per_step % (self.workers.count * self.accumulate):
             raise ValueError("train.rows_per_step must be a multiple of train.workers.count x train.accumulate")
+        if self.plain_losses and any(heads.mask_lost for heads in self.drafters.values()):
+            raise ValueError("train.plain_losses knows no mask_lost: turn one of them off")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"train.betas={list(self.betas)}: each must be at least 0 and below 1")
         if self.ema and self.zero_stage == 3:

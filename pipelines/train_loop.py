@@ -139,11 +139,11 @@ def set_up(settings: LoopSettings, share: Share) -> Workshop:
     counts = learn.store.response_counts(vocabulary.size)
     draft_vocab = DraftVocab.rank(counts, heads.draft_vocab_size, vocabulary.stop_ids)
     torch.manual_seed(train.seed)
-    model = HeadTraining(build_drafter(heads, vocabulary, draft_vocab), vocabulary)
+    model = HeadTraining(build_drafter(heads, vocabulary, draft_vocab), vocabulary, train.plain_losses)
     engine = start_engine(model, train, share)
     shop = Workshop(settings, train, heads, share, device, vocabulary, draft_vocab, learn, held_out,
                     total_steps(train, learn.store), engine, WeightAverage.asked_for(model, train))
-    if heads.reads_teacher:
+    if heads.reads_teacher and not train.plain_losses:
         stored = {"train": learn, "held_out": held_out}
         if train.features == "online":
             del stored["train"]  # rows come by with their hidden states: a pass over all of them would cost as much again

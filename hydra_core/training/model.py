@@ -17,6 +17,7 @@ from hydra_core.training.losses import (
     chunked_loss,
     chunked_loss_and_best,
     log_normalisers,
+    reference_loss,
     teacher_probabilities,
 )
 from hydra_core.training.metrics import TOP, HeadCounts
@@ -34,12 +35,16 @@ class TeacherTable:
 
 
 class HeadTraining(nn.Module):
-    """Wraps a drafter so that one call is one batch; its parameters are the drafter's."""
+    """Wraps a drafter so that one call is one batch; its parameters are the drafter's.
 
-    def __init__(self, drafter: HeadDrafter, vocabulary: BaseVocabulary) -> None:
+    `plain`: losses as they are written, to compare with: every head has the base's softmax made anew and all its logits kept.
+    """
+
+    def __init__(self, drafter: HeadDrafter, vocabulary: BaseVocabulary, plain: bool = False) -> None:
         super().__init__()
         self.drafter = drafter
         self.vocabulary = vocabulary
+        self.plain = plain
         self.index_of = drafter.draft_vocab.index_of.to(vocabulary.embedding.device)
         decays = drafter.config.head_decay ** torch.arange(drafter.num_heads, dtype=torch.float64)
         self.head_weights = decays / decays.mean()  # [K], 1 in the mean
@@ -56,8 +61,8 @@ class HeadTraining(nn.Module):
         """
         features, embedded = self._inputs(packed)
         tokens = packed.token_ids.flatten()
-        teacher = self._teacher(packed)
-        masking = self.drafter.config.mask_lost
+        teacher = None if self.plain else self._teacher(packed)
+        masking = self.drafter.config.mask_lost and not self.plain
         alive = torch.ones_like(tokens, dtype=torch.bool)
         losses = []
         for head in range(self.drafter.num_heads):
@@ -65,6 +70,9 @@ class HeadTraining(nn.Module):
             if masking:
                 part = part.only(alive[part.features])
             hidden = self.drafter.head_hidden(head, features[part.features], embedded[part.path])
+            if self.plain:
+                losses.append(self._plain_loss(hidden, part, tokens, packed))
+                continue
             target = self._target(part, tokens, teacher)
             if masking:
                 loss, best = chunked_loss_and_best(hidden, self.drafter.draft_logits, target)
@@ -112,6 +120,14 @@ class HeadTraining(nn.Module):
         row_of = torch.full((packed.token_ids.numel(),), -1, dtype=torch.int64, device=at.device)
         row_of[at] = torch.arange(len(at), device=at.device)
         return TeacherTable(table, row_of)
+
+    def _plain_loss(self, hidden: Tensor, part: HeadSlice, tokens: Tensor, packed: Packed) -> Tensor:
+        config, target = self.drafter.config, self._target(part, tokens, None)
+        if config.reads_teacher:
+            taught = self.vocabulary.head(packed.hidden.flatten(0, 1)[part.teacher]).softmax(-1)
+            table = taught[:, self.drafter.draft_vocab.ids.to(taught.device)]
+            target = TeacherTarget(table, torch.arange(len(table), device=table.device), config.loss, config.hybrid_decay)
+        return reference_loss(self.drafter.draft_logits(hidden), target)
 
     def _target(self, part: HeadSlice, tokens: Tensor, teacher: TeacherTable | None) -> Target:
         config = self.drafter.config

@@ -116,3 +116,24 @@ def test_known_normalisers_change_nothing(tiny_base: Base) -> None:
     divisors = torch.ones(4)
     plain, given = model(pack_rows(rows), divisors)[0], model(pack_rows(known), divisors)[0]
     torch.testing.assert_close(plain, given, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind, loss", [("medusa", "data"), ("hydra++", "teacher"), ("hydra", "acceptance"),
+                                        ("hydra++", "hybrid")])
+def test_plain_losses_are_the_same(tiny_base: Base, kind: str, loss: str) -> None:
+    """Every head by itself, its softmax whole, as others train: value and gradients of the chunked way."""
+    torch.manual_seed(3)
+    vocab = DraftVocab.rank(torch.arange(tiny_base.vocab_size), 150, tiny_base.stop_ids)
+    drafter = build_drafter(HeadsConfig(kind=kind, loss=loss, num_heads=3), tiny_base.vocabulary, vocab)
+    packed = pack_rows(random_rows(tiny_base.vocab_size, tiny_base.vocabulary.width), 32)
+    found = []
+    for plain in (False, True):
+        drafter.zero_grad()
+        total, sums = HeadTraining(drafter, tiny_base.vocabulary, plain)(packed, torch.tensor([9.0, 8.0, 7.0]))
+        total.backward()
+        found.append((total.detach(), sums, [p.grad.clone() for p in drafter.parameters() if p.grad is not None]))
+    torch.testing.assert_close(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-5, atol=1e-4)
+    assert len(found[0][2]) == len(found[1][2]) > 3
+    for one, other in zip(found[0][2], found[1][2], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
