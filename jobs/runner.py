@@ -43,6 +43,9 @@ ALIASES = {"bench": {"prompts": "bench.prompts", "heads": "bench.heads", "limit"
            "generate": {"model": "generate.model", "max_new_tokens": "generate.max_new_tokens"}}
 POSITIONAL = {"compare": "compare.runs", "generate": "generate.prompts"}
 """Stages whose words without `=` are a list of their own."""
+FLAGS = {"train": (("--dry-run", "train.dry_run=true", "train nothing; save untrained heads, to try serving with"),),
+         "serve": (("--update", "serve.update=true", "give the running application other heads, and end"),)}
+"""Stage -> flags, the overrides that they stand for, what they do."""
 DEFAULT_CONFIGS = {"quickstart": str(Path(__file__).parent / "configs" / "quickstart.yaml")}
 PATH_FIELDS = ("prompts.path", "distill.heads", "bench.prompts", "bench.heads", "batch.input", "batch.output", "serve.model",
                "generate.model", "serve.api_keys_file", "base.model")
@@ -186,9 +189,8 @@ def _parser(stage: str) -> argparse.ArgumentParser:
                         help="YAML configuration; without it the defaults (quickstart: its own)")
     parser.add_argument("--plan", action="store_true",
                         help="print the resolved configuration and what would run; start nothing")
-    if stage == "train":
-        parser.add_argument("--dry-run", action="append_const", const="train.dry_run=true", dest="flags",
-                            help="train nothing; save untrained heads, to try serving with")
+    for flag, override, text in FLAGS.get(stage, ()):
+        parser.add_argument(flag, action="append_const", const=override, dest="flags", help=text)
     parser.set_defaults(flags=[])
     words = {"compare": "RUN ... ", "generate": "PROMPT ... "}.get(stage, "")
     parser.add_argument("overrides", nargs="*", metavar=f"{words}section.field=value")

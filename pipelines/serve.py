@@ -139,7 +139,7 @@ def run_serve(config: RunConfig) -> StageResult:
                       f"  curl {app.url}/v1/chat/completions -H 'Content-Type: application/json' -d "
                       f"'{{\"model\": \"{app.name}\", \"messages\": [{{\"role\": \"user\", \"content\": \"Hello\"}}]}}'",
                       file=sys.stderr, flush=True)
-                print("serve: other heads, while it runs: serve.update=true "
+                print("serve: other heads, while it runs: hydra-heads serve --update "
                       f"ray_address={ray.get_runtime_context().gcs_address}", file=sys.stderr, flush=True)
                 while not stopped.wait(1.0):
                     pass

@@ -141,6 +141,13 @@ def test_a_weight_format_is_chosen_before_a_stage_runs(monkeypatch: pytest.Monke
     assert runner.run("tree", [*words, "base.model=/nowhere"]) == 2 and len(seen) == 2
 
 
+def test_flags_stand_for_overrides(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for stage, flag, said in (("train", "--dry-run", "dry_run: true"), ("serve", "--update", "update: true")):
+        assert runner.run(stage, [flag, "--plan", f"storage={tmp_path}"]) == 0
+        assert said in capfd.readouterr().out
+        assert runner.run("bench", [flag]) == 2
+
+
 def test_relative_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     config = runner.read_config("batch", None, ["batch.input=in.jsonl", "serve.model=plain"])
