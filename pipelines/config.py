@@ -137,6 +137,11 @@ class TrainSection(Section):
     workers: TrainWorkers = TrainWorkers()
     validate_every: int = Field(50, ge=1, description="steps between validations, each with a checkpoint")
     validation_rows: int = Field(64, ge=1)
+    decode_every: int = Field(0, ge=0, description="steps between real decodings of held-out prompts by a task beside the "
+                                                   "training, at validations; 0: none")
+    decode_prompts: int = Field(8, ge=1, description="prompts that it decodes")
+    decode_tokens: int = Field(64, ge=1, description="new tokens of each")
+    decode_cpus: float = Field(0.25, ge=0, description="logical CPUs to reserve for it")
     max_failures: int = Field(2, ge=0, description="times Ray restarts dead workers from the last checkpoint")
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)

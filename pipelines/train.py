@@ -40,7 +40,8 @@ from pipelines.train_report import CURVE, HEADS, LAST, LOGGED
 STAGE = "train"
 STATE = "state"
 """Folder of Ray's checkpoints inside a drafter's stage folder; removed once its heads stand."""
-HOW = {"drafters", "only", "max_failures", "dry_run", "stop_ratio"}
+HOW = {"drafters", "only", "max_failures", "dry_run", "stop_ratio", "decode_every", "decode_prompts", "decode_tokens",
+       "decode_cpus"}
 """Settings that change no drafter's outcome, or are told apart by drafter."""
 
 
@@ -145,6 +146,8 @@ def _finish(stage: StageFolder, name: str, result: Any, run: Run, figures: dict[
     shutil.rmtree(folder / STATE, ignore_errors=True)  # optimizer state: many times the heads, and of no more use
     for leftover in (*folder.glob("normalisers-*.npy"), folder / LOGGED):
         leftover.unlink(missing_ok=True)
+    for leftover in folder.glob("decode-*"):  # of a task that died with its machine
+        shutil.rmtree(leftover, ignore_errors=True)
     return done
 
 

@@ -44,8 +44,9 @@ from pipelines.train_data import (
     valid_counts,
     validation_groups,
 )
+from pipelines.train_decode import DecodeBeside
 from pipelines.train_guard import why_not_keep, why_stop, write_stop
-from pipelines.train_report import Progress, log_curve, read_curve_and_figures, save_curve_and_heads
+from pipelines.train_report import HEADS, Progress, log_curve, read_curve_and_figures, save_curve_and_heads
 
 STATE_TAG = "state"
 
@@ -108,6 +109,7 @@ def train_loop(settings: dict[str, Any]) -> None:
     batches = StepBatches(shop.learn, order, valid_counts(shop.learn.store, shop.draft_vocab, shop.heads), shop.share,
                           shop.train.accumulate)
     progress = Progress(shop)
+    beside = DecodeBeside(shop, progress.say) if shop.first and shop.train.decode_every else None
     for batch in batches.between(shop.next_step, shop.total):
         record = train_step(shop, batch)
         why = why_stop(shop.curve, record, shop.train.stop_ratio)
@@ -116,12 +118,14 @@ def train_loop(settings: dict[str, Any]) -> None:
             shop.next_step = batch.step + 1
             progress.after(record)
             if shop.next_step % shop.train.validate_every == 0 or shop.next_step == shop.total:
-                why = _validate_and_report(shop, progress)
+                why = _validate_and_report(shop, progress, beside)
         if why is not None:
             if shop.first:
                 write_stop(Path(shop.settings.folder), why, record)
             dist.barrier()
             return  # every rank has seen the same figures and returns
+    if beside is not None:
+        beside.collect(wait=True)
 
 
 def set_up(settings: LoopSettings, share: Share) -> Workshop:
@@ -254,7 +258,7 @@ def restore(shop: Workshop, checkpoint: Any) -> None:
         log_curve(shop, figures)  # a kill right after the checkpoint left it unlogged
 
 
-def _validate_and_report(shop: Workshop, progress: Progress) -> str | None:
+def _validate_and_report(shop: Workshop, progress: Progress, beside: DecodeBeside | None) -> str | None:
     """Validate and make a checkpoint; what is wrong with the heads if they are not worth one."""
     import ray.train
 
@@ -269,6 +273,8 @@ def _validate_and_report(shop: Workshop, progress: Progress) -> str | None:
                 save_curve_and_heads(shop, Path(folder), metrics)
         if shop.first and shop.average is not None:
             shop.average.save(Path(folder))
+        if beside is not None:
+            beside.after(shop.next_step, Path(folder) / HEADS)
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
     if shop.first:
         log_curve(shop, figures)

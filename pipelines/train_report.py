@@ -66,16 +66,16 @@ class Progress:
             done = self.shop.next_step - self.first_step
             left = (now - self.began) / done * (self.shop.total - self.shop.next_step)
             speed = self.positions / (now - self.began)
-            self._say(f"loss {record['loss']:.3f}, {speed:.0f} positions/s, "
+            self.say(f"loss {record['loss']:.3f}, {speed:.0f} positions/s, "
                       f"{record['padding']:.0%} padding, {left:.0f} s left")
             self.shown = now
 
     def validated(self, figures: dict[str, float]) -> None:
         if self.shop.first:
-            self._say(f"held out: {figures['tokens_per_step']:.3f} tokens per step, "
+            self.say(f"held out: {figures['tokens_per_step']:.3f} tokens per step, "
                       f"head 0 top-1 {figures['head0_top1']:.3f}")
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
         # Not print(): Ray Train patches it to log a second copy of every line.
         sys.stderr.write(f"train {self.shop.settings.drafter}: step {self.shop.next_step}/{self.shop.total}, {text}\n")
         sys.stderr.flush()

@@ -123,7 +123,7 @@ class HeadTraining(nn.Module):
 
     def _plain_loss(self, hidden: Tensor, part: HeadSlice, tokens: Tensor, packed: Packed) -> Tensor:
         config, target = self.drafter.config, self._target(part, tokens, None)
-        if config.reads_teacher:
+        if config.loss in ("teacher", "acceptance", "hybrid"):
             taught = self.vocabulary.head(packed.hidden.flatten(0, 1)[part.teacher]).softmax(-1)
             table = taught[:, self.drafter.draft_vocab.ids.to(taught.device)]
             target = TeacherTarget(table, torch.arange(len(table), device=table.device), config.loss, config.hybrid_decay)

@@ -236,6 +236,21 @@ def test_steps_that_a_kill_kept_from_the_tracker_are_logged_on_resuming(storage:
     assert shop.next_step == 2 and len(shop.curve) == 2
 
 
+@pytest.mark.slow
+def test_held_out_prompts_are_decoded_beside_it(undisturbed: RunConfig, tiny_base: Base, tiny_base_dir: Path, tmp_path: Path,
+                                                local_ray: None) -> None:
+    """The tracker has what an engine made of the heads at those steps, and they are the heads of a run without it."""
+    config = make_config(tiny_base_dir, tmp_path / "storage", "beside", **{"train.decode_every": 20, "train.decode_prompts": 4,
+                                                                           "train.decode_tokens": 12})
+    write_distilled(config, tiny_base)
+    run_train(config)
+    stage = json.loads((RunPaths.of(config).stage("train", "hydra") / "manifest.json").read_text())["result"]
+    decoded = MlflowClient(Tracker.open(config).uri).get_metric_history(stage["run_id"], "decoded.tokens_per_step")
+    assert [metric.step for metric in decoded] == [20, 40, 60] and all(1 <= metric.value <= 5 for metric in decoded)
+    assert weights_of(config, "hydra") == weights_of(undisturbed, "hydra")
+    assert not list(RunPaths.of(config).stage("train", "hydra").glob("decode-*"))
+
+
 def test_the_data_are_known_by_their_rows_not_by_their_files(tiny_base: Base, tiny_base_dir: Path, storage: Path) -> None:
     config = make_config(tiny_base_dir, storage, "rows")
     folder = write_distilled(config, tiny_base, train=8, held_out=4)
