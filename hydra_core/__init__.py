@@ -9,8 +9,8 @@
 
 from hydra_core.base import Base, load_base
 from hydra_core.decoding import Engine, Request, Result, Typical, choices, load_heads, naive_generate
-from hydra_core.drafters import NgramDrafter
+from hydra_core.drafters import AdaptiveDrafter, NgramDrafter
 from hydra_core.errors import InputError
 
-__all__ = ["Base", "Engine", "InputError", "NgramDrafter", "Request", "Result", "Typical", "choices", "load_base",
-           "load_heads", "naive_generate"]
+__all__ = ["AdaptiveDrafter", "Base", "Engine", "InputError", "NgramDrafter", "Request", "Result", "Typical", "choices",
+           "load_base", "load_heads", "naive_generate"]

@@ -22,8 +22,8 @@ from hydra_core.errors import InputError
 from pipelines.ablate_report import markdown, plot_studies
 from pipelines.config import RunConfig
 from pipelines.config_ablate import Variant
-from pipelines.contracts import content_id
-from pipelines.stage import RunPaths, StageResult, fingerprint, stage_folder, write_text
+from pipelines.distill import distilled
+from pipelines.stage import RunPaths, StageResult, fingerprint, finished, stage_folder, write_text
 from pipelines.tracking import Tracker
 from pipelines.train import run_train
 
@@ -58,10 +58,14 @@ def run_ablate(config: RunConfig) -> StageResult:
             result = run_train(variant_config(config, label, variant, seed))
             found.setdefault(name, []).append(result.figures[label])
     measured = {name: summarise(figures) for name, figures in found.items()}
-    folder = RunPaths.of(config).stage(STAGE)
-    wanted = fingerprint(STAGE, config.ablate.model_dump(mode="json"), {"trained": content_id(json.dumps(found, sort_keys=True))})
+    folder, wanted = RunPaths.of(config).stage(STAGE), fingerprint(STAGE, {}, {"distill": distilled(config)[1]})
+    report = _report(config, found, measured)
+    done = finished(folder, wanted)
+    if done is not None and (folder / "report.json").read_text(encoding="utf-8") == report:
+        return done
+    # other variants or questions over the same rows: the report is made anew, trainings stand
     with stage_folder(config, STAGE, folder, wanted) as stage, tracker.start(STAGE, fingerprint=wanted) as run:
-        files = _write(folder, config, found, measured)
+        files = _write(folder, config, measured, report)
         run.log_metrics({f"{name}.tokens_per_step": one.tokens_per_step for name, one in measured.items()})
         for path in files:
             run.log_artifact(path)
@@ -96,10 +100,18 @@ T95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Student's t at 97.5 % by degrees of freedom; more seeds than ten are as ten."""
 
 
-def _write(folder: Path, config: RunConfig, found: dict[str, list[dict[str, Any]]], measured: dict[str, Measured]) -> list[Path]:
-    studies = config.ablate.studies or {"variants": tuple(measured)}
-    report = {"variants": {name: vars(one) for name, one in measured.items()}, "studies": studies, "trainings": found}
-    write_text(folder / "report.json", json.dumps(report, indent=2))
+def _studies(config: RunConfig) -> dict[str, tuple[str, ...]]:
+    return config.ablate.studies or {"All variants": tuple(config.ablate.variants)}
+
+
+def _report(config: RunConfig, found: dict[str, list[dict[str, Any]]], measured: dict[str, Measured]) -> str:
+    variants = {name: vars(one) | config.ablate.variants[name].model_dump(mode="json") for name, one in measured.items()}
+    return json.dumps({"variants": variants, "studies": _studies(config), "trainings": found}, indent=2)
+
+
+def _write(folder: Path, config: RunConfig, measured: dict[str, Measured], report: str) -> list[Path]:
+    studies = _studies(config)
+    write_text(folder / "report.json", report)
     write_text(folder / "report.md", markdown(studies, measured))
     plot_studies(folder / "ablations.png", studies, measured)
     return [folder / "report.json", folder / "report.md", folder / "ablations.png"]

@@ -68,6 +68,7 @@ def run_batch(config: RunConfig) -> StageResult:
             return done
         with stage_folder(config, STAGE, folder, wanted) as stage, tracker.start(STAGE, fingerprint=wanted) as run:
             (folder / SUCCESS).unlink(missing_ok=True)
+            run.log_dataset("input", _input_digest(config), config.batch.source or "held-out prompts of this run", STAGE)
             figures = _answer_all(config, folder, args, serving)
             write_text(folder / "report.json", json.dumps(figures, indent=2))
             run.log_metrics({name: value for name, value in figures.items() if isinstance(value, (int, float))})

@@ -108,17 +108,28 @@ class GenerationAsker:
                                        asking.most_choices)
         except ApiError as error:
             return Reply(error.status, error.message, body=error.body())
-        found = self.patience.wait(lambda: self._once(generation))
+        found = self._patiently(generation)
         if isinstance(found, Refusal):
             return Reply(found.status, found.message, body=ApiError(found.status, found.message).body())
         kind = CHAT if row.url == URLS[0] else TEXT
         body = response(kind, asking.model, generation, found) if row.body is not None else None
         return Reply(200, columns=_answer_columns(found[0]), body=body)
 
+    def _patiently(self, generation: Generation) -> list[Answer] | Refusal:
+        """Through full queues and dying replicas, but not through a fault at this very row again and again."""
+        for tried in range(1, TRIES + 1):
+            try:
+                found: list[Answer] | Refusal = self.patience.wait(lambda: self._once(generation))
+                return found
+            except RayTaskError as error:
+                why = _first_line(error.cause or error)
+                time.sleep(tried)
+        return Refusal(500, f"the server failed {TRIES} times: {why}")
+
     def _once(self, generation: Generation) -> list[Answer] | Refusal:
         # a killed job's request may still be decoding, and this one is asked again when a replica dies
         found = self.answers(replace(generation, id=f"{generation.id}-{uuid.uuid4().hex}"))
-        if isinstance(found, Refusal) and found.status == 429:
+        if isinstance(found, Refusal) and found.status in (429, 503):
             raise Busy(found.message)
         return found
 
@@ -133,17 +144,11 @@ def _deployment(app_name: str) -> Answers:
     handle = serve.get_deployment_handle("DecodeServer", app_name)
 
     def answers(generation: Generation) -> list[Answer] | Refusal:
-        for tried in range(TRIES):
-            try:
-                found: list[Answer] | Refusal = handle.answers.remote(generation).result()
-                return found
-            except (BackPressureError, RayActorError) as error:
-                raise Busy(_first_line(error)) from None
-            except RayTaskError as error:
-                if tried == TRIES - 1:
-                    return Refusal(500, f"the server failed {TRIES} times: {_first_line(error.cause or error)}")
-                time.sleep(1 + tried)
-        raise AssertionError("unreachable")
+        try:
+            found: list[Answer] | Refusal = handle.answers.remote(generation).result()
+            return found
+        except (BackPressureError, RayActorError) as error:
+            raise Busy(_first_line(error)) from None
 
     return answers
 

@@ -17,7 +17,7 @@ FOREIGN = "unknown"
 def ask_endpoint(address: str, model: str, headers: dict[str, str]) -> Serving:
     """What answers there for `model`; of a server that is not ours no more is known than its name for it.
 
-    Raises InputError for an address where nothing answers, that refuses the key, or that does not serve `model`.
+    Raises InputError for an address where nothing answers, that is not ready, refuses the key, or does not serve `model`.
     """
     root = address.rstrip("/")
     listed = _get(address, f"{root}/v1/models", headers).get("data")
@@ -28,8 +28,14 @@ def ask_endpoint(address: str, model: str, headers: dict[str, str]) -> Serving:
     try:
         info = _get(address, f"{root}/ready", headers)
         return Serving(info["base"], info["context_limit"], info["configuration"])
+    except Unready:
+        raise
     except (InputError, KeyError):
         return Serving(model, 0, FOREIGN)
+
+
+class Unready(InputError):
+    """Something answers there, but not yet."""
 
 
 def _get(address: str, url: str, headers: dict[str, str]) -> dict[str, Any]:
@@ -37,6 +43,8 @@ def _get(address: str, url: str, headers: dict[str, str]) -> dict[str, Any]:
         with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=SECONDS) as answer:
             value = json.loads(answer.read())
     except urllib.error.HTTPError as error:
+        if error.code == 503:
+            raise Unready(f"batch.address={address}: is not ready (503 from {url}): run again when it is") from None
         hint = ": set batch.key_variable" if error.code in (401, 403) else ""
         raise InputError(f"batch.address={address}: refuses {url} ({error.code} {error.reason}){hint}") from None
     except (OSError, ValueError) as error:

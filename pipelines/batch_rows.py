@@ -50,7 +50,7 @@ class BadRow:
 
 @dataclass
 class Reading:
-    """The rows of an input, each once, and how many it had in all; `refuse` is told of those that nobody can answer. Of
+    """The rows of an input, each id once, and how many it had in all; `refuse` is told of those that nobody can answer. Of
     what has been read only the ids' digests are kept."""
 
     refuse: Callable[[BadRow], None]
@@ -62,15 +62,14 @@ class Reading:
         seen: set[bytes] = set()
         for item in source:
             self.rows += 1
-            if isinstance(item, BadRow):
-                self.refuse(item)
-                continue
             key = digest(item.id)
             if key in seen:
                 self.skipped += 1
                 continue
             seen.add(key)
-            if key not in known:
+            if isinstance(item, BadRow):
+                self.refuse(item)
+            elif key not in known:
                 yield item
 
 

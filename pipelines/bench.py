@@ -177,7 +177,7 @@ def find_heads(config: RunConfig) -> dict[str, str]:
             kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["heads"]["kind"]
         except (OSError, ValueError, KeyError, TypeError):
             raise InputError(f"bench.heads={folder}: is not a heads checkpoint (no readable config.json)") from None
-        return {str(kind): str(folder)} | last
+        return {str(kind): str(folder)} | ({} if str(folder) == packaged else last)
     found = {}
     for name in config.train.drafters:
         for stage in ("tree", "train"):

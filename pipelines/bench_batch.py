@@ -137,6 +137,7 @@ def summarise_batches(rows: list[BatchRow]) -> dict[str, Any]:
                             if name == method and (number, TRANSFORMERS) in rates)
             mean = [rate for (_, name), rate in rates.items() if name == method]
             figures[workload][method] = {
+                "prompts": max(row.prompts for row in own),
                 "tokens": sum(row.tokens for row in own if row.method == method),
                 "tokens_per_second": round(sum(mean) / len(mean), 1),
                 "speed_vs_transformers": round(ratios[len(ratios) // 2], 3) if ratios else None,

@@ -11,6 +11,7 @@ from hydra_core.base import Base, load_base
 from hydra_core.decoding import Engine, Request, compare, naive_generate
 from pipelines.bench_plan import FOREIGN, PLAIN, BenchPlan, Question, Row, append_row, read_lines, room_for, split_sweep
 from pipelines.bench_plan import make_drafter as drafter_of
+from pipelines.bench_turns import prompt_of
 
 ARRIVAL_STEPS = 3
 """Engine steps between two arrivals in the staggered batch."""
@@ -19,7 +20,8 @@ ARRIVAL_STEPS = 3
 @dataclass(frozen=True)
 class IdentityRow:
     """One answer judged. `dtype`: fp32 (against the naive loop) or the run's own (against plain); `rows`: of the running
-    batch it was made in; `index`, `gap`: where it first differs, and by how much in logits."""
+    batch it was made in, 0 for an answer that was timed; `index`, `gap`: where it first differs, and by how much in logits;
+    `turn`: of the question, from 0."""
 
     question: str
     method: str
@@ -28,6 +30,7 @@ class IdentityRow:
     verdict: str
     index: int | None = None
     gap: float | None = None
+    turn: int = 0
 
 
 def read_identity(path: Path) -> list[IdentityRow]:
@@ -35,22 +38,27 @@ def read_identity(path: Path) -> list[IdentityRow]:
 
 
 def check_differences(plan: BenchPlan, questions: list[Question], rows: list[Row]) -> None:
-    """Judge every answer to a first turn in the first round that differs from plain decoding's in the run's own weight format.
-    """
+    """Judge every timed answer that differs from plain decoding's in the run's own weight format; where several rounds differ
+    alike, once."""
     if plan.temperature:
         return
     path = Path(plan.identity_file)
-    done = {(row.question, row.method) for row in read_identity(path) if row.dtype == plan.base.dtype and row.rows == 0}
-    prompts = {question.id: question.prompt_ids for question in questions}
-    rows = [row for row in rows if row.round == row.turn == 0]
-    plain = {row.question: row.token_ids for row in rows if row.method == PLAIN}
+    done = {(row.question, row.turn, row.method) for row in read_identity(path)
+            if row.dtype == plan.base.dtype and row.rows == 0}
+    asked = {question.id: question for question in questions}
+    plain = {(row.round, row.question, row.turn): row.token_ids for row in rows if row.method == PLAIN}
     exact: Base | None = None
     for row in rows:
-        if row.method == PLAIN or (row.question, row.method) in done or row.token_ids == plain[row.question]:
+        key = (row.question, row.turn, row.method)
+        if row.method == PLAIN or key in done or row.token_ids == plain[row.round, row.question, row.turn]:
             continue
         exact = exact or _exact(plan, plan.base.dtype)
-        found = compare(exact, prompts[row.question], plain[row.question], row.token_ids)
-        append_row(path, IdentityRow(row.question, row.method, plan.base.dtype, 0, found.verdict, found.index, found.gap))
+        before = [plain[row.round, row.question, turn] for turn in range(row.turn)]
+        prompt = prompt_of(asked[row.question], before, exact, exact.context_limit)
+        found = compare(exact, prompt, plain[row.round, row.question, row.turn], row.token_ids)
+        append_row(path, IdentityRow(row.question, row.method, plan.base.dtype, 0, found.verdict, found.index, found.gap,
+                                     row.turn))
+        done.add(key)
 
 
 def check_identity(plan: BenchPlan, questions: list[Question]) -> None:

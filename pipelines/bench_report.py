@@ -20,7 +20,7 @@ def summarise(rows: list[Row], identity: list[IdentityRow]) -> dict[str, Any]:
     `tokens_per_step`: tokens after the first over base forwards after prefill, pooled. `speed_vs_*`: ratio of mean
     per-question tokens/s, turns and rounds of a question pooled, prefill included; `decode_speed_vs_plain` without it.
     `spread`: 95 % interval of `speed_vs_plain` over resampled questions. `identical`: share of answers, of all turns, equal
-    to plain's by token ids; `differing`: the verdicts on those to first turns that are not; `fp32`: verdicts against the
+    to plain's by token ids; `differing`: the verdicts on those that are not; `fp32`: verdicts against the
     naive loop, `naive` in every format that was checked; `categories`: tokens per step and ratios of each. And what
     `step_figures` says.
     """
@@ -180,7 +180,8 @@ def batch_markdown(batches: dict[str, Any], plan: BenchPlan) -> str:
     """The throughput table, or nothing where it was not measured."""
     if not batches:
         return ""
-    lines = ["", f"## {plan.batch_prompts} prompts, {plan.running_batch} rows", "",
+    prompts = max(figures["prompts"] for methods in batches.values() for figures in methods.values())
+    lines = ["", f"## {prompts} prompts, {plan.running_batch} rows", "",
              "| limits | method | tokens/s | vs transformers | range over rounds |", "|---|---|---|---|---|"]
     for workload, methods in batches.items():
         for name, f in methods.items():

@@ -110,7 +110,8 @@ class BatchOrder:
         """[rows_per_step] int64 row numbers of step `step`: stretches of one epoch after the other."""
         at = step * self.rows_per_step + np.arange(self.rows_per_step)
         epochs, places = at // len(self.block), at % len(self.block)
-        return np.array([self._epoch(int(epoch))[place] for epoch, place in zip(epochs, places, strict=True)])
+        order = {int(epoch): self._epoch(int(epoch)) for epoch in np.unique(epochs)}  # looking one up costs its rows
+        return np.array([order[int(epoch)][place] for epoch, place in zip(epochs, places, strict=True)])
 
     def _epoch(self, epoch: int) -> np.ndarray:
         return _epoch_order(self.block.tobytes(), self.block_bytes.tobytes(), self.seed, epoch, self.window_bytes)

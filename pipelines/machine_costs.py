@@ -23,7 +23,7 @@ from filelock import FileLock
 
 from hydra_core.base import Base
 from hydra_core.drafters import HeadDrafter
-from hydra_core.tree.costs import StepCosts
+from hydra_core.tree.costs import StepCosts, unmeasured_costs
 from hydra_core.tree.topology import Tree
 from pipelines.config import TreeSection
 from pipelines.stage import write_text
@@ -49,15 +49,16 @@ def fingerprint_of_machine(device: torch.device) -> dict[str, Any]:
 
 
 def machine_costs(base: Base, cache: Path, heads: HeadDrafter | None = None, settings: TreeSection = DEFAULTS,
-                  trees: Mapping[int, Tree] | None = None) -> StepCosts:
+                  trees: Mapping[int, Tree] | None = None, timing: bool = True) -> StepCosts:
     """Costs of this machine, from the cache or timed now (less than a minute for a small base).
 
     `settings`: batch sizes, node counts, contexts and repeats; `trees`: the fixed tree of each depth that `heads` will
-    fill; None where trees are grown. Sizes that do not fit the base's context or the memory are left out.
+    fill; None where trees are grown. Sizes that do not fit the base's context or the memory are left out. Raises
+    NotTimed where `timing` is false and nothing is kept.
     """
     groups = groups_to_time(settings, base.context_limit, TOKENS_AT_ONCE.get(base.device.type))
     context, smallest, nodes = groups[0]
-    verify = _kept(cache, "verify", base, {"groups": groups, "repeats": settings.repeats}, lambda say: verify_seconds(
+    verify = _kept(cache, "verify", base, {"groups": groups, "repeats": settings.repeats}, timing, lambda say: verify_seconds(
         base, that_fit(base, groups) or [(context, smallest, count) for count in nodes], settings.repeats, say))
     far = {at: _surface(verify, at) for at in sorted({at for at, *_ in verify})}
     near = far.pop(context)
@@ -67,9 +68,18 @@ def machine_costs(base: Base, cache: Path, heads: HeadDrafter | None = None, set
     fixed = None if trees is None else {depth: tree.paths for depth, tree in trees.items()}
     batches = sorted(near)
     timed = {"heads": shape, "trees": fixed, "batches": batches, "context": context, "repeats": settings.repeats}
-    draft = _kept(cache, "draft", base, timed, lambda say: draft_seconds(
+    draft = _kept(cache, "draft", base, timed, timing, lambda say: draft_seconds(
         base, heads, trees, batches, context, settings.repeats, say))
     return StepCosts(near, _table(draft), context, far)
+
+
+def known_costs(base: Base, cache: Path, heads: HeadDrafter | None = None) -> StepCosts:
+    """Costs as `machine_costs` has kept them, else a guess: for a machine at work, which could only be timed wrongly."""
+    try:
+        return machine_costs(base, cache, heads, timing=False)
+    except NotTimed:
+        _say("not timed on this machine yet, which is at work: trees are grown by a guess until the next start")
+        return unmeasured_costs()
 
 
 def step_curves(base: Base, cache: Path) -> dict[Point, float]:
@@ -78,7 +88,7 @@ def step_curves(base: Base, cache: Path) -> dict[Point, float]:
     longest = base.context_limit - nodes[-1]
     groups = [(context, batch, nodes) for context in sorted({*(at for at in CURVE_CONTEXTS if at < longest), longest})
               for batch in CURVE_BATCHES]
-    return dict(_kept(cache, "curves", base, {"groups": groups, "repeats": CURVE_REPEATS}, lambda say: verify_seconds(
+    return dict(_kept(cache, "curves", base, {"groups": groups, "repeats": CURVE_REPEATS}, True, lambda say: verify_seconds(
         base, that_fit(base, groups), CURVE_REPEATS, say)))
 
 
@@ -117,7 +127,11 @@ def _table(times: Times) -> dict[int, dict[int, float]]:
     return table
 
 
-def _kept(cache: Path, what: str, base: Base, timed: dict[str, Any], measure: Callable[[Say], Times]) -> Times:
+class NotTimed(Exception):
+    """No costs are kept, and this is no time to take them."""
+
+
+def _kept(cache: Path, what: str, base: Base, timed: dict[str, Any], timing: bool, measure: Callable[[Say], Times]) -> Times:
     machine = fingerprint_of_machine(base.device) | {"native": getattr(base.decoder, "native", None) is not None}
     timed = {"schema": SCHEMA, "base": str(base.identity)} | timed
     key = hashlib.sha256(json.dumps([machine, timed], sort_keys=True).encode()).hexdigest()[:16]
@@ -126,6 +140,8 @@ def _kept(cache: Path, what: str, base: Base, timed: dict[str, Any], measure: Ca
     with FileLock(f"{path}.lock"):  # two processes that measure at once would time each other
         if (found := _read(path)) is not None:
             return found
+        if not timing:
+            raise NotTimed
         _say(f"timing {what} steps on this machine, once")
         times = measure(lambda text: _say(f"{what}: {text}"))
         seconds = [[*point, value] for point, value in times.items()]

@@ -85,20 +85,25 @@ def _check_bench(config: RunConfig, measured: str) -> None:
 def choose_winner(methods: dict[str, Any], min_gain: float) -> tuple[str, str]:
     """The fastest contender that changes no output, and the reason in one line.
 
-    Lossless means that no fp32 answer differed from the naive loop beyond a near-tie; a contender whose identity was
-    not checked does not qualify. Plain decoding always does.
+    Lossless means that no answer differed beyond a near-tie: in fp32 and every other format that was checked from the naive
+    loop, and among those that were timed from plain decoding's. A contender whose fp32 identity was not checked does not
+    qualify. Plain decoding always does.
     """
     if PLAIN not in methods:
         raise InputError("promote: the bench has no plain decoding to compare with: run `bench` again")
-    lossless = {name for name, values in methods.items() if name not in (PLAIN, *FOREIGN)
-                and values["fp32"] and values["fp32"]["different"] == 0}
+    lossless = {name for name, values in methods.items() if name not in (PLAIN, *FOREIGN) and _is_lossless(values)}
     speeds = {name: methods[name]["speed_vs_plain"] for name in lossless if methods[name]["speed_vs_plain"]}
     best = max(speeds, key=lambda name: speeds[name], default=None)
     refused = sorted(set(methods) - lossless - {PLAIN, *FOREIGN})
-    note = f"; not considered, identity unproved: {', '.join(refused)}" if refused else ""
+    note = f"; not considered, identity unproved or broken: {', '.join(refused)}" if refused else ""
     if best is None or speeds[best] <= min_gain:
         return PLAIN, f"no lossless contender is faster than {min_gain:g}x plain decoding{note}"
     return best, f"{speeds[best]:.2f}x plain decoding, the fastest of {len(speeds)} lossless contenders{note}"
+
+
+def _is_lossless(figures: dict[str, Any]) -> bool:
+    judged = [figures["fp32"], figures.get("differing"), *(figures.get("naive") or {}).values()]
+    return bool(figures["fp32"]) and not any(verdicts["different"] for verdicts in judged if verdicts)
 
 
 def _configuration(config: RunConfig, winner: str, plan: dict[str, Any]) -> DecodingConfiguration:

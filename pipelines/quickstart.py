@@ -6,7 +6,8 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from rich.console import Console
@@ -21,7 +22,7 @@ from pipelines.config import RunConfig
 from pipelines.deepspeed_setup import check_toolchain
 from pipelines.distill import run_distill
 from pipelines.promote import run_promote
-from pipelines.serve import start_app
+from pipelines.serve import resolve_args, serving_params, start_app
 from pipelines.serving.instance import bindable_port, running_instance
 from pipelines.stage import MANIFEST, RunPaths, StageResult, damaged
 from pipelines.tracking import Tracker, program, ui_command
@@ -67,14 +68,22 @@ def _run_chain(config: RunConfig) -> tuple[dict[str, StageResult], dict[str, flo
     for name, run in CHAIN:
         results[name], seconds[name] = _timed(name, run, config)
     started = time.perf_counter()
-    app = None if batch_finished(config) else start_app(config)
-    seconds["serve"] = time.perf_counter() - started
-    try:
+    with nullcontext() if batch_finished(config) else _served(config):
+        seconds["serve"] = time.perf_counter() - started
         results["batch"], seconds["batch"] = _timed("batch", run_batch, config)
-    finally:
-        if app is not None:
-            app.stop()
     return results, seconds
+
+
+@contextmanager
+def _served(config: RunConfig) -> Iterator[None]:
+    """The champion's application, up and tracked as a stage of the chain."""
+    args = resolve_args(config)
+    app = start_app(config, args)
+    try:
+        with Tracker.open(config).start("serve", params=serving_params(args)):
+            yield
+    finally:
+        app.stop()
 
 
 def _timed(name: str, run: Callable[[RunConfig], StageResult], config: RunConfig) -> tuple[StageResult, float]:

@@ -124,7 +124,7 @@ def run_serve(config: RunConfig) -> StageResult:
     tracker = Tracker.open(config)
     args = resolve_args(config)
     if config.serve.update:
-        with ensure_ray(config), tracker.start(STAGE, params=_params(args)) as run:
+        with ensure_ray(config), tracker.start(STAGE, params=serving_params(args)) as run:
             app = update_app(args)
         return StageResult(STAGE, run.run_id, {"url": app.url}, {"model": app.label, "version": args.version})
     if config.serve.host not in LOOPBACK and not args.api_key_digests:
@@ -134,7 +134,7 @@ def run_serve(config: RunConfig) -> StageResult:
         app = start_app(config, args)
         started.set()
         try:
-            with tracker.start(STAGE, params=_params(args)) as run:
+            with tracker.start(STAGE, params=serving_params(args)) as run:
                 print(f"serve: {app.label} answers at {app.url}, for example\n"
                       f"  curl {app.url}/v1/chat/completions -H 'Content-Type: application/json' -d "
                       f"'{{\"model\": \"{app.name}\", \"messages\": [{{\"role\": \"user\", \"content\": \"Hello\"}}]}}'",
@@ -178,7 +178,8 @@ def _instance_with(name: str) -> Instance:
     return instance
 
 
-def _params(args: AppArgs) -> dict[str, Any]:
+def serving_params(args: AppArgs) -> dict[str, Any]:
+    """What a tracked run of the application says that it serves."""
     return {"serves": {"label": args.label, "version": args.version, **asdict(serving_of(args))}}
 
 

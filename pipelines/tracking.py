@@ -225,6 +225,14 @@ class Tracker:
         run.log_text(shareable_yaml(self._config), "config.yaml")
         return run
 
+    def history(self, run_id: str, metrics: Sequence[str]) -> dict[int, dict[str, float]]:
+        """Step -> the last part of a metric's name -> its value there."""
+        found: dict[int, dict[str, float]] = {}
+        for name in metrics:
+            for point in self._client.get_metric_history(run_id, _clean(name)):
+                found.setdefault(point.step, {})[name.rpartition(".")[2]] = point.value
+        return found
+
     def end_parent(self, status: str = "FINISHED") -> None:
         self._client.set_terminated(self.parent(), status)
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from pipelines.train_loop import Workshop
 
 METRIC = "decoded.tokens_per_step"
+LONGEST_WAIT = 300.0
+"""Seconds that a finished training waits for the last of them: where no CPU is left to run one, it is never done."""
 
 
 @dataclass(frozen=True)
@@ -66,25 +68,38 @@ class DecodeBeside:
 
     def after(self, step: int, heads: Path) -> None:
         """Collect what is done; at every `decode_every` steps start another, with a copy of `heads`."""
-        self.collect(wait=False)
+        self.collect(0.0)
         every = self.shop.train.decode_every
         if not every or step // every == (step - self.shop.train.validate_every) // every:
             return
-        copy = Path(self.shop.settings.folder) / f"decode-{step}"
+        copy = self._copy(step)
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(heads, copy)
         self.running[self.task.remote(self._job(copy))] = step
 
-    def collect(self, wait: bool) -> None:
-        """Log the figures of finished tasks, of all if `wait`. One that failed is told of, and training goes on."""
-        ready, _ = ray.wait(list(self.running), num_returns=len(self.running), timeout=None if wait else 0) \
-            if self.running else ([], [])
+    def end(self, wait: bool) -> None:
+        """Log what is done, after a while if `wait`, and end what is not."""
+        self.collect(LONGEST_WAIT if wait else 0.0)
+        for task, step in self.running.items():
+            ray.cancel(task, force=True)
+            shutil.rmtree(self._copy(step), ignore_errors=True)
+            self.say(f"decoding beside it at step {step} was not done in time: is train.decode_cpus free on the cluster?")
+        self.running.clear()
+
+    def collect(self, seconds: float) -> None:
+        """Log the figures of tasks that are done within `seconds`. One that failed is told of, and training goes on."""
+        if not self.running:
+            return
+        ready, _ = ray.wait(list(self.running), num_returns=len(self.running), timeout=seconds)
         for task in ready:
             step = self.running.pop(task)
             try:
                 self._log(step, ray.get(task))
             except ray.exceptions.RayError as error:
                 self.say(f"decoding beside it at step {step} failed: {str(error).strip().splitlines()[-1]}")
+
+    def _copy(self, step: int) -> Path:
+        return Path(self.shop.settings.folder) / f"decode-{step}"
 
     def _job(self, heads: Path) -> DecodeJob:
         config, store = RunConfig.model_validate(self.shop.settings.config), self.shop.held_out.store

@@ -110,6 +110,7 @@ def train_loop(settings: dict[str, Any]) -> None:
                           shop.train.accumulate)
     progress = Progress(shop)
     beside = DecodeBeside(shop, progress.say) if shop.first and shop.train.decode_every else None
+    why: str | None = None
     for batch in batches.between(shop.next_step, shop.total):
         record = train_step(shop, batch)
         why = why_stop(shop.curve, record, shop.train.stop_ratio)
@@ -123,9 +124,9 @@ def train_loop(settings: dict[str, Any]) -> None:
             if shop.first:
                 write_stop(Path(shop.settings.folder), why, record)
             dist.barrier()
-            return  # every rank has seen the same figures and returns
+            break  # every rank has seen the same figures and ends
     if beside is not None:
-        beside.collect(wait=True)
+        beside.end(wait=why is None)
 
 
 def set_up(settings: LoopSettings, share: Share) -> Workshop:

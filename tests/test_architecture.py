@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,20 @@ def test_readme_library_lines_run(tiny_base_dir: Path, tiny_base: Base, tmp_path
     exec(text.replace("/data/heads", str(tmp_path / "heads")), {})
     with_heads = capsys.readouterr().out
     assert with_heads.startswith("[") and with_heads == f"{Engine(tiny_base).answer(QUESTIONS, max_new_tokens=64)}\n"
+
+
+def test_every_file_of_the_packages_is_installed() -> None:
+    """An installation that is not editable holds what `package-data` names, and no more."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    named = project["tool"]["setuptools"]["package-data"]
+    for package in PACKAGES:
+        covered = {path for pattern in named.get(package, ()) for path in (ROOT / package).glob(pattern)}
+        files = {path for path in (ROOT / package).rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+        assert {path for path in files if path.suffix not in (".py", ".md")} <= covered, package
+
+
+def test_policy_holds_no_tensors() -> None:
+    assert not {"torch", "numpy"} & {name.split(".")[0] for name in imports(ROOT / "hydra_core/decoding/scheduler.py")}
 
 
 def test_readme_names_the_top_level() -> None:

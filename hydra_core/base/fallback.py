@@ -72,6 +72,8 @@ class TransformersDecoder:
             return "a recurrent state"
         if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
             return "positions that are turned by the longest row's length"
+        if getattr(config, "kv_lora_rank", None):
+            return "keys and values kept as one latent (DeepSeek's attention)"
         if config.model_type in ALIBI or getattr(config, "alibi", False):
             return "positions read off the attention mask"
         return None

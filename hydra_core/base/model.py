@@ -47,18 +47,22 @@ class Base:
 
     @property
     def identity(self) -> BaseIdentity:
+        """Name, digest and weight format: what heads and results belong to."""
         return self.vocabulary.identity
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of hidden states and embeddings."""
         return self.vocabulary.embedding.dtype
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
+        """Token ids that end an answer unless a request names others."""
         return self.vocabulary.stop_ids
 
     @property
     def vocab_size(self) -> int:
+        """V."""
         return self.vocabulary.size
 
     @property

@@ -74,14 +74,17 @@ class Engine:
 
     @property
     def running(self) -> int:
+        """Rows that decode or whose prompt is going in."""
         return self.scheduler.running
 
     @property
     def waiting(self) -> int:
+        """Requests that have no row yet."""
         return len(self.scheduler.waiting)
 
     @property
     def has_work(self) -> bool:
+        """Whether `step` has anything to do."""
         return self.scheduler.has_work
 
     @property

@@ -35,8 +35,14 @@ def queue_full(in_flight: int) -> ApiError:
                     headers={"Retry-After": str(RETRY_SECONDS)})
 
 
+def not_ready(why: str) -> ApiError:
+    return ApiError(503, f"{why}: try again later", code="not_ready", headers={"Retry-After": str(RETRY_SECONDS)})
+
+
 def refused(refusal: Refusal) -> ApiError:
     """What a replica refused, as the client is told."""
+    if refusal.status == 503:
+        return ApiError(503, refusal.message, code="not_ready", headers={"Retry-After": str(RETRY_SECONDS)})
     if refusal.status == 429:
         return ApiError(429, refusal.message, code="queue_full", headers={"Retry-After": str(RETRY_SECONDS)})
     return ApiError(refusal.status, refusal.message, refusal.message.split(":")[0] or None)

@@ -11,7 +11,7 @@ from typing import Any
 from hydra_core.base import Base
 from hydra_core.decoding import Engine, load_heads
 from hydra_core.errors import InputError
-from pipelines.machine_costs import machine_costs
+from pipelines.machine_costs import known_costs, machine_costs
 from pipelines.serving.identity import configuration_digest
 from pipelines.serving.records import AppArgs
 
@@ -56,9 +56,10 @@ def without_heads(args: AppArgs) -> AppArgs:
     return replace(args, configuration=None, label="", version=None, digest=None)
 
 
-def make_engine(heads: Heads, base: Base, args: AppArgs) -> Engine:
-    """An engine that has not run. Raises InputError for another base, files that changed, and heads that do not load."""
+def make_engine(heads: Heads, base: Base, args: AppArgs, timing: bool = True) -> Engine:
+    """An engine that has not run; with `timing` steps are timed where they were not yet. Raises InputError for another base,
+    files that changed, and heads that do not load."""
     heads.check_digest()
-    costs = partial(machine_costs, base, Path(args.cache))
+    costs = partial(machine_costs if timing else known_costs, base, Path(args.cache))
     drafter, trees = load_heads(heads.configuration, base, costs) if heads.configuration else (None, None)
     return Engine(base, drafter, trees, max_batch=args.max_batch)

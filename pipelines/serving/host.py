@@ -66,9 +66,9 @@ class EngineHost:
     async def stream(self, request: Request) -> AsyncIterator[StepOutput]:
         """Outputs of one request until its result. Leaving early cancels it. Raises InputError for a bad request."""
         sink = _Sink(asyncio.get_running_loop(), asyncio.Queue())
-        if self.failure is not None:
-            raise RuntimeError("the engine has failed") from self.failure
         self._commands.put((request, sink))
+        if self.failure is not None:
+            self._refuse_commands(self.failure)
         done = False
         try:
             while not done:
@@ -87,6 +87,8 @@ class EngineHost:
         where the warm-up does."""
         command = _Swap(engine, Future())
         self._commands.put(command)
+        if self.failure is not None:
+            self._refuse_commands(self.failure)
         return command.done
 
     def close(self) -> None:
@@ -110,6 +112,18 @@ class EngineHost:
             for sink in self._sinks.values():
                 sink.put(RuntimeError(f"the engine failed: {error}"))
             self._sinks.clear()
+            self._refuse_commands(error)
+
+    def _refuse_commands(self, failure: Exception) -> None:
+        """Nobody takes commands any more: whoever waits for an answer to one is told so. By the thread that died, and by
+        everyone who asks after that."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                command = self._commands.get_nowait()
+                if isinstance(command, _Swap):
+                    command.done.set_exception(RuntimeError(f"the engine failed: {failure}"))
+                elif isinstance(command, tuple):
+                    command[1].put(RuntimeError(f"the engine failed: {failure}"))
 
     def _step(self, engine: Engine) -> None:
         for output in engine.step() if engine.has_work else ():
@@ -150,7 +164,8 @@ class EngineHost:
         except Exception as error:
             command.done.set_exception(error)
             return
-        self._older.append(self.engine)
+        if self.engine.has_work:  # else it goes at once, and its memory with it
+            self._older.append(self.engine)
         self.engine = command.engine
         command.done.set_result(None)
 

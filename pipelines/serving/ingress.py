@@ -16,11 +16,12 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from ray import serve
+from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
-from pipelines.serving.errors import ApiError, queue_full, refused
+from pipelines.serving.errors import ApiError, not_ready, queue_full, refused
 from pipelines.serving.guard import Guard, Limits
 from pipelines.serving.metrics import FrontMetrics
 from pipelines.serving.openai_api import ChatRequest, CompletionRequest
@@ -119,7 +120,7 @@ class Ingress:
     async def models(self) -> dict[str, Any]:
         info = await self._info()
         if info is None:
-            raise ApiError(503, "no replica is ready: try again later", headers={"Retry-After": "1"})
+            raise not_ready("no replica is ready")
         return {"object": "list", "data": [
             {"id": self.args.app_name, "object": "model", "created": 0, "owned_by": "hydra-heads", "base": info["base"],
              "configuration": info["label"], "version": info["version"], "digest": info["configuration"],
@@ -166,6 +167,8 @@ class Ingress:
             yield
         except BackPressureError:
             raise queue_full(self.in_flight) from None
+        except RayActorError:  # nothing is kept of what it had begun
+            raise not_ready("the replica that answered has died; another one is being started") from None
         finally:
             self.in_flight -= count
 

@@ -51,7 +51,7 @@ class DecodeServer:
             heads = Heads.of(user_config)
             if heads == self.heads:
                 return
-            engine = await asyncio.to_thread(make_engine, heads, self.base, self.args)
+            engine = await asyncio.to_thread(make_engine, heads, self.base, self.args, timing=self.host is None)
             if self.host is None:
                 await asyncio.to_thread(warm_up, engine)
                 self.host = EngineHost(engine, self.metrics.load)
@@ -88,6 +88,9 @@ class DecodeServer:
 
     async def stream(self, generation: Generation) -> AsyncIterator[Piece | Answer | Refusal]:
         """Pieces of text and, of each choice, its answer; or one refusal. Leaving early frees the rows."""
+        if self.host is None or self.host.failure is not None:
+            yield Refusal(503, "this replica's engine has failed; another one is being started: try again later")
+            return
         if self.in_flight + generation.n > self.args.room:
             yield Refusal(429, f"{self.in_flight} answers are being made already: try again later")
             return
@@ -122,7 +125,7 @@ class DecodeServer:
         text = TextStream(self.base.decode, generation.stop)
         tokens: list[Token] = []
         result: Result | None = None
-        outputs = self.host.stream(request)
+        outputs, failed = self.host.stream(request), False
         try:
             async for output in outputs:
                 now = time.perf_counter()
@@ -135,9 +138,12 @@ class DecodeServer:
                 tokens += piece.tokens
                 if piece.text or piece.tokens:
                     yield piece
+        except (InputError, RuntimeError):  # refused, or the engine died: nobody left
+            failed = True
+            raise
         finally:
             await outputs.aclose()  # type: ignore[attr-defined]  # frees the row at once
-            if result is None:
+            if result is None and not failed:
                 self.metrics.cancelled()
                 log.info("cancelled", extra={"answer_id": generation.id, "choice": index})
         assert result is not None

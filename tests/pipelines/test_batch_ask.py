@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
 from hydra_core.errors import InputError
@@ -63,6 +63,15 @@ def test_a_full_queue_and_a_dead_replica_mean_wait(monkeypatch: pytest.MonkeyPat
     assert all(generation.id.startswith("batch-a-") for generation in handle.asked)
 
 
+def test_a_fault_is_tried_again_and_a_failed_replica_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    fault = RayTaskError("answers", "pages", RuntimeError("out of memory"), "title", 1, "ip")
+    handle = Handle(fault, Refusal(503, "its engine has failed"), Refusal(503, "its engine has failed"), fault)
+    assert through(monkeypatch, handle).ask(BatchRow("a", 1, prompt="x")).status == 200
+    handle = Handle(*[fault, Refusal(503, "failed")] * 5)
+    reply = through(monkeypatch, handle).ask(BatchRow("a", 1, prompt="x"))
+    assert reply.status == 500 and "the server failed 3 times" in reply.message and len(handle.asked) == 5
+
+
 def test_nobody_is_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_ask, "PATIENCE", -1.0)
     with pytest.raises(InputError, match="the deployment: has answered nothing"):
@@ -97,6 +106,8 @@ def endpoint(*script: tuple[int, Any]) -> Iterator[tuple[str, list[tuple[str, di
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            if self.path == "/ready" and left:
+                return self._give(*left.pop(0))
             self._give(200, {"data": [{"id": "app"}]} if self.path == "/v1/models" else [])
 
         def do_POST(self) -> None:
@@ -153,6 +164,11 @@ def test_an_endpoint_is_looked_at_first(monkeypatch: pytest.MonkeyPatch) -> None
             ask_endpoint(address, "other", {})
     with pytest.raises(InputError, match="no endpoint answers there"):
         ask_endpoint(address, "app", {})
+    ours = {"base": "b", "context_limit": 9, "configuration": "c"}
+    with endpoint((503, {"status": "starting"}), (200, ours)) as (address, _):
+        with pytest.raises(InputError, match="is not ready"):  # or it would pass for another configuration
+            ask_endpoint(address, "app", {})
+        assert ask_endpoint(address, "app", {}).configuration == "c"
     monkeypatch.delenv("BATCH_TEST_KEY", raising=False)
     with pytest.raises(InputError, match="BATCH_TEST_KEY: that environment variable is not set"):
         open_asker(Asking("app", 8, 0.0, 0, address=address, key_variable="BATCH_TEST_KEY"))

@@ -60,10 +60,11 @@ def test_openai_rows_and_what_is_wrong_with_the_others(tmp_path: Path) -> None:
 def test_every_row_is_counted_once() -> None:
     refused: list[BadRow] = []
     reading = Reading(refused.append)
-    source = [BatchRow("a", 1), BadRow("row-2", 2, "bad"), BatchRow("b", 3), BatchRow("a", 4), BatchRow("c", 5)]
+    source = [BatchRow("a", 1), BadRow("row-2", 2, "bad"), BatchRow("b", 3), BatchRow("a", 4), BatchRow("c", 5),
+              BadRow("row-2", 6, "bad again"), BadRow("a", 7, "bad, under an id that stands"), BatchRow("row-2", 8)]
     todo = list(reading.todo(source, {digest("b")}))
     assert [row.row for row in todo] == [1, 5]
-    assert (reading.rows, reading.skipped, len(refused)) == (5, 1, 1)
+    assert (reading.rows, reading.skipped, len(refused)) == (8, 4, 1)
     assert len(todo) + 1 + len(refused) + reading.skipped == reading.rows  # `b` stood already
 
 

@@ -87,21 +87,28 @@ def test_ragged_limits_depend_on_the_place_alone() -> None:
     assert max(request.max_new_tokens for request in make_requests(questions, "ragged", 9, 100)) == 99
 
 
-def figures(speed: float | None, different: int | None = 0) -> dict[str, object]:
-    fp32 = None if different is None else {"answers": 8, "identical": 8 - different, "near_tie": 0, "different": different}
-    return {"speed_vs_plain": speed, "tokens_per_step": 2.0, "fp32": fp32}
+def verdicts(different: int) -> dict[str, int]:
+    return {"answers": 8, "identical": 8 - different, "near_tie": 0, "different": different}
+
+
+def figures(speed: float | None, different: int | None = 0, timed: int = 0, int4: int = 0) -> dict[str, object]:
+    fp32 = None if different is None else verdicts(different)
+    return {"speed_vs_plain": speed, "tokens_per_step": 2.0, "fp32": fp32, "differing": verdicts(timed),
+            "naive": {"fp32": fp32, "int4": verdicts(int4)}}
 
 
 @pytest.mark.parametrize(("methods", "winner", "word"), [
     ({"hydra": figures(1.4), "ngram": figures(1.6)}, "ngram", "1.60x"),
-    ({"hydra": figures(1.4), "ngram": figures(1.6, different=1)}, "hydra", "not considered, identity unproved: ngram"),
+    ({"hydra": figures(1.4), "ngram": figures(1.6, different=1)}, "hydra", "identity unproved or broken: ngram"),
+    ({"hydra": figures(1.4), "ngram": figures(1.6, timed=1)}, "hydra", "identity unproved or broken: ngram"),
+    ({"hydra": figures(1.4), "ngram": figures(1.6, int4=1)}, "hydra", "identity unproved or broken: ngram"),
     ({"hydra": figures(1.4, different=None)}, "plain", "not considered"),
     ({"hydra": figures(0.9)}, "plain", "no lossless contender"),
     ({"hydra": figures(None)}, "plain", "no lossless contender"),
     ({}, "plain", "no lossless contender"),
     ({"transformers": figures(3.0, different=None)}, "plain", "no lossless contender"),
     ({"llama.cpp": figures(3.0, different=None), "hydra@8": figures(3.0, different=None)}, "plain",
-     "not considered, identity unproved: hydra@8"),
+     "not considered, identity unproved or broken: hydra@8"),
 ])
 def test_the_fastest_lossless_contender_wins(methods: dict[str, object], winner: str, word: str) -> None:
     name, why = choose_winner({"plain": figures(1.0), **methods}, 1.0)

@@ -16,6 +16,7 @@ from hydra_core.errors import InputError
 from hydra_core.tree import Tree, TreeSet
 from pipelines import bench_run
 from pipelines.bench import _plan, bench_fingerprint, run_bench
+from pipelines.bench_identity import check_differences, read_identity
 from pipelines.bench_plan import BenchPlan, Outcome, Question, make_drafter, read_rows, sweep_tree
 from pipelines.bench_questions import load_questions
 from pipelines.bench_run import measure_single
@@ -105,6 +106,12 @@ def test_every_contender_on_plains_context(tiny_base_dir: Path, tiny_base: Base,
     rows = read_rows(Path(plan.rows_file))
     assert [(row.round, row.question, row.turn) for row in rows if row.method == "plain"] == [
         (0, "7", 0), (0, "7", 1), (0, "8", 0), (1, "7", 0), (1, "7", 1), (1, "8", 0)]
+
+    for _ in range(2):  # each answer that differs is judged once, with the prompt that its turn had
+        check_differences(plan, questions, rows)
+    judged = read_identity(Path(plan.identity_file))
+    assert [(row.question, row.turn, row.method, row.verdict) for row in judged] == [
+        ("7", 0, "liar", "different"), ("7", 1, "liar", "different"), ("8", 0, "liar", "different")]
 
     seen.clear()  # nothing is done twice
     measure_single(plan, questions)

@@ -10,6 +10,8 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -184,13 +186,18 @@ def test_a_long_prompt_goes_through_in_chunks(tiny_base_dir: Path, monkeypatch: 
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["mamba", "jamba"])
-def test_recurrent_models_decode_plainly(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("kind", ["mamba", "jamba", "deepseek"])
+def test_models_without_keys_and_values_decode_plainly(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / kind
     torch.manual_seed(0)
     if kind == "mamba":
         MambaForCausalLM(MambaConfig(vocab_size=288, hidden_size=16, num_hidden_layers=2, state_size=4, eos_token_id=2,
                                      initializer_range=0.5)).save_pretrained(folder)
+    elif kind == "deepseek":
+        DeepseekV3ForCausalLM(DeepseekV3Config(
+            **SMALL, num_key_value_heads=4, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
+            topk_group=1, n_shared_experts=1, first_k_dense_replace=1, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8,
+            qk_nope_head_dim=8, v_head_dim=8)).save_pretrained(folder)
     else:
         JambaForCausalLM(JambaConfig(**SMALL, num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1,
                                      expert_layer_period=9, expert_layer_offset=8, num_experts=2, mamba_d_state=4,

@@ -32,6 +32,14 @@ KINDS = ("medusa", "hydra", "hydra++")
 NEW = ("mlp", "normalise_embeddings", "final_norm", "hybrid_decay", "head_decay", "mask_lost")
 
 
+def test_no_two_heads_or_blocks_share_a_matrix(tiny_base: Base) -> None:
+    """In the official repository all blocks of a head are one and the same."""
+    for fields in ({}, {"mlp": "gated"}):
+        heads = random_heads(tiny_base, "hydra++", num_blocks=3, **fields)
+        matrices = [parameter.data_ptr() for name, parameter in heads.named_parameters() if ".blocks." in name]
+        assert len(set(matrices)) == len(matrices) >= 3 * heads.num_heads
+
+
 @pytest.mark.parametrize("name", FIELDS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_shapes(tiny_base: Base, kind: str, name: str) -> None:

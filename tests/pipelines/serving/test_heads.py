@@ -16,7 +16,7 @@ from pipelines.config import load_config
 from pipelines.serving.deployment import build
 from pipelines.serving.heads import Heads, heads_of, without_heads
 from pipelines.serving.identity import configuration_digest
-from pipelines.serving.records import Answer, AppArgs, Generation, Piece
+from pipelines.serving.records import Answer, AppArgs, Generation, Piece, Refusal
 from pipelines.serving.replica import DecodeServer
 
 GENERATION = Generation("g", 60, temperature=1.0, seed=3, prompt_ids=[5, 6, 7])
@@ -100,11 +100,76 @@ def test_leaving_frees_every_choice(args: AppArgs) -> None:
     asyncio.run(leave())
 
 
+def test_an_idle_engine_goes_at_once(args: AppArgs, ngram: dict[str, Any]) -> None:
+    async def swap() -> None:
+        server = DecodeServer(args)
+        await server.reconfigure(heads_of(args))
+        await server.reconfigure(ngram)
+        assert server.host is not None and not server.host._older  # its memory with it
+        server.host.close()
+
+    asyncio.run(swap())
+
+
+def test_a_machine_at_work_is_not_timed(args: AppArgs, ngram: dict[str, Any], tmp_path: Path) -> None:
+    """What steps cost is taken before the first request, and never beside others."""
+    busy = replace(args, cache=str(tmp_path / "cache"))
+
+    async def swap() -> None:
+        server = DecodeServer(busy)
+        await server.reconfigure(heads_of(busy))
+        await server.reconfigure(ngram)
+        assert (await server.info())["label"] == "ngram" and not list(tmp_path.glob("cache/costs/*.json"))
+        assert isinstance(await server.generate(GENERATION), Answer)
+        assert server.host is not None
+        server.host.close()
+        fresh = DecodeServer(busy)
+        await fresh.reconfigure(ngram)
+        assert list(tmp_path.glob("cache/costs/*.json"))
+        assert fresh.host is not None
+        fresh.host.close()
+
+    asyncio.run(swap())
+
+
+def test_nobody_waits_for_an_engine_that_failed(args: AppArgs, ngram: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail() -> None:
+        server = DecodeServer(args)
+        await server.reconfigure(heads_of(args))
+        assert server.host is not None
+        host = server.host
+
+        def broken() -> None:
+            host.swap(host.engine)  # what comes in while the step fails
+            raise RuntimeError("out of memory")
+
+        monkeypatch.setattr(host.engine, "step", broken)
+        cancelled: list[int] = []
+        monkeypatch.setattr(server.metrics, "cancelled", lambda: cancelled.append(1))
+        with pytest.raises(RuntimeError, match="the engine failed: out of memory"):
+            await server.generate(GENERATION)
+        assert not cancelled  # no client left
+        refusal = await server.generate(replace(GENERATION, id="later"))
+        assert isinstance(refusal, Refusal) and refusal.status == 503
+        async with asyncio.timeout(5):
+            with pytest.raises(RuntimeError, match="the engine failed"):
+                await anext(host.stream(Request("x", (5,), 3)))
+            with pytest.raises(RuntimeError, match="the engine failed"):
+                await asyncio.wrap_future(host.swap(host.engine))
+            await server.reconfigure(ngram)
+        info = await server.info()
+        assert info["failed"] and info["label"] == "plain" and "the engine failed" in info["rejected"]["reason"]
+        with pytest.raises(RuntimeError, match="the engine has failed"):
+            server.check_health()
+
+    asyncio.run(fail())
+
+
 def test_only_heads_are_no_part_of_the_version(args: AppArgs, ngram: dict[str, Any]) -> None:
     def versions(asked: AppArgs) -> tuple[Any, Any]:
         front = build(asked)._bound_deployment
         server = front.init_args[0]._bound_deployment
-        assert server.max_ongoing_requests == asked.max_batch + asked.max_queued
+        assert server.max_ongoing_requests > asked.max_batch + asked.max_queued  # a full one still says that it lives
         assert Heads.of(server.user_config) == Heads.of(heads_of(asked))
         return front._version, server._version
 

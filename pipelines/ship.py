@@ -1,0 +1,104 @@
+"""Put a run's heads into the package: `python -m pipelines.ship --config FILE DRAFTER NAME [section.field=value ...]`.
+
+    hydra_core/shipped/NAME/configuration.json, heads/    combined decoding, for every weight format of the base
+    hydra_core/shipped/NAME/recipe.yaml                   the run's configuration, without the places of one machine
+    hydra_core/shipped/NAME/curve.json                    held-out figures of every validation, and the loss between them
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hydra_core.base import load_vocabulary
+from hydra_core.checkpoint import load_checkpoint
+from hydra_core.decoding import DecodingConfiguration, save_configuration
+from hydra_core.decoding.configuration import ANY_FORMAT
+from hydra_core.drafters import NgramDrafter
+from hydra_core.errors import InputError
+from hydra_core.shipped import FOLDER
+from pipelines.config import RunConfig, load_config, parse_override
+from pipelines.stage import RunPaths, write_text
+from pipelines.tracking import Tracker
+
+LARGEST = 40e6
+"""Bytes that a package may grow by."""
+
+
+def ship(config: RunConfig, drafter: str, target: Path) -> Path:
+    """Write the configuration folder `target`, an older one replaced. Raises InputError for heads that are not there, do not
+    load, or are too large to go with a package."""
+    heads = RunPaths.of(config).stage("tree", drafter) / "heads"
+    vocabulary = load_vocabulary(config.base.model, dtype=config.base.dtype, cache=RunPaths.of(config).cache)
+    load_checkpoint(heads, vocabulary)
+    size = sum(path.stat().st_size for path in heads.iterdir())
+    if size > LARGEST:
+        raise InputError(f"{heads}: {size / 1e6:.0f} MB, more than {LARGEST / 1e6:.0f}: train in bf16, or smaller heads")
+    ngram = config.ngram
+    configuration = DecodingConfiguration(
+        target.name, "combined", replace(vocabulary.identity, weight_format=ANY_FORMAT),
+        NgramDrafter(ngram.max_match, ngram.min_match, ngram.length))
+    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+        copy = Path(temporary) / "heads"
+        shutil.copytree(heads, copy)
+        provenance = json.loads((copy / "provenance.json").read_text(encoding="utf-8"))
+        write_text(copy / "provenance.json", json.dumps(without_places(provenance), indent=2, sort_keys=True))
+        made = Path(temporary) / target.name
+        save_configuration(made, replace(configuration, heads=copy))
+        recipe = without_places(config.model_dump(mode="json", by_alias=True, exclude={"storage"}, exclude_defaults=True))
+        write_text(made / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
+        write_text(made / "curve.json", json.dumps(learning_curve(config, drafter), indent=1))
+        shutil.rmtree(target, ignore_errors=True)
+        made.replace(target)
+    return target
+
+
+def without_places(value: Any) -> Any:
+    """The same with the last part alone of every absolute path in it."""
+    if isinstance(value, dict):
+        return {name: without_places(inner) for name, inner in value.items() if name != "storage"}
+    if isinstance(value, list | tuple):
+        return [without_places(inner) for inner in value]
+    return Path(value).name if isinstance(value, str) and value.startswith("/") else value
+
+
+def learning_curve(config: RunConfig, drafter: str) -> list[dict[str, float]]:
+    """For every validation its step, held-out figures, and the mean loss since the one before."""
+    folder = RunPaths.of(config).stage("train", drafter)
+    losses = [json.loads(line)["loss"] for line in (folder / "curve.jsonl").read_text(encoding="utf-8").splitlines()]
+    run_id = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["result"]["run_id"]
+    figures = ("tokens_per_step", *(f"head{head}_top1" for head in range(config.train.drafters[drafter].num_heads)))
+    history = Tracker.open(config).history(run_id, [f"held_out.{name}" for name in figures])
+    points, before = [], 0
+    for step in sorted(history):
+        loss = statistics.fmean(losses[before:step])
+        points.append({"step": step, "loss": round(loss, 4)} | {name: round(value, 4) for name, value in history[step].items()})
+        before = step
+    return points
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m pipelines.ship", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("drafter")
+    parser.add_argument("name")
+    parser.add_argument("overrides", nargs="*")
+    words = parser.parse_args(argv)
+    try:
+        config = load_config(words.config, dict(map(parse_override, words.overrides)))
+        print(ship(config, words.drafter, FOLDER / words.name))
+    except InputError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Heads of a run as a folder that goes with the package: whole, loadable, without the places of the machine that made it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hydra_core import shipped
+from hydra_core.base import Base
+from hydra_core.decoding import Engine, Request, load_heads, naive_generate
+from hydra_core.drafters import AdaptiveDrafter
+from hydra_core.errors import InputError
+from pipelines import ship as module
+from pipelines.config import load_config
+from pipelines.ship import ship, without_places
+from pipelines.train import run_train
+from pipelines.tree import run_tree
+from tests.pipelines.synthetic import write_distilled
+
+
+def test_places_are_left_out() -> None:
+    found = without_places({"storage": "/x", "argv": ["/usr/bin/tool", "--config", "/a/b.yaml"], "n": {"path": "/c/d.l", "k": 1}})
+    assert found == {"argv": ["tool", "--config", "b.yaml"], "n": {"path": "d.l", "k": 1}}
+
+
+@pytest.mark.slow
+def test_heads_of_a_run_are_shipped(tiny_base: Base, tiny_base_dir: Path, storage: Path, tmp_path: Path, local_ray: None,
+                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config = load_config(None, {
+        "storage": str(storage), "base.model": str(tiny_base_dir), "base.dtype": "fp32", "train.max_steps": 8,
+        "train.rows_per_step": 8, "train.validate_every": 4, "train.validation_rows": 8, "train.precision": "bf16",
+        "train.drafters": {"hydra++": {"kind": "hydra++", "draft_vocab_size": 100, "num_heads": 2}},
+        "tree.batch_sizes": [1], "tree.node_counts": [1, 2, 4], "tree.far_contexts": [], "tree.context": 16})
+    with pytest.raises(InputError, match="heads"):
+        ship(config, "hydra++", tmp_path / "shipped" / "tiny")
+    write_distilled(config, tiny_base, train=64, held_out=16)
+    run_train(config)
+    run_tree(config)
+    folder = tmp_path / "shipped" / "tiny"
+    folder.parent.mkdir()
+    for _ in range(2):  # a second time replaces the first
+        ship(config, "hydra++", folder)
+    assert [path.name for path in folder.parent.iterdir()] == ["tiny"]
+    curve = json.loads((folder / "curve.json").read_text())
+    assert [point["step"] for point in curve] == [4, 8] and set(curve[0]) == {"step", "loss", "tokens_per_step", "head0_top1",
+                                                                              "head1_top1"}
+    for file in (folder / "recipe.yaml", folder / "heads" / "provenance.json"):
+        assert str(tmp_path) not in file.read_text()
+    recipe = load_config(str(folder / "recipe.yaml"))
+    assert recipe.train == config.train and recipe.base.dtype == "fp32"
+
+    monkeypatch.setattr(shipped, "FOLDER", folder.parent)
+    drafter, _ = load_heads("shipped", tiny_base)
+    assert isinstance(drafter, AdaptiveDrafter)
+    request = Request("a", (5, 6, 7), 20)
+    assert Engine(tiny_base, drafter).generate([request])[0].token_ids == naive_generate(tiny_base, request).token_ids
+    monkeypatch.setattr(module, "LARGEST", 1000.0)
+    with pytest.raises(InputError, match="MB, more than"):
+        ship(config, "hydra++", folder)
