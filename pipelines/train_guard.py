@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from pipelines.stage import write_text
 from pipelines.train_report import HEADS
 
 STOPPED = "stopped.json"
+SUSTAINED, RECENT = 3, 20
+"""Steps that must all be bad, and those before them that say what is usual by now."""
 
 
 def why_stop(curve: Sequence[Mapping[str, Any]], record: Mapping[str, Any], stop_ratio: float) -> str | None:
@@ -24,6 +27,11 @@ def why_stop(curve: Sequence[Mapping[str, Any]], record: Mapping[str, Any], stop
     first = curve[0]["loss"] if curve else record["loss"]
     if record["loss"] > stop_ratio * first:
         return f"the loss is {record['loss']:.3g}, over {stop_ratio:g} times the first step's {first:.3g}"
+    newest = [*(before["loss"] for before in curve[-(SUSTAINED - 1):]), record["loss"]]
+    if len(curve) >= SUSTAINED - 1 + RECENT:
+        usual = statistics.median(before["loss"] for before in curve[-(SUSTAINED - 1) - RECENT:-(SUSTAINED - 1)])
+        if min(newest) > stop_ratio * usual:  # one bad batch is no explosion
+            return f"the loss is {min(newest):.3g} or more in {SUSTAINED} steps, over {stop_ratio:g} times the {usual:.3g} before"
     return None
 
 

@@ -29,6 +29,16 @@ def test_what_stops_a_run(record: dict[str, float], why: str | None) -> None:
     assert why_stop([], {"loss": 1e30}, 4.0) is None  # nothing to compare the first step with
 
 
+def test_a_loss_that_explodes_after_it_has_fallen() -> None:
+    """It need not come back to where it began; one bad batch is no explosion."""
+    fallen = [{"loss": 9.0}] * 5 + [{"loss": 2.0}] * 40
+    assert why_stop(fallen, {"loss": 20.0}, 4.0) is None
+    assert why_stop([*fallen, {"loss": 20.0}], {"loss": 2.1}, 4.0) is None
+    assert why_stop([*fallen, {"loss": 20.0}, {"loss": 12.0}], {"loss": 30.0}, 4.0) == (
+        "the loss is 12 or more in 3 steps, over 4 times the 2 before")
+    assert why_stop([{"loss": 2.0}] * 10, {"loss": 7.9}, 4.0) is None
+
+
 def test_heads_without_a_held_out_loss_are_not_kept() -> None:
     assert why_not_keep({"head0_loss": 1.0, "tokens_per_step": math.nan}) is None
     assert why_not_keep({"head0_loss": 1.0, "head1_loss": math.inf}) == "the held-out loss is not a number"
