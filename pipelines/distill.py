@@ -24,6 +24,7 @@ import pyarrow.compute
 from hydra_core.base import (
     BaseIdentity,
     context_limit,
+    hidden_width,
     load_tokenizer,
     load_vocabulary,
     resolve_base,
@@ -274,17 +275,25 @@ def _responses(config: RunConfig, folder: Path) -> dict[str, Any]:
     return {"responses": len(rows), "response_tokens": tokens, "errors": errors, "resumed": len(known)}
 
 
+def _tokens(rows: pa.Table) -> int:
+    """Of prompts and answers together."""
+    return sum(pa.compute.sum(pa.compute.list_value_length(rows[name])).as_py() or 0 for name in ("prompt_ids", "response_ids"))
+
+
 def _features(config: RunConfig, folder: Path) -> dict[str, Any]:
     known = known_ids(folder / "features", FEATURES)
     rows = read_parts(folder / "responses", RESPONSES)
     if config.distill.features == "held_out":
         rows = rows.filter(pa.compute.equal(rows["split"], "held_out"))
     keep = [index for index, row_id in enumerate(rows["id"].to_pylist()) if row_id not in known]
-    width = 2 if config.distill.feature_dtype == "bf16" else 4
-    tokens = sum(len(a) + len(b) for a, b in zip(rows["prompt_ids"].to_pylist(), rows["response_ids"].to_pylist(), strict=True))
-    print(f"distill: hidden states of {tokens} tokens, {width} bytes x model width each", file=sys.stderr)
-    blocks = _blocks(rows.take(pa.array(keep, pa.int64())), FEATURE_ROWS)
-    totals = _run(config, FeatureWriter, _settings(config, folder, 1), blocks)
+    tokens, missing = _tokens(rows), rows.take(pa.array(keep, pa.int64()))
+    wide = hidden_width(config.base.model, cache=RunPaths.of(config).cache)
+    size = _tokens(missing) * wide * (2 if config.distill.feature_dtype == "bf16" else 4)
+    print(f"distill: hidden states of {len(missing)} rows, {_tokens(missing)} tokens x {wide} wide in "
+          f"{config.distill.feature_dtype}: {size / 2**30:.2f} GiB to {folder / 'features'}", file=sys.stderr)
+    totals = _run(config, FeatureWriter, _settings(config, folder, 1), _blocks(missing, FEATURE_ROWS))
+    if (made := len(known) + totals.get("ok", 0)) < len(rows):
+        raise RuntimeError(f"distill: hidden states of {made} rows, but {len(rows)} answers want them")
     compared = totals.get("compared", 0)
     share = totals.get("agreed", 0) / compared if compared else None
     if share is not None and share < LEAST_AGREEMENT[config.base.dtype]:

@@ -116,6 +116,11 @@ def context_limit(model: str, *, cache: Path, asked: int | None = None) -> int:
     return _context_limit(_read_config(resolve_base(model, cache), model), asked, model)
 
 
+def hidden_width(model: str, *, cache: Path) -> int:
+    """D of `model`; no weights are read. Raises InputError for a model that cannot be had."""
+    return int(_read_config(resolve_base(model, cache), model).hidden_size)
+
+
 def pick_device(device: str) -> torch.device:
     """`auto` is CUDA where there is one. Raises InputError for cuda on a machine without it."""
     if device == "auto":
