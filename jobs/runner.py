@@ -37,6 +37,7 @@ STAGES = {
     "generate": "answer prompts here and now, as fast as a champion or the package's own heads draft",
     "serve": "OpenAI-compatible endpoint that decodes speculatively",
     "batch": "offline generation over a prompt file",
+    "load": "requests at a constant rate, up to twice what the endpoint can answer",
 }
 ALIASES = {"bench": {"prompts": "bench.prompts", "heads": "bench.heads", "limit": "bench.limit",
                      "max_new_tokens": "bench.max_new_tokens"},
@@ -47,7 +48,8 @@ FLAGS = {"train": (("--dry-run", "train.dry_run=true", "train nothing; save untr
          "serve": (("--update", "serve.update=true", "give the running application other heads, and end"),)}
 """Stage -> flags, the overrides that they stand for, what they do."""
 DEFAULT_CONFIGS = {"quickstart": str(Path(__file__).parent / "configs" / "quickstart.yaml")}
-PATH_FIELDS = ("prompts.path", "distill.heads", "bench.prompts", "bench.heads", "batch.input", "batch.output", "serve.model",
+PATH_FIELDS = ("prompts.path", "distill.heads", "bench.prompts", "bench.heads", "batch.input", "batch.output", "load.prompts",
+               "serve.model",
                "generate.model", "serve.api_keys_file", "base.model")
 WORDS = {"serve.model": ("plain", SHIPPED), "generate.model": ("plain", SHIPPED), "bench.heads": (SHIPPED,),
          "distill.heads": (SHIPPED,)}

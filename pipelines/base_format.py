@@ -30,7 +30,7 @@ from pipelines.stage import RunPaths, write_text
 AUTO = "auto"
 FILE = "base_format.json"
 ASKED = {"serve": lambda config: config.serve.model, "batch": lambda config: config.serve.model,
-         "generate": lambda config: config.generate.model}
+         "load": lambda config: config.serve.model, "generate": lambda config: config.generate.model}
 """What stages that decode as a configuration says, in the format it was measured in, are asked to decode with."""
 
 

@@ -18,6 +18,7 @@ from hydra_core.errors import InputError
 from pipelines.config_ablate import AblateSection
 from pipelines.config_batch import BatchSection
 from pipelines.config_generate import GenerateSection
+from pipelines.config_load import LoadSection
 from pipelines.config_section import Section
 
 STORAGE_VARIABLE = "HYDRA_HEADS_STORAGE"
@@ -295,6 +296,7 @@ class RunConfig(Section):
     generate: GenerateSection = GenerateSection()
     serve: ServeSection = ServeSection()
     batch: BatchSection = BatchSection()
+    load: LoadSection = LoadSection()
     tracking: TrackingSection = TrackingSection()
 
     @field_validator("storage")

@@ -98,9 +98,17 @@ def _batch(config: RunConfig) -> list[str]:
             f"-> {batch.target or RunPaths.of(config).stage('batch', batch.partition)} ({batch.format})"]
 
 
+def _load(config: RunConfig) -> list[str]:
+    load = config.load
+    rates = ", ".join(f"{rate:g}" for rate in load.rates)
+    whom = load.address or "an application started for it"
+    return [f"{whom}: capacity, then {rates} times that for {load.seconds:g} s each -> "
+            f"{RunPaths.of(config).stage('load')}"]
+
+
 def _compare(config: RunConfig) -> list[str]:
     return [f"the benches of {', '.join(config.compare.runs) or 'no run yet: name two or more'}, read from MLflow"]
 
 
 _STEPS = {"distill": _distill, "train": _train, "ablate": _ablate, "tree": _tree, "bench": _bench, "compare": _compare,
-          "promote": _promote, "generate": _generate, "serve": _serve, "batch": _batch}
+          "promote": _promote, "generate": _generate, "serve": _serve, "batch": _batch, "load": _load}
