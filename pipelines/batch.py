@@ -69,10 +69,12 @@ def run_batch(config: RunConfig) -> StageResult:
         with stage_folder(config, STAGE, folder, wanted) as stage, tracker.start(STAGE, fingerprint=wanted) as run:
             (folder / SUCCESS).unlink(missing_ok=True)
             run.log_dataset("input", _input_digest(config), config.batch.source or "held-out prompts of this run", STAGE)
-            figures = _answer_all(config, folder, args, serving)
+            figures, read = _answer_all(config, folder, args, serving)
             write_text(folder / "report.json", json.dumps(figures, indent=2))
             run.log_metrics({name: value for name, value in figures.items() if isinstance(value, (int, float))})
             run.log_artifact(folder / "report.json")
+            check_counts(STAGE, read, figures["rows"], figures["errors"], figures["rows_skipped"], config.batch.max_error_share,
+                         hint=f"see {folder / 'errors'}")
             outputs = {"rows": str(folder / "rows"), "errors": str(folder / "errors"), "report": str(folder / "report.json")}
             kind = output_kind(config.batch)
             files = [*parts(folder / "rows", kind), *parts(folder / "errors", kind), folder / "report.json"]
@@ -120,8 +122,8 @@ def _input_digest(config: RunConfig) -> str:
     return content_id(*(file_digest(file) for file in prompt_files(Path(config.batch.source))))
 
 
-def _answer_all(config: RunConfig, folder: Path, args: AppArgs | None, serving: Serving) -> dict[str, Any]:
-    """Answer what does not stand yet, count, and report."""
+def _answer_all(config: RunConfig, folder: Path, args: AppArgs | None, serving: Serving) -> tuple[dict[str, Any], int]:
+    """Answer what does not stand yet and count: the report, and how many rows were read."""
     section, kind = config.batch, output_kind(config.batch)
     for part in ("rows", "errors"):
         sweep(folder / part)
@@ -134,14 +136,13 @@ def _answer_all(config: RunConfig, folder: Path, args: AppArgs | None, serving: 
     with _answerers(config, args, serving, asking) as (asking, label):
         output = Output(str(folder), kind, label, section.rows_per_file)
         started = time.perf_counter()
-        reading = _stream(config, folder, before, BatchSettings(output, asking, section.concurrency))
+        reading = _stream(config, folder, before, BatchSettings(output, asking, in_flight(config)))
         seconds = time.perf_counter() - started
     rows = settle(folder / "rows", kind, BATCH)
     errors = settle(folder / "errors", kind, BATCH_ERRORS, elsewhere=rows.ids)
     counted = len(rows.ids), len(errors.ids), reading.skipped
     print(f"batch: {reading.rows} rows = {counted[0]} ok + {counted[1]} errors + {counted[2]} skipped", file=sys.stderr)
-    check_counts(STAGE, reading.rows, *counted, section.max_error_share, hint=f"see {folder / 'errors'}")
-    return report(rows, errors, before, reading.skipped, seconds, label)
+    return report(rows, errors, before, reading.skipped, seconds, label), reading.rows
 
 
 def _stream(config: RunConfig, folder: Path, before: Settled, settings: BatchSettings) -> Reading:
@@ -164,6 +165,14 @@ def _stream(config: RunConfig, folder: Path, before: Settled, settings: BatchSet
     return reading
 
 
+def in_flight(config: RunConfig) -> int:
+    """Requests that are asked at a time, of one worker where each has an engine: enough that no row of a replica is idle while
+    the next request comes, few enough that those behind others can go where there is room."""
+    serve, section = config.serve, config.batch
+    replicas = 1 if section.engine == "embedded" else max(serve.replicas, serve.max_replicas or 0)
+    return section.concurrency or 2 * serve.max_batch * replicas
+
+
 @contextmanager
 def _answerers(config: RunConfig, args: AppArgs | None, serving: Serving, asking: Asking) -> Iterator[tuple[Asking, str]]:
     """Whom to ask, and the label of what answers; a Ray or an application started for it ends with the block."""
@@ -174,7 +183,7 @@ def _answerers(config: RunConfig, args: AppArgs | None, serving: Serving, asking
     with ensure_ray(config):
         if section.engine == "embedded":
             check_workers("serve.workers", config.serve.workers, config.serve.replicas)
-            yield replace(asking, embedded=replace(args, max_queued=section.concurrency)), args.label
+            yield replace(asking, embedded=replace(args, max_queued=in_flight(config))), args.label
             return
         with _application(config, args, serving) as label:
             yield replace(asking, app_name=config.serve.app_name), label

@@ -28,7 +28,7 @@ class BatchSection(Section):
     max_new_tokens: int = Field(64, ge=1)
     temperature: float = Field(0.0, ge=0)
     seed: int = 0
-    concurrency: int = Field(16, ge=1, description="requests in flight")
+    concurrency: int | None = Field(None, ge=1, description="requests in flight; default: twice the rows that replicas decode")
     rows_per_file: int = Field(64, ge=1)
     max_error_share: float = Field(0.05, ge=0, le=1)
 

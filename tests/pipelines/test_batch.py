@@ -27,6 +27,7 @@ from pipelines.batch_files import parts, read_batch_rows
 from pipelines.batch_lock import only_run
 from pipelines.config import RunConfig, load_config
 from pipelines.serve import start_app
+from pipelines.stage import RunPaths
 from pipelines.tracking import Tracker, register
 from tests.pipelines.test_serve import free_port
 from tests.tiny import save_tiny
@@ -150,7 +151,14 @@ def test_parquet_input(local_ray: None, tiny_base_dir: Path, tiny_base: Base, st
         "id": ["a", "b", "c", "d"], "prompt": ["question 0", "question 1", None, None],
         "messages": pa.array([None, None, chat, None], pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
     }), path)
+    with pytest.raises(InputError, match="1 of 4 rows failed, over the allowed share 0.05"):
+        run_batch(config_for(storage, tiny_base_dir, batch__input=str(path)))
+    told = json.loads((RunPaths.of(config_for(storage, tiny_base_dir)).stage("batch") / "report.json").read_text())
+    assert (told["rows"], told["errors"]) == (3, 1)  # what went wrong is told when it is most wanted
     result = run_batch(config_for(storage, tiny_base_dir, batch__input=str(path), batch__max_error_share=0.5))
+    client = MlflowClient(Tracker.open(config_for(storage, tiny_base_dir)).uri)
+    assert "report.json" in [entry.path for entry in client.list_artifacts(str(result.run_id))]
+    assert client.get_run(str(result.run_id)).data.metrics["rows"] == 3
     rows = {row["id"]: row for row in read_batch_rows(Path(result.outputs["rows"]), "parquet")}
     assert (set(rows), result.figures["errors"]) == ({"a", "b", "c"}, 1)
     for number, row in enumerate(rows[name] for name in "abc"):
