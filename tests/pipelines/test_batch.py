@@ -17,6 +17,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from mlflow.tracking import MlflowClient
 from ray import serve
 
 from hydra_core.base import Base
@@ -97,7 +98,6 @@ def test_done_means_the_same_answers(local_ray: None, tiny_base_dir: Path, stora
 
 def test_a_new_champion_is_new_work(local_ray: None, tiny_base_dir: Path, tiny_base: Base, storage: Path,
                                     monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlflow.tracking import MlflowClient
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     config = config_for(storage, tiny_base_dir, batch__input=str(write_rows(storage.parent / "in.jsonl", 3)),
@@ -151,7 +151,7 @@ def test_parquet_input(local_ray: None, tiny_base_dir: Path, tiny_base: Base, st
         "id": ["a", "b", "c", "d"], "prompt": ["question 0", "question 1", None, None],
         "messages": pa.array([None, None, chat, None], pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
     }), path)
-    with pytest.raises(InputError, match="1 of 4 rows failed, over the allowed share 0.05"):
+    with pytest.raises(InputError, match=r"1 of 4 rows failed, over the allowed share 0\.05"):
         run_batch(config_for(storage, tiny_base_dir, batch__input=str(path)))
     told = json.loads((RunPaths.of(config_for(storage, tiny_base_dir)).stage("batch") / "report.json").read_text())
     assert (told["rows"], told["errors"]) == (3, 1)  # what went wrong is told when it is most wanted
