@@ -20,6 +20,7 @@ from hydra_core.training.packing import FeatureRow, Packed, pack_rows
 from pipelines.features import BatchOrder, share_of
 from pipelines.row_index import RowStore, disk_array
 
+NORMALISER_ROWS = 512  # positions whose logits are held at a time
 ROWS_AT_ONCE = 1024  # rows whose normalisers are computed between two exchanges
 LINE_TOKENS = 256
 """Width of a packed line unless a row is longer: attention over a line costs its square."""
@@ -65,12 +66,16 @@ class RowReader:
         for start in range(0, len(self.store), ROWS_AT_ONCE):
             stop = min(start + ROWS_AT_ONCE, len(self.store))
             found = torch.zeros(int(offsets[stop] - offsets[start]), dtype=torch.float32)
+            places, parts = [], []
             for row in range(start + share.rank, stop, share.world):
                 (read,) = self.store.read_rows([row])
                 begin = max(read.prompt_tokens - 1, 0)  # earlier positions teach no head
                 first = int(offsets[row] - offsets[start])
-                hidden = read.hidden[begin:].to(head.weight.device)
-                found[first + begin:first + len(read.token_ids)] = log_normalisers(hidden, head).cpu()
+                places.append(torch.arange(first + begin, first + len(read.token_ids)))
+                parts.append(read.hidden[begin:].clone())  # of its own: else the whole row stays with it
+            if parts:  # together: a projection of few rows takes as long as one of many to turn the vocabulary's matrix
+                hidden = torch.cat(parts).to(head.weight.device)
+                found[torch.cat(places)] = log_normalisers(hidden, head, NORMALISER_ROWS).cpu()
             whole[offsets[start]:offsets[stop]] = add_up(found).numpy()
         return whole
 
