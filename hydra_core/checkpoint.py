@@ -66,6 +66,16 @@ def save_checkpoint(folder: Path, drafter: HeadDrafter, identity: BaseIdentity, 
         raise
 
 
+def restrict_checkpoint(folder: Path, draft_vocab: DraftVocab) -> None:
+    """Let the heads in `folder` draft these tokens alone; tensors stay as they are."""
+    tensors, config = _read_tensors(folder / "model.safetensors"), _read_json(folder / "config.json")
+    tensors[DRAFT_IDS] = draft_vocab.ids
+    config["draft_vocab_size"] = config["heads"]["draft_vocab_size"] = len(draft_vocab)
+    save_file(tensors, folder / "model.safetensors.part")
+    os.replace(folder / "model.safetensors.part", folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+
+
 def _replace_folder(temporary: Path, folder: Path) -> None:
     """Put a finished folder in place; an older one stands until the new one is complete."""
     os.chmod(temporary, 0o755)

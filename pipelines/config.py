@@ -174,6 +174,9 @@ class TreeSection(Section):
     curves: bool = Field(False, description="also time steps up to the base's longest context, as a table and a picture")
     threads: int = Field(2, ge=1)
     max_rows: int = Field(128, ge=1, description="held-out rows walked")
+    draft_vocab_sizes: tuple[Size, ...] = Field(
+        (), description="smaller draft vocabularies to try with the same heads: the size that makes the most tokens a second "
+                        "at the smallest batch is kept")
 
 
 class NgramSection(Section):

@@ -13,17 +13,17 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 
-from hydra_core.base import context_limit, load_base, load_vocabulary
-from hydra_core.checkpoint import load_checkpoint
+from hydra_core.base import Base, context_limit, load_base, load_vocabulary
+from hydra_core.checkpoint import load_checkpoint, restrict_checkpoint
 from hydra_core.decoding import check_heads
-from hydra_core.drafters import HeadDrafter
+from hydra_core.drafters import DraftVocab, HeadDrafter
 from hydra_core.errors import InputError
 from hydra_core.training.ranks import rank_rows
 from hydra_core.tree import Tree, TreeSet
@@ -62,6 +62,15 @@ class Measured:
     ranks: RankRows
     costs: StepCosts
     machine: dict[str, Any] = field(default_factory=dict)
+    draft_vocab: DraftVocab | None = None
+    sizes: dict[int, dict[str, float]] = field(default_factory=dict)
+    """Size of the draft vocabulary -> what was found of it, where several were tried; `draft_vocab`: one kept instead of the
+    heads' own."""
+
+    @property
+    def kept(self) -> int:
+        """Size of the draft vocabulary that the heads go on with, of those tried."""
+        return max(self.sizes) if self.draft_vocab is None else len(self.draft_vocab)
 
 
 def run_tree(config: RunConfig) -> StageResult:
@@ -129,12 +138,30 @@ def measure(values: dict[str, Any], heads: Mapping[str, str], features: str) -> 
     found = {}
     for name, folder in heads.items():
         drafter = load_checkpoint(Path(folder), base.vocabulary, base.dtype).drafter
-        ranks = held_out_ranks(drafter, reader, config.tree.max_rows, config.train.seed)
-        _say(name, f"{ranks.ranks.shape[0]} held-out positions ranked")
-        by_depth = {candidate.depth: candidate for candidate in nested_trees(ranks, max(config.tree.node_counts))
-                    if candidate.depth}  # the largest tree of each depth: later ones take the place of earlier ones
-        found[name] = Measured(ranks, machine_costs(base, cache, drafter, config.tree, by_depth), machine)
+        found[name] = measure_sizes(config, name, drafter, base, reader, machine)
     return found
+
+
+def measure_sizes(config: RunConfig, name: str, drafter: HeadDrafter, base: Base, reader: RowReader,
+                  machine: dict[str, Any]) -> Measured:
+    """One drafter with its own draft vocabulary and each smaller one that is to be tried: the fastest at the smallest batch."""
+    tried: dict[int, Measured] = {}
+    rates: dict[int, Choice] = {}
+    whole = len(drafter.draft_vocab)
+    for size in (whole, *(size for size in sorted(config.tree.draft_vocab_sizes, reverse=True) if size < whole)):
+        vocab = drafter.draft_vocab if size == whole else drafter.draft_vocab.smaller(size, base.stop_ids)
+        candidate = drafter if size == whole else drafter.with_draft_vocab(vocab)
+        ranks = held_out_ranks(candidate, reader, config.tree.max_rows, config.train.seed)
+        _say(name, f"{ranks.ranks.shape[0]} held-out positions ranked, {len(vocab)} tokens may be drafted")
+        by_depth = {tree.depth: tree for tree in nested_trees(ranks, max(config.tree.node_counts))
+                    if tree.depth}  # the largest tree of each depth: later ones take the place of earlier ones
+        costs = machine_costs(base, RunPaths.of(config).cache, candidate, config.tree, by_depth)
+        tried[size] = Measured(ranks, costs, machine, None if size == whole else vocab)
+        rates[size] = best_choice(choose_trees(tried[size], config.tree.batch_sizes[:1], max(config.tree.node_counts))[
+            config.tree.batch_sizes[0]])
+    best = max(rates, key=lambda size: rates[size].tokens_per_second)
+    sizes = {size: {key: float(value) for key, value in _row(choice).items()} for size, choice in rates.items()}
+    return replace(tried[best], sizes=sizes if len(sizes) > 1 else {})
 
 
 def held_out_ranks(drafter: HeadDrafter, reader: RowReader, rows: int, seed: int) -> RankRows:
@@ -162,7 +189,12 @@ def _write_one(config: RunConfig, name: str, wanted: str, measured: Measured, tr
         run.log_dataset("features", features[1], str(features[0]), STAGE)
         run.log_dataset(f"{name} heads", _trained(config, name), str(source), STAGE)
         _write_heads(source, folder / HEADS, TreeSet({batch: choice.tree for batch, choice in best.items()}),
-                     sweep([choice.tree for choice in scored[min(scored)]], config.tree.node_counts))
+                     sweep([choice.tree for choice in scored[min(scored)]], config.tree.node_counts), measured.draft_vocab)
+        if measured.sizes:
+            write_text(folder / "draft_vocab.json", json.dumps(measured.sizes, indent=2))
+            for size, row in measured.sizes.items():
+                _say(name, f"{size} tokens may be drafted: {row['tokens_per_step']:.3f} tokens per step, "
+                           f"{row['tokens_per_second']:.1f} tokens/s{', kept' if size == measured.kept else ''}")
         write_text(folder / "costs.json", json.dumps({"machine": measured.machine} | measured.costs.to_json(), indent=2))
         write_text(folder / "costs.md", markdown(
             f"{name}: what a step takes", [", ".join(f"{key}: {value}" for key, value in measured.machine.items())],
@@ -176,7 +208,8 @@ def _write_one(config: RunConfig, name: str, wanted: str, measured: Measured, tr
 
 def _finish(stage: StageFolder, run: Run, figures: dict[str, Any]) -> StageResult:
     folder = stage.folder
-    files = [folder / file for file in ("costs.json", "costs.md", "scores.json", "tree.png", "tree_drawn.png")]
+    files = [folder / file for file in ("costs.json", "costs.md", "scores.json", "tree.png", "tree_drawn.png",
+                                        "draft_vocab.json") if (folder / file).exists()]
     for path in (*files, folder / HEADS / "tree.json"):
         run.log_artifact(path)
     run.log_metrics({f"batch{batch}.{key}": float(value) for batch, row in figures.items()
@@ -190,11 +223,14 @@ def sweep(trees: Sequence[Tree], node_counts: Sequence[int]) -> dict[int, Tree]:
     return {count: trees[count - 1] for count in sorted(set(node_counts)) if 1 < count <= len(trees)}
 
 
-def _write_heads(source: Path, target: Path, trees: TreeSet, sizes: Mapping[int, Tree]) -> None:
-    """A copy of the heads with other trees, whole or not at all; `sizes` go beside them, for who wants a size of his own."""
+def _write_heads(source: Path, target: Path, trees: TreeSet, sizes: Mapping[int, Tree], draft_vocab: DraftVocab | None) -> None:
+    """A copy of the heads with other trees and the tokens that they may draft, whole or not at all; `sizes` go beside them, for
+    who wants a size of his own."""
     temporary = target.with_name(f".{target.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(source, temporary)
+    if draft_vocab is not None:
+        restrict_checkpoint(temporary, draft_vocab)
     write_text(temporary / "tree.json", json.dumps(trees.to_json(), indent=2, sort_keys=True))
     write_text(temporary / "sweep.json", json.dumps({str(count): tree.paths for count, tree in sizes.items()}))
     shutil.rmtree(target, ignore_errors=True)

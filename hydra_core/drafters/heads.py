@@ -5,6 +5,7 @@ Letters: B rows, T positions, K heads, D width, Vd draft vocabulary. Head i at p
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -155,6 +156,14 @@ class HeadDrafter(nn.Module):
         self.rows = self.rows.for_drafting()
         for i in range(self.num_heads):
             self._head(i).pack(self.rows)
+
+    def with_draft_vocab(self, draft_vocab: DraftVocab) -> HeadDrafter:
+        """The same heads drafting other tokens: they end in the base's width, so any of its vocabulary rows will do. Weights
+        are shared; what was packed is packed again at the next use."""
+        other = copy.copy(self)
+        other.draft_vocab, other.config = draft_vocab, self.config.model_copy(update={"draft_vocab_size": len(draft_vocab)})
+        other.rows = self.vocabulary.head.restrict(draft_vocab.ids.to(self.vocabulary.head.weight.device))
+        return other
 
     def head_width(self, i: int) -> int:
         """Width of what head `i` reads."""

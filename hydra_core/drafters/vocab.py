@@ -44,6 +44,12 @@ class DraftVocab:
         by_count = torch.sort(counts[order].to(torch.int64), descending=True, stable=True).indices
         return cls(order[by_count], vocabulary)
 
+    def smaller(self, size: int, always: Sequence[int] = ()) -> DraftVocab:
+        """The `size` most frequent of these, with those of `always` that are here among them."""
+        needed = torch.isin(self.ids, torch.tensor(list(always), dtype=torch.int64))
+        others = (~needed).cumsum(0) <= size - int(needed.sum())  # those before, themselves counted
+        return DraftVocab(self.ids[needed | others], self.size)
+
     @cached_property
     def index_of(self) -> Tensor:
         """[V] int64: a token's place in the draft vocabulary, -1 outside it."""

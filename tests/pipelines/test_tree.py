@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from mlflow import MlflowClient
 
 from hydra_core.base import Base
 from hydra_core.checkpoint import load_checkpoint, save_checkpoint
-from hydra_core.decoding import Engine, Request
+from hydra_core.decoding import Engine, Request, naive_generate
 from hydra_core.drafters import DraftVocab, HeadDrafter, HeadsConfig, build_drafter
 from hydra_core.errors import InputError
 from hydra_core.training.model import HeadTraining
@@ -26,7 +27,7 @@ from pipelines.stage import RunPaths, StageResult, fingerprint, stage_folder
 from pipelines.step_costs import bushy, draft_seconds, medians, verify_seconds
 from pipelines.tracking import Tracker
 from pipelines.train_data import RowReader
-from pipelines.tree import Measured, choose_trees, held_out_ranks, run_tree, sweep
+from pipelines.tree import Measured, _write_heads, choose_trees, held_out_ranks, measure_sizes, run_tree, sweep
 from pipelines.tree_plot import plot_tree
 from tests.pipelines.synthetic import write_distilled
 from tests.trained import random_heads
@@ -146,6 +147,38 @@ def test_curves_are_measured_beside_finished_trees(config: RunConfig, local_ray:
     kept = {file.path for file in MlflowClient(Tracker.open(config).uri).list_artifacts(run_id_of(config, "curves"))}
     assert kept == {"config.yaml", "curves.json", "curves.md", "curves.png"}
     assert run_tree(asked).skipped and "fp32, batch 1: a step" in capsys.readouterr().err
+
+
+def test_the_draft_vocabulary_that_makes_most_tokens_a_second_is_kept(config: RunConfig, tiny_base: Base, tmp_path: Path,
+                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers are the same whatever its size; a checkpoint of the smaller one holds the same tensors."""
+    asked = config.model_copy(update={"tree": config.tree.model_copy(update={"draft_vocab_sizes": (400, 120, 40)})})
+    source = RunPaths.of(config).stage("train", "hydra++") / "heads"
+    drafter = load_checkpoint(source, tiny_base.vocabulary).drafter
+    reader = RowReader(FeatureStore.open(RunPaths.of(config).stage("distill") / "features", "held_out"))
+    timed: list[int] = []
+
+    def costs(dear: float, base: Base, cache: Path, heads: HeadDrafter, *_: object) -> StepCosts:
+        timed.append(len(heads.draft_vocab))
+        return StepCosts({1: {1: 1.0, 6: 1.0}, 3: {1: 1.0, 6: 1.0}}, {1: {0: dear if timed[-1] > 40 else 0.0}})
+
+    whole = tiny_base.vocab_size
+    for dear, kept in ((5.0, 40), (0.0, whole)):
+        monkeypatch.setattr("pipelines.tree.machine_costs", partial(costs, dear))
+        timed.clear()
+        found = measure_sizes(asked, "hydra++", drafter, tiny_base, reader, {})
+        assert timed == [whole, 120, 40] and set(found.sizes) == set(timed) and found.kept == kept
+        assert (found.draft_vocab is None) == (kept == whole)
+    smaller = drafter.draft_vocab.smaller(40, tiny_base.stop_ids)
+    _write_heads(source, tmp_path / "heads", default_trees(), {}, smaller)
+    loaded = load_checkpoint(tmp_path / "heads", tiny_base.vocabulary)
+    assert loaded.drafter.draft_vocab.ids.tolist() == smaller.ids.tolist() and loaded.drafter.config.draft_vocab_size == 40
+    assert all(torch.equal(value, loaded.drafter.state_dict()[name]) for name, value in drafter.state_dict().items())
+    request = Request("a", (5, 6, 7), 30)
+    wanted = naive_generate(tiny_base, request).token_ids
+    for heads in (loaded.drafter, drafter.with_draft_vocab(smaller).eval().requires_grad_(False)):
+        assert Engine(tiny_base, heads, loaded.trees).generate([request])[0].token_ids == wanted
+    assert len(drafter.draft_vocab) == whole  # what was tried left it as it was
 
 
 def test_a_sweep_has_the_sizes_there_are() -> None:

@@ -33,3 +33,11 @@ def test_the_full_vocabulary(size: int) -> None:
 
 def test_nothing_counted() -> None:
     assert DraftVocab.rank(torch.zeros(5), 2, (4,)).coverage(torch.zeros(5)) == 0.0
+
+
+def test_a_smaller_one_keeps_the_most_frequent_and_what_must_be_there() -> None:
+    vocab = DraftVocab(torch.tensor([7, 3, 9, 1, 2, 8]), 12)
+    assert vocab.smaller(3, (2, 5)).ids.tolist() == [7, 3, 2]  # in their order; 5 was never here
+    assert vocab.smaller(3).ids.tolist() == [7, 3, 9]
+    assert vocab.smaller(1, (2, 8)).ids.tolist() == [2, 8]
+    assert vocab.smaller(20, (2,)).ids.tolist() == vocab.ids.tolist()
