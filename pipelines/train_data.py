@@ -20,6 +20,7 @@ from hydra_core.training.packing import FeatureRow, Packed, pack_rows
 from pipelines.features import BatchOrder, share_of
 from pipelines.row_index import RowStore, disk_array
 
+ROW_TOKENS, LEAST_PROMPT = 1024, 32  # of a row longer than that the last are learned from, and so many of its prompt
 NORMALISER_ROWS = 512  # positions whose logits are held at a time
 ROWS_AT_ONCE = 1024  # rows whose normalisers are computed between two exchanges
 LINE_TOKENS = 256
@@ -34,6 +35,16 @@ class Share:
     world: int
 
 
+def cropped(row: FeatureRow) -> FeatureRow:
+    """A row without the beginning of a long prompt: attention over a line costs its square, and one line is as wide as the
+    longest row. All of the answer stays, and `LEAST_PROMPT` tokens before it."""
+    cut = min(len(row.token_ids) - ROW_TOKENS, row.prompt_tokens - LEAST_PROMPT)
+    if cut <= 0:
+        return row
+    known = None if row.normalisers is None else row.normalisers[cut:]
+    return FeatureRow(row.token_ids[cut:], row.prompt_tokens - cut, row.hidden[cut:], known)
+
+
 class RowReader:
     """Packed batches from a store, with the base's softmax normalisers where they are known."""
 
@@ -44,7 +55,7 @@ class RowReader:
     def pack(self, rows: Sequence[int] | np.ndarray) -> Packed:
         """Rows by number, packed into lines."""
         numbers = [int(row) for row in rows]
-        read = [self._with_normalisers(*pair) for pair in zip(numbers, self.store.read_rows(numbers), strict=True)]
+        read = [cropped(self._with_normalisers(*pair)) for pair in zip(numbers, self.store.read_rows(numbers), strict=True)]
         return pack_rows(read, max(LINE_TOKENS, *(row.token_ids.shape[0] for row in read)))
 
     def _with_normalisers(self, row: int, found: FeatureRow) -> FeatureRow:

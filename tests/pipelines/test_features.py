@@ -15,8 +15,18 @@ from hydra_core.base import Base
 from hydra_core.drafters import DraftVocab, HeadsConfig, build_drafter
 from hydra_core.errors import InputError
 from hydra_core.training.model import HeadTraining
+from hydra_core.training.packing import FeatureRow
 from pipelines.features import BatchOrder, FeatureStore, share_of
-from pipelines.train_data import RowReader, Share, StepBatches, valid_counts, validation_groups
+from pipelines.train_data import (
+    LEAST_PROMPT,
+    ROW_TOKENS,
+    RowReader,
+    Share,
+    StepBatches,
+    cropped,
+    valid_counts,
+    validation_groups,
+)
 from tests.pipelines.synthetic import feature_row, write_shard
 
 
@@ -168,3 +178,18 @@ def test_gradients_do_not_depend_on_ranks_and_pieces(tiny_base: Base, folder: Pa
     for world, accumulate in ((4, 1), (1, 4), (2, 2)):
         for one, parted in zip(whole, gradients(world, accumulate), strict=True):
             torch.testing.assert_close(one, parted, rtol=1e-4, atol=1e-6)
+
+
+def test_long_prompts_lose_their_beginning() -> None:
+    """Attention over a line costs its square; every answer stays whole, with something before it."""
+    def row(prompt: int, answer: int) -> FeatureRow:
+        ids = torch.arange(prompt + answer)
+        return FeatureRow(ids, prompt, ids[:, None].float(), ids.float())
+
+    for prompt, answer, kept in ((ROW_TOKENS - 5, 5, ROW_TOKENS - 5), (5000, 200, ROW_TOKENS - 200), (300, 3000, LEAST_PROMPT),
+                                 (10, 3000, 10)):
+        found = cropped(row(prompt, answer))
+        assert found.prompt_tokens == kept and len(found.token_ids) == kept + answer
+        first = prompt - kept
+        assert int(found.token_ids[0]) == int(found.hidden[0, 0]) == first
+        assert found.normalisers is not None and int(found.normalisers[0]) == first
