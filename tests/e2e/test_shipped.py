@@ -1,0 +1,65 @@
+"""The heads that come with the package: whole, small, of the embedded base, and worth having."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hydra_core import Engine, Request, load_base, load_heads, naive_generate
+from hydra_core.base import EMBEDDED_BASE
+from hydra_core.decoding import read_configuration
+from hydra_core.decoding.configuration import ANY_FORMAT
+from hydra_core.drafters import AdaptiveDrafter
+from hydra_core.shipped import FOLDER, shipped_configuration
+from jobs.runner import run
+from pipelines.config import load_config
+from tests.e2e.test_smollm2 import QUESTIONS
+
+FOLDERS = sorted(path.parent for path in FOLDER.glob("*/configuration.json"))
+
+
+def test_something_is_shipped() -> None:
+    assert [folder.name for folder in FOLDERS] == ["smollm2_135m"]
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_what_is_shipped_says_how_it_came_to_be(folder: Path) -> None:
+    configuration = read_configuration(folder)
+    assert configuration.drafter == "combined" and configuration.base.weight_format == ANY_FORMAT
+    tensors = load_file(folder / "heads" / "model.safetensors")
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 40e6
+    assert {tensor.dtype for name, tensor in tensors.items() if name != "draft_vocab.ids"} == {torch.bfloat16}
+    provenance = json.loads((folder / "heads" / "provenance.json").read_text(encoding="utf-8"))
+    assert provenance["training"]["tokens_per_step"] > 1.5 and provenance["versions"]["torch"] and provenance["git"]["commit"]
+    curve = json.loads((folder / "curve.json").read_text(encoding="utf-8"))
+    assert len(curve) > 3 and curve[-1]["tokens_per_step"] > curve[0]["tokens_per_step"]
+    assert load_config(str(folder / "recipe.yaml")).train.drafters
+    for file in (folder / "recipe.yaml", folder / "heads" / "provenance.json"):
+        assert '"/' not in file.read_text(encoding="utf-8") and ": /" not in file.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_they_draft_for_the_embedded_base_and_change_nothing(tmp_path: Path) -> None:
+    base = load_base(EMBEDDED_BASE, dtype="fp32", cache=tmp_path)
+    assert shipped_configuration(base.identity.digest) == FOLDER / "smollm2_135m"
+    drafter, _ = load_heads("shipped", base)
+    assert isinstance(drafter, AdaptiveDrafter) and drafter.heads is not None
+    requests = [Request(str(i), tuple(base.encode_prompt(text)), 48) for i, text in enumerate(QUESTIONS)]
+    results = Engine(base, drafter, max_batch=1).generate(requests)
+    for request, result in zip(requests, results, strict=True):
+        assert result.token_ids == naive_generate(base, request).token_ids
+    assert sum(len(result.token_ids) - 1 for result in results) > 1.4 * sum(result.steps for result in results)
+
+
+@pytest.mark.slow
+def test_a_first_answer_without_training_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                  capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HYDRA_HEADS_STORAGE", str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert run("generate", ["Count from one to twenty in words.", "max_new_tokens=60"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert "smollm2_135m" in found["model"] and found["answers"][0]["tokens_per_step"] > 1.2
