@@ -38,6 +38,7 @@ from pipelines.config import RunConfig
 from pipelines.contracts import ERRORS, FEATURES, PROMPTS, RESPONSES, check_counts, content_id
 from pipelines.distill_workers import FeatureWriter, PromptWriter, ResponseWriter, WorkerSettings
 from pipelines.parts import known_ids, part_files, read_parts, sweep, write_part
+from pipelines.prompt_files import count_rows
 from pipelines.prompts import file_prompts, source_digest
 from pipelines.stage import RunPaths, StageResult, fingerprint, finished, require_manifest, stage_folder, write_text
 from pipelines.tracking import Run, Tracker
@@ -236,8 +237,11 @@ def _read_prompts(config: RunConfig, folder: Path) -> None:
     tokenizer = load_tokenizer(resolve_base(config.base.model, RunPaths.of(config).cache).folder)
     rows, errors, skipped = file_prompts(config.prompts, tokenizer, config.distill.held_out)
     hint = f"{errors[0]['message']}; mend the file or raise distill.max_error_share" if errors else ""
-    check_counts(f"prompts.path={config.prompts.path}", len(rows) + len(errors) + skipped, len(rows), len(errors), skipped,
-                 config.distill.max_error_share, hint)
+    read = len(rows) + len(errors) + skipped
+    if config.prompts.source != "datasets":
+        read = min(count_rows(str(config.prompts.path)), config.prompts.count or read)
+    check_counts(f"prompts.path={config.prompts.path}", read, len(rows), len(errors), skipped, config.distill.max_error_share,
+                 hint)
     _keep(folder, rows, errors, skipped)
 
 

@@ -78,6 +78,16 @@ def read_values(path: Path) -> Iterator[tuple[int, Any]]:
     yield from _jsonl(path)
 
 
+def count_rows(path: str | Path) -> int:
+    """Rows of a file or a folder of Parquet files as they are counted without reading any: lines that are not blank, or what
+    the files' own metadata say."""
+    files = prompt_files(Path(path))
+    if Path(path).is_dir() or files[0].suffix.lower() in PARQUET:
+        return sum(pq.read_metadata(file).num_rows for file in files)
+    with files[0].open("rb") as lines:
+        return sum(1 for line in lines if line.strip())
+
+
 def prompt_files(path: Path) -> list[Path]:
     """The files that hold the prompts of `path`, in order: itself, or a folder's Parquet files."""
     return sorted(file for file in path.iterdir() if file.suffix.lower() in PARQUET) if path.is_dir() else [path]
