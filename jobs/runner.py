@@ -49,8 +49,7 @@ FLAGS = {"train": (("--dry-run", "train.dry_run=true", "train nothing; save untr
 """Stage -> flags, the overrides that they stand for, what they do."""
 DEFAULT_CONFIGS = {"quickstart": str(Path(__file__).parent / "configs" / "quickstart.yaml")}
 PATH_FIELDS = ("prompts.path", "distill.heads", "bench.prompts", "bench.heads", "batch.input", "batch.output", "load.prompts",
-               "serve.model",
-               "generate.model", "serve.api_keys_file", "base.model")
+               "serve.model", "generate.model", "serve.api_keys_file", "base.model")
 WORDS = {"serve.model": ("plain", SHIPPED), "generate.model": ("plain", SHIPPED), "bench.heads": (SHIPPED,),
          "distill.heads": (SHIPPED,)}
 """What such a field may say that is no path."""

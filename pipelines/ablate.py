@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import statistics
 import sys
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from rich.table import Table
 from hydra_core.errors import InputError
 from pipelines.ablate_report import markdown, plot_studies
 from pipelines.config import RunConfig
-from pipelines.config_ablate import Variant
+from pipelines.config_ablate import Variant, folder_name
 from pipelines.distill import distilled
 from pipelines.stage import RunPaths, StageResult, fingerprint, finished, stage_folder, write_text
 from pipelines.tracking import Tracker
@@ -84,7 +83,7 @@ def variant_config(config: RunConfig, label: str, variant: Variant, seed: int) -
 
 def training_name(variant: str, seed: int) -> str:
     """What a training is called among drafters and folders."""
-    return f"{re.sub(r'[^A-Za-z0-9._+-]+', '-', variant)}.seed{seed}"
+    return f"{folder_name(variant)}.seed{seed}"
 
 
 def summarise(figures: list[dict[str, Any]]) -> Measured:

@@ -10,6 +10,11 @@ from hydra_core.drafters import HeadsConfig
 from pipelines.config_section import Section
 
 
+def folder_name(variant: str) -> str:
+    """`variant` as a folder and a drafter may be called."""
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", variant)
+
+
 class Variant(Section):
     """One way to train heads, once for each seed."""
 
@@ -28,7 +33,7 @@ class AblateSection(Section):
 
     @model_validator(mode="after")
     def _names_differ_as_folders(self) -> AblateSection:
-        folders = [re.sub(r"[^A-Za-z0-9._+-]+", "-", name) for name in self.variants]
+        folders = [folder_name(name) for name in self.variants]
         if twice := [name for name, folder in zip(self.variants, folders, strict=True) if folders.count(folder) > 1]:
             raise ValueError(f"ablate.variants: {twice[0]!r} and {twice[1]!r} differ in signs alone: name them apart")
         if wrong := [name for name in self.variants if not name[:1].isalnum()]:

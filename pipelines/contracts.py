@@ -58,12 +58,12 @@ def content_id(*parts: Any) -> str:
 
 def split_of(prompt_id: str, held_out: float) -> str:
     """`held_out` for about that share of prompts, decided by the prompt's own id alone."""
-    return "held_out" if int(prompt_id[:8], 16) / 0x1_0000_0000 < held_out else "train"
+    return "held_out" if is_in_share(prompt_id, held_out) else "train"
 
 
 def is_in_share(row_id: str, share: float) -> bool:
     """Whether a row is among about that share of all rows; a larger share holds every smaller one."""
-    return share >= 1 or int(row_id[:8], 16) / 0x1_0000_0000 < share
+    return share >= 1 or int(row_id[:8], 16) / 0x1_0000_0000 < share  # at 1 whatever its id looks like
 
 
 def check_schema(schema: pa.Schema, contract: pa.Schema, where: str) -> None:

@@ -39,9 +39,9 @@ def find_model(config: RunConfig, asked: str | None) -> Model:
     try:
         version, folder = resolve(config, asked or champion, RunPaths.of(config).cache / "models")
     except NotRegistered:
-        if asked is not None or _of_this_base(config) is None:
+        if asked is not None or (found := _of_this_base(config)) is None:
             raise
-        return _shipped(config)
+        return _packaged(found)
     label = f"{asked} (version {version})" if asked else f"models:/{config.promote.model_name}/{version}"
     return Model(folder, label, version)
 
@@ -56,7 +56,11 @@ def _shipped(config: RunConfig) -> Model:
     if (found := _of_this_base(config)) is None:
         raise InputError(f"{SHIPPED}: no heads come with the package for base.model={config.base.model}: train some, or decode "
                          f"with `{PLAIN}`")
-    return Model(found, f"the package's own heads ({found.name})")
+    return _packaged(found)
+
+
+def _packaged(folder: Path) -> Model:
+    return Model(folder, f"the package's own heads ({folder.name})")
 
 
 def _of_this_base(config: RunConfig) -> Path | None:
