@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hydra_core.errors import InputError
-from pipelines.ablate_report import markdown, plot_studies
+from pipelines.ablate_report import markdown, plot_studies, tokens_cell
 from pipelines.config import RunConfig
 from pipelines.config_ablate import Variant, folder_name
 from pipelines.distill import distilled
@@ -119,8 +119,7 @@ def _write(folder: Path, config: RunConfig, measured: dict[str, Measured], repor
 def _print(measured: dict[str, Measured]) -> None:
     table = Table("variant", "tokens per step", "top-1 by head", "response tokens", "minutes", title="Held-out rows")
     for name, one in measured.items():
-        spread = "" if one.spread is None else f" ± {one.spread:.3f}"
-        table.add_row(name, f"{one.tokens_per_step:.3f}{spread}", " ".join(f"{top:.3f}" for top in one.top1),
+        table.add_row(name, tokens_cell(one), " ".join(f"{top:.3f}" for top in one.top1),
                       f"{one.response_tokens:,}", f"{one.seconds / 60:.1f}")
     Console(file=sys.stderr, width=130).print(table)
 

@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     from pipelines.ablate import Measured
 
 
+def tokens_cell(one: Measured) -> str:
+    """Tokens per step, with half the interval where there are several seeds."""
+    return f"{one.tokens_per_step:.3f}" + ("" if one.spread is None else f" ± {one.spread:.3f}")
+
+
 def markdown(studies: Mapping[str, Sequence[str]], measured: Mapping[str, Measured]) -> str:
     """One table a question; the first variant is what the others are compared with."""
     parts = []
@@ -21,8 +26,7 @@ def markdown(studies: Mapping[str, Sequence[str]], measured: Mapping[str, Measur
                  "|---|---|---|---|---|---|---|"]
         for name in names:
             one = measured[name]
-            spread = "" if one.spread is None else f" ± {one.spread:.3f}"
-            lines.append(f"| {name} | {one.tokens_per_step:.3f}{spread} | {one.tokens_per_step / base.tokens_per_step:.3f}x | "
+            lines.append(f"| {name} | {tokens_cell(one)} | {one.tokens_per_step / base.tokens_per_step:.3f}x | "
                          f"{' / '.join(f'{top:.3f}' for top in one.top1)} | {one.seeds} | {one.response_tokens:,} | "
                          f"{one.seconds / 60:.1f} |")
         parts.append(f"## {question}\n\n" + "\n".join(lines) + "\n")
