@@ -34,6 +34,7 @@ from pipelines.serve import check_args, find_args, start_app
 from pipelines.serving.identity import Serving, serving_of
 from pipelines.serving.instance import running_instance
 from pipelines.serving.records import AppArgs
+from pipelines.serving.replicas import ask_replicas
 from pipelines.stage import (
     RunPaths,
     StageResult,
@@ -158,10 +159,9 @@ def _stream(config: RunConfig, folder: Path, before: Settled, settings: BatchSet
         blocks = [pa.table({"path": [str(path)]}) for path in write_blocks(folder / "todo", rows, size)]
         workers = config.serve.workers
         run_blocks(BatchWorker, settings, blocks, actors=config.serve.replicas, cpus=workers.cpus, gpus=workers.gpus)
-        remove_blocks(folder / "todo")
-        (folder / "todo").rmdir()
     finally:
         refused.flush()
+        remove_blocks(folder / "todo")
     return reading
 
 
@@ -185,32 +185,40 @@ def _answerers(config: RunConfig, args: AppArgs | None, serving: Serving, asking
             check_workers("serve.workers", config.serve.workers, config.serve.replicas)
             yield replace(asking, embedded=replace(args, max_queued=in_flight(config))), args.label
             return
-        with _application(config, args, serving) as label:
-            yield replace(asking, app_name=config.serve.app_name), label
+        with _application(config, args, serving) as (name, label):
+            yield replace(asking, app_name=name), label
 
 
 @contextmanager
-def _application(config: RunConfig, args: AppArgs, serving: Serving) -> Iterator[str]:
-    """The running application, or one of our own that goes when the rows are done.
+def _application(config: RunConfig, args: AppArgs, serving: Serving) -> Iterator[tuple[str, str]]:
+    """Name and label of the running application, or of one of our own that goes when the rows are done.
 
-    Raises InputError when one of that name runs that is not ready or decodes with something else.
+    Raises InputError when one of the asked name runs that is not ready or decodes with something else.
     """
     name, instance = config.serve.app_name, running_instance()
     if instance is None or name not in instance.applications:
-        app = start_app(config, args)
-        try:
-            yield app.label
-        finally:
-            app.stop()
+        with _own_application(config, args, serving) as own:
+            yield own, args.label
         return
     if (status := instance.applications[name][0]) != "RUNNING":
         raise InputError(f"serve.app_name={name}: the application of that name is {status}: wait, delete it or choose another")
-    try:
-        info = serve.get_deployment_handle("DecodeServer", name).info.remote().result()
-        running = Serving(info["base"], info["context_limit"], info["configuration"])
-    except KeyError as missing:
-        raise InputError(f"serve.app_name={name}: runs something else, without {missing}: choose another name") from None
+    info = ask_replicas(name)
+    running = Serving(info["base"], info["context_limit"], info["configuration"])
     if running != serving:
         raise InputError(f"serve.app_name={name}: runs {info['label']} ({running}), but {args.label} ({serving}) is asked "
                          "for: choose another name or stop it")
-    yield info["label"]
+    yield name, info["label"]
+
+
+@contextmanager
+def _own_application(config: RunConfig, args: AppArgs, serving: Serving) -> Iterator[str]:
+    """An application for this output alone, at no route: nobody else comes to depend on it. One that a killed run left
+    behind under the same name is ended first, since who holds the output's lock is its only user."""
+    name = f"{args.app_name}-batch-{content_id(str(_folder(config)))}"
+    if (instance := running_instance()) is not None and name in instance.applications:
+        serve.delete(name)
+    app = start_app(config, replace(args, app_name=name), route=None)
+    try:
+        yield name
+    finally:
+        app.stop()

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import BackPressureError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from hydra_core.errors import InputError
 from pipelines.batch_openai import generation_of, request_of
@@ -79,6 +79,10 @@ Answers = Callable[[Generation], list[Answer] | Refusal]
 """All answers to one request, or why there are none."""
 
 
+class Fault(Exception):
+    """The server itself failed at this row, or at another one beside it."""
+
+
 class Busy(Exception):
     """Not now: wait `seconds`, or as long as the one who waits thinks fit."""
 
@@ -100,6 +104,7 @@ class GenerationAsker:
     def __init__(self, asking: Asking, answers: Answers) -> None:
         self.asking, self.answers = asking, answers
         self.patience = Patience("the deployment")
+        self._suspect = threading.Lock()
 
     def ask(self, row: BatchRow) -> Reply:
         asking = self.asking
@@ -116,15 +121,27 @@ class GenerationAsker:
         return Reply(200, columns=_answer_columns(found[0]), body=body)
 
     def _patiently(self, generation: Generation) -> list[Answer] | Refusal:
-        """Through full queues and dying replicas, but not through a fault at this very row again and again."""
-        for tried in range(1, TRIES + 1):
-            try:
-                found: list[Answer] | Refusal = self.patience.wait(lambda: self._once(generation))
-                return found
-            except RayTaskError as error:
-                why = _first_line(error.cause or error)
+        """Through full queues and dying replicas, but not through a fault at this very row again and again.
+
+        A fault takes every row in flight with it. Those are tried again one at a time, so that a row that is the fault's
+        cause uses up its own tries and nobody else's.
+        """
+        try:
+            return self._answers(generation)
+        except Fault as error:
+            why = str(error)
+        with self._suspect:
+            for tried in range(1, TRIES):
                 time.sleep(tried)
+                try:
+                    return self._answers(generation)
+                except Fault as error:
+                    why = str(error)
         return Refusal(500, f"the server failed {TRIES} times: {why}")
+
+    def _answers(self, generation: Generation) -> list[Answer] | Refusal:
+        found: list[Answer] | Refusal = self.patience.wait(lambda: self._once(generation))
+        return found
 
     def _once(self, generation: Generation) -> list[Answer] | Refusal:
         # a killed job's request may still be decoding, and this one is asked again when a replica dies
@@ -147,8 +164,10 @@ def _deployment(app_name: str) -> Answers:
         try:
             found: list[Answer] | Refusal = handle.answers.remote(generation).result()
             return found
-        except (BackPressureError, RayActorError) as error:
+        except (BackPressureError, RayActorError, DeploymentUnavailableError) as error:
             raise Busy(_first_line(error)) from None
+        except RayTaskError as error:
+            raise Fault(_first_line(error.cause or error)) from None
 
     return answers
 
@@ -156,13 +175,23 @@ def _deployment(app_name: str) -> Answers:
 def _embedded(args: AppArgs) -> Answers:
     """An engine of this process, with an event loop in a thread of its own."""
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # a line for each answer is for a server's log
-    server, loop = DecodeServer(args), asyncio.new_event_loop()
+    server, loop, mending = DecodeServer(args), asyncio.new_event_loop(), threading.Lock()
     threading.Thread(target=loop.run_forever, name="embedded", daemon=True).start()
-    asyncio.run_coroutine_threadsafe(server.reconfigure(heads_of(args)), loop).result()
+
+    def run(work: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, loop).result()
 
     def answers(generation: Generation) -> list[Answer] | Refusal:
-        return asyncio.run_coroutine_threadsafe(server.answers(generation), loop).result()
+        with mending:
+            if server.failed:
+                run(server.restart())
+        try:
+            found: list[Answer] | Refusal = run(server.answers(generation))
+        except RuntimeError as error:
+            raise Fault(_first_line(error)) from None
+        return found
 
+    run(server.reconfigure(heads_of(args)))
     return answers
 
 

@@ -134,7 +134,10 @@ def settle(folder: Path, kind: str, schema: pa.Schema, elsewhere: set[bytes] | N
     """Read every part, one at a time, and take out rows that an earlier one holds, or that stand `elsewhere`."""
     found = Settled()
     taken = elsewhere or set()
+    rewritten: set[Path] = set()
     for path in parts(folder, kind):
+        if path in rewritten:  # a part is named by its rows: what was left of an earlier one took this name
+            continue
         rows = list(_read(path, kind, schema))
         kept = []
         for row in rows:
@@ -144,7 +147,7 @@ def settle(folder: Path, kind: str, schema: pa.Schema, elsewhere: set[bytes] | N
                 found.add(row)
         if len(kept) < len(rows):
             if kept:
-                _write_rows(folder, kept, schema, kind)
+                rewritten.add(_write_rows(folder, kept, schema, kind))
             path.unlink()
     return found
 
@@ -171,15 +174,16 @@ def _read(path: Path, kind: str, schema: pa.Schema) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, lines)
 
 
-def _write_rows(folder: Path, rows: list[dict[str, Any]], schema: pa.Schema, kind: str) -> None:
+def _write_rows(folder: Path, rows: list[dict[str, Any]], schema: pa.Schema, kind: str) -> Path:
     if kind == "parquet":
-        write_part(folder, rows, schema)
-        return
+        return write_part(folder, rows, schema)
     folder.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(prefix=".part-", suffix=".tmp", dir=folder)
     with os.fdopen(descriptor, "w", encoding="utf-8") as handle:
         handle.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    os.replace(temporary, folder / f"part-{content_id(sorted(_id(row) for row in rows))}.jsonl")
+    path = folder / f"part-{content_id(sorted(_id(row) for row in rows))}.jsonl"
+    os.replace(temporary, path)
+    return path
 
 
 def _id(row: dict[str, Any]) -> str:

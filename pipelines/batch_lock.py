@@ -48,6 +48,10 @@ def _locked(path: Path, folder: Path) -> int:
             holder = _holder(descriptor)
             os.close(descriptor)
             raise InputError(f"batch.output={folder}: another run is at it{holder}: wait for it or stop it") from None
+        except OSError as error:
+            os.close(descriptor)
+            raise InputError(f"batch.output={folder}: this file system has no locks ({error.strerror}): choose a folder on one "
+                             "that has, as NFS 4 and local disks do") from None
         if _same_file(descriptor, path):
             return descriptor
         os.close(descriptor)  # whoever held it has removed the file meanwhile

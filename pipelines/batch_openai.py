@@ -14,6 +14,7 @@ from pipelines.serving.openai_api import ChatRequest, CompletionRequest
 from pipelines.serving.records import Generation
 
 CHAT, COMPLETION = URLS
+LIMITS = ("max_tokens", "max_completion_tokens")
 STREAMING = ("stream", "stream_options")
 """What changes how an answer comes and not what it is: a batch takes it whole."""
 
@@ -25,7 +26,7 @@ def generation_of(row: BatchRow, model: str, max_new_tokens: int, temperature: f
     if row.body is None:
         return Generation(f"batch-{row.id}", max_new_tokens, temperature, seed, messages=row.messages, prompt_ids=row.prompt_ids,
                           prompt=row.prompt if row.messages is None and row.prompt_ids is None else None)
-    body = _body(row.body, model, seed)
+    body = _body(row.body, model, seed, max_new_tokens)
     if body["model"] != model:
         raise ApiError(404, f"model {body['model']!r} does not exist; {model!r} does", "model", "model_not_found")
     try:
@@ -47,7 +48,7 @@ def generation_of(row: BatchRow, model: str, max_new_tokens: int, temperature: f
 def request_of(row: BatchRow, model: str, max_new_tokens: int, temperature: float, seed: int) -> tuple[str, dict[str, Any]]:
     """Path and body of the HTTP request."""
     if row.body is not None:
-        return str(row.url), _body(row.body, model, seed)
+        return str(row.url), _body(row.body, model, seed, max_new_tokens)
     settings = {"model": model, "max_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     if row.prompt_ids is not None:
         return COMPLETION, settings | {"prompt": row.prompt_ids}
@@ -62,9 +63,11 @@ def output_line(row_id: str, status: int, body: dict[str, Any] | None, message: 
     return {"id": f"batch_req_{request_id}", "custom_id": row_id, "response": answered, "error": error}
 
 
-def _body(body: dict[str, Any], model: str, seed: int) -> dict[str, Any]:
-    """The request with what it leaves out; the same seed in every run makes a row's answer the same."""
-    return {"model": model, "seed": seed} | {name: value for name, value in body.items() if name not in STREAMING}
+def _body(body: dict[str, Any], model: str, seed: int, max_new_tokens: int) -> dict[str, Any]:
+    """The request with what it leaves out, so that whoever answers gives the same; the same seed in every run makes a row's
+    answer the same."""
+    limit = {} if any(body.get(name) is not None for name in LIMITS) else {"max_tokens": max_new_tokens}
+    return {"model": model, "seed": seed} | {name: value for name, value in body.items() if name not in STREAMING} | limit
 
 
 def _prompt(prompt: str | list[int]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pipelines.config import BatchSection, RunConfig
 from pipelines.contracts import PROMPTS, content_id
 from pipelines.parts import read_parts
 from pipelines.prompt_files import PARQUET, PromptRow, RowError, read_prompt_rows, read_values
+from pipelines.serving.records import is_text
 from pipelines.stage import RunPaths
 
 URLS = ("/v1/chat/completions", "/v1/completions")
@@ -23,6 +24,8 @@ WINDOW = 2048
 """Rows that are held to be put in order."""
 BEGINNING = 128
 """Characters of a text that count as its beginning; a chat's is its system message, whole."""
+LOOKED_AT = 100
+"""Lines at a file's start by which its format is told."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ def read_rows(config: RunConfig) -> Iterator[BatchRow | BadRow]:
     if section.source is None:
         yield from _held_out(config)
     elif input_kind(section) == "openai":
-        yield from _openai(section.source, section.limit)
+        yield from _openai(section.source, section.limit, one_choice=output_kind(section) != "openai")
     else:
         for item in read_prompt_rows(section.source, section.field, section.limit):
             yield BadRow(f"row-{item.row}", item.row, item.message) if isinstance(item, RowError) else _row(item)
@@ -126,8 +129,8 @@ def ordered(rows: Iterable[BatchRow], window: int = WINDOW) -> Iterator[BatchRow
 
 def write_blocks(folder: Path, rows: Iterable[BatchRow], size: int) -> list[Path]:
     """Rows to files of `size` rows for actors that may be anywhere; what lay in `folder` goes."""
-    folder.mkdir(parents=True, exist_ok=True)
     remove_blocks(folder)
+    folder.mkdir(parents=True)
     source, paths = iter(rows), []
     while block := list(islice(source, size)):
         path = folder / f"block-{len(paths):06d}.jsonl"
@@ -143,14 +146,17 @@ def read_block(path: Path) -> list[BatchRow]:
 
 
 def remove_blocks(folder: Path) -> None:
-    """Drop the files of `write_blocks`."""
+    """Drop the files of `write_blocks`, and their folder."""
     for path in folder.glob("block-*.jsonl"):
         path.unlink()
+    if folder.exists():
+        folder.rmdir()
 
 
 def _row(item: PromptRow) -> BatchRow:
-    row_id = item.extra.get("id") or item.extra.get("prompt_id") or item.extra.get("custom_id")
-    return BatchRow(str(row_id or content_id(item.row, item.prompt, item.messages)), item.row, item.prompt, item.messages)
+    given = (item.extra.get(name) for name in ("id", "prompt_id", "custom_id"))
+    row_id = next((str(value) for value in given if value not in (None, "")), None)
+    return BatchRow(row_id or content_id(item.row, item.prompt, item.messages), item.row, item.prompt, item.messages)
 
 
 def _held_out(config: RunConfig) -> Iterator[BatchRow]:
@@ -164,24 +170,26 @@ def _held_out(config: RunConfig) -> Iterator[BatchRow]:
 
 
 def _is_openai(path: Path) -> bool:
-    """Whether the first line that is an object has the keys of a request."""
-    first = next((value for _, value in read_values(path) if isinstance(value, dict)), {})
-    return {"custom_id", "url", "body"} <= set(first)
+    """Whether one of the first lines has the keys of a request."""
+    return any(isinstance(value, dict) and {"custom_id", "url", "body"} <= set(value)
+               for _, value in islice(read_values(path), LOOKED_AT))
 
 
-def _openai(path: str, limit: int | None) -> Iterator[BatchRow | BadRow]:
+def _openai(path: str, limit: int | None, one_choice: bool) -> Iterator[BatchRow | BadRow]:
+    """`one_choice`: the output has room for one answer a row."""
     for number, value in islice(read_values(Path(path)), limit):
         if isinstance(value, RowError):
             yield BadRow(f"row-{number}", number, value.message)
             continue
         name = value.get("custom_id") if isinstance(value, dict) else None
-        if problem := _problem(value):
-            yield BadRow(name if isinstance(name, str) and name else f"row-{number}", number, f"row {number}: {problem}")
+        if problem := _problem(value, one_choice):
+            named = isinstance(name, str) and name and is_text(name)
+            yield BadRow(str(name) if named else f"row-{number}", number, f"row {number}: {problem}")
         else:
             yield BatchRow(str(name), number, url=value["url"], body=value["body"])
 
 
-def _problem(value: Any) -> str | None:
+def _problem(value: Any, one_choice: bool) -> str | None:
     """What is wrong with one line of the Batch format."""
     if not isinstance(value, dict):
         return "is not an object with custom_id, method, url and body"
@@ -193,10 +201,10 @@ def _problem(value: Any) -> str | None:
         return f"url: is {value.get('url')!r}, not one of {', '.join(URLS)}"
     if not isinstance(value.get("body"), dict):
         return "body: is missing or not an object"
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
+    if not is_text(value):
         return "holds half a character (a lone surrogate): write it as UTF-8 text"
+    if one_choice and value["body"].get("n") not in (None, 1):
+        return f"n: {str(value['body']['n'])[:20]} answers need batch.format=openai; a row of the other formats holds one"
     return None
 
 

@@ -65,7 +65,8 @@ class BatchWorker:
 
     def _take(self, flying: dict[Future[Reply], BatchRow]) -> None:
         """Write those that are done; wait for one at least."""
-        for future in wait(flying, return_when=FIRST_COMPLETED).done:
+        done = wait(flying, return_when=FIRST_COMPLETED).done
+        for future in sorted(done, key=lambda one: one.exception() is not None):  # what was answered before what raises
             self.writer.add(flying.pop(future), future.result())
         if time.monotonic() - self._told > TELL_SECONDS:
             self._told = time.monotonic()

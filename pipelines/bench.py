@@ -42,6 +42,8 @@ from pipelines.cluster import ensure_ray, measuring_resources
 from pipelines.config import RunConfig
 from pipelines.contracts import content_id
 from pipelines.model import shipped_heads
+from pipelines.serve import find_args, resolve_args
+from pipelines.serving.identity import serving_of
 from pipelines.stage import (
     RunPaths,
     StageResult,
@@ -105,7 +107,8 @@ def _plan(config: RunConfig, folder: Path, methods: tuple[str, ...], heads: dict
         turns=bench.turns, single=bench.single,
         identity_prompts=0 if bench.temperature else bench.identity_prompts, identity_batch=bench.identity_batch,
         identity_formats=bench.identity_formats,
-        batch_prompts=bench.batch_prompts, running_batch=bench.running_batch, load=bench.load,
+        batch_prompts=bench.batch_prompts, running_batch=bench.running_batch,
+        batch_app=resolve_args(config) if bench.batch_job else None, load=bench.load,
         load_requests=bench.load_requests, temperature=bench.temperature,
         shared_noise=bench.shared_noise, threads=bench.threads)
 
@@ -125,6 +128,8 @@ def bench_fingerprint(config: RunConfig, heads: dict[str, str]) -> str:
         upstream["prompts"] = file_digest(path)
     elif (manifest := read_manifest(RunPaths.of(config).stage("distill"))) is not None:
         upstream["prompts"] = manifest["fingerprint"]
+    if config.bench.batch_job:
+        upstream["batch"] = str(serving_of(find_args(config)))
     settings = {"bench": config.bench.model_dump(), "ngram": config.ngram.model_dump(),
                 "base": config.base.model_dump(exclude={"model"})}
     return fingerprint("bench", settings, upstream)

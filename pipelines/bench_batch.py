@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import random
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hydra_core.base import Base, load_base
-from hydra_core.decoding import Engine, Request
+from hydra_core.decoding import Engine, Request, load_heads
+from pipelines import batch_rows
+from pipelines.batch_ask import Asking
+from pipelines.batch_files import BATCH, Output, settle
+from pipelines.batch_worker import BatchSettings, BatchWorker
 from pipelines.bench_plan import (
     LLAMA,
     LOOKUP,
@@ -26,7 +32,11 @@ from pipelines.bench_plan import (
     room_for,
     transformers_model,
 )
+from pipelines.machine_costs import machine_costs
+from pipelines.serving.records import AppArgs
 
+ENGINE, BATCH_JOB = "engine", "batch"
+"""What `batch` decodes with, called directly, and as the job does it: rows from and to files, one engine in the process."""
 LIMITS = (16, 400)
 """Between these the answers' limits are drawn in the ragged workload."""
 
@@ -52,15 +62,17 @@ def measure_batches(plan: BenchPlan, questions: list[Question]) -> None:
     chosen, methods = questions[:plan.batch_prompts], tuple(method for method in plan.methods if method not in (LOOKUP, LLAMA))
     if not chosen:
         return
+    names = (*methods, *((ENGINE, BATCH_JOB) if plan.batch_app else ()))
     path = Path(plan.batch_file)
     done = {(row.round, row.workload, row.method) for row in read_batches(path)}
     todo = [(number, workload, method) for number in range(plan.rounds) for workload in ("equal", "ragged")
-            for method in _turned(methods, number) if (number, workload, method) not in done]
+            for method in _turned(names, number) if (number, workload, method) not in done]
     if not todo:
         return
     base = load_base(plan.base.model, dtype=plan.base.dtype, device=plan.base.device, cache=Path(plan.cache),
                      context_limit=plan.base.context_limit)
     contenders = {method: _contender(method, plan, base, chosen) for method in methods}
+    contenders |= {} if plan.batch_app is None else _batch_contenders(plan, plan.batch_app, base, chosen)
     for run in contenders.values():
         run([Request(question.id, question.prompt_ids, 4) for question in chosen[:plan.running_batch]])
     for number, workload, method in todo:
@@ -95,6 +107,36 @@ def _contender(method: str, plan: BenchPlan, base: Base, questions: list[Questio
     return lambda requests: sum(len(result.token_ids) for result in engine.generate(requests))
 
 
+def _batch_contenders(plan: BenchPlan, app: AppArgs, base: Base,
+                      questions: list[Question]) -> dict[str, Callable[[list[Request]], int]]:
+    """The same configuration twice: its engine called directly, and driven by the worker of `batch`."""
+    limit = room_for(base, max(plan.max_new_tokens, LIMITS[1]), questions)
+    app = replace(app, base=app.base | {"context_limit": limit}, max_batch=plan.running_batch,
+                  max_queued=2 * plan.running_batch, threads=plan.threads)
+    costs = partial(machine_costs, base, Path(plan.cache))
+    heads = load_heads(app.configuration, base, costs) if app.configuration else (None, None)
+    engine = Engine(base, *heads, max_batch=plan.running_batch, context_limit=limit)
+    asking = Asking("bench", plan.max_new_tokens, 0.0, 0, embedded=app)
+    worker = BatchWorker(BatchSettings(Output(tempfile.gettempdir(), "openai", app.label, 64), asking, 2 * plan.running_batch))
+    return {ENGINE: lambda requests: sum(len(result.token_ids) for result in engine.generate(requests)),
+            BATCH_JOB: partial(_as_batch, worker)}
+
+
+def _as_batch(worker: BatchWorker, requests: list[Request]) -> int:
+    """Rows in the order in which `batch` asks them, answers to files; returns their tokens."""
+    rows = (batch_rows.BatchRow(request.id, number, url=batch_rows.URLS[1], body={
+        "prompt": list(request.prompt_ids), "max_tokens": request.max_new_tokens, "temperature": 0.0})
+        for number, request in enumerate(requests, start=1))
+    with tempfile.TemporaryDirectory() as folder:
+        output = replace(worker.settings.output, folder=folder)
+        worker.writer.output = output
+        worker.answer(batch_rows.ordered(rows))
+        found = settle(output.rows, output.kind, BATCH)
+        if len(found.ids) != len(requests):
+            raise RuntimeError(f"bench: batch answered {len(found.ids)} of {len(requests)} rows")
+        return found.tokens
+
+
 def _transformers(plan: BenchPlan, base: Base) -> Callable[[list[Request]], int]:
     """`generate` on left-padded batches, each of which runs until its longest row is done."""
     model = transformers_model(plan, base)
@@ -126,7 +168,8 @@ def _length(tokens: Sequence[int], stops: set[int]) -> int:
 
 
 def summarise_batches(rows: list[BatchRow]) -> dict[str, Any]:
-    """workload -> method -> tokens per second, its ratio to transformers in the same round (median), and the range."""
+    """workload -> method -> tokens per second, its ratio to transformers in the same round (median), and the range; of the
+    batch job also that to its engine."""
     figures: dict[str, Any] = {}
     for workload in dict.fromkeys(row.workload for row in rows):
         own = [row for row in rows if row.workload == workload]
@@ -136,10 +179,13 @@ def summarise_batches(rows: list[BatchRow]) -> dict[str, Any]:
             ratios = sorted(rate / rates[number, TRANSFORMERS] for (number, name), rate in rates.items()
                             if name == method and (number, TRANSFORMERS) in rates)
             mean = [rate for (_, name), rate in rates.items() if name == method]
+            direct = sorted(rate / rates[number, ENGINE] for (number, name), rate in rates.items()
+                            if name == method == BATCH_JOB and (number, ENGINE) in rates)
             figures[workload][method] = {
                 "prompts": max(row.prompts for row in own),
                 "tokens": sum(row.tokens for row in own if row.method == method),
                 "tokens_per_second": round(sum(mean) / len(mean), 1),
                 "speed_vs_transformers": round(ratios[len(ratios) // 2], 3) if ratios else None,
-                "range": [round(ratios[0], 3), round(ratios[-1], 3)] if ratios else None}
+                "range": [round(ratios[0], 3), round(ratios[-1], 3)] if ratios else None,
+                **({"speed_vs_engine": round(direct[len(direct) // 2], 3)} if direct else {})}
     return figures

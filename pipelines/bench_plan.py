@@ -19,6 +19,7 @@ from hydra_core.tree import TreeSet
 from hydra_core.tree.costs import unmeasured_costs
 from pipelines.config import BaseSection
 from pipelines.machine_costs import machine_costs
+from pipelines.serving.records import AppArgs
 
 PLAIN, TRANSFORMERS, NGRAM = "plain", "transformers", "ngram"
 LOOKUP = "transformers-lookup"
@@ -46,7 +47,8 @@ class Question:
 
 @dataclass(frozen=True)
 class BenchPlan:
-    """Everything the measuring task needs; plain values, so that Ray can ship it. `heads`: name -> checkpoint folder."""
+    """Everything the measuring task needs; plain values, so that Ray can ship it. `heads`: name -> checkpoint folder;
+    `batch_app`: what `batch` would decode with, None: it is not timed."""
 
     base: BaseSection
     cache: str
@@ -67,6 +69,7 @@ class BenchPlan:
     identity_formats: tuple[str, ...]
     batch_prompts: int
     running_batch: int
+    batch_app: AppArgs | None
     load: tuple[int, ...]
     load_requests: int
     temperature: float

@@ -182,12 +182,13 @@ def batch_markdown(batches: dict[str, Any], plan: BenchPlan) -> str:
         return ""
     prompts = max(figures["prompts"] for methods in batches.values() for figures in methods.values())
     lines = ["", f"## {prompts} prompts, {plan.running_batch} rows", "",
-             "| limits | method | tokens/s | vs transformers | range over rounds |", "|---|---|---|---|---|"]
+             "| limits | method | tokens/s | vs transformers | range over rounds | vs the engine called directly |",
+             "|---|---|---|---|---|---|"]
     for workload, methods in batches.items():
         for name, f in methods.items():
             low, high = f["range"] or (None, None)
             lines.append(f"| {workload} | {name} | {f['tokens_per_second']:.0f} | {_cell(f['speed_vs_transformers'], 2, 'x')} "
-                         f"| {_cell(low, 2)} - {_cell(high, 2)} |")
+                         f"| {_cell(low, 2)} - {_cell(high, 2)} | {_cell(f.get('speed_vs_engine'), 2, 'x')} |")
     return "\n".join(lines) + "\n"
 
 

@@ -213,6 +213,8 @@ class BenchSection(Section):
         ("fp32",), description="weight formats in which those are checked against the naive loop")
     batch_prompts: int = Field(0, ge=0, description="prompts decoded together for throughput; 0: not measured")
     running_batch: int = Field(32, ge=1, description="rows of that batch")
+    batch_job: bool = Field(False, description="in that, also the way of `batch` with what serve.model names (`batch`), beside "
+                                               "the engine that it uses called directly (`engine`)")
     load: tuple[Size, ...] = Field(
         (), description="numbers of requests kept in flight, as [1,4,16,64]; empty: not measured")
     load_requests: int = Field(
@@ -258,6 +260,7 @@ class ServeSection(Section):
     max_new_tokens: int = Field(1024, ge=1, description="most a request may ask for")
     max_prompt_tokens: int | None = Field(None, ge=1, description="longest prompt; default: what the context leaves room for")
     max_body_bytes: int = Field(2**20, ge=1, description="longest request")
+    drain_seconds: float = Field(120.0, ge=0, description="a replica that is to go has to finish what it has begun")
     api_keys_file: str | None = Field(
         None, description="keys that open the endpoint, one a line, with those in HYDRA_HEADS_API_KEYS; without any, all may ask")
     update: bool = Field(False, description="give the running application `model` to decode with, and end")

@@ -26,7 +26,8 @@ from pipelines.load_client import FAILED, LOST, OK, REFUSED, Sent, Target, close
 from pipelines.load_report import draw, markdown, print_rates
 from pipelines.parts import read_parts
 from pipelines.prompt_files import PromptRow, read_prompt_rows
-from pipelines.serve import resolve_args, serving_params, start_app
+from pipelines.serve import find_args, resolve_args, serving_params, start_app
+from pipelines.serving.identity import Serving, serving_of
 from pipelines.stage import RunPaths, StageResult, fingerprint, finished, require_manifest, stage_folder, write_text
 from pipelines.tracking import Tracker
 
@@ -38,7 +39,7 @@ def run_load(config: RunConfig) -> StageResult:
     prompts = _prompts(config)
     folder = RunPaths.of(config).stage(STAGE)
     settings = config.load.model_dump(mode="json") | {"serve": config.serve.model_dump(mode="json", exclude={"update"})}
-    wanted = fingerprint(STAGE, settings, {"prompts": content_id(*prompts)})
+    wanted = fingerprint(STAGE, settings, {"prompts": content_id(*prompts), "serves": str(_serves(config))})
     if (done := finished(folder, wanted)) is not None:
         return done
     tracker = Tracker.open(config)
@@ -73,6 +74,14 @@ def _prompts(config: RunConfig) -> list[str]:
     if not found:
         raise InputError(f"load.prompts={section.prompts or 'held-out prompts of this run'}: has no prompt in words")
     return found
+
+
+def _serves(config: RunConfig) -> Serving:
+    """What decodes there now."""
+    section = config.load
+    if section.address:
+        return ask_endpoint(section.address, config.serve.app_name, api_key(section.key_variable))
+    return serving_of(find_args(config))
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from pipelines.serving.identity import configuration_digest, serving_of
 from pipelines.serving.instance import Instance, end_instance, running_instance, start_instance
 from pipelines.serving.keys import key_digests
 from pipelines.serving.records import AppArgs
+from pipelines.serving.replicas import SECONDS, ask_replicas
 from pipelines.stage import RunPaths, StageResult
 from pipelines.tracking import Tracker
 
@@ -59,7 +60,8 @@ def find_args(config: RunConfig) -> AppArgs:
                    model.label, section.app_name, section.max_batch, section.max_queued, section.max_new_tokens, section.replicas,
                    section.workers.cpus, section.workers.gpus, section.workers.threads, model.version,
                    max_replicas=section.max_replicas, max_prompt_tokens=section.max_prompt_tokens,
-                   max_body_bytes=section.max_body_bytes, api_key_digests=key_digests(section.api_keys_file))
+                   max_body_bytes=section.max_body_bytes, api_key_digests=key_digests(section.api_keys_file),
+                   drain_seconds=section.drain_seconds)
 
 
 def check_args(args: AppArgs) -> AppArgs:
@@ -92,8 +94,9 @@ def build_app(args: dict[str, Any]) -> serve.Application:
         raise InputError(f"args: {error}") from None
 
 
-def start_app(config: RunConfig, args: AppArgs | None = None) -> ServedApp:
-    """Start the application on the connected Ray and return once it answers. `args`: what was resolved already.
+def start_app(config: RunConfig, args: AppArgs | None = None, route: str | None = ROUTE) -> ServedApp:
+    """Start the application on the connected Ray and return once it answers. `args`: what was resolved already; `route`:
+    None, and it is asked through its handle alone.
 
     A cluster has one Serve: where it runs, the application joins it at the address that it has. Raises InputError for a
     port in use, or a name or route that another application has.
@@ -102,14 +105,14 @@ def start_app(config: RunConfig, args: AppArgs | None = None) -> ServedApp:
     host, port = config.serve.host, config.serve.port
     shared = running_instance()
     if shared is not None:
-        shared.check_room(args.app_name, ROUTE)
-        if port and (host, port) != (shared.host, shared.port):
+        shared.check_room(args.app_name, route)
+        if route and port and (host, port) != (shared.host, shared.port):
             print(f"serve: Serve runs on this cluster already, at {shared.url}: serve.host={host} and serve.port={port} have "
                   "no effect", file=sys.stderr)
     instance = shared or start_instance(host, port)
     app = ServedApp(args.app_name, instance.url, args.label, alone=shared is None)
     try:
-        serve.run(build(args), name=args.app_name, route_prefix=ROUTE)
+        serve.run(build(args), name=args.app_name, route_prefix=route)
     except BaseException:
         app.stop()
         raise
@@ -155,16 +158,16 @@ def update_app(args: AppArgs) -> ServedApp:
     with those it had.
     """
     instance = _instance_with(args.app_name)
-    handle = serve.get_deployment_handle("DecodeServer", args.app_name)
-    asked, before = serving_of(args), handle.info.remote().result()
+    asked, before = serving_of(args), ask_replicas(args.app_name)
     if asked.base != before["base"]:
         raise InputError(f"serve.update: {args.app_name} runs base {before['base']}, the heads are for {asked.base}: heads "
                          "alone can be changed; start another application for another base")
-    running = handle.running_args.remote().result()
+    handle = serve.get_deployment_handle("DecodeServer", args.app_name)
+    running = handle.broadcast("running_args").results(timeout_s=SECONDS)[0]
     wanted = replace(running, configuration=args.configuration, label=args.label, version=args.version, digest=args.digest)
     serve.run(build(wanted), name=args.app_name, route_prefix=ROUTE)
-    after = handle.info.remote().result()
-    if after["rejected"] is not None and after["configuration"] != asked.configuration:
+    after = ask_replicas(args.app_name)
+    if after["rejected"] is not None and after["configurations"] != [asked.configuration]:
         serve.run(build(running), name=args.app_name, route_prefix=ROUTE)  # or a new replica would begin with the bad ones
         raise InputError(f"serve.update: {args.label} was turned down, {after['label']} goes on: {after['rejected']['reason']}")
     return ServedApp(args.app_name, instance.url, args.label, alone=False)

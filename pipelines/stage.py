@@ -185,7 +185,7 @@ def stage_folder(config: RunConfig, stage: str, folder: Path, wanted: str) -> It
         for path in damaged(folder):
             path.unlink(missing_ok=True)
         (folder / MANIFEST).unlink(missing_ok=True)  # not finished any more
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(not path.name.startswith(f".{CLAIM}.") for path in folder.iterdir()):  # of a killed writer
         raise InputError(f"{folder}: is not empty and not a `{stage}` output: choose another folder or empty it")
     else:
         write_text(claim, json.dumps({"fingerprint": wanted, "stage": stage}))

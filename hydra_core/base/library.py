@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock
 
 log = logging.getLogger(__name__)
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "draw.h", "rows.h"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "draw.h", "pages.h", "rows.h"))
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-std=c++20", "-fPIC", "-shared", "-w")
 
 ROWS_BLOCK = 32
@@ -48,8 +48,11 @@ def load_library() -> bool:
 
 @lru_cache(maxsize=1)
 def rows_available() -> bool:
-    """Whether `rows.h` runs here and is the faster one: with AMX oneDNN has the better instruction for many rows."""
-    return load_library() and bool(torch.ops.hydra_heads.rows_available()) and not torch.cpu._is_amx_tile_supported()
+    """Whether `rows.h` runs here and is the faster one: on a processor with AMX its own tiles must have been compiled in, or
+    oneDNN has the better instruction for many rows."""
+    library = torch.ops.hydra_heads
+    return load_library() and bool(library.rows_available()) and (
+        bool(library.tiles_available()) or not torch.cpu._is_amx_tile_supported())
 
 
 def _compiled(compiler: str, folder: Path) -> Path:

@@ -5,6 +5,7 @@
 // of a draft head: W paths a row, k its tokens on a path, Vd draft vocabulary.
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
@@ -17,6 +18,7 @@
 #include <vector>
 
 #include "draw.h"
+#include "pages.h"
 #include "rows.h"
 
 namespace {
@@ -64,6 +66,9 @@ struct Layer {
 // normed = x / rms(x) * weight for each row of the stream [M, D], after adding `added` [M, D] to it where there is one.
 template <typename T>
 void add_and_norm(float* stream, const T* added, const float* weight, T* normed, int64_t rows, int64_t width, double eps) {
+#ifdef HYDRA_ROWS
+  if constexpr (std::is_same_v<T, at::BFloat16>) return few::norm(stream, added, weight, normed, rows, width, eps);
+#endif
   for (int64_t row = 0; row < rows; ++row, stream += width, normed += width) {
     float squares = 0;
     if (added) {
@@ -86,6 +91,10 @@ void add_and_norm(float* stream, const T* added, const float* weight, T* normed,
 // One head [d] normalised (where it has a norm) and turned by the tables of its position, half against half.
 template <typename T>
 void turn(const T* head, const T* cos, const T* sin, const T* norm, double eps, T* target, int64_t width) {
+#ifdef HYDRA_ROWS
+  if constexpr (std::is_same_v<T, at::BFloat16>)
+    if (!norm && width % 32 == 0) return few::turn(head, cos, sin, target, width);
+#endif
   float values[512];
   float squares = 0;
   for (int64_t i = 0; i < width; ++i) {
@@ -206,25 +215,26 @@ struct Decoder : torch::CustomClassHolder {
   void store(const Layer& layer, const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Tensor& slots,
              Tensor& queries, Tensor& keys, Tensor& values) const {
     const int64_t batch = slots.size(0), nodes = slots.size(1), groups = heads / kv_heads, all = heads + 2 * kv_heads;
-    const T* source = qkv.data_ptr<T>();
-    const T *cosine = cos.data_ptr<T>(), *sine = sin.data_ptr<T>();
-    const int64_t* slot = slots.data_ptr<int64_t>();
+    const T *all_made = qkv.data_ptr<T>(), *all_cosines = cos.data_ptr<T>(), *all_sines = sin.data_ptr<T>();
+    const int64_t* all_slots = slots.data_ptr<int64_t>();
     const T* query_norm = layer.query_norm ? layer.query_norm->data_ptr<T>() : nullptr;
     const T* key_norm = layer.key_norm ? layer.key_norm->data_ptr<T>() : nullptr;
     T *folded = queries.data_ptr<T>(), *key_store = keys.data_ptr<T>(), *value_store = values.data_ptr<T>();
-    for (int64_t row = 0; row < batch; ++row) {
-      for (int64_t node = 0; node < nodes; ++node, source += all * width, cosine += width, sine += width, ++slot) {
+    at::parallel_for(0, batch * nodes, std::max<int64_t>(1, (1 << 14) / (all * width)), [&](int64_t begin, int64_t end) {
+      for (int64_t index = begin; index < end; ++index) {
+        const int64_t row = index / nodes, node = index % nodes;
+        const T *source = all_made + index * all * width, *cosine = all_cosines + index * width, *sine = all_sines + index * width;
         for (int64_t head = 0; head < heads; ++head) {
           const int64_t place = ((row * kv_heads + head / groups) * groups + head % groups) * nodes + node;
           turn<T>(source + head * width, cosine, sine, query_norm, head_eps, folded + place * width, width);
         }
-        const int64_t at = row * keys.stride(0) + *slot * keys.stride(1);
+        const int64_t at = row * keys.stride(0) + all_slots[index] * keys.stride(1);
         for (int64_t head = 0; head < kv_heads; ++head) {
           turn<T>(source + (heads + head) * width, cosine, sine, key_norm, head_eps, key_store + at + head * width, width);
         }
         std::copy_n(source + (heads + kv_heads) * width, kv_heads * width, value_store + at);
       }
-    }
+    });
   }
 
   // [B, H, G * N, d] of any strides to [M, H * G * d].
@@ -358,9 +368,19 @@ bool rows_available() {
 #endif
 }
 
+bool tiles_available() {
+#ifdef HYDRA_ROWS
+  return few::tiles_allowed();
+#else
+  return false;
+#endif
+}
+
 TORCH_LIBRARY(hydra_heads, library) {
   library.def("draw", draw::tokens);
+  library.def("on_large_pages", pages::copy);
   library.def("rows_available", rows_available);
+  library.def("tiles_available", tiles_available);
 #ifdef HYDRA_ROWS
   library.def("rows_pack", few::pack);
   library.def("rows_linear", few::linear);

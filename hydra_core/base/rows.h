@@ -1,4 +1,5 @@
-// Few rows against large matrices, and attention of a few queries, in bfloat16 with AVX-512's own dot product.
+// Few rows against large matrices, and attention of a few queries, in bfloat16 with AVX-512's own dot product, the matrices
+// with AMX's tiles where there are any.
 //
 // oneDNN and torch's attention are made for many rows: at the one to a few dozen rows of a decoding step they read memory
 // at half its speed. Sums are kept in float32, and a row's are taken in the same order whatever rows go with it.
@@ -10,11 +11,18 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <immintrin.h>
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__)
+#define HYDRA_TILES 1
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
 #include <optional>
 #include <vector>
+
+#include "pages.h"
 
 namespace few {
 
@@ -50,7 +58,7 @@ inline __m512 exponential(__m512 x) {
 inline Tensor pack(const Tensor& weight) {
   const int64_t out = weight.size(0), in = weight.size(1);
   TORCH_CHECK(out % BLOCK == 0 && in % 2 == 0, "a matrix of ", out, " x ", in);
-  return weight.view({out / BLOCK, BLOCK, in / 2, 2}).permute({0, 2, 1, 3}).contiguous();
+  return pages::copy(weight.view({out / BLOCK, BLOCK, in / 2, 2}).permute({0, 2, 1, 3}));
 }
 
 // Sums of a block's outputs for each row, as they start (at the bias) and as they are kept.
@@ -104,6 +112,108 @@ inline void tile_of(int64_t rows, const Value* x, int64_t in, const Value* weigh
   }
 }
 
+// ---- the same with tiles: sixteen rows against sixteen outputs, thirty-two inputs at a time --------------------------------
+
+constexpr int64_t LINE = 32;        // inputs of a row that a tile holds
+constexpr int64_t AHEAD = 4 * 32 * 32;  // of the weights that are asked for before they are needed
+constexpr int64_t MOST_TILED = 32;  // rows that are made together: two tiles of them, against two of outputs
+
+// Tile instructions do not tell the compiler what they read: all that was written is to be in memory before them.
+inline void written() { asm volatile("" ::: "memory"); }
+
+// Whether this process may use them. Linux asks to be asked: their state is large.
+inline bool tiles_allowed() {
+#ifdef HYDRA_TILES
+  static const bool allowed = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0;
+  return allowed;
+#else
+  return false;
+#endif
+}
+
+inline bool tiled(int64_t in) { return in % LINE == 0 && tiles_allowed(); }
+
+// The tiles' shapes as they are set in this thread, for `rows` rows; given back at the end.
+struct Shaped {
+  int64_t rows = 0;
+#ifdef HYDRA_TILES
+  ~Shaped() {
+    if (rows) _tile_release();
+  }
+
+  // 0 to 3: sums, 4 and 5: rows, 6 and 7: outputs.
+  void set(int64_t wanted) {
+    if (rows == wanted) return;
+    struct alignas(64) {
+      uint8_t palette = 1, start = 0, unused[14] = {};
+      uint16_t bytes[16] = {};
+      uint8_t lines[16] = {};
+    } shapes;
+    const int64_t low = std::min<int64_t>(wanted, 16), high = wanted - low;
+    const auto shape = [&](int tile, int64_t lines) { shapes.bytes[tile] = lines ? 64 : 0, shapes.lines[tile] = lines; };
+    shape(0, low), shape(1, low), shape(4, low), shape(2, high), shape(3, high), shape(5, high), shape(6, 16), shape(7, 16);
+    written();
+    _tile_loadconfig(&shapes);
+    rows = wanted;
+  }
+#endif
+};
+
+#ifdef HYDRA_TILES
+// Sums [16 or 32, 32] of a block's outputs. `MORE`: there are more than sixteen rows.
+template <bool MORE>
+void sums_of(const Value* x, int64_t in, const Value* weight, float* sums) {
+  const int64_t line = in * sizeof(Value);
+  written();
+  _tile_zero(0);
+  _tile_zero(1);
+  if constexpr (MORE) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t k = 0; k < in; k += LINE, weight += LINE * BLOCK) {
+    for (int64_t ahead = 0; ahead < LINE * BLOCK; ahead += 32) _mm_prefetch(weight + AHEAD + ahead, _MM_HINT_T0);
+    _tile_loadd(6, weight, 4 * BLOCK);
+    _tile_loadd(7, weight + BLOCK, 4 * BLOCK);
+    _tile_loadd(4, x + k, line);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (MORE) {
+      _tile_loadd(5, x + 16 * in + k, line);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, sums, 4 * BLOCK);
+  _tile_stored(1, sums + 16, 4 * BLOCK);
+  if constexpr (MORE) {
+    _tile_stored(2, sums + 16 * BLOCK, 4 * BLOCK);
+    _tile_stored(3, sums + 16 * BLOCK + 16, 4 * BLOCK);
+  }
+}
+#endif
+
+// One block's outputs for up to `most(in)` rows.
+inline int64_t most(int64_t in) { return tiled(in) ? MOST_TILED : MOST; }
+
+inline void block_of(int64_t rows, const Value* x, int64_t in, const Value* weight, const Value* bias, Value* target, int64_t out,
+                     Shaped& shaped) {
+#ifdef HYDRA_TILES
+  if (tiled(in)) {
+    alignas(64) float sums[MOST_TILED * BLOCK];
+    shaped.set(rows);
+    rows > 16 ? sums_of<true>(x, in, weight, sums) : sums_of<false>(x, in, weight, sums);
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t half = 0; half < BLOCK; half += 16) {
+        const __m512 sum = _mm512_load_ps(sums + row * BLOCK + half);
+        keep(target + row * out + half, bias ? _mm512_add_ps(sum, sixteen(bias + half)) : sum);
+      }
+    return;
+  }
+#endif
+  tile_of(rows, x, in, weight, bias, target, out);
+}
+
 // `x`: [M, in]; `packed`: of `pack`; `bias`: [out]. Returns [M, out].
 inline Tensor linear(const Tensor& given, const Tensor& packed, const std::optional<Tensor>& bias) {
   const Tensor x = given.contiguous();
@@ -113,10 +223,11 @@ inline Tensor linear(const Tensor& given, const Tensor& packed, const std::optio
   const Value* added = bias ? bias->const_data_ptr<Value>() : nullptr;
   Value* target = result.data_ptr<Value>();
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    Shaped shaped;
     for (int64_t block = begin; block < end; ++block) {
-      in_passes(count, MOST, [&](int64_t at, int64_t some) {
-        tile_of(some, values + at * in, in, weights + block * in * BLOCK, added ? added + block * BLOCK : nullptr,
-                target + at * out + block * BLOCK, out);
+      in_passes(count, most(in), [&](int64_t at, int64_t some) {
+        block_of(some, values + at * in, in, weights + block * in * BLOCK, added ? added + block * BLOCK : nullptr,
+                 target + at * out + block * BLOCK, out, shaped);
       });
     }
   });
@@ -130,18 +241,20 @@ inline Tensor largest(const Tensor& given, const Tensor& packed, const std::opti
   const Value *values = x.const_data_ptr<Value>(), *weights = packed.const_data_ptr<Value>();
   const Value* added = bias ? bias->const_data_ptr<Value>() : nullptr;
   const int64_t pieces = std::max<int64_t>(1, std::min<int64_t>(blocks, at::get_num_threads()));
-  std::vector<float> most(pieces * count, -INFINITY);
+  std::vector<float> tops(pieces * count, -INFINITY);
   std::vector<int64_t> where(pieces * count, 0);
   at::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
-    alignas(64) Value made[MOST * BLOCK];
+    alignas(64) Value made[MOST_TILED * BLOCK];
+    Shaped shaped;
     for (int64_t piece = begin; piece < end; ++piece) {
       for (int64_t block = blocks * piece / pieces; block < blocks * (piece + 1) / pieces; ++block) {
-        in_passes(count, MOST, [&](int64_t at, int64_t some) {
-          tile_of(some, values + at * in, in, weights + block * in * BLOCK, added ? added + block * BLOCK : nullptr, made, BLOCK);
+        in_passes(count, most(in), [&](int64_t at, int64_t some) {
+          block_of(some, values + at * in, in, weights + block * in * BLOCK, added ? added + block * BLOCK : nullptr, made, BLOCK,
+                   shaped);
           for (int64_t row = 0; row < some; ++row) {
             const __m512 low = sixteen(made + row * BLOCK), high = sixteen(made + row * BLOCK + 16);
             const float best = _mm512_reduce_max_ps(_mm512_max_ps(low, high));
-            float& known = most[piece * count + at + row];
+            float& known = tops[piece * count + at + row];
             if (!(best > known)) continue;  // of equals the first stays
             known = best;
             const __m512 wanted = _mm512_set1_ps(best);
@@ -156,7 +269,7 @@ inline Tensor largest(const Tensor& given, const Tensor& packed, const std::opti
   for (int64_t row = 0; row < count; ++row) {
     int64_t best = 0;
     for (int64_t piece = 1; piece < pieces; ++piece)
-      if (most[piece * count + row] > most[best * count + row]) best = piece;
+      if (tops[piece * count + row] > tops[best * count + row]) best = piece;
     result.data_ptr<int64_t>()[row] = where[best * count + row];
   }
   return result;
@@ -267,12 +380,48 @@ inline Tensor gate(const Tensor& made) {
   return result;
 }
 
+// As `add_and_norm` of native.cpp.
+inline void norm(float* stream, const Value* added, const float* weight, Value* normed, int64_t rows, int64_t width, float eps) {
+  at::parallel_for(0, rows, std::max<int64_t>(1, WORK / (32 * width)), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      float* at = stream + row * width;
+      __m512 squares = _mm512_setzero_ps();
+      for (int64_t i = 0; i < width; i += 16) {
+        const __mmask16 inside = width - i >= 16 ? 0xffff : (1 << (width - i)) - 1;
+        __m512 value = _mm512_maskz_loadu_ps(inside, at + i);
+        if (added) {
+          value = _mm512_add_ps(value, widen(_mm256_maskz_loadu_epi16(inside, added + row * width + i)));
+          _mm512_mask_storeu_ps(at + i, inside, value);
+        }
+        squares = _mm512_fmadd_ps(value, value, squares);
+      }
+      const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / width + eps));
+      for (int64_t i = 0; i < width; i += 16) {
+        const __mmask16 inside = width - i >= 16 ? 0xffff : (1 << (width - i)) - 1;
+        const __m512 value = _mm512_mul_ps(_mm512_mul_ps(_mm512_maskz_loadu_ps(inside, at + i), scale),
+                                           _mm512_maskz_loadu_ps(inside, weight + i));
+        _mm256_mask_storeu_epi16(normed + row * width + i, inside, narrow(value));
+      }
+    }
+  });
+}
+
+// As `turn` of native.cpp, of a head without a norm whose width is a multiple of 32.
+inline void turn(const Value* head, const Value* cos, const Value* sin, Value* target, int64_t width) {
+  const int64_t half = width / 2;
+  for (int64_t i = 0; i < half; i += 16) {
+    const __m512 low = sixteen(head + i), high = sixteen(head + half + i);
+    keep(target + i, _mm512_sub_ps(_mm512_mul_ps(low, sixteen(cos + i)), _mm512_mul_ps(high, sixteen(sin + i))));
+    keep(target + half + i,
+         _mm512_add_ps(_mm512_mul_ps(high, sixteen(cos + half + i)), _mm512_mul_ps(low, sixteen(sin + half + i))));
+  }
+}
+
 // ---- attention ------------------------------------------------------------------------------------------------------
 
-// Sixteen lines of sixteen 32-bit values, turned.
-inline void turn16(const int32_t* const* lines, int64_t offset, __m512i* turned) {
-  __m512i a[16], b[16];
-  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(lines[i] + offset);
+// Sixteen lines of sixteen 32-bit values, turned; `a` is used up.
+inline void turn_lines(__m512i* a, __m512i* turned) {
+  __m512i b[16];
   for (int i = 0; i < 16; i += 2) {
     b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
     b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
@@ -291,6 +440,12 @@ inline void turn16(const int32_t* const* lines, int64_t offset, __m512i* turned)
     turned[i + 4] = _mm512_shuffle_i32x4(high, high2, 0x88);
     turned[i + 12] = _mm512_shuffle_i32x4(high, high2, 0xdd);
   }
+}
+
+inline void turn16(const int32_t* const* lines, int64_t offset, __m512i* turned) {
+  __m512i a[16];
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(lines[i] + offset);
+  turn_lines(a, turned);
 }
 
 // One head's keys and values of one row: `stride` from a slot to the next, `span` slots that the row itself has filled,
@@ -360,6 +515,197 @@ void mix(const Head& head, const float* weights, int64_t padded, Value* const* t
   }
 }
 
+// The first of `count` mask values that is not 0, or `count`.
+inline int64_t first_closed(const Value* mask, int64_t count) {
+  int64_t slot = 0;
+  for (; slot + 32 <= count; slot += 32) {
+    const __mmask32 closed = _mm512_test_epi16_mask(_mm512_loadu_si512(mask + slot), _mm512_set1_epi16(-1));
+    if (closed) return slot + __builtin_ctz(closed);
+  }
+  while (slot < count && mask[slot].x == 0) ++slot;
+  return slot;
+}
+
+#ifdef HYDRA_TILES
+// ---- attention with tiles: sixteen queries at a time, slots down and queries across -----------------------------------------
+
+constexpr int64_t SIDE = 16;  // lines of a tile, and 32-bit values of one
+
+// What a thread needs for one head's sixteen queries: [slots, 16] float scores and [16, slots] weights, slots to a multiple of 32.
+struct Workspace {
+  std::vector<float> scores;
+  std::vector<Value> weights;
+  alignas(64) int32_t queries[256 / 2][SIDE];
+  alignas(64) Value pairs[SIDE][2 * 64];
+  alignas(64) Value last[2 * SIDE][256];
+  alignas(64) float sums[SIDE][64];
+
+  void fit(int64_t slots) {
+    scores.resize(slots * SIDE);
+    weights.resize(slots * SIDE);
+  }
+};
+
+// `count` queries [count, width] by pairs of a head's width, for all of a tile's columns: [width / 2, 16] pairs.
+inline void turn_queries(const Value* queries, int64_t count, int64_t width, Workspace& work) {
+  alignas(64) static const int32_t none[128] = {};
+  const int32_t* lines[SIDE];
+  for (int64_t i = 0; i < SIDE; ++i) lines[i] = i < count ? reinterpret_cast<const int32_t*>(queries + i * width) : none;
+  __m512i turned[SIDE];
+  for (int64_t at = 0; at < width / 2; at += SIDE) {
+    turn16(lines, at, turned);
+    for (int64_t i = 0; i < SIDE; ++i) _mm512_store_si512(work.queries[at + i], turned[i]);
+  }
+}
+
+// Products of 32 slots' keys with the queries, to `scores` [32, 16].
+inline void products(const Value* keys, int64_t stride, int64_t width, const Workspace& work, float* scores) {
+  written();
+  _tile_zero(0);
+  _tile_zero(1);
+  for (int64_t at = 0; at < width; at += LINE) {
+    _tile_loadd(6, work.queries[at / 2], 4 * SIDE);
+    _tile_loadd(4, keys + at, stride * sizeof(Value));
+    _tile_loadd(5, keys + SIDE * stride + at, stride * sizeof(Value));
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 5, 6);
+  }
+  _tile_stored(0, scores, 4 * SIDE);
+  _tile_stored(1, scores + SIDE * SIDE, 4 * SIDE);
+}
+
+// Scores [slots, 16] of the head's span, scaled and masked; what lies past it is -inf. Returns each query's largest.
+inline __m512 score_tiled(const Head& head, int64_t slots, const Value* mask, int64_t open, int64_t first, int64_t count,
+                          int64_t nodes, int64_t line, float scale, Workspace& work) {
+  float* scores = work.scores.data();
+  for (int64_t slot = 0; slot < slots; slot += 2 * SIDE) {
+    const int64_t there = std::min(head.span - slot, 2 * SIDE);
+    if (there == 2 * SIDE) {
+      products(head.keys + slot * head.stride, head.stride, head.width, work, scores + slot * SIDE);
+      continue;
+    }
+    for (int64_t i = 0; i < 2 * SIDE; ++i)  // past the span there may be no memory
+      if (i < there) std::copy_n(head.keys + (slot + i) * head.stride, head.width, work.last[i]);
+      else std::fill_n(work.last[i], head.width, Value(0));
+    products(work.last[0], 256, head.width, work, scores + slot * SIDE);
+  }
+  const __m512 factor = _mm512_set1_ps(scale);
+  __m512 most = _mm512_set1_ps(-INFINITY);
+  const int64_t free = std::min(open / SIDE * SIDE, head.span / SIDE * SIDE);
+  for (int64_t slot = 0; slot < free; ++slot) {
+    const __m512 value = _mm512_mul_ps(_mm512_loadu_ps(scores + slot * SIDE), factor);
+    _mm512_storeu_ps(scores + slot * SIDE, value);
+    most = _mm512_max_ps(most, value);
+  }
+  for (int64_t slot = free; slot < slots; slot += SIDE) {
+    __m512i added[SIDE];
+    alignas(64) int32_t lines[SIDE][SIDE];
+    const int32_t* each[SIDE];
+    const int64_t there = std::max<int64_t>(0, std::min(head.span - slot, SIDE));
+    const __mmask16 inside = (1u << there) - 1;
+    for (int64_t query = 0; query < SIDE; ++query) {
+      const Value* from = mask && query < count ? mask + (first + query) % nodes * line + slot : nullptr;
+      const __m512 values = from ? widen(_mm256_maskz_loadu_epi16(inside, from)) : _mm512_setzero_ps();
+      _mm512_store_ps(reinterpret_cast<float*>(lines[query]), _mm512_mask_blend_ps(inside, _mm512_set1_ps(-INFINITY), values));
+      each[query] = lines[query];
+    }
+    turn16(each, 0, added);
+    for (int64_t i = 0; i < SIDE; ++i) {
+      float* at = scores + (slot + i) * SIDE;
+      const __m512 value = _mm512_fmadd_ps(_mm512_loadu_ps(at), factor, _mm512_castsi512_ps(added[i]));
+      _mm512_storeu_ps(at, value);
+      most = _mm512_max_ps(most, value);
+    }
+  }
+  return most;
+}
+
+// Scores to weights that sum to what is returned, turned: [16, slots].
+inline __m512 soften_tiled(int64_t slots, __m512 most, Workspace& work) {
+  __m512 sum = _mm512_setzero_ps();
+  for (int64_t slot = 0; slot < slots; slot += SIDE) {
+    __m512i made[SIDE], turned[SIDE];
+    for (int64_t i = 0; i < SIDE; ++i) {
+      const __m512 weight = exponential(_mm512_sub_ps(_mm512_loadu_ps(work.scores.data() + (slot + i) * SIDE), most));
+      sum = _mm512_add_ps(sum, weight);
+      made[i] = _mm512_castps_si512(weight);
+    }
+    turn_lines(made, turned);
+    for (int64_t query = 0; query < SIDE; ++query) keep(work.weights.data() + query * slots + slot, _mm512_castsi512_ps(turned[query]));
+  }
+  return sum;
+}
+
+// 32 slots' values by pairs of slots, `64` of the head's width from `at` on or the 32 that are left: [16, 64 or 32, 2].
+inline void pair_values(const Head& head, int64_t slot, int64_t at, int64_t wide, Workspace& work) {
+  alignas(64) uint16_t order[2][32];
+  for (int i = 0; i < 32; ++i)
+    for (int half = 0; half < 2; ++half) order[half][i] = i / 2 + 16 * half + 32 * (i % 2);
+  const __m512i low = _mm512_load_si512(order[0]), high = _mm512_load_si512(order[1]);
+  for (int64_t two = 0; two < SIDE; ++two) {
+    const int64_t first = slot + 2 * two;
+    for (int64_t i = 0; i < wide; i += 32) {
+      const Value* from = head.values + first * head.stride + at + i;
+      const __m512i a = first < head.span ? _mm512_loadu_si512(from) : _mm512_setzero_si512();
+      const __m512i b = first + 1 < head.span ? _mm512_loadu_si512(from + head.stride) : _mm512_setzero_si512();
+      _mm512_store_si512(work.pairs[two] + 2 * i, _mm512_permutex2var_epi16(a, low, b));
+      _mm512_store_si512(work.pairs[two] + 2 * i + 32, _mm512_permutex2var_epi16(a, high, b));
+    }
+  }
+}
+
+// The queries' weighted values, 64 of the head's width from `at` on or the 32 that are left: `sums` [16, 64].
+template <bool WIDE>
+void mix_tiled(const Head& head, int64_t at, int64_t slots, Workspace& work) {
+  constexpr int64_t BYTES = sizeof(work.pairs[0]);
+  _tile_zero(0);
+  _tile_zero(1);
+  if constexpr (WIDE) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t slot = 0; slot < slots; slot += 2 * SIDE) {
+    pair_values(head, slot, at, WIDE ? 64 : 32, work);
+    written();
+    _tile_loadd(4, work.weights.data() + slot, slots * sizeof(Value));
+    _tile_loadd(6, work.pairs[0], BYTES);
+    _tile_loadd(7, work.pairs[0] + 32, BYTES);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (WIDE) {
+      _tile_loadd(6, work.pairs[0] + 64, BYTES);
+      _tile_loadd(7, work.pairs[0] + 96, BYTES);
+      _tile_dpbf16ps(2, 4, 6);
+      _tile_dpbf16ps(3, 4, 7);
+    }
+  }
+  _tile_stored(0, work.sums[0], 4 * 64);
+  _tile_stored(1, work.sums[0] + 16, 4 * 64);
+  if constexpr (WIDE) {
+    _tile_stored(2, work.sums[0] + 32, 4 * 64);
+    _tile_stored(3, work.sums[0] + 48, 4 * 64);
+  }
+}
+
+// Up to sixteen queries [count, width] of one head; each one's result into a line of its own.
+inline void attend_tiled(const Head& head, const Value* queries, int64_t first, int64_t count, const Value* mask, int64_t open,
+                         int64_t nodes, int64_t line, float scale, Value* const* targets, Workspace& work) {
+  const int64_t slots = (head.span + 2 * SIDE - 1) / (2 * SIDE) * (2 * SIDE);
+  work.fit(slots);
+  turn_queries(queries, count, head.width, work);
+  const __m512 most = score_tiled(head, slots, mask, open, first, count, nodes, line, scale, work);
+  alignas(64) float shares[SIDE];
+  _mm512_store_ps(shares, _mm512_div_ps(_mm512_set1_ps(1.0f), soften_tiled(slots, most, work)));
+  for (int64_t at = 0; at < head.width; at += 64) {
+    const int64_t wide = std::min<int64_t>(head.width - at, 64);
+    wide == 64 ? mix_tiled<true>(head, at, slots, work) : mix_tiled<false>(head, at, slots, work);
+    for (int64_t query = 0; query < count; ++query)
+      for (int64_t i = 0; i < wide; i += 16)
+        keep(targets[query] + at + i, _mm512_mul_ps(_mm512_load_ps(work.sums[query] + i), _mm512_set1_ps(shares[query])));
+  }
+}
+#endif
+
 // `queries`: [B, H, G * N, d]; `keys`, `values`: [B, S, H, d] of which the first `span` slots are read; `mask`: [B, 1, N, span]
 // additive; `slots`: [B, N] where the nodes themselves stand, after all that their row may look at. Returns [B * N, H * G * d],
 // the order in which the output matrix reads it.
@@ -367,29 +713,47 @@ inline Tensor attend(const Tensor& queries, const Tensor& keys, const Tensor& va
                      const std::optional<Tensor>& mask) {
   const int64_t nodes = slots.size(1);
   const int64_t batch = queries.size(0), heads = queries.size(1), folded = queries.size(2), width = queries.size(3);
-  const int64_t groups = folded / nodes, all = heads * groups * width, pieces = (folded + QUERIES - 1) / QUERIES;
+  const bool tiles = tiled(width) && width <= 256;
+  const int64_t most = tiles ? 16 : QUERIES;
+  const int64_t groups = folded / nodes, all = heads * groups * width, pieces = (folded + most - 1) / most;
   const int64_t* last = slots.const_data_ptr<int64_t>() + nodes - 1;
   Tensor result = at::empty({batch * nodes, all}, queries.options());
   const Tensor masked = mask ? mask->contiguous() : Tensor();
   const float scale = 1.0f / std::sqrt(static_cast<float>(width));
   Value* target = result.data_ptr<Value>();
-  const int64_t grain = std::max<int64_t>(1, WORK / (2 * std::min(folded, QUERIES) * span * width + 1));
+  const int64_t grain = std::max<int64_t>(1, WORK / (2 * std::min(folded, most) * span * width + 1));
+  std::vector<int64_t> open(batch, span);  // slots at a row's beginning that all its nodes look at
+  for (int64_t row = 0; mask && row < batch; ++row)
+    for (int64_t node = 0; node < nodes; ++node)
+      open[row] = first_closed(masked.const_data_ptr<Value>() + (row * nodes + node) * span, open[row]);
   at::parallel_for(0, batch * heads * pieces, grain, [&](int64_t begin, int64_t end) {
-    std::vector<float> scores(QUERIES * (span + 15));
+    std::vector<float> scores(tiles ? 0 : QUERIES * (span + 15));
+#ifdef HYDRA_TILES
+    Shaped shaped;
+    thread_local Workspace work;
+    if (tiles) shaped.set(MOST_TILED);
+#endif
     for (int64_t task = begin; task < end; ++task) {
       const int64_t row = task / (heads * pieces), kv = task / pieces % heads, piece = task % pieces;
       const int64_t first = folded * piece / pieces, count = folded * (piece + 1) / pieces - first;
       const int64_t own = last[row * nodes] + 1, padded = (own + 15) / 16 * 16;
       const Head head{keys.const_data_ptr<Value>() + row * keys.stride(0) + kv * keys.stride(2),
                       values.const_data_ptr<Value>() + row * values.stride(0) + kv * values.stride(2), keys.stride(1), own, width};
-      score(head, queries.const_data_ptr<Value>() + ((row * heads + kv) * folded + first) * width, first, count,
-            mask ? masked.const_data_ptr<Value>() + row * nodes * span : nullptr, nodes, span, scale, scores.data(), padded);
-      Value* lines[QUERIES];
+      const Value* asked = queries.const_data_ptr<Value>() + ((row * heads + kv) * folded + first) * width;
+      const Value* hidden = mask ? masked.const_data_ptr<Value>() + row * nodes * span : nullptr;
+      Value* lines[16];
       for (int64_t query = 0; query < count; ++query) {
-        soften(scores.data() + query * padded, padded);
         const int64_t group = (first + query) / nodes, node = (first + query) % nodes;
         lines[query] = target + (row * nodes + node) * all + (kv * groups + group) * width;
       }
+#ifdef HYDRA_TILES
+      if (tiles) {
+        attend_tiled(head, asked, first, count, hidden, open[row], nodes, span, scale, lines, work);
+        continue;
+      }
+#endif
+      score(head, asked, first, count, hidden, nodes, span, scale, scores.data(), padded);
+      for (int64_t query = 0; query < count; ++query) soften(scores.data() + query * padded, padded);
       for (int64_t query = 0; query < count;) {
         const float* weights = scores.data() + query * padded;
         if (count - query >= 4) mix<4>(head, weights, padded, lines + query), query += 4;

@@ -99,8 +99,9 @@ class Scheduler:
 
     @property
     def running(self) -> int:
-        """Rows in the cache."""
-        return len(self.decoding) + (len(self.group.rows) if self.group else 0)
+        """Rows in the cache. Other threads may ask too."""
+        group = self.group
+        return len(self.decoding) + (len(group.rows) if group else 0)
 
     @property
     def has_work(self) -> bool:

@@ -19,8 +19,9 @@ from pipelines.serving.replica import DecodeServer
 
 SPARE_REQUESTS = 64
 """Requests that the front takes besides those that are in flight, to be told that the queue is full, or of the health."""
-SPARE_QUESTIONS = 8
-"""Questions that a replica with a full queue is still asked: what it decodes with, and whether it lives."""
+BEHIND = 2
+"""Requests that a replica holds for each of its rows: one decodes and one waits behind it, since Serve looks for a free
+replica twice a second only. All others wait before the replicas, for whichever has room first."""
 HEALTH_SECONDS = 2.0
 """Between two looks at a replica: one whose engine failed is replaced after the third."""
 LOGS = LoggingConfig(encoding="JSON", enable_access_log=False)
@@ -38,12 +39,13 @@ def build(args: AppArgs) -> serve.Application:
         min_replicas=args.replicas, max_replicas=most, target_ongoing_requests=args.max_batch)}
     outer = BackpressureConfig(status_code=429, retry_after_s=RETRY_SECONDS)
     server = serve.deployment(DecodeServer).options(
-        name="DecodeServer", **scale, max_ongoing_requests=args.room + SPARE_QUESTIONS, user_config=heads_of(args),
-        ray_actor_options={"num_cpus": args.cpus, "num_gpus": args.gpus}, graceful_shutdown_timeout_s=10,
+        name="DecodeServer", **scale, max_ongoing_requests=BEHIND * args.max_batch, user_config=heads_of(args),
+        ray_actor_options={"num_cpus": args.cpus, "num_gpus": args.gpus}, graceful_shutdown_timeout_s=args.drain_seconds,
         health_check_period_s=HEALTH_SECONDS, logging_config=LOGS)
     front = serve.deployment(Ingress).options(
         name="Ingress", max_ongoing_requests=args.room * most + SPARE_REQUESTS, max_queued_requests=SPARE_REQUESTS,
-        backpressure_config=outer, ray_actor_options={"num_cpus": 0.1}, graceful_shutdown_timeout_s=10, logging_config=LOGS)
+        backpressure_config=outer, ray_actor_options={"num_cpus": 0.1}, graceful_shutdown_timeout_s=args.drain_seconds,
+        logging_config=LOGS)
     version = _version(fixed)
     return _fixed(front, version).bind(_fixed(server, version).bind(fixed), fixed)
 

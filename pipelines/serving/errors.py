@@ -39,10 +39,14 @@ def not_ready(why: str) -> ApiError:
     return ApiError(503, f"{why}: try again later", code="not_ready", headers={"Retry-After": str(RETRY_SECONDS)})
 
 
+TOO_LONG = ("tokens leave no room in a context of", "tokens are more than the")
+
+
 def refused(refusal: Refusal) -> ApiError:
     """What a replica refused, as the client is told."""
     if refusal.status == 503:
         return ApiError(503, refusal.message, code="not_ready", headers={"Retry-After": str(RETRY_SECONDS)})
     if refusal.status == 429:
         return ApiError(429, refusal.message, code="queue_full", headers={"Retry-After": str(RETRY_SECONDS)})
-    return ApiError(refusal.status, refusal.message, refusal.message.split(":")[0] or None)
+    code = "context_length_exceeded" if any(words in refusal.message for words in TOO_LONG) else None
+    return ApiError(refusal.status, refusal.message, refusal.message.split(":")[0] or None, code)

@@ -17,6 +17,8 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 OPEN = ("/", "/health", "/ready")
 """Answered without a key: what a probe or a browser asks first. None of it decodes."""
+KNOWN = "hydra_heads.known"
+"""In a request's scope: whether whoever asks may be told more than a probe needs."""
 ROUTES = (*OPEN, "/v1/models", "/v1/completions", "/v1/chat/completions")
 
 
@@ -59,6 +61,9 @@ class Guard:
             await _send(error, counting)
         except _Gone:
             return
+        except Exception:
+            seen[0] = 500  # which whoever stands before us sends
+            raise
         finally:
             if Guard.limits is not None:
                 route = scope["path"] if scope["path"] in ROUTES else "other"
@@ -69,7 +74,8 @@ class Guard:
         if limits is None:
             raise ApiError(503, "the server is starting: try again later", headers={"Retry-After": "1"})
         given = _header(scope, b"authorization")
-        if limits.key_digests and scope["path"] not in OPEN and not opens(given, limits.key_digests):
+        scope[KNOWN] = not limits.key_digests or opens(given, limits.key_digests)
+        if not scope[KNOWN] and scope["path"] not in OPEN:
             raise ApiError(401, "an API key is needed: Authorization: Bearer KEY" if given is None else
                            "the API key is not one of this server's", code="invalid_api_key",
                            headers={"WWW-Authenticate": "Bearer"})

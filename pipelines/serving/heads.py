@@ -28,14 +28,16 @@ class Heads:
 
     @staticmethod
     def of(values: dict[str, Any]) -> Heads:
-        """From a `user_config`. Raises InputError for an unknown or missing field."""
+        """From a `user_config`. Raises InputError for an unknown, missing or ill-typed field."""
         known = {field.name for field in dataclasses.fields(Heads)}
         if unknown := sorted(set(values) - known):
             raise InputError(f"user_config.{unknown[0]}: unknown field; known are {', '.join(sorted(known))}")
-        try:
-            return Heads(**values)
-        except TypeError as error:
-            raise InputError(f"user_config: {error}") from None
+        for name, kind in (("configuration", str), ("label", str), ("version", int), ("digest", str)):
+            if type(values.get(name)) not in (kind, type(None)):
+                raise InputError(f"user_config.{name}={values[name]!r}: is not of type {kind.__name__}")
+        if not {"configuration", "label"} <= set(values) or values["label"] is None:
+            raise InputError("user_config: needs configuration (a folder, or null to decode plainly) and label")
+        return Heads(**values)
 
     def check_digest(self) -> str:
         """The digest of the folder as it is. Raises InputError where that is not the one that was deployed."""
@@ -56,10 +58,12 @@ def without_heads(args: AppArgs) -> AppArgs:
     return replace(args, configuration=None, label="", version=None, digest=None)
 
 
-def make_engine(heads: Heads, base: Base, args: AppArgs, timing: bool = True) -> Engine:
-    """An engine that has not run; with `timing` steps are timed where they were not yet. Raises InputError for another base,
-    files that changed, and heads that do not load."""
-    heads.check_digest()
+def make_engine(heads: Heads, base: Base, args: AppArgs, timing: bool = True) -> tuple[Engine, str]:
+    """An engine that has not run, and the digest of the files it was made of; with `timing` steps are timed where they were
+    not yet. Raises InputError for another base, files that changed, and heads that do not load."""
+    digest = heads.check_digest()
     costs = partial(machine_costs if timing else known_costs, base, Path(args.cache))
     drafter, trees = load_heads(heads.configuration, base, costs) if heads.configuration else (None, None)
-    return Engine(base, drafter, trees, max_batch=args.max_batch)
+    if heads.check_digest() != digest:
+        raise InputError(f"{heads.configuration}: its files changed while they were loaded: promote again")
+    return Engine(base, drafter, trees, max_batch=args.max_batch), digest

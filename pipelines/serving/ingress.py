@@ -17,21 +17,24 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from ray import serve
 from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from pipelines.serving.errors import ApiError, not_ready, queue_full, refused
-from pipelines.serving.guard import Guard, Limits
+from pipelines.serving.guard import KNOWN, Guard, Limits
 from pipelines.serving.metrics import FrontMetrics
 from pipelines.serving.openai_api import ChatRequest, CompletionRequest
 from pipelines.serving.openai_shapes import CHAT, DONE, TEXT, Chunks, event, response
 from pipelines.serving.records import AppArgs, Generation, Refusal
+from pipelines.serving.replicas import together
 
 log = logging.getLogger("ray.serve")
 PLAYGROUND = Path(__file__).with_name("playground.html")
-READY_SECONDS = 5.0
-"""In which a replica must say that it is there."""
+READY_SECONDS, HEALTH_SECONDS = 5.0, 0.8
+"""In which replicas must say that they are there; a probe of the health waits for a second at most."""
+STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+"""Nobody between us and the client is to keep an event back."""
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"description": text, "content": {"application/json": {}}}
     for status, text in ((400, "a bad request"), (401, "no key"), (404, "an unknown model"), (408, "too slow"),
@@ -55,7 +58,8 @@ async def _api_error(request: Request, error: ApiError) -> JSONResponse:
 @api.exception_handler(RequestValidationError)
 async def _malformed(request: Request, error: RequestValidationError) -> JSONResponse:
     first = error.errors()[0]
-    param = ".".join(str(part) for part in first["loc"] if part != "body") or None
+    place = [part for part in first["loc"] if part != "body"]  # a number alone: where the JSON breaks off
+    param = place[0] if place and isinstance(place[0], str) else None
     return JSONResponse(ApiError(400, f"{param or 'body'}: {first['msg']}", param).body(), 400)
 
 
@@ -86,6 +90,16 @@ async def _after(first: str, events: AsyncIterator[str]) -> AsyncIterator[str]:
         await events.aclose()  # type: ignore[attr-defined]  # gives the place back at once
 
 
+@contextlib.contextmanager
+def _until_left(asked: Any) -> Iterator[Any]:
+    """What a replica was asked for; it is told where nobody waits for it any more."""
+    try:
+        yield asked
+    except (asyncio.CancelledError, GeneratorExit):
+        asked.cancel()
+        raise
+
+
 @serve.ingress(api)
 class Ingress:
     """The HTTP front. It owns the bound of what is in flight over all replicas."""
@@ -102,23 +116,23 @@ class Ingress:
     @api.get("/health", responses=ERRORS)
     async def health(self) -> Any:
         """Whether this front lives and no replica that answers has failed."""
-        info = await self._info()
+        info = await self._info(HEALTH_SECONDS)
         if info is not None and info["failed"]:
             return JSONResponse({"status": "failed"}, 503)
         return {"status": "ok"}
 
     @api.get("/ready", responses=ERRORS)
-    async def ready(self) -> Any:
-        """Whether requests are decoded now: a base is loaded and a warm-up ran. Also what serves, and which heads were
-        turned away."""
-        info = await self._info()
+    async def ready(self, request: Request) -> Any:
+        """Whether requests are decoded now: a base is loaded and a warm-up ran. Whoever may ask for more is also told what
+        serves, how busy all replicas are together, and which heads one of them turned away."""
+        info = await self._info(READY_SECONDS)
         if info is None or info["failed"]:
             return JSONResponse({"status": "starting" if info is None else "failed"}, 503)
-        return {"status": "ready"} | info
+        return {"status": "ready"} | (info if request.scope[KNOWN] else {})
 
     @api.get("/v1/models", responses=ERRORS)
     async def models(self) -> dict[str, Any]:
-        info = await self._info()
+        info = await self._info(READY_SECONDS)
         if info is None:
             raise not_ready("no replica is ready")
         return {"object": "list", "data": [
@@ -126,12 +140,13 @@ class Ingress:
              "configuration": info["label"], "version": info["version"], "digest": info["configuration"],
              "context_limit": info["context_limit"]}]}
 
-    async def _info(self) -> dict[str, Any] | None:
-        """What a replica says of itself; None where none is there."""
+    async def _info(self, seconds: float) -> dict[str, Any] | None:
+        """What the replicas say of themselves, together; None where none is there."""
         try:
-            async with asyncio.timeout(READY_SECONDS):
-                return await self.server.info.remote()
-        except Exception:
+            found = await self.server.broadcast("info").results_async(timeout_s=seconds, return_exceptions=True)
+            return together([info for info in found if isinstance(info, dict)])
+        except Exception as error:
+            log.warning("no replica says what it is", extra={"why": f"{type(error).__name__}: {error}"[:200]})
             return None
 
     @api.post("/v1/completions", responses=ERRORS)
@@ -169,26 +184,29 @@ class Ingress:
             raise queue_full(self.in_flight) from None
         except RayActorError:  # nothing is kept of what it had begun
             raise not_ready("the replica that answered has died; another one is being started") from None
+        except DeploymentUnavailableError:
+            raise not_ready("no replica can be started; the log says why") from None
         finally:
             self.in_flight -= count
 
     async def _respond(self, kind: str, body: CompletionRequest | ChatRequest, generation: Generation) -> Any:
         if not body.stream:
-            with self._place(generation.n):
-                found = await self.server.answers.remote(generation)
+            with self._place(generation.n), _until_left(self.server.answers.remote(generation)) as answers:
+                found = await answers
             if isinstance(found, Refusal):
                 raise refused(found)
             return response(kind, body.model, generation, found)
         events = self._events(Chunks(kind, body.model, generation), body.include_usage)
         first = await anext(events)  # a refusal comes before the first byte, while there is still time for a status
-        return StreamingResponse(_after(first, events), media_type="text/event-stream")
+        return StreamingResponse(_after(first, events), media_type="text/event-stream", headers=STREAM_HEADERS)
 
     async def _events(self, chunks: Chunks, include_usage: bool) -> AsyncIterator[str]:
         """Server-sent events of one response. Raises ApiError before the first of them alone."""
         begun = False
         try:
-            with self._place(chunks.generation.n):
-                async for item in self.server.options(stream=True).stream.remote(chunks.generation):
+            stream = self.server.options(stream=True).stream
+            with self._place(chunks.generation.n), _until_left(stream.remote(chunks.generation)) as items:
+                async for item in items:
                     if isinstance(item, Refusal):
                         raise refused(item)
                     begun = True

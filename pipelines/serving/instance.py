@@ -24,13 +24,13 @@ class Instance:
     def url(self) -> str:
         return f"http://{self.host}:{self.port}"
 
-    def check_room(self, name: str, route: str) -> None:
+    def check_room(self, name: str, route: str | None) -> None:
         """Raise InputError unless an application can be added without taking another one's name or route."""
         if name in self.applications:
             raise InputError(f"serve.app_name={name}: an application of that name is {self.applications[name][0]} on this "
                              "cluster: choose another name or delete it")
         for other, (_, taken) in self.applications.items():
-            if taken == route:
+            if route is not None and taken == route:
                 raise InputError(f"serve: application {other} answers at {route} on this cluster already: delete it or "
                                  "start another cluster")
 

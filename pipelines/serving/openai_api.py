@@ -21,7 +21,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 """Parameters that ask for what is not served: the values that ask for nothing are let through."""
 IGNORED = ("user", "metadata", "service_tier", "prompt_cache_key", "safety_identifier")
 """Parameters that change no answer."""
-MOST_STOPS = 4
+MOST_STOPS, LONGEST_STOP = 4, 256
 
 
 class StreamOptions(BaseModel):
@@ -65,6 +65,8 @@ class _Common(BaseModel):
         stops = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
         if len(stops) > MOST_STOPS or any(not stop for stop in stops):
             raise ApiError(400, f"stop: at most {MOST_STOPS} strings, none of them empty", "stop")
+        if any(len(stop) > LONGEST_STOP for stop in stops):
+            raise ApiError(400, f"stop: at most {LONGEST_STOP} characters a string", "stop")
         return tuple(stops)
 
     def generation(self, prefix: str, limit: int, default: int, rows: int) -> Generation:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 from pipelines.serving.records import Answer, Generation, Piece, Token
@@ -51,7 +52,7 @@ def logprobs(kind: str, tokens: Sequence[Token], offset: int) -> dict[str, Any]:
         return {"content": [{**_told(token.text, token.logprob),
                              "top_logprobs": [_told(text, value) for text, value in token.top]} for token in tokens],
                 "refusal": None}
-    offsets = [offset + sum(len(token.text) for token in tokens[:place]) for place in range(len(tokens))]
+    offsets = list(accumulate((len(token.text) for token in tokens[:-1]), initial=offset)) if tokens else []
     return {"tokens": [token.text for token in tokens], "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": [_by_text(token) for token in tokens], "text_offset": offsets}
 

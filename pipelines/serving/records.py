@@ -102,7 +102,8 @@ class AppArgs:
 
     `version`: of a registered model; `digest`: of the configuration's files, checked again where they are loaded;
     `max_replicas`: None keeps `replicas`; `api_key_digests`: sha256 in hex of the keys that open the endpoint, none:
-    everybody may ask; `max_body_bytes`: of one request.
+    everybody may ask; `max_body_bytes`: of one request; `drain_seconds`: that a replica which is to go may take to finish
+    what it has begun.
     """
 
     base: dict[str, Any]
@@ -123,6 +124,7 @@ class AppArgs:
     max_prompt_tokens: int | None = None
     max_body_bytes: int = 2**20
     api_key_digests: tuple[str, ...] = ()
+    drain_seconds: float = 120.0
 
     @property
     def room(self) -> int:

@@ -51,7 +51,7 @@ class DecodeServer:
             heads = Heads.of(user_config)
             if heads == self.heads:
                 return
-            engine = await asyncio.to_thread(make_engine, heads, self.base, self.args, timing=self.host is None)
+            engine, digest = await asyncio.to_thread(make_engine, heads, self.base, self.args, timing=self.host is None)
             if self.host is None:
                 await asyncio.to_thread(warm_up, engine)
                 self.host = EngineHost(engine, self.metrics.load)
@@ -67,9 +67,20 @@ class DecodeServer:
             log.error("heads rejected, the old ones stay", extra={"rejected": self.rejected})
             return
         self.heads, self.rejected = heads, None
-        self.serving = Serving(str(self.base.identity), self.base.context_limit, heads.check_digest())
+        self.serving = Serving(str(self.base.identity), self.base.context_limit, digest)
         self.metrics.serves(heads.version)
         log.info("decoding with other heads", extra={"heads": asdict(heads)})
+
+    @property
+    def failed(self) -> bool:
+        """Whether the engine died: nothing is answered any more."""
+        return self.host is not None and self.host.failure is not None
+
+    async def restart(self) -> None:
+        """A new engine with the same heads in place of one that died, where no Serve replaces the replica."""
+        assert self.heads is not None
+        heads, self.host, self.heads = self.heads, None, None
+        await self.reconfigure(asdict(heads))
 
     async def generate(self, generation: Generation) -> Answer | Refusal:
         """The one answer of a generation at once."""
@@ -88,7 +99,7 @@ class DecodeServer:
 
     async def stream(self, generation: Generation) -> AsyncIterator[Piece | Answer | Refusal]:
         """Pieces of text and, of each choice, its answer; or one refusal. Leaving early frees the rows."""
-        if self.host is None or self.host.failure is not None:
+        if self.host is None or self.failed:
             yield Refusal(503, "this replica's engine has failed; another one is being started: try again later")
             return
         if self.in_flight + generation.n > self.args.room:
@@ -96,11 +107,11 @@ class DecodeServer:
             return
         self.in_flight += generation.n
         try:
-            requests = self._requests(generation)
+            requests = await asyncio.to_thread(self._requests, generation)  # a long text would hold up every stream
             async for item in merged([self._decode(generation, index, request) for index, request in enumerate(requests)]):
                 yield item
         except InputError as error:
-            yield Refusal(400, str(error).removeprefix(f"request {generation.id}: "))
+            yield Refusal(400, _in_clients_words(str(error).removeprefix(f"request {generation.id}: "), generation))
         finally:
             self.in_flight -= generation.n
 
@@ -108,8 +119,7 @@ class DecodeServer:
         prompt = tuple(self._prompt_ids(generation))
         most = self.args.max_prompt_tokens
         if most is not None and len(prompt) > most:
-            field = "prompt" if generation.messages is None else "messages"
-            raise InputError(f"{field}: {len(prompt)} tokens are more than the {most} allowed here")
+            raise InputError(f"prompt: {len(prompt)} tokens are more than the {most} allowed here")
         request = Request(
             generation.id, prompt, generation.max_new_tokens, generation.temperature, generation.seed,
             stop=generation.stop, top_p=generation.top_p, presence_penalty=generation.presence_penalty,
@@ -136,8 +146,7 @@ class DecodeServer:
                 last, result = now, output.result
                 piece = self._piece(index, output, text)
                 tokens += piece.tokens
-                if piece.text or piece.tokens:
-                    yield piece
+                yield piece
         except (InputError, RuntimeError):  # refused, or the engine died: nobody left
             failed = True
             raise
@@ -169,8 +178,7 @@ class DecodeServer:
         if generation.prompt_ids is not None:
             return generation.prompt_ids
         if not is_text([generation.prompt, generation.text, generation.messages]):
-            field = "prompt" if generation.messages is None else "messages"
-            raise InputError(f"{field}: holds half a character (a lone surrogate)")
+            raise InputError("prompt: holds half a character (a lone surrogate)")
         if generation.text is not None:
             if self.base.tokenizer is None:
                 raise InputError("prompt: the base has no tokenizer: give token ids")
@@ -182,7 +190,7 @@ class DecodeServer:
         assert self.heads is not None and self.serving is not None and self.host is not None
         return {"label": self.heads.label, "version": self.heads.version, **asdict(self.serving),
                 "in_flight": self.in_flight, "running": self.host.running, "slots": self.args.max_batch,
-                "failed": self.host.failure is not None, "rejected": self.rejected}
+                "failed": self.failed, "rejected": self.rejected}
 
     async def running_args(self) -> AppArgs:
         """The arguments of this application, its present heads among them."""
@@ -191,8 +199,16 @@ class DecodeServer:
 
     def check_health(self) -> None:
         """Raises when the engine has failed, so that Serve replaces the replica."""
-        if self.host is not None and self.host.failure is not None:
+        if self.host is not None and self.failed:
             raise RuntimeError("the engine has failed") from self.host.failure
+
+
+def _in_clients_words(message: str, generation: Generation) -> str:
+    """A mistake under the name of the field that the client gave."""
+    field, colon, rest = message.partition(":")
+    if field in ("prompt", "prompt_ids"):
+        field = "prompt" if generation.messages is None else "messages"
+    return field + colon + rest
 
 
 def _answer(generation: Generation, index: int, text: str, result: Result, tokens: tuple[Token, ...],

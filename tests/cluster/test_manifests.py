@@ -49,6 +49,12 @@ def check_nightly(config: RunConfig) -> None:
     assert day in str(config.batch.source) and day in str(config.batch.target)
 
 
+def check_same_day(schedule: str, seconds: int) -> None:
+    """The latest start of the latest try still means the same `yesterday`."""
+    minute, hour = (int(word) for word in schedule.split()[:2])
+    assert hour * 3600 + minute * 60 + seconds < 24 * 3600
+
+
 @pytest.mark.parametrize("path", sorted(CLUSTER.glob("*.yaml")), ids=lambda path: path.name)
 def test_parses(path: Path) -> None:
     assert isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict)
@@ -62,9 +68,19 @@ def test_rayservice_carries_the_serve_config() -> None:
     values = load("rayservice.yaml")
     assert (values["apiVersion"], values["kind"]) == ("ray.io/v1", "RayService")
     inner = yaml.safe_load(values["spec"]["serveConfigV2"])
+    assert inner["http_options"].pop("host") == "0.0.0.0"  # others are to reach it, so it asks for keys
+    (application,) = inner["applications"]
+    keys = Path(application["args"].pop("api_keys_file"))
+    inner["http_options"]["host"] = "127.0.0.1"
     check_serve(inner)
     assert inner == load("serve_config.yaml")
-    check_cluster(values["spec"]["rayClusterConfig"])
+    cluster = values["spec"]["rayClusterConfig"]
+    check_cluster(cluster)
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        spec = group["template"]["spec"]
+        mounted = {mount["mountPath"]: mount["name"] for mount in spec["containers"][0]["volumeMounts"]}
+        (volume,) = [volume for volume in spec["volumes"] if volume["name"] == mounted[str(keys.parent)]]
+        assert volume["secret"]["secretName"]
 
 
 def check_cluster(spec: dict[str, Any]) -> None:
@@ -84,6 +100,7 @@ def test_ray_jobs(name: str, kind: str) -> None:
     assert isinstance(yaml.safe_load(spec["runtimeEnvYAML"]), dict)
     if kind == "RayCronJob":
         assert len(values["spec"]["schedule"].split()) == 5 and values["spec"]["timeZone"] == "Etc/UTC"
+        check_same_day(values["spec"]["schedule"], spec["activeDeadlineSeconds"])
         check_nightly(config)
 
 
@@ -92,10 +109,9 @@ def test_cron_batch() -> None:
     spec = values["spec"]
     assert (values["apiVersion"], values["kind"]) == ("batch/v1", "CronJob")
     assert len(spec["schedule"].split()) == 5 and spec["timeZone"] == "Etc/UTC" and spec["concurrencyPolicy"] == "Forbid"
-    hour = int(spec["schedule"].split()[1])
-    assert hour * 3600 + spec["startingDeadlineSeconds"] < 24 * 3600  # a late start still means the same yesterday
     job = spec["jobTemplate"]["spec"]
-    assert job["activeDeadlineSeconds"] < 24 * 3600 and job["template"]["spec"]["restartPolicy"] == "Never"
+    check_same_day(spec["schedule"], spec["startingDeadlineSeconds"] + job["activeDeadlineSeconds"])
+    assert job["template"]["spec"]["restartPolicy"] == "Never"
     command = job["template"]["spec"]["containers"][0]["command"]
     assert command[:3] == ["ray", "job", "submit"] and any(word.startswith("--address=http://") for word in command)
     assert not any(word.startswith("--submission-id") for word in command)  # a second try would be refused under the same

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -70,6 +71,36 @@ def test_a_fault_is_tried_again_and_a_failed_replica_waited_for(monkeypatch: pyt
     handle = Handle(*[fault, Refusal(503, "failed")] * 5)
     reply = through(monkeypatch, handle).ask(BatchRow("a", 1, prompt="x"))
     assert reply.status == 500 and "the server failed 3 times" in reply.message and len(handle.asked) == 5
+
+
+def test_a_row_that_breaks_the_server_breaks_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault takes all that is in flight with it; the row that causes it fails, and no other."""
+    lock, flying = threading.Lock(), set[str]()
+    broken: set[str] = set()
+
+    class Server:
+        def remote(self, generation: Generation) -> Any:
+            with lock:
+                flying.add(generation.id)
+                if generation.id.startswith("batch-poison"):
+                    broken.update(flying)
+
+            def result() -> list[Answer]:
+                threading.Event().wait(0.01)
+                with lock:
+                    flying.discard(generation.id)
+                    fails = generation.id in broken
+                if fails:
+                    raise RayTaskError("answers", "pages", RuntimeError("out of memory"), "title", 1, "ip")
+                return [Answer(generation.id, "x", (5, 6), "stop", 3, 1, 1, 1, 0.1)]
+
+            return SimpleNamespace(result=result)
+
+    asker = through(monkeypatch, SimpleNamespace(answers=Server()))  # type: ignore[arg-type]
+    rows = [BatchRow(f"{'poison' if number in (3, 17) else 'row'}-{number}", number, prompt="x") for number in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        replies = list(pool.map(asker.ask, rows))
+    assert [row.row for row, reply in zip(rows, replies, strict=True) if reply.status != 200] == [3, 17]
 
 
 def test_nobody_is_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +183,7 @@ def test_over_http(monkeypatch: pytest.MonkeyPatch) -> None:
         assert came[-1][0] == "/v1/completions" and came[-1][2]["prompt"] == [1, 2]
         own = {"messages": [], "model": "other", "seed": 9, "stream": True}
         assert asker.ask(BatchRow("c", 3, url="/v1/chat/completions", body=own)).status == 200
-        assert came[-1][2] == {"messages": [], "model": "other", "seed": 9}
+        assert came[-1][2] == {"messages": [], "model": "other", "seed": 9, "max_tokens": 8}  # as through the handle
         assert asker.ask(BatchRow("d", 4, prompt="x")).message == "the endpoint's answer is not in OpenAI's shape"
         assert asker.ask(BatchRow("e", 5, prompt="x")).status == 500
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,24 @@ def test_rows_written_twice_are_left_in_one_place(tmp_path: Path, kind: str) -> 
     again = settle(output.rows, kind, BATCH)
     assert again.ids == found.ids and not settle(output.rows, kind, BATCH, elsewhere=found.ids).ids
     assert not parts(output.rows, kind)
+
+
+def test_a_part_that_takes_another_ones_name_is_kept(tmp_path: Path) -> None:
+    """Killed while it settled: {a, b}, {b, c} and the {c} that was to replace it. Names come from the rows, so ids are sought
+    that sort the part to be rewritten before the one whose name it then takes."""
+    for number in range(200):
+        a, b, c = (f"{name}{number}" for name in "abc")
+        shutil.rmtree(tmp_path / "rows", ignore_errors=True)
+        for ids in ((a, b), (b, c), (c,)):
+            output = written(tmp_path, "jsonl", *ids)
+        names = [sorted(json.loads(line)["id"] for line in path.open()) for path in parts(output.rows, "jsonl")]
+        if names == [[a, b], [b, c], [c]]:
+            break
+    else:
+        raise AssertionError("no such names")
+    found = settle(output.rows, "jsonl", BATCH)
+    stand = [row["id"] for row in read_batch_rows(output.rows, "jsonl")]
+    assert sorted(stand) == [a, b, c] and found.ids == {digest(name) for name in (a, b, c)}
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "openai"])

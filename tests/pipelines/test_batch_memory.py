@@ -1,60 +1,62 @@
-"""A file far larger than the memory it may take, answered by a real engine."""
+"""A file far larger than the memory that it may take, through the whole job: 50,000 rows, each answered by a real engine."""
 
 from __future__ import annotations
 
 import json
-import threading
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from pipelines.batch_ask import Asking
-from pipelines.batch_files import BATCH, Output, settle
-from pipelines.batch_rows import BadRow, Reading, ordered, read_rows
-from pipelines.batch_worker import BatchSettings, BatchWorker
-from pipelines.config import load_config
-from pipelines.serving.records import AppArgs
+from pipelines.batch_files import BATCH, settle
 
-ROWS, WARM = 6_000, 300
-CAP = 80 << 20  # bytes more than after the first rows
+ROWS, WARM = 50_000, 5_000
+CAP = 120 << 20
+"""Bytes that the driver may grow by after it has read a block, and the engine after the first tenth of the rows."""
 
 
-def refuse(bad: BadRow) -> None:
-    raise AssertionError(bad)
+def job(process: subprocess.Popen[bytes]) -> dict[str, int]:
+    """Bytes that the driver and its engine hold of their own, by role; Ray's own processes are not counted."""
+    found = {}
+    for one in (psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)):
+        try:
+            role = "driver" if one.pid == process.pid else "engine" if "MapWorker" in " ".join(one.cmdline()) else None
+            if role:
+                found[role] = one.memory_info().rss - one.memory_info().shared
+        except psutil.Error:
+            continue
+    return found
 
 
 @pytest.mark.slow
-def test_a_large_file_is_answered_under_a_cap(tiny_base_dir: Path, tmp_path: Path) -> None:
-    """300 MB of rows with short prompts through the tiny base: the process grows by a quarter of that at most.
-
-    Fewer rows than the 50,000 that pass the writer in `test_batch_worker`: here each takes an engine's step or two.
-    """
-    path = tmp_path / "in.jsonl"
+def test_a_large_file_is_answered_under_a_cap(tiny_base_dir: Path, storage: Path, worker_env: dict[str, str]) -> None:
+    path, output = storage.parent / "in.jsonl", storage.parent / "out"
     with path.open("w", encoding="utf-8") as lines:
-        lines.writelines(json.dumps({"prompt": f"q {number}", "note": f"{number:010d}" * 5000}) + "\n" for number in range(ROWS))
-    base = {"model": str(tiny_base_dir), "dtype": "fp32", "device": "cpu", "context_limit": None}
-    app = AppArgs(base, str(tmp_path / "cache"), None, "plain", max_batch=32, max_queued=64, threads=1)
-    worker = BatchWorker(BatchSettings(Output(str(tmp_path / "out"), "jsonl", "plain", 64),
-                                       Asking("m", 2, 0.0, 0, embedded=app), 48))
-    known: set[bytes] = set()
-    warm = load_config(None, {"batch.input": str(path), "batch.limit": WARM})
-    worker.answer(ordered(Reading(refuse).todo(read_rows(warm), known)))
-    process, most, stop = psutil.Process(), [0], threading.Event()
-    before = process.memory_info().rss
-
-    def watch() -> None:
-        while not stop.wait(0.05):
-            most[0] = max(most[0], process.memory_info().rss)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    reading = Reading(refuse)
-    try:
-        known = settle(tmp_path / "out" / "rows", "jsonl", BATCH).ids
-        worker.answer(ordered(reading.todo(read_rows(load_config(None, {"batch.input": str(path)})), known)))
-    finally:
-        stop.set()
-        watcher.join()
-    assert reading.rows == ROWS == len(settle(tmp_path / "out" / "rows", "jsonl", BATCH).ids)
-    assert path.stat().st_size > 3.5 * CAP and 0 < most[0] - before < CAP, most[0] - before
+        lines.writelines(json.dumps({"prompt": f"q {number}", "note": f"{number:09d} " * 1000}) + "\n" for number in range(ROWS))
+    command = [sys.executable, "-m", "jobs.batch", f"storage={storage}", f"base.model={tiny_base_dir}", "base.dtype=fp32",
+               "base.context_limit=64", "serve.model=plain", "serve.max_batch=64", "serve.workers.threads=1",
+               f"batch.input={path}", f"batch.output={output}",
+               "batch.engine=embedded", "batch.max_new_tokens=1", "batch.rows_per_file=1000"]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | worker_env
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    early: dict[str, int] = {}
+    most: dict[str, int] = {}
+    while process.poll() is None:
+        begun = {"driver": bool(list(output.glob("todo/block-*"))),
+                 "engine": len(list(output.glob("rows/part-*"))) * 1000 >= WARM}
+        for role, size in job(process).items():
+            if begun[role] or role in early:
+                early.setdefault(role, size)
+                most[role] = max(most.get(role, 0), size)
+        time.sleep(0.1)
+    assert process.stdout is not None
+    result = json.loads(process.stdout.read())
+    assert (result["rows"], result["errors"], result["rows_skipped"]) == (ROWS, 0, 0)
+    assert len(settle(output / "rows", "jsonl", BATCH).ids) == ROWS
+    assert early.keys() == {"driver", "engine"} and path.stat().st_size > 4 * CAP
+    grown = {role: most[role] - early[role] for role in early}
+    assert max(grown.values()) < CAP, grown

@@ -47,14 +47,35 @@ def test_formats_are_told_by_the_file_and_output_is_in_kind(tmp_path: Path) -> N
 def test_openai_rows_and_what_is_wrong_with_the_others(tmp_path: Path) -> None:
     path = write(tmp_path / "r.jsonl", request("a"), request("b", "/v1/completions"), request("c", "/v1/embeddings"),
                  request("d", method="GET"), request(""), request("e", body=None), "[]", '{"custom_id"',
-                 '{"custom_id": "f", "url": "/v1/completions", "body": {"prompt": "\\ud800"}}')
+                 '{"custom_id": "f", "url": "/v1/completions", "body": {"prompt": "\\ud800"}}',
+                 '{"custom_id": "\\ud800", "url": "/v1/completions", "body": {"prompt": "x"}}')
     rows = list(read_rows(load_config(None, {"batch.input": str(path)})))
-    assert [row.id for row in rows] == ["a", "b", "c", "d", "row-5", "e", "row-7", "row-8", "f"]
-    assert [row.row for row in rows] == list(range(1, 10))
+    assert [row.id for row in rows] == ["a", "b", "c", "d", "row-5", "e", "row-7", "row-8", "f", "row-10"]
+    assert [row.row for row in rows] == list(range(1, 11)) and all(digest(row.id) for row in rows)
     assert all(isinstance(row, BatchRow) for row in rows[:2]) and all(isinstance(row, BadRow) for row in rows[2:])
-    words = ("url: is '/v1/embeddings'", "method: is 'GET'", "custom_id", "body", "not an object", "not JSON", "surrogate")
+    words = ("url: is '/v1/embeddings'", "method: is 'GET'", "custom_id", "body", "not an object", "not JSON", "surrogate",
+             "surrogate")
     for row, word in zip(rows[2:], words, strict=True):
         assert isinstance(row, BadRow) and word in row.message and f"row {row.row}" in row.message
+
+
+def test_a_bad_first_line_does_not_decide_for_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.jsonl", {"custom_id": "a"}, request("b"))
+    rows = list(read_rows(load_config(None, {"batch.input": str(path), "batch.format": "openai"})))
+    assert [type(row) for row in rows] == [BadRow, BatchRow]
+
+
+def test_several_answers_need_a_format_that_holds_them(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.jsonl", request("a", body={"messages": [], "n": 2}), request("b", body={"messages": [], "n": 1}))
+    kept = list(read_rows(load_config(None, {"batch.input": str(path)})))
+    assert all(isinstance(row, BatchRow) for row in kept)
+    bad, good = read_rows(load_config(None, {"batch.input": str(path), "batch.format": "jsonl"}))
+    assert isinstance(bad, BadRow) and "n: 2 answers need batch.format=openai" in bad.message and isinstance(good, BatchRow)
+
+
+def test_an_id_of_nought_is_one(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", {"prompt": "x", "id": 0}, {"prompt": "y", "id": "", "prompt_id": "p"})
+    assert [row.id for row in read_rows(load_config(None, {"batch.input": str(path)}))] == ["0", "p"]
 
 
 def test_every_row_is_counted_once() -> None:

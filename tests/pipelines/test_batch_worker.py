@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import tracemalloc
 from collections.abc import Iterator
+from concurrent.futures import wait
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,14 @@ def test_what_was_answered_is_written_when_something_breaks(monkeypatch: pytest.
         work.answer(BatchRow(str(number), number, prompt="x") for number in range(50))
     found = settle(tmp_path / "rows", "jsonl", BATCH)
     assert len(found.ids) == work.writer.done >= 14 and work.asker.patience.over
+
+
+def test_those_done_at_the_same_time_as_a_fault_are_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    work = worker(monkeypatch, tmp_path, Echo(fault="0"))
+    monkeypatch.setattr(batch_worker, "wait", lambda flying, return_when: wait(flying))
+    with pytest.raises(RuntimeError, match="broken"):
+        work.answer(BatchRow(str(number), number, prompt="x") for number in range(3))
+    assert work.writer.done == 2
 
 
 @pytest.mark.slow

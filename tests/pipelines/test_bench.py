@@ -76,6 +76,8 @@ def test_throughput_by_hand() -> None:
     plain = summarise_batches(rows)["equal"]["plain"]
     assert plain["speed_vs_transformers"] == 2.5 and plain["range"] == [2.0, 4.0]
     assert plain["tokens_per_second"] == pytest.approx((20 + 20 + 25) / 3, abs=0.1)
+    job = summarise_batches([*rows, BatchRow(0, "equal", "engine", 4, 100, 4.0), BatchRow(0, "equal", "batch", 4, 100, 5.0)])
+    assert job["equal"]["batch"]["speed_vs_engine"] == 0.8 and "speed_vs_engine" not in job["equal"]["engine"]
 
 
 def test_ragged_limits_depend_on_the_place_alone() -> None:
@@ -227,7 +229,7 @@ def untimed(entry: Row) -> dict[str, Any]:
 def test_stopped_and_gone_on_with(local_ray: None, tiny_base_dir: Path, tiny_base: Base, heads: Path,
                                   tmp_path: Path) -> None:
     config = config_for(tiny_base_dir, tmp_path, [*SPEC_BENCH, {"other": 1}], bench__heads=str(heads), bench__batch_prompts=2,
-                        bench__running_batch=2, base__context_limit=200)
+                        bench__running_batch=2, bench__batch_job=True, serve__model="plain", base__context_limit=200)
     result = run_bench(config)
     folder = tmp_path / "runs" / "default" / "bench"
     assert set(result.figures["methods"]) == {"plain", "transformers", "ngram", "hydra", "combined"}
@@ -237,7 +239,8 @@ def test_stopped_and_gone_on_with(local_ray: None, tiny_base_dir: Path, tiny_bas
     assert hydra["fp32"] == {"answers": 4, "identical": 4, "near_tie": 0, "different": 0}  # alone and in a batch
     assert result.figures["batch"].keys() == {"equal", "ragged"}
     assert {name: f["tokens"] for name, f in result.figures["batch"]["equal"].items()} == dict.fromkeys(
-        ("plain", "transformers", "ngram", "hydra", "combined"), 24)
+        ("plain", "transformers", "ngram", "hydra", "combined", "engine", "batch"), 24)
+    assert result.figures["batch"]["equal"]["batch"]["speed_vs_engine"] > 0
     assert len({f["tokens"] for f in result.figures["batch"]["ragged"].values()}) == 1  # greedy: all say the same
     assert (result.figures["questions"], result.figures["errors"]) == (2, 1)
     (error,) = (json.loads(line) for line in (folder / "errors.jsonl").read_text(encoding="utf-8").splitlines())

@@ -75,3 +75,5 @@ def test_nothing_is_lost_at_four_times_the_capacity(storage: Path, tiny_base_dir
     with pytest.raises(httpx.HTTPError):  # the application that it started is gone
         httpx.get(f"http://127.0.0.1:{config.serve.port}/health")
     assert run_load(config).skipped
+    with pytest.raises(InputError, match="another run"):  # another base's report is not this one's
+        run_load(config.model_copy(update={"base": config.base.model_copy(update={"dtype": "bf16"})}))

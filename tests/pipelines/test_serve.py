@@ -168,17 +168,6 @@ def test_malformed_body(app: ServedApp) -> None:
     assert answer.status_code == 400 and "error" in answer.json()
 
 
-def test_a_client_that_leaves_frees_its_row(app: ServedApp) -> None:
-    body = {"model": "hydra-heads", "prompt": [5, 6, 7], "max_tokens": 200, "temperature": 1.0, "stream": True}
-    with httpx.stream("POST", f"{app.url}/v1/completions", json=body, timeout=30) as answer:
-        next(answer.iter_lines())
-    for _ in range(100):
-        if httpx.get(f"{app.url}/ready").json()["in_flight"] == 0:
-            return
-        time.sleep(0.1)
-    pytest.fail("the row is still held")
-
-
 def test_bad_configurations_are_refused_before_serving(config: RunConfig, configuration: Path, tmp_path: Path) -> None:
     def serving(model: str, dtype: str = "fp32") -> RunConfig:
         return config.model_copy(update={"serve": config.serve.model_copy(update={"model": model}),

@@ -68,7 +68,8 @@ def test_bad_heads_change_nothing_and_are_told(args: AppArgs, ngram: dict[str, A
             await server.reconfigure({"configuration": str(tmp_path / "nowhere"), "label": "x"})
         await server.reconfigure(ngram)
         for change, word in (({"digest": "0" * 64}, "was deployed"), ({"configuration": str(tmp_path), "digest": None}, "config"),
-                             ({"nonsense": 1}, "unknown field")):
+                             ({"nonsense": 1}, "unknown field"), ({"version": "2"}, "not of type int"),
+                             ({"configuration": 7}, "not of type str")):
             await server.reconfigure(ngram | {"label": "bad"} | change)
             rejected = (await server.info())["rejected"]
             assert rejected["label"] == "bad" and word in rejected["reason"]
@@ -82,6 +83,31 @@ def test_bad_heads_change_nothing_and_are_told(args: AppArgs, ngram: dict[str, A
         server.host.close()
 
     asyncio.run(try_bad())
+
+
+def test_files_that_change_while_they_load_change_nothing(args: AppArgs, ngram: dict[str, Any],
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipelines.serving import heads
+
+    load = heads.load_heads
+
+    def meddle(folder: str, *rest: Any) -> Any:
+        found = load(folder, *rest)
+        (Path(folder) / "more").write_text("x", encoding="utf-8")
+        return found
+
+    async def swap() -> None:
+        server = DecodeServer(args)
+        await server.reconfigure(heads_of(args))
+        monkeypatch.setattr(heads, "load_heads", meddle)
+        await server.reconfigure(ngram | {"digest": None})
+        info = await server.info()
+        assert info["label"] == "plain" and "changed while they were loaded" in info["rejected"]["reason"]
+        assert isinstance(await server.generate(GENERATION), Answer)
+        assert server.host is not None
+        server.host.close()
+
+    asyncio.run(swap())
 
 
 def test_leaving_frees_every_choice(args: AppArgs) -> None:
@@ -169,7 +195,9 @@ def test_only_heads_are_no_part_of_the_version(args: AppArgs, ngram: dict[str, A
     def versions(asked: AppArgs) -> tuple[Any, Any]:
         front = build(asked)._bound_deployment
         server = front.init_args[0]._bound_deployment
-        assert server.max_ongoing_requests > asked.max_batch + asked.max_queued  # a full one still says that it lives
+        assert server.max_ongoing_requests == 2 * asked.max_batch  # all others wait where any replica can take them
+        assert front._deployment_config.backpressure_config.status_code == 429
+        assert front.max_ongoing_requests > asked.room  # the front itself tells of a full queue, in OpenAI's shape
         assert Heads.of(server.user_config) == Heads.of(heads_of(asked))
         return front._version, server._version
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import random
+import re
 import shutil
 import socket
 import threading
@@ -18,6 +19,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import openai
+import psutil
 import pytest
 import ray
 import schemathesis
@@ -31,8 +33,9 @@ from hydra_core.decoding import DecodingConfiguration, Request, choices, naive_g
 from hydra_core.errors import InputError
 from hydra_core.tree import Tree, TreeSet
 from pipelines.config import RunConfig, load_config
-from pipelines.serve import ServedApp, resolve_args, start_app, update_app
-from pipelines.serving.metrics import NAMES
+from pipelines.serve import ServedApp, resolve_args, run_serve, start_app, update_app
+from pipelines.serving.metrics import series
+from pipelines.tracking import Tracker, register
 from tests.pipelines.test_serve import free_port
 from tests.trained import overfit_heads, random_prompts
 
@@ -170,17 +173,33 @@ def test_sixty_four_at_once_each_equal_to_its_lone_run(client: openai.OpenAI, ti
 LONG = {"model": MODEL, "prompt": "hello", "max_tokens": 200, "temperature": 1.0, "seed": 3}
 
 
+def log_lines() -> list[dict[str, Any]]:
+    folder = Path(ray._private.worker._global_node.get_logs_dir_path()) / "serve"
+    return [json.loads(line) for path in folder.glob("replica_hydra-heads_*.log") for line in path.read_text().splitlines()]
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_rows(http: httpx.Client, stream: bool) -> None:
+    """It leaves while its answers wait behind others': had nobody told the engine, they would be decoded in the end."""
+    mark = f"left-{stream}"
     body = json.dumps(LONG | {"stream": stream, "n": 4}).encode()
     address = urlsplit(str(http.base_url))
     head = (f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(body)}\r\n\r\n").encode()
-    with contextlib.closing(socket.create_connection((address.hostname, address.port))) as gone:
-        gone.sendall(head + body)
-        if stream:
-            gone.recv(1)
-    until(lambda: http.get("/ready").json()["in_flight"] == 0 and http.get("/ready").json()["running"] == 0, "rows are held")
+            f"X-Request-ID: {mark}\r\nContent-Length: {len(body)}\r\n\r\n").encode()
+    with ThreadPoolExecutor(6) as pool:
+        others = [pool.submit(http.post, "/v1/completions", json=LONG | {"n": 4, "seed": i}) for i in range(6)]
+        until(lambda: http.get("/ready").json()["running"] == 4, "the rows are not full")
+        with contextlib.closing(socket.create_connection((address.hostname, address.port))) as gone:
+            gone.sendall(head + body)
+            until(lambda: http.get("/ready").json()["in_flight"] == 28 or all(other.done() for other in others), "not seen")
+        assert {other.result().status_code for other in others} == {200}
+
+    def mine(message: str) -> int:
+        return sum(line.get("request_id") == mark and line["message"] == message for line in log_lines())
+
+    until(lambda: mine("cancelled") == 4, f"{mine('cancelled')} of 4 answers were given up")
+    assert mine("answered") == 0
+    assert http.get("/ready").json()["in_flight"] == http.get("/ready").json()["running"] == 0
 
 
 def test_a_full_queue_is_told_to_come_back(http: httpx.Client) -> None:
@@ -202,6 +221,7 @@ HOSTILE: list[tuple[bytes, int]] = [
     (json.dumps(LONG | {"prompt": [10**30]}).encode(), 400), (json.dumps(LONG | {"n": 10**9}).encode(), 400),
     (json.dumps(LONG | {"stop": [["a"]]}).encode(), 400), (json.dumps(LONG | {"\ud800": 1}).encode(), 400),
     (json.dumps(LONG | {"prompt": "w" * 5000}).encode(), 400), (json.dumps(LONG | {"stream": "yes"}).encode(), 400),
+    (json.dumps(LONG | {"stop": "s" * 40_000}).encode(), 400), (json.dumps(LONG | {"echo": True}).encode(), 400),
     (json.dumps(LONG | {"top_k": 5}).encode(), 400), (json.dumps(LONG | {"suffix": "x"}).encode(), 400),
     (json.dumps(LONG | {"prompt": "\x00\x1b[2J\u202e\x7f", "max_tokens": 3}).encode(), 200)]
 
@@ -244,31 +264,32 @@ def test_unknown_paths_and_methods_in_openais_shape(http: httpx.Client) -> None:
 
 def test_logs_are_json_with_request_ids(http: httpx.Client) -> None:
     found = http.post("/v1/completions", json=LONG | {"max_tokens": 2}, headers={"X-Request-ID": "my-own-id"}).json()
-    folder = Path(ray._private.worker._global_node.get_logs_dir_path()) / "serve"
-
-    def lines() -> list[dict[str, Any]]:
-        return [json.loads(line) for path in folder.glob("replica_hydra-heads_*.log") for line in path.read_text().splitlines()]
-
-    until(lambda: any(line.get("answer_id") == found["id"] for line in lines()), "the answer is not in the log")
-    mine = [line for line in lines() if line.get("request_id") == "my-own-id"]
+    until(lambda: any(line.get("answer_id") == found["id"] for line in log_lines()), "the answer is not in the log")
+    mine = [line for line in log_lines() if line.get("request_id") == "my-own-id"]
     assert {line["message"] for line in mine} >= {"answered", "request"}
     assert not any("hello" in json.dumps(line) for line in mine)  # prompts are nobody's business
 
 
-def test_metrics_can_be_scraped(http: httpx.Client) -> None:
+def scraped(names: set[str]) -> None:
+    """Wait until Ray's exporter tells every one of `names`, whole."""
     node = ray.nodes()[0]
     address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    for prompt in random_prompts(4, seed=1):  # on which the heads were trained, so that drafts stand
-        http.post("/v1/completions", json={"model": MODEL, "prompt": prompt, "max_tokens": 40, "temperature": 0})
-    wanted = [f"ray_{name}" for name in NAMES if name not in ("hydra_heads_rejected", "hydra_answers_cancelled")]
-
-    absent = wanted
+    absent = names
     for _ in range(60):
-        told = httpx.get(address, timeout=60).text
-        if not (absent := [name for name in wanted if name not in told]):
+        told = {re.split(r"[{ ]", line, maxsplit=1)[0] for line in httpx.get(address, timeout=60).text.splitlines()}
+        if not (absent := names - told):
             return
         time.sleep(0.5)
-    pytest.fail(f"not told: {absent}")
+    pytest.fail(f"not told: {sorted(absent)}")
+
+
+REJECTED, CANCELLED = "ray_hydra_heads_rejected_total", "ray_hydra_answers_cancelled_total"
+
+
+def test_metrics_can_be_scraped(http: httpx.Client) -> None:
+    for prompt in random_prompts(4, seed=1):  # on which the heads were trained, so that drafts stand
+        http.post("/v1/completions", json={"model": MODEL, "prompt": prompt, "max_tokens": 40, "temperature": 0})
+    scraped(series() - {REJECTED, CANCELLED})
 
 
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=str)
@@ -293,11 +314,17 @@ def test_whatever_its_description_allows_or_forbids(app: ServedApp, mode: Genera
         fuzz()
 
 
+def replicas() -> set[int]:
+    """Process ids of what decodes."""
+    return {child.pid for child in psutil.Process().children(recursive=True)
+            if "ServeReplica:hydra-heads:DecodeServer" in " ".join(child.cmdline())}
+
+
 def test_other_heads_while_it_runs(client: openai.OpenAI, http: httpx.Client, config: RunConfig, configuration: Path,
                                    tiny_base: Base, tmp_path: Path) -> None:
     save_configuration(tmp_path / "ngram", DecodingConfiguration("ngram", "ngram", tiny_base.identity))
     other = config.model_copy(update={"serve": config.serve.model_copy(update={"model": str(tmp_path / "ngram")})})
-    stop, failed, asked = threading.Event(), [], []
+    stop, failed, asked, stood = threading.Event(), [], [], replicas()
     wanted = [expected(tiny_base, "hello", 60, temperature=1.0, seed=i) for i in range(5)]
 
     def ask() -> None:
@@ -305,9 +332,13 @@ def test_other_heads_while_it_runs(client: openai.OpenAI, http: httpx.Client, co
             i = len(asked) % 5
             asked.append(i)
             try:
-                found = client.completions.create(model=MODEL, prompt="hello", max_tokens=60, temperature=1.0, seed=i)
-                if found.choices[0].text != wanted[i]:
-                    failed.append(found)
+                given: dict[str, Any] = dict(model=MODEL, prompt="hello", max_tokens=60, temperature=1.0, seed=i)
+                if i % 2:
+                    text = "".join(chunk.choices[0].text for chunk in client.completions.create(stream=True, **given))
+                else:
+                    text = client.completions.create(**given).choices[0].text
+                if text != wanted[i]:
+                    failed.append(text)
             except Exception as error:
                 failed.append(error)
 
@@ -320,7 +351,7 @@ def test_other_heads_while_it_runs(client: openai.OpenAI, http: httpx.Client, co
     stop.set()
     for thread in threads:
         thread.join()
-    assert not failed and len(asked) > 8
+    assert not failed and len(asked) > 8 and replicas() == stood
     args = resolve_args(other)
     model = http.get("/v1/models").json()["data"][0]
     assert (model["configuration"], model["digest"]) == (str(tmp_path / "ngram"), args.digest)
@@ -333,5 +364,45 @@ def test_other_heads_while_it_runs(client: openai.OpenAI, http: httpx.Client, co
     assert ready["label"] == str(tmp_path / "ngram") and ready["rejected"]["label"] == "bad" and ready["status"] == "ready"
     again = client.completions.create(model=MODEL, prompt="hello", max_tokens=60, temperature=1.0, seed=0)
     assert again.choices[0].text == wanted[0]
+    scraped({REJECTED})
+    assert any(line["message"] == "heads rejected, the old ones stay" for line in log_lines())
     update_app(good)
-    assert http.get("/ready").json()["rejected"] is None
+    assert http.get("/ready").json()["rejected"] is None and replicas() == stood
+
+
+def test_an_alias_is_what_an_update_goes_by(http: httpx.Client, app: ServedApp, config: RunConfig,
+                                            configuration: Path) -> None:
+    with Tracker.open(config).start("promote") as run:
+        run.log_artifact(configuration, "configuration")
+        version = register(config, config.promote.model_name, run, "configuration", config.promote.alias, {})
+    asked = config.model_copy(update={"serve": config.serve.model_copy(update={
+        "model": f"models:/{config.promote.model_name}@{config.promote.alias}", "update": True})})
+    result = run_serve(asked)
+    assert result.figures["version"] == version and result.outputs["url"] == app.url
+    model = http.get("/v1/models").json()["data"][0]
+    assert model["version"] == version and model["digest"] == resolve_args(asked).digest
+    other = asked.model_copy(update={"base": asked.base.model_copy(update={"dtype": "bf16"}),
+                                     "serve": asked.serve.model_copy(update={"model": "plain"})})
+    with pytest.raises(InputError, match="start another application for another base"):
+        run_serve(other)
+    update_app(resolve_args(config))
+
+
+def test_a_replica_that_dies_is_told_of_and_replaced(http: httpx.Client, client: openai.OpenAI) -> None:
+    """The last test here: it leaves another replica behind."""
+    stood = replicas()
+    body = LONG | {"n": 4}
+    with ThreadPoolExecutor(8) as pool:
+        others = [pool.submit(http.post, "/v1/completions", json=body | {"seed": i}) for i in range(6)]
+        with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            for pid in stood:
+                psutil.Process(pid).kill()
+            told = [json.loads(line.removeprefix("data: ")) for line in lines if line and line != "data: [DONE]"]
+        assert "error" in told[-1] and told[-1]["error"]["code"] == "not_ready"
+        assert {other.result().status_code for other in others} <= {200, 503}
+        assert any(other.result().status_code == 503 for other in others)
+    until(lambda: http.get("/ready").status_code == 200 and not stood & replicas(), "no new replica")
+    assert http.get("/ready").json()["in_flight"] == 0
+    assert client.completions.create(model=MODEL, prompt="hello", max_tokens=5, temperature=0).choices
