@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
 
-from pipelines.bench_plan import Row
+from pipelines.bench_plan import PLAIN, Row
 
 DEPTHS_SHOWN = 4
-COLUMNS = ("method", "step", "draft", "verify", "accept, commit", "rest", "measured / foretold", "first token",
+COLUMNS = ("method", "step", "draft", "verify", "accept, commit", "rest", "measured / foretold (of plain's)", "first token",
            *(f"{depth}+ drafts" for depth in range(1, DEPTHS_SHOWN + 1)))
 TITLE = "Milliseconds of a step, and the share of steps that accept so many drafts"
 
@@ -48,7 +48,7 @@ def by_speed(figures: dict[str, Any]) -> list[str]:
 def step_rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
     """Cells by COLUMNS, fastest first; contenders that were not timed are left out."""
     return [(name, *(_cell(f[key], 1) for key in ("step_ms", "draft_ms", "verify_ms", "accept_commit_ms", "overhead_ms")),
-             _cell(f["measured_vs_predicted"], 2), _cell(f["first_token_ms"], 0),
+             _forecast(f, figures), _cell(f["first_token_ms"], 0),
              *(f"{100 * share:.0f} %" for share in f["accepted_at_least"][:DEPTHS_SHOWN]),
              *("-" for _ in range(DEPTHS_SHOWN - len(f["accepted_at_least"]))))
             for name, f in ((name, figures[name]) for name in by_speed(figures)) if f["first_token_ms"] is not None]
@@ -60,8 +60,9 @@ def steps_markdown(figures: dict[str, Any]) -> str:
         return ""
     lines = ["", f"## {TITLE}", "", "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS),
              *("| " + " | ".join(cells) + " |" for cells in rows), "",
-             "Rest: the step less draft, verify, accept and commit. Foretold: by this machine's measured costs. First token:",
-             "from sending a prompt, in the mean."]
+             "Rest: the step less draft, verify, accept and commit. Foretold: by this machine's measured costs; in brackets over",
+             "what it is for plain decoding in this run, which takes out how fast the machine is today.",
+             "First token: from sending a prompt, in the mean."]
     return "\n".join(lines) + "\n"
 
 
@@ -78,6 +79,12 @@ def print_steps(figures: dict[str, Any], stream: Any) -> None:
     for cells in rows:
         table.add_row(*cells)
     Console(file=stream, width=150).print(table)
+
+
+def _forecast(f: dict[str, Any], figures: dict[str, Any]) -> str:
+    """Measured over foretold, and that over plain's own."""
+    own, plain = f["measured_vs_predicted"], figures.get(PLAIN, {}).get("measured_vs_predicted")
+    return _cell(own, 2) + (f" ({own / plain:.2f})" if own and plain else "")
 
 
 def _cell(value: float | None, digits: int) -> str:

@@ -22,6 +22,7 @@ import torch
 from filelock import FileLock
 
 from hydra_core.base import Base
+from hydra_core.base.library import sources_digest
 from hydra_core.drafters import HeadDrafter
 from hydra_core.tree.costs import StepCosts, unmeasured_costs
 from hydra_core.tree.topology import Tree
@@ -132,7 +133,8 @@ class NotTimed(Exception):
 
 
 def _kept(cache: Path, what: str, base: Base, timed: dict[str, Any], timing: bool, measure: Callable[[Say], Times]) -> Times:
-    machine = fingerprint_of_machine(base.device) | {"native": getattr(base.decoder, "native", None) is not None}
+    native = getattr(base.decoder, "native", None) is not None
+    machine = fingerprint_of_machine(base.device) | {"native": sources_digest() if native else None}
     timed = {"schema": SCHEMA, "base": str(base.identity)} | timed
     key = hashlib.sha256(json.dumps([machine, timed], sort_keys=True).encode()).hexdigest()[:16]
     path = cache / "costs" / f"{what}-{key}.json"

@@ -30,6 +30,12 @@ def library_folder() -> Path:
 
 
 @lru_cache(maxsize=1)
+def sources_digest() -> str:
+    """Tells one version of the library from another."""
+    return hashlib.sha256("\0".join(path.read_text(encoding="utf-8") for path in SOURCES).encode()).hexdigest()[:16]
+
+
+@lru_cache(maxsize=1)
 def load_library() -> bool:
     """Whether the library is in this process, compiled now if nobody has yet."""
     compiler = shutil.which(os.environ.get("CXX", "c++"))
@@ -60,9 +66,8 @@ def _compiled(compiler: str, folder: Path) -> Path:
     from torch.utils.cpp_extension import include_paths, library_paths
 
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    sources = (path.read_text(encoding="utf-8") for path in SOURCES)
-    key = hashlib.sha256("\0".join([*sources, torch.__version__, version, *FLAGS, _processor()]).encode()).hexdigest()[:16]
-    target = folder / f"steps-{key}.so"
+    parts = [sources_digest(), torch.__version__, version, *FLAGS, _processor()]
+    target = folder / f"steps-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         if not target.exists():

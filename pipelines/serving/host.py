@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from hydra_core.decoding import Engine, Request, StepOutput
 from hydra_core.errors import InputError
 
+TELL_SECONDS = 5.0
+"""After which an idle host tells its load again: a gauge that nobody sets is gone from the next scrape but one."""
+
 
 @dataclass(frozen=True)
 class _Sink:
@@ -46,7 +49,7 @@ class EngineHost:
 
     New requests go to the newest engine; older ones stay until what they began is done. After an exception in a step
     every request in flight fails with it and `failure` is set: the host is then dead. `after_step`: told the load
-    whenever it may have changed, in that thread.
+    whenever it may have changed and every few seconds besides, in that thread.
     """
 
     def __init__(self, engine: Engine, after_step: Callable[[Load], None] | None = None) -> None:
@@ -137,7 +140,8 @@ class EngineHost:
         """Apply what has been asked; wait for something to do when idle. False: stop."""
         while True:
             try:
-                command = self._commands.get(block=not any(engine.has_work for engine in self._engines()))
+                idle = not any(engine.has_work for engine in self._engines())
+                command = self._commands.get(block=idle, timeout=TELL_SECONDS)
             except queue.Empty:
                 return True
             if command is None:

@@ -48,10 +48,11 @@ class ReplicaMetrics:
         self.gauges = {name: Gauge(name, text) for name, text in GAUGES.items()}
         self.histograms = {name: Histogram(name, text, boundaries=edges) for name, (text, edges) in HISTOGRAMS.items()}
         self.depths = Counter(DEPTHS, "steps in which at least so many drafts in a row stood", tag_keys=("depth",))
+        self.version = 0
 
     def load(self, load: Load) -> None:
         for name, value in (("hydra_queue_size", load.waiting), ("hydra_batch_size", load.running),
-                            ("hydra_kv_use", load.kv_use)):
+                            ("hydra_kv_use", load.kv_use), ("hydra_heads_version", self.version)):
             self.gauges[name].set(value)
 
     def first_token(self, seconds: float) -> None:
@@ -78,7 +79,8 @@ class ReplicaMetrics:
         self.counters["hydra_heads_rejected"].inc()
 
     def serves(self, version: int | None) -> None:
-        self.gauges["hydra_heads_version"].set(version or 0)
+        """Told with the next load."""
+        self.version = version or 0
 
 
 class FrontMetrics:

@@ -79,8 +79,9 @@ class DecodeServer:
     async def restart(self) -> None:
         """A new engine with the same heads in place of one that died, where no Serve replaces the replica."""
         assert self.heads is not None
-        heads, self.host, self.heads = self.heads, None, None
-        await self.reconfigure(asdict(heads))
+        engine, _ = await asyncio.to_thread(make_engine, self.heads, self.base, self.args)
+        await asyncio.to_thread(warm_up, engine)
+        self.host = EngineHost(engine, self.metrics.load)
 
     async def generate(self, generation: Generation) -> Answer | Refusal:
         """The one answer of a generation at once."""
@@ -99,7 +100,8 @@ class DecodeServer:
 
     async def stream(self, generation: Generation) -> AsyncIterator[Piece | Answer | Refusal]:
         """Pieces of text and, of each choice, its answer; or one refusal. Leaving early frees the rows."""
-        if self.host is None or self.failed:
+        host = self.host
+        if host is None or host.failure is not None:
             yield Refusal(503, "this replica's engine has failed; another one is being started: try again later")
             return
         if self.in_flight + generation.n > self.args.room:
@@ -108,7 +110,7 @@ class DecodeServer:
         self.in_flight += generation.n
         try:
             requests = await asyncio.to_thread(self._requests, generation)  # a long text would hold up every stream
-            async for item in merged([self._decode(generation, index, request) for index, request in enumerate(requests)]):
+            async for item in merged([self._decode(host, generation, index, request) for index, request in enumerate(requests)]):
                 yield item
         except InputError as error:
             yield Refusal(400, _in_clients_words(str(error).removeprefix(f"request {generation.id}: "), generation))
@@ -129,13 +131,13 @@ class DecodeServer:
         request.check(self.base.vocab_size, self.base.context_limit, texts=self.base.tokenizer is not None)
         return choices(request, generation.n)
 
-    async def _decode(self, generation: Generation, index: int, request: Request) -> AsyncIterator[Piece | Answer]:
-        assert self.host is not None
+    async def _decode(self, host: EngineHost, generation: Generation, index: int,
+                      request: Request) -> AsyncIterator[Piece | Answer]:
         started = last = time.perf_counter()
         text = TextStream(self.base.decode, generation.stop)
         tokens: list[Token] = []
         result: Result | None = None
-        outputs, failed = self.host.stream(request), False
+        outputs, failed = host.stream(request), False
         try:
             async for output in outputs:
                 now = time.perf_counter()

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -307,8 +307,12 @@ def test_a_killed_replica_or_worker_costs_no_row(local_ray: None, tiny_base_dir:
     killed: list[psutil.Process] = []
 
     def decoding() -> list[psutil.Process]:
-        return [child for child in psutil.Process().children(recursive=True)
-                if title in (name := " ".join(child.cmdline())) and "Ingress" not in name]
+        found = []
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                if title in (name := " ".join(child.cmdline())) and "Ingress" not in name:
+                    found.append(child)
+        return found
 
     def kill() -> None:
         deadline = time.monotonic() + 120
@@ -358,7 +362,7 @@ def test_killed_job_goes_on(local_ray: None, tiny_base_dir: Path, tiny_base: Bas
     assert all(after[name] == stamp for name, stamp in before.items())  # nothing finished was made again
     assert result["skipped"] == finished
     if not finished:
-        assert 4 * len(before) == result["resumed"] < 120
+        assert 4 * len(before) <= result["resumed"] < 120  # an engine may still have written as it died
     check_answers(tiny_base, list(read_batch_rows(output / "rows", "jsonl")), 120, 150, 40)
 
 

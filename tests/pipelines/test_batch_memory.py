@@ -15,7 +15,7 @@ import pytest
 from pipelines.batch_files import BATCH, settle
 
 ROWS, WARM = 50_000, 5_000
-CAP = 120 << 20
+CAP = 100 << 20
 """Bytes that the driver may grow by after it has read a block, and the engine after the first tenth of the rows."""
 
 

@@ -60,7 +60,10 @@ def test_turns_and_rounds_of_a_question_are_one(capsys: pytest.CaptureFixture[st
     assert metrics["hydra.accepted_1"] == 0.75 and metrics["hydra.draft_ms"] == 25.0 and "plain.draft_ms" not in metrics
     figures = summarise([row("plain"), drafting()], [])
     cells = dict(zip(COLUMNS, next(cells for cells in step_rows(figures) if cells[0] == "hydra"), strict=True))
-    assert (cells["step"], cells["measured / foretold"], cells["1+ drafts"], cells["3+ drafts"]) == ("250.0", "1.25", "75 %", "-")
+    assert [cells[name] for name in ("step", COLUMNS[6], "1+ drafts", "3+ drafts")] == ["250.0", "1.25", "75 %", "-"]
+    figures["plain"]["measured_vs_predicted"] = 1.0
+    figures["hydra"]["measured_vs_predicted"] = 1.1
+    assert next(cells for cells in step_rows(figures) if cells[0] == "hydra")[6] == "1.10 (1.10)"
     print_steps(figures, sys.stderr)
     assert "75 %" in capsys.readouterr().err and "| hydra | 250.0 | 25.0 |" in steps_markdown(figures)
     assert steps_markdown(summarise([], [])) == ""

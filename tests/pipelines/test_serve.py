@@ -138,7 +138,7 @@ def test_concurrent_requests_equal_lone_ones(client: openai.OpenAI, tiny_base: B
     ("completions", {"model": "hydra-heads"}, 400, "prompt"),
     ("completions", {"model": "hydra-heads", "prompt": ""}, 400, "prompt"),
     ("completions", {"model": "hydra-heads", "prompt": []}, 400, "prompt"),
-    ("completions", {"model": "hydra-heads", "prompt": [5, 99999]}, 400, "prompt_ids"),
+    ("completions", {"model": "hydra-heads", "prompt": [5, 99999]}, 400, "prompt"),
     ("completions", {"model": "hydra-heads", "prompt": "x" * 400}, 400, "prompt"),
     ("completions", {"model": "hydra-heads", "prompt": "half a pair: \ud800"}, 400, "prompt"),
     ("completions", {"model": "\ud800", "prompt": "x"}, 404, "model"),

@@ -316,8 +316,12 @@ def test_whatever_its_description_allows_or_forbids(app: ServedApp, mode: Genera
 
 def replicas() -> set[int]:
     """Process ids of what decodes."""
-    return {child.pid for child in psutil.Process().children(recursive=True)
-            if "ServeReplica:hydra-heads:DecodeServer" in " ".join(child.cmdline())}
+    found = set()
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "ServeReplica:hydra-heads:DecodeServer" in " ".join(child.cmdline()):
+                found.add(child.pid)
+    return found
 
 
 def test_other_heads_while_it_runs(client: openai.OpenAI, http: httpx.Client, config: RunConfig, configuration: Path,
