@@ -108,7 +108,7 @@ def _plan(config: RunConfig, folder: Path, methods: tuple[str, ...], heads: dict
         identity_prompts=0 if bench.temperature else bench.identity_prompts, identity_batch=bench.identity_batch,
         identity_formats=bench.identity_formats,
         batch_prompts=bench.batch_prompts, running_batch=bench.running_batch,
-        batch_app=resolve_args(config) if bench.batch_job else None, load=bench.load,
+        batch_limits=bench.batch_limits, batch_app=resolve_args(config) if bench.batch_job else None, load=bench.load,
         load_requests=bench.load_requests, temperature=bench.temperature,
         shared_noise=bench.shared_noise, threads=bench.threads)
 

@@ -65,7 +65,7 @@ def measure_batches(plan: BenchPlan, questions: list[Question]) -> None:
     names = (*methods, *((ENGINE, BATCH_JOB) if plan.batch_app else ()))
     path = Path(plan.batch_file)
     done = {(row.round, row.workload, row.method) for row in read_batches(path)}
-    todo = [(number, workload, method) for number in range(plan.rounds) for workload in ("equal", "ragged")
+    todo = [(number, workload, method) for number in range(plan.rounds) for workload in plan.batch_limits
             for method in _turned(names, number) if (number, workload, method) not in done]
     if not todo:
         return

@@ -69,6 +69,7 @@ class BenchPlan:
     identity_formats: tuple[str, ...]
     batch_prompts: int
     running_batch: int
+    batch_limits: tuple[str, ...]
     batch_app: AppArgs | None
     load: tuple[int, ...]
     load_requests: int

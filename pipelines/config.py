@@ -213,6 +213,8 @@ class BenchSection(Section):
         ("fp32",), description="weight formats in which those are checked against the naive loop")
     batch_prompts: int = Field(0, ge=0, description="prompts decoded together for throughput; 0: not measured")
     running_batch: int = Field(32, ge=1, description="rows of that batch")
+    batch_limits: tuple[Literal["equal", "ragged"], ...] = Field(
+        ("equal", "ragged"), min_length=1, description="of its answers: max_new_tokens each, or drawn from 16 to 400")
     batch_job: bool = Field(False, description="in that, also the way of `batch` with what serve.model names (`batch`), beside "
                                                "the engine that it uses called directly (`engine`)")
     load: tuple[Size, ...] = Field(

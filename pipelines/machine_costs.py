@@ -30,7 +30,7 @@ from pipelines.config import TreeSection
 from pipelines.stage import write_text
 from pipelines.step_costs import Group, Point, draft_seconds, that_fit, verify_seconds
 
-SCHEMA = 6
+SCHEMA = 7
 DEFAULTS = TreeSection()
 TOKENS_AT_ONCE = {"cpu": 512}
 """Rows times nodes that are worth timing, by device: trees that cost more never paid."""

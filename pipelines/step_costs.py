@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import TypeVar
@@ -50,7 +49,7 @@ def that_fit(base: Base, groups: Iterable[Group]) -> list[Point]:
 
 def verify_seconds(base: Base, points: Sequence[Point], repeats: int,
                    say: Callable[[str], None] = lambda text: None) -> dict[Point, float]:
-    """Median seconds of forward, choice, acceptance and commit at each point.
+    """Seconds of forward, choice, acceptance and commit at each point.
 
     Raises ValueError for a point that does not fit the base.
     """
@@ -74,12 +73,12 @@ def verify_seconds(base: Base, points: Sequence[Point], repeats: int,
 
         return run
 
-    return medians({point: job(*point) for point in points}, repeats, base.device, say)
+    return typical({point: job(*point) for point in points}, repeats, base.device, say)
 
 
 def draft_seconds(base: Base, heads: HeadDrafter, trees: Mapping[int, Tree] | None, batches: Sequence[int], context: int,
                   repeats: int, say: Callable[[str], None] = lambda text: None) -> dict[tuple[int, int], float]:
-    """(Batch size, depth) -> median seconds of drafting, the prefix layer's catching up on the step's tokens included.
+    """(Batch size, depth) -> seconds of drafting, the prefix layer's catching up on the step's tokens included.
 
     Between two drafts the base reads its weights once, as it does while decoding: heads that still lay in the processor's
     cache would seem cheaper than they are. `trees`: the fixed tree of each depth; None: trees are grown with so many heads,
@@ -104,7 +103,7 @@ def draft_seconds(base: Base, heads: HeadDrafter, trees: Mapping[int, Tree] | No
 
     depths = range(heads.num_heads + 1) if trees is None else trees
     cache, token = base.allocate(1, 2), torch.full((1, 1), 5, dtype=torch.int64, device=base.device)
-    return medians({(batch, depth): job(batch, depth) for batch in batches for depth in depths}, repeats, base.device, say,
+    return typical({(batch, depth): job(batch, depth) for batch in batches for depth in depths}, repeats, base.device, say,
                    before=lambda: base.forward(token, cache, (0, 1), chain(1)))
 
 
@@ -121,11 +120,12 @@ def _growing(base: Base, heads: HeadDrafter, batch: int, depth: int, context: in
 
 
 @torch.inference_mode()
-def medians(jobs: Mapping[Key, Job], repeats: int, device: torch.device,
+def typical(jobs: Mapping[Key, Job], repeats: int, device: torch.device,
             say: Callable[[str], None], before: Callable[[], object] = lambda: None) -> dict[Key, float]:
-    """Median seconds of each job over `repeats` rounds, forwards and backwards in turn, after one to warm up.
+    """Seconds of each job, the lower quartile over `repeats` rounds, forwards and backwards in turn, after one to warm up.
 
-    What drifts on the machine (clock, other work) then touches all of them alike. `before` goes before every run, untimed.
+    What drifts on the machine (clock, other work) then touches all of them alike, and what disturbs it for a while, in three
+    rounds of four at most, none: these times are kept for good. `before` goes before every run, untimed.
     """
     order = list(jobs)
     seconds: dict[Key, list[float]] = {key: [] for key in order}
@@ -139,7 +139,7 @@ def medians(jobs: Mapping[Key, Job], repeats: int, device: torch.device,
             if repeat:
                 seconds[key].append(time.perf_counter() - began)
         say(f"round {repeat} of {repeats}")
-    return {key: statistics.median(values) for key, values in seconds.items()}
+    return {key: sorted(values)[len(values) // 4] for key, values in seconds.items()}
 
 
 def bushy(nodes: int) -> Topology:

@@ -7,6 +7,7 @@ H key/value heads, d head width. A row's slots 0..n-1 hold committed tokens, a s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,12 @@ class Step:
         far = keys[:, None, None, :] <= self.positions[:, None, :, None] - window
         seen = torch.zeros(far.shape, device=far.device) if self.mask is None else self.mask.float()
         return seen.masked_fill(far, float("-inf"))
+
+
+MASKED_APART = 8
+"""Rows whose masks are made one at a time: up to so many take less than a dozen operations on all."""
+MOVED_APART = 12
+"""Slots that are moved one at a time: up to so many take less than one indexing of them all."""
 
 
 class KVCache:
@@ -85,7 +92,9 @@ class KVCache:
         slots = lengths[:, None] + self._slot_range[:nodes]
         if nodes == 1 and len(lengths) == 1 and not fixed:
             return Step(rows, positions, slots, span, None)
-        return Step(rows, positions, slots, span, self._mask(lengths, forest, span), fixed)
+        apart = not (fixed or self.waits) and len(lengths) <= MASKED_APART
+        mask = self._mask_apart(lengths.tolist(), forest, span) if apart else self._mask(lengths, forest, span)
+        return Step(rows, positions, slots, span, mask, fixed)
 
     def _mask(self, lengths: Tensor, forest: Forest, span: int) -> Tensor:
         """A node sees its row's committed slots and its ancestors: additive [B, 1, N, span]."""
@@ -97,6 +106,18 @@ class KVCache:
         seen |= (offset < 0)[:, None]
         mask = torch.zeros(seen.shape, dtype=self.dtype, device=lengths.device)
         return mask.masked_fill_(~seen, float("-inf"))[:, None]
+
+    def _mask_apart(self, lengths: Sequence[int], forest: Forest, span: int) -> Tensor:
+        """The same, row by row: what is hidden is a corner of it."""
+        mask = torch.zeros(len(lengths), 1, forest.size, span, dtype=self.dtype)
+        hidden = ~forest.ancestors
+        for row, length in enumerate(lengths):
+            end = min(length + forest.size, span)
+            own = hidden[row if len(hidden) > 1 else 0, :, :end - length]
+            mask[row, 0, :, length:end].masked_fill_(own, float("-inf"))
+            if end < span:
+                mask[row, 0, :, end:] = float("-inf")
+        return mask
 
     def write(self, layer: int, step: Step, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store [B, N, H, d] keys and values; return views [B, H, span, d] of all that attention may read."""
@@ -125,8 +146,11 @@ class KVCache:
     def _gather(self, rows: tuple[int, int], path: Tensor, counts: Tensor) -> None:
         order = torch.arange(path.shape[1], device=path.device)
         moved = (path != order) & (order < counts[:, None])
-        if not self.waits and not bool(moved.any()):
-            return
+        if not self.waits:
+            pairs = moved.nonzero().tolist()
+            if len(pairs) <= MOVED_APART:
+                self._move_apart(rows[0], path.tolist(), pairs)
+                return
         base = (torch.arange(*rows, device=path.device) * self.slots + self.lengths[rows[0]:rows[1]])[:, None]
         source, target = base + path, base + order
         if self.waits:  # what stays is copied onto itself: a few rows, and the device need not say which they are
@@ -136,6 +160,13 @@ class KVCache:
         for store in (self.keys, self.values):
             flat = store.view(store.shape[0], -1, *store.shape[3:])
             flat[:, target] = flat[:, source]
+
+    def _move_apart(self, first: int, paths: list[list[int]], pairs: list[list[int]]) -> None:
+        """Slots (row, order) of `pairs`, one after the other: none is read after it was written, as paths go down."""
+        for row, order in pairs:
+            start = int(self.lengths[first + row])
+            for store in (self.keys, self.values):
+                store[:, first + row, start + order] = store[:, first + row, start + paths[row][order]]
 
     def move_row(self, source: int, target: int) -> None:
         """Copy one row's committed slots and length over another's."""

@@ -290,6 +290,14 @@ struct Head : torch::CustomClassHolder {
 
   // `features`: [B, D]; `path`: [B, W, k, D], or [B, W, 0, D] where the head does not hear it. Logits [B, W, Vd] float32.
   Tensor logits(Tensor features, Tensor path) const {
+    Tensor made = products(features, path).to(at::kFloat);
+    if (scale != 1.0) made.mul_(scale);
+    if (softcap != 0.0) made.div_(softcap).tanh_().mul_(softcap);
+    return made.view({path.size(0), path.size(1), -1});
+  }
+
+  // Those as the matrix makes them: [B * W, Vd].
+  Tensor products(const Tensor& features, const Tensor& path) const {
     using T = at::BFloat16;
     const int64_t batch = path.size(0), paths = path.size(1), width = features.size(1);
     Tensor x = at::cat({features.unsqueeze(1).expand({batch, paths, width}), path.flatten(2)}, 2).flatten(0, 1);
@@ -298,14 +306,14 @@ struct Head : torch::CustomClassHolder {
       Tensor stream = x.to(at::kFloat);
       add_and_norm<T>(stream.data_ptr<float>(), nullptr, norm->data_ptr<float>(), x.data_ptr<T>(), x.size(0), width, eps);
     }
-    Tensor made = (*rows)(x).to(at::kFloat);
-    if (scale != 1.0) made.mul_(scale);
-    if (softcap != 0.0) made.div_(softcap).tanh_().mul_(softcap);
-    return made.view({batch, paths, -1});
+    return (*rows)(x);
   }
 
   // The `count` likeliest of each path, best first: indices [B, W, count] int64 and their probabilities float32.
   std::tuple<Tensor, Tensor> likeliest(Tensor features, Tensor path, int64_t count) const {
+#ifdef HYDRA_ROWS
+    if (scale == 1.0 && softcap == 0.0) return likeliest_of(products(features, path), path, count);
+#endif
     Tensor scores = logits(features, path);
     const int64_t size = scores.size(2), lines = scores.size(0) * scores.size(1);
     count = std::min(count, size);
@@ -317,6 +325,23 @@ struct Head : torch::CustomClassHolder {
     for (int64_t line = 0; line < lines; ++line, from += size, index += count, value += count) top(from, size, count, index, value);
     return {indices, best.sub_(scores.logsumexp(-1, true)).exp_()};
   }
+
+#ifdef HYDRA_ROWS
+  static std::tuple<Tensor, Tensor> likeliest_of(const Tensor& made, const Tensor& path, int64_t count) {
+    const int64_t lines = made.size(0), size = made.size(1);
+    count = std::min(count, size);
+    Tensor indices = at::empty({path.size(0), path.size(1), count}, made.options().dtype(at::kLong));
+    Tensor chances = at::empty({path.size(0), path.size(1), count}, made.options().dtype(at::kFloat));
+    const at::BFloat16* from = made.const_data_ptr<at::BFloat16>();
+    int64_t* index = indices.data_ptr<int64_t>();
+    float* chance = chances.data_ptr<float>();
+    at::parallel_for(0, lines, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t line = begin; line < end; ++line)
+        few::likeliest(from + line * size, size, count, index + line * count, chance + line * count);
+    });
+    return {indices, chances};
+  }
+#endif
 
   // Kept in order as they are found: beyond the first few, hardly a value is large enough to be looked at twice.
   static void top(const float* from, int64_t size, int64_t count, int64_t* index, float* value) {
@@ -342,7 +367,11 @@ struct Head : torch::CustomClassHolder {
     const int64_t carried_step = block.widens ? step : width;
     T* target = result.data_ptr<T>();
     for (int64_t row = 0; row < x.size(0); ++row, from += step, carried += carried_step, target += width)
+#ifdef HYDRA_ROWS
+      few::epilogue<false>(from, carried, target, width);
+#else
       for (int64_t i = 0; i < width; ++i) target[i] = static_cast<T>(static_cast<float>(carried[i]) + silu(from[i]));
+#endif
     return result;
   }
 
@@ -353,7 +382,11 @@ struct Head : torch::CustomClassHolder {
     const T* from = made.data_ptr<T>();
     T* target = mixed.data_ptr<T>();
     for (int64_t row = 0; row < x.size(0); ++row, from += step, target += width)
+#ifdef HYDRA_ROWS
+      few::epilogue<true>(from, from + width, target, width);
+#else
       for (int64_t i = 0; i < width; ++i) target[i] = static_cast<T>(silu(from[i]) * static_cast<float>(from[i + width]));
+#endif
     return (*block.down)(mixed).add_(block.widens ? made.narrow(1, 2 * width, width) : x);
   }
 };
@@ -386,6 +419,7 @@ TORCH_LIBRARY(hydra_heads, library) {
   library.def("rows_linear", few::linear);
   library.def("rows_largest", few::largest);
   library.def("rows_linear4", few::linear4);
+  library.def("rows_embedded", few::embedded);
 #endif
   library.class_<Head>("Head")
       .def(torch::init<Maybe, double, double, double>())

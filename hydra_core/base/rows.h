@@ -365,7 +365,7 @@ inline Tensor gate(const Tensor& made) {
   Tensor result = at::empty({count, inner}, made.options());
   const Value* from = made.const_data_ptr<Value>();
   Value* target = result.data_ptr<Value>();
-  at::parallel_for(0, count, std::max<int64_t>(1, WORK / (8 * inner)), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, count, std::max<int64_t>(1, WORK / (64 * inner)), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const Value *gates = from + row * 2 * inner, *ups = gates + inner;
       for (int64_t i = 0; i < inner; i += 16) {
@@ -378,6 +378,53 @@ inline Tensor gate(const Tensor& made) {
     }
   });
   return result;
+}
+
+inline __m512 silu(__m512 value) {
+  return _mm512_div_ps(value, _mm512_add_ps(_mm512_set1_ps(1.0f), exponential(_mm512_sub_ps(_mm512_setzero_ps(), value))));
+}
+
+// carried + SiLU(made), or SiLU(made) * other, of `width` values; one rounding.
+template <bool GATE>
+inline void epilogue(const Value* made, const Value* other, Value* target, int64_t width) {
+  for (int64_t i = 0; i < width; i += 16) {
+    const __mmask16 inside = width - i >= 16 ? 0xffff : (1 << (width - i)) - 1;
+    const __m512 value = silu(widen(_mm256_maskz_loadu_epi16(inside, made + i)));
+    const __m512 more = widen(_mm256_maskz_loadu_epi16(inside, other + i));
+    _mm256_mask_storeu_epi16(target + i, inside, narrow(GATE ? _mm512_mul_ps(value, more) : _mm512_add_ps(value, more)));
+  }
+}
+
+// The `count` largest of `size` scores in order, ties to the first, and their probabilities among all.
+inline void likeliest(const Value* scores, int64_t size, int64_t count, int64_t* index, float* chance) {
+  std::fill_n(chance, count, -INFINITY);
+  std::fill_n(index, count, 0);
+  for (int64_t at = 0; at < size; at += 16) {
+    const __mmask16 inside = size - at >= 16 ? 0xffff : (1 << (size - at)) - 1;
+    const __m512 values = widen(_mm256_maskz_loadu_epi16(inside, scores + at));
+    uint32_t larger = _mm512_mask_cmp_ps_mask(inside, values, _mm512_set1_ps(chance[count - 1]), _CMP_GT_OQ);
+    for (; larger; larger &= larger - 1) {
+      const int64_t i = at + __builtin_ctz(larger);
+      const float value = static_cast<float>(scores[i]);
+      if (!(value > chance[count - 1])) continue;  // no longer, after those before it
+      int64_t place = count - 1;
+      for (; place > 0 && value > chance[place - 1]; --place) {
+        chance[place] = chance[place - 1];
+        index[place] = index[place - 1];
+      }
+      chance[place] = value;
+      index[place] = i;
+    }
+  }
+  __m512 sum = _mm512_setzero_ps();
+  const __m512 most = _mm512_set1_ps(chance[0]);
+  for (int64_t at = 0; at < size; at += 16) {
+    const __mmask16 inside = size - at >= 16 ? 0xffff : (1 << (size - at)) - 1;
+    const __m512 values = _mm512_sub_ps(widen(_mm256_maskz_loadu_epi16(inside, scores + at)), most);
+    sum = _mm512_mask_add_ps(sum, inside, sum, exponential(values));
+  }
+  const float all = _mm512_reduce_add_ps(sum), top = chance[0];
+  for (int64_t i = 0; i < count; ++i) chance[i] = std::exp(chance[i] - top) / all;
 }
 
 // As `add_and_norm` of native.cpp.
@@ -404,6 +451,33 @@ inline void norm(float* stream, const Value* added, const float* weight, Value* 
       }
     }
   });
+}
+
+// Rows of `table` [V, D] for `ids`, each brought to a root mean square of one: [..., D].
+inline Tensor embedded(const Tensor& table, const Tensor& ids, double eps) {
+  const int64_t width = table.size(1), count = ids.numel();
+  std::vector<int64_t> sizes(ids.sizes().begin(), ids.sizes().end());
+  sizes.push_back(width);
+  Tensor result = at::empty(sizes, table.options());
+  const Tensor wanted = ids.contiguous();
+  const int64_t* id = wanted.const_data_ptr<int64_t>();
+  for (int64_t row = 0; row < count; ++row) {
+    TORCH_CHECK(id[row] >= 0 && id[row] < table.size(0), "a token id lies outside the vocabulary");
+    const Value* from = table.const_data_ptr<Value>() + id[row] * width;
+    Value* target = result.data_ptr<Value>() + row * width;
+    __m512 squares = _mm512_setzero_ps();
+    for (int64_t i = 0; i < width; i += 16) {
+      const __mmask16 inside = width - i >= 16 ? 0xffff : (1 << (width - i)) - 1;
+      const __m512 value = widen(_mm256_maskz_loadu_epi16(inside, from + i));
+      squares = _mm512_fmadd_ps(value, value, squares);
+    }
+    const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / width + static_cast<float>(eps)));
+    for (int64_t i = 0; i < width; i += 16) {
+      const __mmask16 inside = width - i >= 16 ? 0xffff : (1 << (width - i)) - 1;
+      _mm256_mask_storeu_epi16(target + i, inside, narrow(_mm512_mul_ps(widen(_mm256_maskz_loadu_epi16(inside, from + i)), scale)));
+    }
+  }
+  return result;
 }
 
 // As `turn` of native.cpp, of a head without a norm whose width is a multiple of 32.

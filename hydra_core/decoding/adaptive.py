@@ -58,6 +58,7 @@ class AdaptiveSession(PlainSession):
             self.draft_ids = heads.draft_vocab.ids.to(self.device)
         self.rates = Rates(self.depths, rows)
         self._seconds: dict[tuple[int, int, int], Floats] = {}
+        self._verify: dict[tuple[int, int], Floats] = {}
         self._extra = [1.0] * 4     # tokens a row that heads add to copied ones, by how sure those are
         self._idle = 0              # steps since heads were used
         self._kinds: Ints | None = None
@@ -195,11 +196,16 @@ class AdaptiveSession(PlainSession):
         batch, context = len(positions), self._context(positions)
         known = self._seconds.get((batch, depth, context))
         if known is None:
-            costs = self.drafter.costs
-            drafting = costs.draft_seconds(batch, depth)
-            known = np.array([costs.verify_seconds(batch, nodes, context) + drafting
-                              for nodes in range(1, self.max_nodes + 1)])
+            known = self._verify_seconds(batch, context) + self.drafter.costs.draft_seconds(batch, depth)
             self._seconds[batch, depth, context] = known
+        return known
+
+    def _verify_seconds(self, batch: int, context: int) -> Floats:
+        """The base's part of those."""
+        known = self._verify.get((batch, context))
+        if known is None:
+            known = np.array([self.drafter.costs.verify_seconds(batch, nodes, context) for nodes in range(1, self.max_nodes + 1)])
+            self._verify[batch, context] = known
         return known
 
     def _heads_pay(self, positions: Sequence[int], worth: Worth) -> bool:
@@ -213,9 +219,9 @@ class AdaptiveSession(PlainSession):
 
     def _deeper_pays(self, positions: Sequence[int], depth: int, chances: Floats) -> bool:
         """Whether the likeliest paths are likely enough for another head to be asked."""
-        costs, batch = self.drafter.costs, len(positions)
-        price = costs.draft_seconds(batch, depth + 1) - costs.draft_seconds(batch, depth)
-        return float(chances.sum()) / batch * costs.verify_seconds(batch, 1, self._context(positions)) > price
+        batch = len(positions)
+        price = self._step_seconds(positions, depth + 1)[0] - self._step_seconds(positions, depth)[0]
+        return bool(float(chances.sum()) / batch * self._verify_seconds(batch, self._context(positions))[0] > price)
 
     def _context(self, positions: Sequence[int]) -> int:
         """Committed tokens of a row in the mean, as the nearest power of two and no less than the costs tell apart: a few

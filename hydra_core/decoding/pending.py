@@ -29,7 +29,7 @@ class HeadFeatures:
         self.cache: KVCache | None = self.prefix.allocate(rows, slots + ROOM) if self.prefix else None
         self.waiting = torch.zeros(rows, ROOM if self.prefix else 0, weight.shape[0], dtype=weight.dtype, device=weight.device)
         self.counts = torch.zeros(rows, dtype=torch.int64, device=weight.device)
-        self.most = 0  # an upper bound of counts, known without asking the device
+        self.most = 0  # an upper bound of counts, known without asking a GPU
         self.recorded = recorded
 
     def clear(self, row: int) -> None:
@@ -48,7 +48,7 @@ class HeadFeatures:
             index = self.counts[rows[0]:rows[1], None] + torch.arange(width, device=hidden.device)
             self.waiting[rows[0]:rows[1]].scatter_(1, index[..., None].expand_as(hidden), hidden)
             self.counts[rows[0]:rows[1]] += counts
-            self.most += width
+            self.most = int(self.counts.max()) if hidden.device.type == "cpu" else self.most + width
         else:
             self.catch_up()
             for start in range(0, width, PREFILL_CHUNK):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hydra_core.base.library import rows_available
 from hydra_core.base.linear import FrozenLinear, Packable, PackableLinear, packable
 from hydra_core.base.native import native_head
 from hydra_core.base.vocabulary import BaseVocabulary, VocabHead
@@ -182,7 +183,12 @@ class HeadDrafter(nn.Module):
 
         Raw embeddings are an order of magnitude smaller than hidden states: joined as they are, heads hardly hear them.
         """
-        raw = F.embedding(tokens, self.vocabulary.embedding).to(self.weight.dtype)
+        table = self.vocabulary.embedding
+        if self.config.normalise_embeddings and self._head(0).compiled is not None and table.dtype == torch.bfloat16 and (
+                rows_available()):
+            made: Tensor = torch.ops.hydra_heads.rows_embedded(table, tokens, self.norm_eps)
+            return made
+        raw = F.embedding(tokens, table).to(self.weight.dtype)
         return F.rms_norm(raw, (raw.shape[-1],), eps=self.norm_eps) if self.config.normalise_embeddings else raw
 
     def head_hidden(self, i: int, features: Tensor, path: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from hydra_core.tree.walk import walk
 from pipelines.config import RunConfig, load_config
 from pipelines.features import FeatureStore
 from pipelines.stage import RunPaths, StageResult, fingerprint, stage_folder
-from pipelines.step_costs import bushy, draft_seconds, medians, verify_seconds
+from pipelines.step_costs import bushy, draft_seconds, typical, verify_seconds
 from pipelines.tracking import Tracker
 from pipelines.train_data import RowReader
 from pipelines.tree import Measured, _write_heads, choose_trees, held_out_ranks, measure_sizes, run_tree, sweep
@@ -225,10 +225,10 @@ def test_dear_steps_take_the_plain_tree(config: RunConfig, tiny_base: Base) -> N
     assert all(isinstance(choice.tree, Tree) for choice in scored[1])
 
 
-def test_rounds_alternate_and_give_medians() -> None:
+def test_rounds_alternate() -> None:
     calls: list[str] = []
     jobs = {name: (lambda name=name: calls.append(name)) for name in "ab"}
-    found = medians(jobs, 3, torch.device("cpu"), lambda text: None)
+    found = typical(jobs, 3, torch.device("cpu"), lambda text: None)
     assert "".join(calls) == "ba" + "ab" + "ba" + "ab" and set(found) == {"a", "b"}
 
 

@@ -57,6 +57,16 @@ def test_the_largest_is_the_one_of_the_products(rows: int, threads: int) -> None
         assert torch.equal(head.likeliest(x[None]), likeliest(head(x[None])))
 
 
+@pytest.mark.parametrize("width", [48, 576])
+def test_embeddings_brought_to_one(width: int) -> None:
+    table, ids = (torch.randn(40, width) * 0.1).bfloat16(), torch.tensor([[3, 39], [0, 3]])
+    ours = torch.ops.hydra_heads.rows_embedded(table, ids, 1e-5)
+    exact = F.rms_norm(table[ids].double(), (width,), eps=1e-5)
+    assert ours.shape == exact.shape and float((ours.double() - exact).norm() / exact.norm()) < 0.003
+    with pytest.raises(RuntimeError, match="outside the vocabulary"):
+        torch.ops.hydra_heads.rows_embedded(table, torch.tensor([40]), 1e-5)
+
+
 def test_it_is_what_decoding_multiplies_by() -> None:
     if not rows_available():
         pytest.skip("its tiles could not be compiled here")

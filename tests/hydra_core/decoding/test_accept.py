@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hydra_core.decoding import Chooser, Request, Typical, accept, accept_walking
+from hydra_core.decoding.accept import accept_on_device, accept_on_host
 from hydra_core.tree import Topology, chain
 
 BRANCHED = Topology((-1, 0, 0, 1, 1, 3)).forest
@@ -22,10 +23,11 @@ BRANCHED = Topology((-1, 0, 0, 1, 1, 3)).forest
     ([9, -1, -1, -1, -1, -1], [5, 0, 0, 0, 0, 0], [0], [5]),                   # nothing was filled
 ])
 def test_cases(tokens: list[int], chosen: list[int], path: list[int], emitted: list[int]) -> None:
-    found = accept(torch.tensor([tokens, tokens]), BRANCHED, torch.tensor([chosen, chosen]))
-    for row in range(2):
-        count = int(found.counts[row])
-        assert found.path[row, :count].tolist() == path and found.emitted[row] == emitted
+    for way in (accept, accept_on_host, accept_on_device):
+        found = way(torch.tensor([tokens, tokens]), BRANCHED, torch.tensor([chosen, chosen]))
+        for row in range(2):
+            count = int(found.counts[row])
+            assert found.path[row, :count].tolist() == path and found.emitted[row] == emitted
 
 
 def test_equals_a_plain_walk() -> None:
@@ -53,6 +55,9 @@ def test_equals_a_plain_walk() -> None:
             path.append(node)
         found = accept(torch.tensor([tokens]), sorted_topology.forest, torch.tensor([chosen]))
         assert found.path[0, :int(found.counts[0])].tolist() == path
+        other = accept_on_device(torch.tensor([tokens]), sorted_topology.forest, torch.tensor([chosen]))
+        assert torch.equal(other.path, found.path) and torch.equal(other.counts, found.counts)
+        assert other.emitted == found.emitted
         logits = torch.nn.functional.one_hot(torch.tensor([chosen]), 4).float()
         walked = accept_walking(torch.tensor([tokens]), sorted_topology.forest, logits, [7], [Chooser(Request("r", (1,), 9), 4)])
         assert torch.equal(walked.path, found.path) and torch.equal(walked.counts, found.counts)
