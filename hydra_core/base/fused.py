@@ -14,7 +14,7 @@ from hydra_core.base.attention import HeadNorms, Rotary, cached_attention, folde
 from hydra_core.base.kernels import add_and_norm, gate, reason_unavailable, turn_and_store
 from hydra_core.base.kv_cache import KVCache, Step
 from hydra_core.base.linear import FrozenLinear
-from hydra_core.base.native import MOST_TOKENS, native_decoder
+from hydra_core.base.native import is_native, native_decoder
 from hydra_core.base.q4_1 import Q4Matrix
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -92,7 +92,7 @@ class FusedDecoder:
         cos, sin = self.rotary.at(step.positions, step.span)
         kind = self.embedding.dtype
         hidden = F.embedding(ids, self.embedding).to(self.stream)
-        if self.native is not None and ids.numel() <= MOST_TOKENS and not step.fixed:
+        if self.native is not None and is_native(ids.numel(), kind) and not step.fixed:
             added = self.native.run(hidden, cache.keys, cache.values, step.rows[0], step.slots, step.span, cos, sin,
                                     step.mask)
             hidden = hidden + added.view_as(hidden)

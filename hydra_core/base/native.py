@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hydra_core.base.library import load_library
+from hydra_core.base.library import load_library, rows_available
 from hydra_core.base.linear import LAYOUTS, FrozenLinear
 from hydra_core.base.q4_1 import GROUP
 
@@ -22,7 +22,13 @@ if TYPE_CHECKING:
 WIDEST_HEAD = 512
 """As in the source."""
 MOST_TOKENS = 256
-"""Tokens of all rows together that a native step takes: some of its loops run on one core, PyTorch's on all of them."""
+"""Tokens of all rows together that a native step takes in float32 or by oneDNN: some of its loops run on one core, PyTorch's
+on all of them. Those of `rows.h` run on all of them too."""
+
+
+def is_native(tokens: int, dtype: torch.dtype) -> bool:
+    """Whether a forward of so many tokens in `dtype` is sooner done by the native step."""
+    return tokens <= MOST_TOKENS or (dtype == torch.bfloat16 and rows_available())
 
 
 def native_decoder(layers: Sequence[LayerWeights], heads: int, kv_heads: int, width: int, eps: float) -> Any | None:

@@ -12,7 +12,7 @@ from hydra_core.base.attention import Rotary, cached_attention, grouped_attentio
 from hydra_core.base.fused import LayerWeights
 from hydra_core.base.kv_cache import KVCache, Step
 from hydra_core.base.linear import Packable, PackableLinear, packable
-from hydra_core.base.native import MOST_TOKENS, native_decoder
+from hydra_core.base.native import is_native, native_decoder
 
 
 class PrefixLayer(Packable):
@@ -82,7 +82,7 @@ class PrefixLayer(Packable):
     def step(self, hidden: Tensor, cache: KVCache, step: Step) -> Tensor:
         """While decoding: [B, N, D] newly committed hidden states on top of the cache; writes their keys and values."""
         cos, sin = self._rotary_like(hidden).at(step.positions, step.span)
-        if self._packed is not None and hidden.shape[0] * hidden.shape[1] <= MOST_TOKENS and not step.fixed:
+        if self._packed is not None and is_native(hidden.shape[0] * hidden.shape[1], hidden.dtype) and not step.fixed:
             stream = hidden.float()
             added = self._packed.run(stream, cache.keys, cache.values, step.rows[0], step.slots, step.span, cos, sin,
                                      step.mask)

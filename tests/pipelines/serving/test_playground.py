@@ -102,7 +102,10 @@ def served(page: str) -> Iterator[tuple[str, queue.Queue[dict[str, Any]]]]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             model = {"id": "hydra-heads", "configuration": "test", "base": "tiny"}
-            self._give("text/html", page) if self.path == "/" else self._give("application/json", json.dumps({"data": [model]}))
+            if self.path in ("/", NARROW):
+                self._give("text/html", page if self.path == "/" else FRAME)
+            else:
+                self._give("application/json", json.dumps({"data": [model]}))
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -129,6 +132,9 @@ def served(page: str) -> Iterator[tuple[str, queue.Queue[dict[str, Any]]]]:
         server.server_close()
 
 
+NARROW, WIDTH = "/narrow", 320
+FRAME = f'<iframe src="/" width="{WIDTH}" height="900" style="border: 0"></iframe>'
+"""A browser's own window is never that narrow."""
 TELL = """<script>
 addEventListener("load", () => {
   document.dispatchEvent(new KeyboardEvent("keydown", { key: "Enter", ctrlKey: true }));
@@ -139,14 +145,15 @@ addEventListener("load", () => {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [320, 1280])
-def test_in_a_browser(tmp_path: Path, width: int) -> None:
+@pytest.mark.parametrize(("place", "width"), [(NARROW, WIDTH), ("/", 1280)])
+def test_in_a_browser(tmp_path: Path, place: str, width: int) -> None:
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         pytest.skip("no chromium is installed here")
     with served(PAGE.replace("</body>", TELL)) as (url, told):
         process = subprocess.Popen([browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}",
-                                    f"--window-size={width},900", url], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                                    f"--window-size={width},900", url.rstrip("/") + place],
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             found = told.get(timeout=120)
         finally:
