@@ -35,7 +35,15 @@ from pipelines.bench_plan import (
 )
 from pipelines.bench_plots import draw
 from pipelines.bench_questions import load_questions
-from pipelines.bench_report import batch_markdown, category_markdown, markdown, metrics_of, print_table, summarise
+from pipelines.bench_report import (
+    batch_markdown,
+    category_markdown,
+    markdown,
+    metrics_of,
+    print_categories,
+    print_table,
+    summarise,
+)
 from pipelines.bench_run import measure
 from pipelines.bench_steps import print_steps, steps_markdown
 from pipelines.cluster import ensure_ray, measuring_resources
@@ -215,6 +223,7 @@ def _write_report(config: RunConfig, folder: Path, figures: dict[str, Any], batc
                + steps_markdown(figures) + memory_markdown(memory) + batch_markdown(batches, plan) + load_markdown(load))
     plots = draw(figures, folder)
     print_table(figures, title, config.base.dtype, sys.stderr)
+    print_categories(figures, sys.stderr)
     print_steps(figures, sys.stderr)
     print_load(load, sys.stderr)
     if load:

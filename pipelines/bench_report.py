@@ -40,6 +40,9 @@ def summarise(rows: list[Row], identity: list[IdentityRow]) -> dict[str, Any]:
             "speed_vs_transformers": _ratio(own, by.get(TRANSFORMERS, [])),
             "decode_speed_vs_plain": _ratio(own, by.get(PLAIN, []), prefill=False),
             "spread": _spread(own, by.get(PLAIN, [])),
+            "rounds": [_ratio([row for row in own if row.round == number],
+                              [row for row in by.get(PLAIN, []) if row.round == number])
+                       for number in sorted({row.round for row in own})],
             "identical": _round(_share(plain_answers.get((row.round, row.question, row.turn)) == row.token_ids
                                        for row in own)),
             **step_figures(own),
@@ -52,6 +55,9 @@ def summarise(rows: list[Row], identity: list[IdentityRow]) -> dict[str, Any]:
     return figures
 
 
+CATEGORIES = "By category: speed against plain, its 95 % interval (tokens per step)"
+
+
 def _categories(rows: list[Row], plain: list[Row], transformers: list[Row]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for category in dict.fromkeys(row.category for row in rows):
@@ -59,7 +65,9 @@ def _categories(rows: list[Row], plain: list[Row], transformers: list[Row]) -> d
         steps = sum(row.steps for row in own)
         found[category] = {"questions": len({row.question for row in own}),
                            "tokens_per_step": _round(sum(len(row.token_ids) - 1 for row in own) / steps if steps else None),
-                           "speed_vs_plain": _ratio(own, others[0]), "speed_vs_transformers": _ratio(own, others[1])}
+                           "speed_vs_plain": _ratio(own, others[0]), "spread": _spread(own, others[0]),
+                           "decode_speed_vs_plain": _ratio(own, others[0], prefill=False),
+                           "speed_vs_transformers": _ratio(own, others[1])}
     return found
 
 
@@ -122,7 +130,9 @@ def metrics_of(figures: dict[str, Any]) -> dict[str, float]:
     for method, values in figures.items():
         spread = dict(zip(("spread_low", "spread_high"), values["spread"] or (), strict=False))
         accepted = {f"accepted_{depth}": share for depth, share in enumerate(values["accepted_at_least"], start=1)}
-        metrics |= {f"{method}.{key}": value for key, value in (values | spread | accepted).items()
+        tasks = {f"{figure}_{name}": found[figure] for name, found in values["categories"].items()
+                 for figure in ("speed_vs_plain", "tokens_per_step")}
+        metrics |= {f"{method}.{key}": value for key, value in (values | spread | accepted | tasks).items()
                     if isinstance(value, (int, float))}
     return metrics
 
@@ -167,13 +177,41 @@ def category_markdown(figures: dict[str, Any]) -> str:
     names = list(dict.fromkeys(name for values in figures.values() for name in values["categories"]))
     if len(names) < 2:
         return ""
-    lines = ["", "## By category: speed against plain (tokens per step)", "", "| method | " + " | ".join(names) + " |",
-             "|---" * (len(names) + 1) + "|"]
-    for method, values in figures.items():
-        cells = [values["categories"].get(name, {}) for name in names]
-        lines.append(f"| {method} | " + " | ".join(
-            f"{_cell(cell.get('speed_vs_plain'), 2, 'x')} ({_cell(cell.get('tokens_per_step'), 2)})" for cell in cells) + " |")
+    lines = ["", f"## {CATEGORIES}", "", "| method | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|",
+             *("| " + " | ".join(cells) + " |" for cells in category_rows(figures, names))]
+    if any(len(values["rounds"]) > 1 for values in figures.values()):
+        lines += ["", "Against plain, round by round: " + "; ".join(
+            f"{method} {', '.join(_cell(value, 2) for value in values['rounds'])}" for method, values in figures.items()
+            if method != PLAIN) + "."]
     return "\n".join(lines) + "\n"
+
+
+def category_rows(figures: dict[str, Any], names: list[str]) -> list[tuple[str, ...]]:
+    """The cells of each contender."""
+    return [(method, *(_category_cell(values["categories"].get(name, {})) for name in names))
+            for method, values in figures.items()]
+
+
+def _category_cell(found: dict[str, Any]) -> str:
+    low, high = found.get("spread") or (None, None)
+    between = "" if low is None or low == high else f" {low:.2f} - {high:.2f}"
+    return f"{_cell(found.get('speed_vs_plain'), 2, 'x')}{between} ({_cell(found.get('tokens_per_step'), 2)})"
+
+
+def print_categories(figures: dict[str, Any], stream: Any) -> None:
+    """The same table on a terminal, or nothing where there is but one category."""
+    from rich.console import Console
+    from rich.table import Table
+
+    names = list(dict.fromkeys(name for values in figures.values() for name in values["categories"]))
+    if len(names) < 2:
+        return
+    table = Table(title=CATEGORIES)
+    for column in ("method", *names):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for cells in category_rows(figures, names):
+        table.add_row(*cells)
+    Console(file=stream, width=max(80, 16 + 26 * len(names))).print(table)
 
 
 def batch_markdown(batches: dict[str, Any], plan: BenchPlan) -> str:

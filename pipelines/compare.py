@@ -13,7 +13,8 @@ from pipelines.config import RunConfig
 from pipelines.stage import StageResult
 from pipelines.tracking import RunRecord, find_benches
 
-NOT_A_RECIPE = ("name", "storage", "ray_address", "tracking.", "compare.", "serve.", "batch.", "promote.")
+NOT_A_RECIPE = ("name", "storage", "ray_address", "tracking.", "compare.", "serve.", "batch.", "promote.", "load.", "generate.",
+                "ablate.")
 FIGURES = ("tokens_per_step", "speed_vs_plain", "spread_low", "spread_high", "speed_vs_transformers", "identical")
 
 

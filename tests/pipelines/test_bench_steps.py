@@ -14,7 +14,7 @@ import torch
 from pipelines.bench_memory import PeakMemory, memory_markdown, read_memory
 from pipelines.bench_plan import Row
 from pipelines.bench_plots import accepted_plot, category_plot, draw
-from pipelines.bench_report import metrics_of, summarise
+from pipelines.bench_report import category_markdown, metrics_of, print_categories, summarise
 from pipelines.bench_steps import COLUMNS, print_steps, step_figures, step_rows, steps_markdown
 
 
@@ -57,6 +57,7 @@ def test_turns_and_rounds_of_a_question_are_one(capsys: pytest.CaptureFixture[st
     other = summarise([*rows, row("hydra", token_ids=(7,) * 11, turn=2), row("plain", token_ids=(8,) * 11, turn=2)], [])
     assert other["hydra"]["identical"] == 0.8
     metrics = metrics_of(summarise([row("plain"), drafting()], []))
+    assert metrics["hydra.speed_vs_plain_all"] == metrics["hydra.speed_vs_plain"]
     assert metrics["hydra.accepted_1"] == 0.75 and metrics["hydra.draft_ms"] == 25.0 and "plain.draft_ms" not in metrics
     figures = summarise([row("plain"), drafting()], [])
     cells = dict(zip(COLUMNS, next(cells for cells in step_rows(figures) if cells[0] == "hydra"), strict=True))
@@ -67,6 +68,24 @@ def test_turns_and_rounds_of_a_question_are_one(capsys: pytest.CaptureFixture[st
     print_steps(figures, sys.stderr)
     assert "75 %" in capsys.readouterr().err and "| hydra | 250.0 | 25.0 |" in steps_markdown(figures)
     assert steps_markdown(summarise([], [])) == ""
+
+
+def test_categories_and_rounds_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [row(method, question=f"{name}{number}", category=name, round=turn, decode_seconds=seconds * (1 + number))
+            for method, by in {"plain": {"chat": 1.0, "rag": 1.0}, "hydra": {"chat": 1.0, "rag": 0.25}}.items()
+            for name, seconds in by.items() for number in range(2) for turn in range(2)]
+    figures = summarise(rows, [])
+    found = figures["hydra"]["categories"]
+    assert found["rag"]["decode_speed_vs_plain"] == 4.0 and found["chat"]["speed_vs_plain"] == 1.0
+    low, high = found["rag"]["spread"]
+    assert 1.0 < low <= found["rag"]["speed_vs_plain"] <= high
+    assert figures["hydra"]["rounds"] == [figures["hydra"]["speed_vs_plain"]] * 2
+    told = category_markdown(figures)
+    assert "| hydra | 1.00x (" in told and "round by round: hydra" in told
+    print_categories(figures, sys.stderr)
+    assert "By category" in capsys.readouterr().err
+    print_categories(summarise([row("plain")], []), sys.stderr)
+    assert not capsys.readouterr().err  # one category needs no table
 
 
 def test_pictures(tmp_path: Path) -> None:
