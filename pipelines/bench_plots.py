@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.bench_report import category_names
 from pipelines.bench_steps import by_speed
 from pipelines.cost_report import save_figure
 
@@ -50,7 +51,7 @@ def speed_plot(figures: dict[str, Any]) -> Any:
 
 def category_plot(figures: dict[str, Any]) -> Any:
     """Speed against plain, one group of bars a category, one bar a contender; None where there is but one category."""
-    categories = list(dict.fromkeys(name for values in figures.values() for name in values["categories"]))
+    categories = category_names(figures)
     bars = {name: [(figures[name]["categories"].get(category) or {}).get("speed_vs_plain") or 0 for category in categories]
             for name in by_speed(figures)}
     if len(categories) < 2:

@@ -174,7 +174,7 @@ def markdown(figures: dict[str, Any], title: str, dtype: str) -> str:
 
 def category_markdown(figures: dict[str, Any]) -> str:
     """Speed against plain and tokens per step of every category, or nothing where there is but one."""
-    names = list(dict.fromkeys(name for values in figures.values() for name in values["categories"]))
+    names = category_names(figures)
     if len(names) < 2:
         return ""
     lines = ["", f"## {CATEGORIES}", "", "| method | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|",
@@ -184,6 +184,11 @@ def category_markdown(figures: dict[str, Any]) -> str:
             f"{method} {', '.join(_cell(value, 2) for value in values['rounds'])}" for method, values in figures.items()
             if method != PLAIN) + "."]
     return "\n".join(lines) + "\n"
+
+
+def category_names(figures: dict[str, Any]) -> list[str]:
+    """All that any contender was asked, in the order in which they came."""
+    return list(dict.fromkeys(name for values in figures.values() for name in values["categories"]))
 
 
 def category_rows(figures: dict[str, Any], names: list[str]) -> list[tuple[str, ...]]:
@@ -203,7 +208,7 @@ def print_categories(figures: dict[str, Any], stream: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    names = list(dict.fromkeys(name for values in figures.values() for name in values["categories"]))
+    names = category_names(figures)
     if len(names) < 2:
         return
     table = Table(title=CATEGORIES)

@@ -39,11 +39,12 @@ def run_load(config: RunConfig) -> StageResult:
     prompts = _prompts(config)
     folder = RunPaths.of(config).stage(STAGE)
     settings = config.load.model_dump(mode="json") | {"serve": config.serve.model_dump(mode="json", exclude={"update"})}
-    wanted = fingerprint(STAGE, settings, {"prompts": content_id(*prompts), "serves": str(_serves(config))})
+    serves = _serves(config)
+    wanted = fingerprint(STAGE, settings, {"prompts": content_id(*prompts), "serves": str(serves)})
     if (done := finished(folder, wanted)) is not None:
         return done
     tracker = Tracker.open(config)
-    with (stage_folder(config, STAGE, folder, wanted) as stage, _endpoint(config) as (target, label),
+    with (stage_folder(config, STAGE, folder, wanted) as stage, _endpoint(config, serves) as (target, label),
           tracker.start(STAGE, fingerprint=wanted, params={"serves": label}) as tracked):
         (folder / "rates.jsonl").unlink(missing_ok=True)  # of a run that was killed: another hour, another capacity
         capacity = _capacity(config, target, prompts)
@@ -85,8 +86,8 @@ def _serves(config: RunConfig) -> Serving:
 
 
 @contextmanager
-def _endpoint(config: RunConfig) -> Iterator[tuple[Target, str]]:
-    """The endpoint that is named, or an application of our own that goes afterwards."""
+def _endpoint(config: RunConfig, serves: Serving) -> Iterator[tuple[Target, str]]:
+    """The endpoint that is named, where `serves` decodes, or an application of our own that goes afterwards."""
     section = config.load
     headers = api_key(section.key_variable)
 
@@ -94,8 +95,7 @@ def _endpoint(config: RunConfig) -> Iterator[tuple[Target, str]]:
         return Target(address, config.serve.app_name, section.max_new_tokens, headers, section.patience)
 
     if section.address:
-        serving = ask_endpoint(section.address, config.serve.app_name, headers)
-        yield target(section.address), str(serving)
+        yield target(section.address), str(serves)
         return
     args = resolve_args(config)
     with ensure_ray(config):

@@ -18,7 +18,6 @@
 #include <vector>
 
 #include "draw.h"
-#include "pages.h"
 #include "rows.h"
 
 namespace {
@@ -411,7 +410,6 @@ bool tiles_available() {
 
 TORCH_LIBRARY(hydra_heads, library) {
   library.def("draw", draw::tokens);
-  library.def("on_large_pages", pages::copy);
   library.def("rows_available", rows_available);
   library.def("tiles_available", tiles_available);
 #ifdef HYDRA_ROWS

@@ -359,27 +359,6 @@ inline Tensor linear4(const Tensor& given, const Tensor& codes, const Tensor& sc
   return result;
 }
 
-// SiLU(gate) * up in float32, rounded once: [M, 2 I] to [M, I].
-inline Tensor gate(const Tensor& made) {
-  const int64_t count = made.size(0), inner = made.size(1) / 2;
-  Tensor result = at::empty({count, inner}, made.options());
-  const Value* from = made.const_data_ptr<Value>();
-  Value* target = result.data_ptr<Value>();
-  at::parallel_for(0, count, std::max<int64_t>(1, WORK / (64 * inner)), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const Value *gates = from + row * 2 * inner, *ups = gates + inner;
-      for (int64_t i = 0; i < inner; i += 16) {
-        const __mmask16 inside = inner - i >= 16 ? 0xffff : (1 << (inner - i)) - 1;
-        const __m512 value = widen(_mm256_maskz_loadu_epi16(inside, gates + i));
-        const __m512 up = widen(_mm256_maskz_loadu_epi16(inside, ups + i));
-        const __m512 below = _mm512_add_ps(_mm512_set1_ps(1.0f), exponential(_mm512_sub_ps(_mm512_setzero_ps(), value)));
-        _mm256_mask_storeu_epi16(target + row * inner + i, inside, narrow(_mm512_mul_ps(_mm512_div_ps(value, below), up)));
-      }
-    }
-  });
-  return result;
-}
-
 inline __m512 silu(__m512 value) {
   return _mm512_div_ps(value, _mm512_add_ps(_mm512_set1_ps(1.0f), exponential(_mm512_sub_ps(_mm512_setzero_ps(), value))));
 }
@@ -393,6 +372,21 @@ inline void epilogue(const Value* made, const Value* other, Value* target, int64
     const __m512 more = widen(_mm256_maskz_loadu_epi16(inside, other + i));
     _mm256_mask_storeu_epi16(target + i, inside, narrow(GATE ? _mm512_mul_ps(value, more) : _mm512_add_ps(value, more)));
   }
+}
+
+// SiLU(gate) * up in float32, rounded once: [M, 2 I] to [M, I].
+inline Tensor gate(const Tensor& made) {
+  const int64_t count = made.size(0), inner = made.size(1) / 2;
+  Tensor result = at::empty({count, inner}, made.options());
+  const Value* from = made.const_data_ptr<Value>();
+  Value* target = result.data_ptr<Value>();
+  at::parallel_for(0, count, std::max<int64_t>(1, WORK / (64 * inner)), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const Value* gates = from + row * 2 * inner;
+      epilogue<true>(gates, gates + inner, target + row * inner, inner);
+    }
+  });
+  return result;
 }
 
 // The `count` largest of `size` scores in order, ties to the first, and their probabilities among all.
@@ -797,7 +791,7 @@ inline Tensor attend(const Tensor& queries, const Tensor& keys, const Tensor& va
   Value* target = result.data_ptr<Value>();
   const int64_t grain = std::max<int64_t>(1, WORK / (2 * std::min(folded, most) * span * width + 1));
   std::vector<int64_t> open(batch, span);  // slots at a row's beginning that all its nodes look at
-  for (int64_t row = 0; mask && row < batch; ++row)
+  for (int64_t row = 0; tiles && mask && row < batch; ++row)
     for (int64_t node = 0; node < nodes; ++node)
       open[row] = first_closed(masked.const_data_ptr<Value>() + (row * nodes + node) * span, open[row]);
   at::parallel_for(0, batch * heads * pieces, grain, [&](int64_t begin, int64_t end) {

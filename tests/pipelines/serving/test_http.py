@@ -37,6 +37,7 @@ from pipelines.serve import ServedApp, resolve_args, run_serve, start_app, updat
 from pipelines.serving.metrics import series
 from pipelines.tracking import Tracker, register
 from tests.pipelines.test_serve import free_port
+from tests.processes import children
 from tests.trained import overfit_heads, random_prompts
 
 pytestmark = pytest.mark.slow
@@ -316,12 +317,7 @@ def test_whatever_its_description_allows_or_forbids(app: ServedApp, mode: Genera
 
 def replicas() -> set[int]:
     """Process ids of what decodes."""
-    found = set()
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if "ServeReplica:hydra-heads:DecodeServer" in " ".join(child.cmdline()):
-                found.add(child.pid)
-    return found
+    return {child.pid for child in children("ServeReplica:hydra-heads:DecodeServer")}
 
 
 def test_other_heads_while_it_runs(client: openai.OpenAI, http: httpx.Client, config: RunConfig, configuration: Path,
