@@ -92,7 +92,8 @@ def run_blocks(actor: type, settings: Any, blocks: list[pa.Table], *, actors: in
         return totals
     ray.data.DataContext.get_current().enable_progress_bars = sys.stderr.isatty()
     mapped = ray.data.from_arrow(blocks).map_batches(
-        _Told, fn_constructor_args=(actor, settings), batch_size=None, batch_format="pyarrow",
+        # a block each: all but the last are of one size, and with GPUs Ray Data wants a number
+        _Told, fn_constructor_args=(actor, settings), batch_size=max(map(len, blocks)), batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=min(actors, len(blocks))), num_cpus=cpus, num_gpus=gpus)
     for row in mapped.iter_rows():
         if MISTAKE in row:

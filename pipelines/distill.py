@@ -34,7 +34,7 @@ from hydra_core.base.formats import LOSSY
 from hydra_core.decoding import check_heads
 from hydra_core.errors import InputError
 from pipelines.cluster import check_workers, ensure_ray, run_blocks
-from pipelines.config import RunConfig
+from pipelines.config import DistillSection, RunConfig
 from pipelines.contracts import ERRORS, FEATURES, PROMPTS, RESPONSES, check_counts, content_id
 from pipelines.distill_workers import FeatureWriter, PromptWriter, ResponseWriter, WorkerSettings
 from pipelines.parts import known_ids, part_files, read_parts, sweep, write_part
@@ -44,6 +44,7 @@ from pipelines.stage import RunPaths, StageResult, fingerprint, finished, requir
 from pipelines.tracking import Run, Tracker
 
 BLOCK_BATCHES = 8   # running batches in one block of work: long enough that a draining end costs little
+BLOCKS_EACH = 4     # blocks for each of several workers, at least: Ray Data hands them out two at a time
 FEATURE_ROWS = 128  # rows in one feature part
 LEAST_AGREEMENT = {"fp32": 0.99, "bf16": 0.9, "int4": 0.9}  # share of greedy tokens that their own hidden states must reproduce
 MOST_WAVES = 6
@@ -267,7 +268,7 @@ def _responses(config: RunConfig, folder: Path) -> dict[str, Any]:
     missing = [task for task in tasks if task["id"] not in known]
     table = pa.Table.from_pylist(missing, schema=RESPONSES.remove_metadata())
     settings = _settings(config, folder, config.distill.max_new_tokens)
-    blocks = _blocks(table, config.distill.running_batch * BLOCK_BATCHES)
+    blocks = _blocks(table, _block_rows(len(table), config.distill))
     totals = _run(config, ResponseWriter, settings, blocks)
     rows = read_parts(folder / "responses", RESPONSES, ["response_ids"])
     tokens = sum(len(ids) for ids in rows["response_ids"].to_pylist())
@@ -277,6 +278,12 @@ def _responses(config: RunConfig, folder: Path) -> dict[str, Any]:
     check_counts("distill answers", len(tasks), len(rows), errors, 0, config.distill.max_error_share,
                  f"see {folder / 'errors' / 'answers'}; shorten those prompts or raise distill.max_error_share")
     return {"responses": len(rows), "response_tokens": tokens, "errors": errors, "resumed": len(known)}
+
+
+def _block_rows(rows: int, distill: DistillSection) -> int:
+    """Rows of one block of answers: several running batches, but so few that of many workers none waits for the last."""
+    fair = -(-rows // (distill.workers.count * BLOCKS_EACH)) if distill.workers.count > 1 else rows
+    return min(distill.running_batch * BLOCK_BATCHES, max(distill.running_batch, fair))
 
 
 def _tokens(rows: pa.Table) -> int:

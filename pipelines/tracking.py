@@ -124,8 +124,12 @@ class Run:
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Numbers at a step; names may hold letters, digits and . _ - / only."""
+        self.log_curve([(step or 0, metrics)])
+
+    def log_curve(self, points: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+        """Steps with their numbers, as many at a time as a store takes: one call for each step would cost as much as it."""
         now = get_current_time_millis()
-        entries = [Metric(_clean(name), float(value), now, step or 0) for name, value in metrics.items()]
+        entries = [Metric(_clean(name), float(value), now, step) for step, metrics in points for name, value in metrics.items()]
         for start in range(0, len(entries), METRICS_AT_ONCE):
             self._client.log_batch(self.run_id, metrics=entries[start:start + METRICS_AT_ONCE])
 
@@ -286,6 +290,9 @@ class MetricLogger:
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         self._run.log_metrics(metrics, step)
+
+    def log_curve(self, points: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+        self._run.log_curve(points)
 
 
 def metric_logger(uri: str, run_id: str) -> MetricLogger:

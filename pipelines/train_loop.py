@@ -336,4 +336,5 @@ def _device(uses_gpu: bool) -> torch.device:
     import ray.train.torch
 
     device: torch.device = ray.train.torch.get_device()
+    torch.cuda.set_device(device)  # where collectives of plain objects, and DeepSpeed, look
     return device

@@ -43,10 +43,9 @@ def log_curve(shop: Workshop, figures: dict[str, float]) -> None:
     marker = Path(shop.settings.folder) / LOGGED
     done = json.loads(marker.read_text(encoding="utf-8"))["next_step"] if marker.exists() else 0
     logger = metric_logger(shop.settings.tracking_uri, shop.settings.run_id)
-    for record in shop.curve:
-        if record["step"] >= done:
-            values = {f"train.{name}": value for name, value in record.items() if name not in ("step", "time")}
-            logger.log(values, record["step"])
+    logger.log_curve([
+        (record["step"], {f"train.{name}": value for name, value in record.items() if name not in ("step", "time")})
+        for record in shop.curve if record["step"] >= done])
     if shop.next_step > done:
         logger.log({f"held_out.{name}": value for name, value in figures.items()}, shop.next_step)
     write_text(marker, json.dumps({"next_step": max(done, shop.next_step)}))

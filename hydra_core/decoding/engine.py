@@ -293,16 +293,17 @@ class Engine:
 
     def _emit(self, first: int, emitted: list[list[int]], logprobs: list[list[TokenLogprob]]) -> list[StepOutput]:
         """Give each decoding row from `first` on its new tokens; end the rows that are done, last row first."""
+        rows = self.scheduler.decoding[first:first + len(emitted)]
+        clipped = [clip(row, tokens, self.context_limit) for row, tokens in zip(rows, emitted, strict=True)]
+        # at once: a device takes as long for one number as for all
+        self.roots[first:first + len(rows)] = torch.tensor([kept[-1] for kept, _ in clipped], device=self.roots.device)
         outputs = []
-        for offset, tokens in reversed(list(enumerate(emitted))):
+        for offset, (row, (kept, reason)) in reversed(list(enumerate(zip(rows, clipped, strict=True)))):
             index = first + offset
-            row = self.scheduler.decoding[index]
-            kept, reason = clip(row, tokens, self.context_limit)
             row.tokens += kept
             said = tuple(logprobs[offset][:len(kept)]) if row.request.logprobs is not None else None
             row.logprobs += said or ()
             self.session.emit(index, kept)
-            self.roots[index] = kept[-1]
             result = self._finish(index, reason) if reason else None
             outputs.append(StepOutput(row.request.id, tuple(kept), result, said))
         return outputs[::-1]

@@ -29,7 +29,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Project = Callable[[Tensor], Tensor]
-CHUNK = 128  # rows: a chunk of logits stays in a core's share of the cache
+CHUNK = {"cpu": 128, "cuda": 4096}
+"""Rows of a chunk, by device: on a CPU its logits stay in a core's share of the cache, on a GPU they keep it busy."""
+
+
+def rows_at_once(tensor: Tensor) -> int:
+    """Rows of a chunk where `tensor` lies."""
+    return CHUNK.get(tensor.device.type, CHUNK["cuda"])
 
 
 @dataclass(frozen=True)
@@ -85,18 +91,18 @@ def reference_loss(logits: Tensor, target: Target) -> Tensor:
     return (share * crossed + (1 - share) * (1 - overlap)).sum()
 
 
-def chunked_loss(hidden: Tensor, project: Project, target: Target, chunk: int = CHUNK) -> Tensor:
+def chunked_loss(hidden: Tensor, project: Project, target: Target, chunk: int | None = None) -> Tensor:
     """The same sum for logits = project(hidden), hidden [n, D], never holding more than [chunk, Vd] of them.
 
     `project` must have no trainable parameters: gradients reach `hidden` alone.
     """
-    loss: Tensor = _ChunkedLoss.apply(hidden, project, target, chunk, False)[0]  # type: ignore[no-untyped-call]
+    loss: Tensor = _ChunkedLoss.apply(hidden, project, target, chunk or rows_at_once(hidden), False)[0]  # type: ignore[no-untyped-call]
     return loss
 
 
-def chunked_loss_and_best(hidden: Tensor, project: Project, target: Target, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
+def chunked_loss_and_best(hidden: Tensor, project: Project, target: Target, chunk: int | None = None) -> tuple[Tensor, Tensor]:
     """The same, and the likeliest draft token of each position: indices in the draft vocabulary [n] int64."""
-    loss, best = _ChunkedLoss.apply(hidden, project, target, chunk, True)  # type: ignore[no-untyped-call]
+    loss, best = _ChunkedLoss.apply(hidden, project, target, chunk or rows_at_once(hidden), True)  # type: ignore[no-untyped-call]
     return loss, best
 
 
@@ -173,12 +179,12 @@ def _overlap_value_and_slope(p: Tensor, q: Tensor, crossed: Tensor | None, decay
     return loss, slope.add_(q.mul_((share * p.sum(dim=-1))[:, None])).sub_(p.mul_(share[:, None]))
 
 
-def log_normalisers(hidden: Tensor, vocabulary_logits: Project, chunk: int = CHUNK) -> Tensor:
+def log_normalisers(hidden: Tensor, vocabulary_logits: Project, chunk: int | None = None) -> Tensor:
     """Log of the base's softmax denominator over its FULL vocabulary at hidden [M, D]: [M] float32.
 
     Four bytes a token that cost a whole vocabulary projection: worth keeping when rows are seen more than once.
     """
-    found = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+    found, chunk = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device), chunk or rows_at_once(hidden)
     with torch.no_grad():
         for start in range(0, hidden.shape[0], chunk):
             logits = vocabulary_logits(hidden[start:start + chunk])
@@ -187,12 +193,12 @@ def log_normalisers(hidden: Tensor, vocabulary_logits: Project, chunk: int = CHU
     return found
 
 
-def teacher_probabilities(hidden: Tensor, draft_logits: Project, normalisers: Tensor, chunk: int = CHUNK) -> Tensor:
+def teacher_probabilities(hidden: Tensor, draft_logits: Project, normalisers: Tensor, chunk: int | None = None) -> Tensor:
     """The base's probabilities at hidden [M, D] for the draft vocabulary: [M, Vd] float32, rows sum to at most 1.
 
     `draft_logits`: the base's own head restricted to the draft vocabulary; `normalisers`: [M] from `log_normalisers`.
     """
-    parts = []
+    parts, chunk = [], chunk or rows_at_once(hidden)
     with torch.no_grad():
         for start in range(0, hidden.shape[0], chunk):
             logits = draft_logits(hidden[start:start + chunk])

@@ -7,17 +7,17 @@ from torch import Tensor
 
 from hydra_core.drafters import HeadDrafter
 from hydra_core.training.alignment import draft_positions
-from hydra_core.training.losses import CHUNK, Project
+from hydra_core.training.losses import Project, rows_at_once
 from hydra_core.training.packing import Packed, Spans
 from hydra_core.tree.walk import MISS, RankRows
 
 
-def ranks_of(hidden: Tensor, project: Project, index: Tensor, chunk: int = CHUNK) -> Tensor:
+def ranks_of(hidden: Tensor, project: Project, index: Tensor, chunk: int | None = None) -> Tensor:
     """Rank of draft-vocabulary entry `index` [n] in the logits of hidden [n, D]; [n] int64, MISS where index is -1.
 
     Equal logits count by position in the draft vocabulary, so ranks of one row are a permutation.
     """
-    ranks = torch.full_like(index, MISS)
+    ranks, chunk = torch.full_like(index, MISS), chunk or rows_at_once(hidden)
     with torch.no_grad():
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)

@@ -25,7 +25,7 @@ from hydra_core.errors import InputError
 from hydra_core.tree import Tree, TreeSet
 from pipelines.config import RunConfig, load_config
 from pipelines.contracts import ERRORS, FEATURES, PROMPTS, RESPONSES, check_counts, check_schema, split_of
-from pipelines.distill import _prompts, _read_prompts, distill_fingerprint, distilled, run_distill
+from pipelines.distill import _block_rows, _prompts, _read_prompts, distill_fingerprint, distilled, run_distill
 from pipelines.distill_workers import PromptWriter, WorkerSettings
 from pipelines.parts import part_files, read_parts, write_part
 from pipelines.tracking import Tracker
@@ -257,6 +257,13 @@ def test_heads_make_the_same_rows_sooner(local_ray: None, tiny_base_dir: Path, t
     with pytest.raises(InputError, match="these heads belong to base"):
         run_distill(config_for(storage, other, prompts, name="foreign", distill__heads=str(heads)))
     assert not (storage / "runs" / "foreign").exists()
+
+
+@pytest.mark.parametrize(("rows", "workers", "wanted"), [
+    (40, 1, 32), (20, 1, 20), (7000, 6, 32), (60, 6, 4), (40, 6, 4), (8, 2, 4)])
+def test_blocks_are_large_for_one_worker_and_shared_out_among_many(rows: int, workers: int, wanted: int) -> None:
+    distill = load_config(overrides={"distill.workers.count": workers, "distill.running_batch": 4}).distill
+    assert _block_rows(rows, distill) == wanted
 
 
 def test_lost_rows_are_our_fault_and_failed_ones_are_told() -> None:
