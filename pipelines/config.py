@@ -109,6 +109,8 @@ class TrainSection(Section):
         },
         description="name -> architecture; every one of them is trained unless `only` names one")
     only: str | None = Field(None, description="train just this drafter")
+    start: dict[str, str] = Field(default_factory=dict, description="drafter -> heads folder, or `shipped`, whose weights it "
+                                                                    "begins with: to go on with more rows; default: untrained")
     dry_run: bool = Field(False, description="train nothing: save untrained heads under `train-dry`, to try serving with")
     features: Literal["stored", "online"] = Field(
         "stored", description="hidden states as distill stored them; online: the base makes them in each worker")
@@ -151,6 +153,8 @@ class TrainSection(Section):
     def _only_is_known(self) -> TrainSection:
         if self.only is not None and self.only not in self.drafters:
             raise ValueError(f"train.only={self.only!r} is none of train.drafters: {', '.join(self.drafters)}")
+        if unknown := [name for name in self.start if name not in self.drafters]:
+            raise ValueError(f"train.start: {unknown[0]!r} is none of train.drafters: {', '.join(self.drafters)}")
         if self.rows_per_step % (self.workers.count * self.accumulate):
             raise ValueError("train.rows_per_step must be a multiple of train.workers.count x train.accumulate")
         if self.plain_losses and any(heads.mask_lost for heads in self.drafters.values()):

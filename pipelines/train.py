@@ -36,12 +36,13 @@ from pipelines.train_dry import run_dry
 from pipelines.train_guard import STOPPED, raise_if_stopped
 from pipelines.train_loop import LoopSettings, total_steps, train_loop, training_rows
 from pipelines.train_report import CURVE, HEADS, LAST, LOGGED
+from pipelines.train_start import check_start, start_digest
 
 STAGE = "train"
 STATE = "state"
 """Folder of Ray's checkpoints inside a drafter's stage folder; removed once its heads stand."""
 HOW = {"drafters", "only", "max_failures", "dry_run", "stop_ratio", "decode_every", "decode_prompts", "decode_tokens",
-       "decode_cpus"}
+       "decode_cpus", "start"}
 """Settings that change no drafter's outcome, or are told apart by drafter."""
 
 
@@ -72,6 +73,8 @@ def run_train(config: RunConfig) -> StageResult:
     if todo:
         check_toolchain(config.train.workers.gpus > 0)
         vocabulary = _check_data(config, rows, features)
+        for name in todo:
+            check_start(config, name, vocabulary)
         with ensure_ray(config):
             check_workers("train.workers", config.train.workers)
             for name in todo:
@@ -169,7 +172,9 @@ def _settings(config: RunConfig, name: str) -> dict[str, Any]:
 
 
 def _fingerprint(config: RunConfig, name: str, data_digest: str) -> str:
-    return fingerprint(STAGE, _settings(config, name) | {"drafter": name}, {"distill": data_digest})
+    start = start_digest(config, name)
+    return fingerprint(STAGE, _settings(config, name) | {"drafter": name},
+                       {"distill": data_digest} | ({"start": start} if start else {}))
 
 
 def _check_data(config: RunConfig, rows: Path, features: Path) -> BaseVocabulary:

@@ -47,6 +47,7 @@ from pipelines.train_data import (
 from pipelines.train_decode import DecodeBeside
 from pipelines.train_guard import why_not_keep, why_stop, write_stop
 from pipelines.train_report import HEADS, Progress, log_curve, read_curve_and_figures, save_curve_and_heads
+from pipelines.train_start import begin_with
 
 STATE_TAG = "state"
 
@@ -144,7 +145,9 @@ def set_up(settings: LoopSettings, share: Share) -> Workshop:
     counts = learn.store.response_counts(vocabulary.size)
     draft_vocab = DraftVocab.rank(counts, heads.draft_vocab_size, vocabulary.stop_ids)
     torch.manual_seed(train.seed)
-    model = HeadTraining(build_drafter(heads, vocabulary, draft_vocab), vocabulary, train.plain_losses)
+    drafter = build_drafter(heads, vocabulary, draft_vocab)
+    begin_with(drafter, config, settings.drafter, vocabulary)
+    model = HeadTraining(drafter, vocabulary, train.plain_losses)
     engine = start_engine(model, train, share)
     shop = Workshop(settings, train, heads, share, device, vocabulary, draft_vocab, learn, held_out,
                     total_steps(train, learn.store), engine, WeightAverage.asked_for(model, train))

@@ -88,7 +88,17 @@ def test_every_file_of_the_packages_is_installed() -> None:
     for package in PACKAGES:
         covered = {path for pattern in named.get(package, ()) for path in (ROOT / package).glob(pattern)}
         files = {path for path in (ROOT / package).rglob("*") if path.is_file() and "__pycache__" not in path.parts}
-        assert {path for path in files if path.suffix not in (".py", ".md")} <= covered, package
+        left_out = {path for path in files if path.suffix in (".py", ".md") or path.parent.name == "pictures"}  # of the notes
+        assert files - left_out <= covered, package
+
+
+def test_pictures_and_links_of_the_notes_lead_somewhere() -> None:
+    notes = [ROOT / "README.md", *(path for package in PACKAGES for path in (ROOT / package).glob("*.md"))]
+    linked = {(note.parent / target).resolve() for note in notes
+              for target in re.findall(r"\]\(([^)#:]+)\)", note.read_text("utf-8"))}
+    assert all(path.is_file() for path in linked), linked
+    assert {path.resolve() for path in ROOT.glob("*/pictures/*")} <= linked
+    assert {note.resolve() for note in notes[1:]} <= linked  # from README, or from a note that it links
 
 
 def test_policy_holds_no_tensors() -> None:

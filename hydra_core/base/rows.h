@@ -160,8 +160,9 @@ struct Shaped {
 };
 
 #ifdef HYDRA_TILES
-// Sums [16 or 32, 32] of a block's outputs. `MORE`: there are more than sixteen rows.
-template <bool MORE>
+// Sums [16 or 32, 32] of a block's outputs. `MORE`: there are more than sixteen rows; `FRESH`: the block comes from memory, not
+// from the cache, where asking ahead for it would take as long as reading it.
+template <bool MORE, bool FRESH>
 void sums_of(const Value* x, int64_t in, const Value* weight, float* sums) {
   const int64_t line = in * sizeof(Value);
   written();
@@ -172,7 +173,8 @@ void sums_of(const Value* x, int64_t in, const Value* weight, float* sums) {
     _tile_zero(3);
   }
   for (int64_t k = 0; k < in; k += LINE, weight += LINE * BLOCK) {
-    for (int64_t ahead = 0; ahead < LINE * BLOCK; ahead += 32) _mm_prefetch(weight + AHEAD + ahead, _MM_HINT_T0);
+    if constexpr (FRESH)
+      for (int64_t ahead = 0; ahead < LINE * BLOCK; ahead += 32) _mm_prefetch(weight + AHEAD + ahead, _MM_HINT_T0);
     _tile_loadd(6, weight, 4 * BLOCK);
     _tile_loadd(7, weight + BLOCK, 4 * BLOCK);
     _tile_loadd(4, x + k, line);
@@ -196,13 +198,17 @@ void sums_of(const Value* x, int64_t in, const Value* weight, float* sums) {
 // One block's outputs for up to `most(in)` rows.
 inline int64_t most(int64_t in) { return tiled(in) ? MOST_TILED : MOST; }
 
+// `fresh`: nothing was made of it yet.
 inline void block_of(int64_t rows, const Value* x, int64_t in, const Value* weight, const Value* bias, Value* target, int64_t out,
-                     Shaped& shaped) {
+                     bool fresh, Shaped& shaped) {
 #ifdef HYDRA_TILES
   if (tiled(in)) {
     alignas(64) float sums[MOST_TILED * BLOCK];
     shaped.set(rows);
-    rows > 16 ? sums_of<true>(x, in, weight, sums) : sums_of<false>(x, in, weight, sums);
+    if (rows <= 16)
+      sums_of<false, true>(x, in, weight, sums);
+    else
+      fresh ? sums_of<true, true>(x, in, weight, sums) : sums_of<true, false>(x, in, weight, sums);
     for (int64_t row = 0; row < rows; ++row)
       for (int64_t half = 0; half < BLOCK; half += 16) {
         const __m512 sum = _mm512_load_ps(sums + row * BLOCK + half);
@@ -214,6 +220,9 @@ inline void block_of(int64_t rows, const Value* x, int64_t in, const Value* weig
   tile_of(rows, x, in, weight, bias, target, out);
 }
 
+constexpr int64_t CACHED = 256;  // rows that a matrix goes by at once
+constexpr int64_t BESIDE = 8;    // blocks that do so together then, for each of the rows that are made together
+
 // `x`: [M, in]; `packed`: of `pack`; `bias`: [out]. Returns [M, out].
 inline Tensor linear(const Tensor& given, const Tensor& packed, const std::optional<Tensor>& bias) {
   const Tensor x = given.contiguous();
@@ -222,12 +231,18 @@ inline Tensor linear(const Tensor& given, const Tensor& packed, const std::optio
   const Value *values = x.const_data_ptr<Value>(), *weights = packed.const_data_ptr<Value>();
   const Value* added = bias ? bias->const_data_ptr<Value>() : nullptr;
   Value* target = result.data_ptr<Value>();
-  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+  // Of many rows a part at a time, small enough to stay in a core's cache while the matrix goes by: a prompt's rows would have to
+  // be read again for every block.
+  const int64_t parts = (count + CACHED - 1) / CACHED, beside = parts > 1 ? BESIDE : 1, groups = (blocks + beside - 1) / beside;
+  at::parallel_for(0, parts * groups, 1, [&](int64_t begin, int64_t end) {
     Shaped shaped;
-    for (int64_t block = begin; block < end; ++block) {
-      in_passes(count, most(in), [&](int64_t at, int64_t some) {
-        block_of(some, values + at * in, in, weights + block * in * BLOCK, added ? added + block * BLOCK : nullptr,
-                 target + at * out + block * BLOCK, out, shaped);
+    for (int64_t piece = begin; piece < end; ++piece) {
+      const int64_t first = piece / groups * CACHED, group = piece % groups * beside;
+      in_passes(std::min(CACHED, count - first), most(in), [&](int64_t offset, int64_t some) {
+        const int64_t at = first + offset;
+        for (int64_t block = group; block < std::min(blocks, group + beside); ++block)
+          block_of(some, values + at * in, in, weights + block * in * BLOCK, added ? added + block * BLOCK : nullptr,
+                   target + at * out + block * BLOCK, out, offset == 0, shaped);
       });
     }
   });
@@ -250,7 +265,7 @@ inline Tensor largest(const Tensor& given, const Tensor& packed, const std::opti
       for (int64_t block = blocks * piece / pieces; block < blocks * (piece + 1) / pieces; ++block) {
         in_passes(count, most(in), [&](int64_t at, int64_t some) {
           block_of(some, values + at * in, in, weights + block * in * BLOCK, added ? added + block * BLOCK : nullptr, made, BLOCK,
-                   shaped);
+                   at == 0, shaped);
           for (int64_t row = 0; row < some; ++row) {
             const __m512 low = sixteen(made + row * BLOCK), high = sixteen(made + row * BLOCK + 16);
             const float best = _mm512_reduce_max_ps(_mm512_max_ps(low, high));

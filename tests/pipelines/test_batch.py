@@ -17,6 +17,7 @@ from ray import serve
 from hydra_core.base import Base
 from hydra_core.decoding import DecodingConfiguration, Request, naive_generate, save_configuration
 from hydra_core.errors import InputError
+from jobs.cli import main
 from pipelines.batch import batch_finished, run_batch
 from pipelines.batch_files import parts, read_batch_rows
 from pipelines.batch_lock import only_run
@@ -249,3 +250,17 @@ def test_partitions_are_runs_of_their_own(local_ray: None, tiny_base_dir: Path, 
         with pytest.raises(InputError, match=rf"2026-01-30: another run is at it \(process {os.getpid()} "):
             run("2026-01-30")
     assert run("2026-01-30") == 2
+
+
+def test_the_command_says_who_is_at_the_same_day(tiny_base_dir: Path, storage: Path,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    write_rows(storage.parent / "2026-01-31.jsonl", 2)
+    out = storage.parent / "out"
+    with only_run(out / "2026-01-31", storage):
+        status = main(["batch", f"storage={storage}", f"base.model={tiny_base_dir}", "base.dtype=fp32", "serve.model=plain",
+                       "batch.engine=embedded", "batch.partition=2026-01-31", f"batch.input={storage.parent}/{{partition}}.jsonl",
+                       f"batch.output={out}/{{partition}}"])
+    told = capsys.readouterr()
+    assert status == 2 and not told.out
+    assert told.err.strip().splitlines()[-1].startswith("error: ") and f"(process {os.getpid()} on " in told.err
+    assert "Traceback" not in told.err

@@ -27,7 +27,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 @pytest.mark.parametrize("shape", [(32, 2), (96, 48), (960, 576), (64, 1536)])
-@pytest.mark.parametrize("rows", [1, 2, 5, 11, 12, 13, 16, 25, 300])
+@pytest.mark.parametrize("rows", [1, 2, 5, 11, 12, 13, 16, 25, 300, 600])
 def test_products(shape: tuple[int, int], rows: int, threads: int) -> None:
     """As close as bf16 lets it be, with a bias and without; each row the same to the last bit whatever goes with it."""
     generator = torch.Generator().manual_seed(rows)

@@ -62,7 +62,8 @@ def config(tiny_base_dir: Path, configuration: Path, tmp_path_factory: pytest.Te
     return load_config(None, {
         "storage": str(tmp_path_factory.mktemp("storage")), "base.model": str(tiny_base_dir), "base.dtype": "fp32",
         "serve.model": str(configuration), "serve.port": free_port(), "serve.max_batch": 4, "serve.max_queued": 60,
-        "serve.max_new_tokens": 200, "serve.max_body_bytes": 50_000, "serve.api_keys_file": str(keys),
+        "serve.max_new_tokens": 200, "serve.max_body_bytes": 50_000, "serve.max_prompt_tokens": 190,
+        "serve.api_keys_file": str(keys),
         "serve.workers.threads": 1})
 
 
@@ -221,7 +222,10 @@ HOSTILE: list[tuple[bytes, int]] = [
     (json.dumps(LONG | {"model": "\x00" * 999}).encode(), 404), (json.dumps(LONG | {"prompt": {"a": 1}}).encode(), 400),
     (json.dumps(LONG | {"prompt": [10**30]}).encode(), 400), (json.dumps(LONG | {"n": 10**9}).encode(), 400),
     (json.dumps(LONG | {"stop": [["a"]]}).encode(), 400), (json.dumps(LONG | {"\ud800": 1}).encode(), 400),
-    (json.dumps(LONG | {"prompt": "w" * 5000}).encode(), 400), (json.dumps(LONG | {"stream": "yes"}).encode(), 400),
+    (json.dumps(LONG | {"prompt": "w" * 5000}).encode(), 400),
+    (json.dumps(LONG | {"prompt": "w" * 191, "max_tokens": 3}).encode(), 400),
+    (json.dumps(LONG | {"prompt": "w" * 190, "max_tokens": 3}).encode(), 200),
+    (json.dumps(LONG | {"stream": "yes"}).encode(), 400),
     (json.dumps(LONG | {"stop": "s" * 40_000}).encode(), 400), (json.dumps(LONG | {"echo": True}).encode(), 400),
     (json.dumps(LONG | {"top_k": 5}).encode(), 400), (json.dumps(LONG | {"suffix": "x"}).encode(), 400),
     (json.dumps(LONG | {"prompt": "\x00\x1b[2J\u202e\x7f", "max_tokens": 3}).encode(), 200)]
