@@ -27,7 +27,7 @@ from hydra_core.drafters import DraftVocab, HeadDrafter
 from hydra_core.errors import InputError
 from hydra_core.training.ranks import rank_rows
 from hydra_core.tree import Tree, TreeSet
-from hydra_core.tree.search import Choice, StepCosts, best_choice, nested_trees, score_trees
+from hydra_core.tree.search import Choice, StepCosts, best_choice, best_of_each_size, candidate_trees, score_trees
 from hydra_core.tree.walk import RankRows
 from pipelines.cluster import ensure_ray, measuring_resources
 from pipelines.config import RunConfig
@@ -47,6 +47,7 @@ from pipelines.stage import (
 )
 from pipelines.tracking import Run, Tracker
 from pipelines.train_data import RowReader
+from pipelines.tree_bytes import Reads, reads_of
 from pipelines.tree_curves import CURVES, run_curves
 from pipelines.tree_plot import plot_choices, plot_tree
 
@@ -66,6 +67,7 @@ class Measured:
     sizes: dict[int, dict[str, float]] = field(default_factory=dict)
     """Size of the draft vocabulary -> what was found of it, where several were tried; `draft_vocab`: one kept instead of the
     heads' own."""
+    reads: Reads | None = None
 
     @property
     def kept(self) -> int:
@@ -153,10 +155,10 @@ def measure_sizes(config: RunConfig, name: str, drafter: HeadDrafter, base: Base
         candidate = drafter if size == whole else drafter.with_draft_vocab(vocab)
         ranks = held_out_ranks(candidate, reader, config.tree.max_rows, config.train.seed)
         _say(name, f"{ranks.ranks.shape[0]} held-out positions ranked, {len(vocab)} tokens may be drafted")
-        by_depth = {tree.depth: tree for tree in nested_trees(ranks, max(config.tree.node_counts))
+        by_depth = {tree.depth: tree for tree in candidate_trees(ranks, max(config.tree.node_counts))
                     if tree.depth}  # the largest tree of each depth: later ones take the place of earlier ones
         costs = machine_costs(base, RunPaths.of(config).cache, candidate, config.tree, by_depth)
-        tried[size] = Measured(ranks, costs, machine, None if size == whole else vocab)
+        tried[size] = Measured(ranks, costs, machine, None if size == whole else vocab, reads=reads_of(base, candidate, costs))
         rates[size] = best_choice(choose_trees(tried[size], config.tree.batch_sizes[:1], max(config.tree.node_counts))[
             config.tree.batch_sizes[0]])
     best = max(rates, key=lambda size: rates[size].tokens_per_second)
@@ -173,9 +175,9 @@ def held_out_ranks(drafter: HeadDrafter, reader: RowReader, rows: int, seed: int
 
 
 def choose_trees(measured: Measured, batch_sizes: Sequence[int], max_nodes: int) -> dict[int, list[Choice]]:
-    """Every nested tree scored for every batch size, plain decoding first."""
-    trees = nested_trees(measured.ranks, max_nodes)
-    return {batch: score_trees(trees, measured.ranks, measured.costs, batch) for batch in batch_sizes}
+    """For every batch size the best tree of each size, plain decoding first."""
+    trees = candidate_trees(measured.ranks, max_nodes)
+    return {batch: best_of_each_size(score_trees(trees, measured.ranks, measured.costs, batch)) for batch in batch_sizes}
 
 
 def _write_one(config: RunConfig, name: str, wanted: str, measured: Measured, tracker: Tracker,
@@ -195,9 +197,16 @@ def _write_one(config: RunConfig, name: str, wanted: str, measured: Measured, tr
             for size, row in measured.sizes.items():
                 _say(name, f"{size} tokens may be drafted: {row['tokens_per_step']:.3f} tokens per step, "
                            f"{row['tokens_per_second']:.1f} tokens/s{', kept' if size == measured.kept else ''}")
-        write_text(folder / "costs.json", json.dumps({"machine": measured.machine} | measured.costs.to_json(), indent=2))
+        reads = measured.reads.figures() if measured.reads else {}
+        lines = [", ".join(f"{key}: {value}" for key, value in measured.machine.items())]
+        if measured.reads:
+            _say(name, measured.reads.sentence())
+            run.log_metrics({f"reads.{key}": value for key, value in reads.items()})
+            lines += ["", measured.reads.sentence()]
+        write_text(folder / "costs.json", json.dumps({"machine": measured.machine, "reads": reads} | measured.costs.to_json(),
+                                                     indent=2))
         write_text(folder / "costs.md", markdown(
-            f"{name}: what a step takes", [", ".join(f"{key}: {value}" for key, value in measured.machine.items())],
+            f"{name}: what a step takes", lines,
             [*verify_grids(measured.costs, config.base.dtype), draft_grid(measured.costs, name)]))
         write_text(folder / "scores.json", json.dumps(
             {str(batch): [_row(choice) for choice in choices] for batch, choices in scored.items()}, indent=2))
@@ -219,7 +228,7 @@ def _finish(stage: StageFolder, run: Run, figures: dict[str, Any]) -> StageResul
 
 
 def sweep(trees: Sequence[Tree], node_counts: Sequence[int]) -> dict[int, Tree]:
-    """Of nested trees that begin with plain decoding, those of the asked sizes, as far as they go."""
+    """Of a tree of each size from plain decoding on, those of the asked sizes, as far as they go."""
     return {count: trees[count - 1] for count in sorted(set(node_counts)) if 1 < count <= len(trees)}
 
 

@@ -86,6 +86,11 @@ class FusedDecoder:
     def cache_bytes(self, rows: int, slots: int) -> int:
         return KVCache.bytes_for(len(self.layers), rows, slots, self.kv_heads, self.head_width, self.embedding.dtype)
 
+    @property
+    def bytes_read(self) -> int:
+        """Memory that a step of one node reads of the layers' matrices."""
+        return sum(matrix.bytes_read for layer in self.layers for matrix in (layer.qkv, layer.output, layer.gate_up, layer.down))
+
     def __call__(self, ids: Tensor, cache: KVCache, step: Step, counts: Tensor | None = None) -> Tensor:
         """As `Decoder.__call__`."""
         width = self.embedding.shape[1]

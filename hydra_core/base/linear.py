@@ -21,6 +21,8 @@ from hydra_core.base.q4_1 import GROUP, Q4Matrix, quantise
 Layout = Literal["plain", "onednn", "rows"]
 LAYOUTS: tuple[Layout, ...] = ("plain", "onednn", "rows")
 """As numbered in `native.cpp`."""
+SCALES_BYTES = 4
+"""Of a group of 4-bit codes: a scale and a minimum, of two bytes each."""
 EXPECTED_ROWS = 8
 """Rows of a typical step, for oneDNN to choose a layout by; any number works."""
 
@@ -35,6 +37,12 @@ def quantisable(weight: Tensor) -> bool:
     """Whether a 4-bit copy of `weight` [out, in] would be faster here at few rows."""
     return (packable(weight) and kernel_missing() is None
             and weight.shape[0] % OUT_MULTIPLE == 0 and weight.shape[1] % GROUP == 0)
+
+
+def draft_bytes(weight: Tensor) -> int:
+    """Memory that a product with few rows reads of `weight` as `FrozenLinear.for_drafts` lays it out."""
+    half_a_byte_and_scales = weight.numel() // 2 + weight.numel() // GROUP * SCALES_BYTES
+    return half_a_byte_and_scales if quantisable(weight) else weight.nbytes
 
 
 def pack(weight: Tensor) -> tuple[Tensor, Layout]:
@@ -75,6 +83,13 @@ class FrozenLinear:
         """With a 4-bit copy made of the weights, where there is a faster kernel for it: a draft may be wrong, and a third
         of the bytes is read."""
         return cls.of(weight, bias, quantise(weight) if quantisable(weight) else None)
+
+    @property
+    def bytes_read(self) -> int:
+        """Memory that a product with one row reads, biases left out."""
+        if self.few is not None:
+            return self.few.packed.nbytes + self.few.scales.nbytes
+        return self.weight.numel() * self.weight.element_size()
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hydra_core.base.library import rows_available
-from hydra_core.base.linear import FrozenLinear, Packable, PackableLinear, packable
+from hydra_core.base.linear import FrozenLinear, Packable, PackableLinear, draft_bytes, packable
 from hydra_core.base.native import native_head
 from hydra_core.base.vocabulary import BaseVocabulary, VocabHead
 from hydra_core.drafters.config import HeadsConfig
@@ -151,6 +151,12 @@ class HeadDrafter(nn.Module):
         head = self.heads[i]
         assert isinstance(head, MlpHead)
         return head
+
+    def bytes_read(self, depth: int) -> int:
+        """Memory that drafting with the first `depth` heads reads of their matrices and of the vocabulary's rows, which each of
+        them ends in."""
+        matrices = [weight for i in range(depth) for weight in self._head(i).parameters() if weight.ndim == 2]
+        return sum(map(draft_bytes, matrices)) + depth * draft_bytes(self.rows.weight)
 
     def pack(self) -> None:
         """Lay the weights out for decoding, where this machine has a faster layout; going on training undoes it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from hydra_core.base.linear import draft_bytes
 from hydra_core.base.vocabulary import BaseVocabulary
 from hydra_core.drafters.config import HeadsConfig
 from hydra_core.drafters.hydra import Hydra
@@ -20,6 +21,10 @@ class HydraPlusPlus(Hydra):
 
     def features(self, hidden: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         return self.prefix(super().features(hidden, positions, mask), positions, mask)
+
+    def bytes_read(self, depth: int) -> int:
+        prefix = sum(draft_bytes(weight) for weight in self.prefix.parameters() if weight.ndim == 2)
+        return super().bytes_read(depth) + (prefix if depth else 0)
 
     def pack(self) -> None:
         super().pack()

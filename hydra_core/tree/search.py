@@ -14,16 +14,18 @@ REFERENCE_NODES = 16
 """Size of the tree by which checkpoints of one drafter are compared: about what one request can carry on a CPU."""
 
 
-def rank_paths(rows: RankRows, nodes: int, max_rank: int | None = None) -> tuple[RankPath, ...]:
+def rank_paths(rows: RankRows, nodes: int, max_rank: int | None = None,
+               max_depth: int | None = None) -> tuple[RankPath, ...]:
     """The `nodes` paths below the root that were drafted right most often, most frequent first.
 
     Joint counts, not products of per-head rates: the heads' hits are not independent. A path is never more frequent
     than its parent and ties keep the shallower, so every beginning of the answer is closed under parents: trees of
-    growing size are nested. `max_rank` (default: `nodes`) bounds the candidates a node must be given.
+    growing size are nested. `max_rank` (default: `nodes`) bounds the candidates a node must be given, `max_depth` the length of
+    paths.
     """
     limit = nodes if max_rank is None else max_rank
     counts: Counter[RankPath] = Counter()
-    for ranks in rows.ranks.tolist():
+    for ranks in rows.ranks[:, :max_depth].tolist():
         path: RankPath = ()
         for rank in ranks:
             if rank >= limit:
@@ -34,10 +36,21 @@ def rank_paths(rows: RankRows, nodes: int, max_rank: int | None = None) -> tuple
     return tuple(ordered[:nodes])
 
 
-def nested_trees(rows: RankRows, max_nodes: int) -> tuple[Tree, ...]:
-    """Trees of 1, 2, ... `max_nodes` nodes, root included, each within the next; fewer if no more ever came true."""
-    paths = rank_paths(rows, max_nodes - 1)
+def nested_trees(rows: RankRows, max_nodes: int, max_depth: int | None = None) -> tuple[Tree, ...]:
+    """Trees of 1, 2, ... `max_nodes` nodes, root included, each within the next and none deeper than `max_depth`; fewer if no
+    more ever came true."""
+    paths = rank_paths(rows, max_nodes - 1, max_depth=max_depth)
     return tuple(Tree(paths[:size]) for size in range(len(paths) + 1))
+
+
+def candidate_trees(rows: RankRows, max_nodes: int) -> tuple[Tree, ...]:
+    """The nested trees of every depth limit, each once, plain decoding first.
+
+    A head that is asked costs the same however few nodes come of it, so of one size a shallower tree may be sooner done than the
+    likeliest.
+    """
+    limits = range(1, rows.ranks.shape[1] + 1)
+    return tuple(dict.fromkeys(tree for limit in limits for tree in nested_trees(rows, max_nodes, limit)))
 
 
 def reference_tokens_per_step(rows: RankRows, nodes: int = REFERENCE_NODES) -> float:
@@ -75,6 +88,16 @@ def score_trees(trees: Sequence[Tree], rows: RankRows, costs: StepCosts, batch: 
     plain = costs.seconds(batch, 1, 0)
     return [Choice(batch, tree, walk(tree, rows).tokens_per_step if tree.paths else 1.0,
                    costs.seconds(batch, tree.size, tree.depth), plain) for tree in trees]
+
+
+def best_of_each_size(choices: Sequence[Choice]) -> list[Choice]:
+    """The fastest tree of each size, smallest first; ties keep the shallower."""
+    best: dict[int, Choice] = {}
+    for choice in sorted(choices, key=lambda choice: choice.tree.depth):
+        size = choice.tree.size
+        if size not in best or choice.tokens_per_second > best[size].tokens_per_second:
+            best[size] = choice
+    return [best[size] for size in sorted(best)]
 
 
 def best_choice(choices: Sequence[Choice]) -> Choice:

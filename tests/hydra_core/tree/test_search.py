@@ -14,6 +14,8 @@ from hydra_core.tree.costs import StepCosts
 from hydra_core.tree.search import (
     Choice,
     best_choice,
+    best_of_each_size,
+    candidate_trees,
     nested_trees,
     rank_paths,
     reference_tokens_per_step,
@@ -105,6 +107,31 @@ def test_trees_shrink_with_the_batch_down_to_plain() -> None:
     assert sizes == sorted(sizes, reverse=True) and sizes[0] == 4
     dear = StepCosts({1: {1: 1.0, 4: 2.0}, 64: {1: 3.0, 4: 24.0}}, {1: {1: 0.1, 3: 0.3}})
     assert best_choice(score_trees(nested_trees(rows, 4), rows, dear, 64)).tree == PLAIN
+
+
+@given(tuples, st.integers(1, 12))
+@settings(max_examples=60, deadline=None)
+def test_one_tree_of_each_size_and_none_better(ranks: list[tuple[int, ...]], nodes: int) -> None:
+    rows = rows_of(ranks)
+    costs = StepCosts({1: {1: 1.0, 12: 1.4}}, {1: {0: 0.0, 1: 0.1, 2: 0.5, 3: 2.0}})
+    trees = candidate_trees(rows, nodes)
+    assert trees[0] == PLAIN and len(set(trees)) == len(trees) and set(nested_trees(rows, nodes)) <= set(trees)
+    scored = score_trees(trees, rows, costs, 1)
+    best = best_of_each_size(scored)
+    assert [choice.tree.size for choice in best] == list(range(1, len(best) + 1))
+    for choice in best:
+        assert choice.tokens_per_second == max(one.tokens_per_second for one in scored if one.tree.size == choice.tree.size)
+    assert best_choice(best).tokens_per_second == best_choice(scored).tokens_per_second
+
+
+def test_where_a_deep_head_is_dear_nodes_go_to_the_shallow_ones() -> None:
+    """Of three nodes (0, 0) comes true more often than (1,), but costs a second head."""
+    rows = rows_of([(0, 0)] * 30 + [(1, 5)] * 6 + [(5, 5)] * 2)
+    trees = candidate_trees(rows, 3)
+    assert nested_trees(rows, 3)[-1] == Tree(((0,), (0, 0)))
+    for second, wanted in ((0.1, ((0,), (0, 0))), (0.9, ((0,), (1,)))):
+        costs = StepCosts({1: {1: 1.0, 3: 1.1}}, {1: {0: 0.0, 1: 0.1, 2: second}})
+        assert best_of_each_size(score_trees(trees, rows, costs, 1))[2].tree == Tree(wanted)
 
 
 def test_a_tie_takes_the_smaller_tree() -> None:
