@@ -16,7 +16,7 @@ from pipelines.contracts import content_id
 from pipelines.model import shipped_heads
 from pipelines.stage import file_digest
 
-SHAPE = ("kind", "num_heads", "num_blocks", "mlp", "final_norm", "normalise_embeddings")
+SHAPE = ("kind", "num_heads", "num_blocks", "mlp", "final_norm", "normalise_embeddings", "recurrent")
 """What must be the same: the rest says how heads learn, or which tokens they draft, and any weights fit that."""
 
 

@@ -35,6 +35,16 @@ class HeadsConfig(BaseModel):
     mlp: Literal["residual", "gated"] = Field(
         "residual", description="a head's blocks: x + SiLU(W x + b) (published) or x + W3 (SiLU(W1 x) * (W2 x))")
 
+    recurrent: bool = Field(
+        False, description="hydra and hydra++: one head for every depth, fed with what it made of the token before in place of "
+                           "the hidden state, instead of one of its own for each")
+
+    @model_validator(mode="after")
+    def _hears_tokens(self) -> HeadsConfig:
+        if self.recurrent and not self.sequential:
+            raise ValueError(f"recurrent heads hear the tokens drafted before them: not with kind={self.kind}")
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _resolve(cls, values: object) -> object:

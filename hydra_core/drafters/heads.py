@@ -105,9 +105,10 @@ class MlpHead(Packable):
         ended: Tensor = self.norm(x)
         return ended
 
-    def pack(self, rows: VocabHead) -> None:
-        """Compile it with the vocabulary rows it ends in, or else pack its layers one by one, where either can be had here."""
-        if packable(self.weight) and rows.packed is not None:
+    def pack(self, rows: VocabHead | None) -> None:
+        """Compile it with the vocabulary rows it ends in, or else (or where it ends in none) pack its layers one by one, where
+        either can be had here."""
+        if rows is not None and packable(self.weight) and rows.packed is not None:
             blocks = [block for block in self.blocks if isinstance(block, ResBlock | GatedBlock)]
             norm = self.norm.weight.detach() if isinstance(self.norm, nn.RMSNorm) else None
             self._packed = native_head([block.frozen() for block in blocks], [block.skip is not None for block in blocks], norm,
@@ -136,7 +137,8 @@ class HeadDrafter(nn.Module):
         self.vocabulary = vocabulary
         self.norm_eps = vocabulary.norm_eps
         self.rows = vocabulary.head.restrict(draft_vocab.ids.to(vocabulary.head.weight.device))
-        self.heads = nn.ModuleList(MlpHead(self.head_width(i), vocabulary, config) for i in range(config.num_heads))
+        made = 1 if config.recurrent else config.num_heads
+        self.heads = nn.ModuleList(MlpHead(self.head_width(i), vocabulary, config) for i in range(made))
 
     @property
     def num_heads(self) -> int:
@@ -148,21 +150,22 @@ class HeadDrafter(nn.Module):
         return self._head(0).weight
 
     def _head(self, i: int) -> MlpHead:
-        head = self.heads[i]
+        head = self.heads[0 if self.config.recurrent else i]
         assert isinstance(head, MlpHead)
         return head
 
     def bytes_read(self, depth: int) -> int:
         """Memory that drafting with the first `depth` heads reads of their matrices and of the vocabulary's rows, which each of
         them ends in."""
-        matrices = [weight for i in range(depth) for weight in self._head(i).parameters() if weight.ndim == 2]
+        made = min(depth, len(self.heads))
+        matrices = [weight for i in range(made) for weight in self._head(i).parameters() if weight.ndim == 2]
         return sum(map(draft_bytes, matrices)) + depth * draft_bytes(self.rows.weight)
 
     def pack(self) -> None:
         """Lay the weights out for decoding, where this machine has a faster layout; going on training undoes it."""
         self.rows = self.rows.for_drafting()
-        for i in range(self.num_heads):
-            self._head(i).pack(self.rows)
+        for i in range(len(self.heads)):
+            self._head(i).pack(None if self.config.recurrent else self.rows)
 
     def with_draft_vocab(self, draft_vocab: DraftVocab) -> HeadDrafter:
         """The same heads drafting other tokens: they end in the base's width, so any of its vocabulary rows will do. Weights

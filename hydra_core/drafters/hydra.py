@@ -9,10 +9,19 @@ from hydra_core.drafters.heads import HeadDrafter
 
 
 class Hydra(HeadDrafter):
-    """Sequentially dependent heads: hidden state and i + 1 token embeddings side by side."""
+    """Sequentially dependent heads: hidden state and i + 1 token embeddings side by side.
+
+    `config.recurrent`: one head of fixed width in place of them all. It reads a state and a token's embedding, and what it makes
+    of those is the state for the next token, as in ReDrafter (arXiv 2403.09919), here with the head's own norm between.
+    """
 
     def head_width(self, i: int) -> int:
-        return (i + 2) * self.vocabulary.width
+        return (2 if self.config.recurrent else i + 2) * self.vocabulary.width
 
     def head_hidden(self, i: int, features: Tensor, path: Tensor) -> Tensor:
-        return self.heads[i](torch.cat((features, path.flatten(-2)), dim=-1))
+        if not self.config.recurrent:
+            return self.heads[i](torch.cat((features, path.flatten(-2)), dim=-1))
+        state = features
+        for step in range(i + 1):
+            state = self.heads[0](torch.cat((state, path[..., step, :]), dim=-1))
+        return state

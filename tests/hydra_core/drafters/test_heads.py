@@ -29,7 +29,27 @@ FIELDS: dict[str, dict[str, object]] = {
     "no norm": {"final_norm": False}, "as published": PUBLISHED,
     "gated without norm": {"mlp": "gated", "num_blocks": 3, "final_norm": False, "normalise_embeddings": False}}
 KINDS = ("medusa", "hydra", "hydra++")
-NEW = ("mlp", "normalise_embeddings", "final_norm", "hybrid_decay", "head_decay", "mask_lost")
+RECURRENT: dict[str, dict[str, object]] = {
+    "recurrent": {"recurrent": True}, "recurrent and gated": {"recurrent": True, "mlp": "gated", "num_blocks": 2}}
+"""For the kinds that hear tokens."""
+MADE = [(kind, name) for kind in KINDS for name in (*FIELDS, *(RECURRENT if kind != "medusa" else ()))]
+FIELDS |= RECURRENT
+NEW = ("recurrent", "mlp", "normalise_embeddings", "final_norm", "hybrid_decay", "head_decay", "mask_lost")
+
+
+def test_one_head_for_every_depth_is_fed_with_what_it_made(tiny_base: Base) -> None:
+    heads = random_heads(tiny_base, "hydra++", recurrent=True)
+    for parameter in heads.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    assert len(heads.heads) == 1 and heads.num_heads == 3
+    width = tiny_base.vocabulary.width
+    features, path = torch.randn(4, width), heads.embed(torch.randint(3, 200, (4, 3)))
+    state = features
+    for depth in range(3):
+        state = heads.heads[0](torch.cat((state, path[:, depth]), dim=-1))
+        torch.testing.assert_close(heads.head_hidden(depth, features, path[:, :depth + 1]), state)
+    with pytest.raises(ValueError, match="recurrent heads hear the tokens drafted before them: not with kind=medusa"):
+        HeadsConfig(kind="medusa", recurrent=True)
 
 
 def test_no_two_heads_or_blocks_share_a_matrix(tiny_base: Base) -> None:
@@ -40,8 +60,7 @@ def test_no_two_heads_or_blocks_share_a_matrix(tiny_base: Base) -> None:
         assert len(set(matrices)) == len(matrices) >= 3 * heads.num_heads
 
 
-@pytest.mark.parametrize("name", FIELDS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "name"), MADE)
 def test_shapes(tiny_base: Base, kind: str, name: str) -> None:
     heads = random_heads(tiny_base, kind, draft_vocab_size=50, **FIELDS[name])
     width = tiny_base.vocabulary.width
@@ -79,8 +98,7 @@ def test_gated_block_is_the_formula(tiny_base: Base) -> None:
     torch.testing.assert_close(heads.heads[0](x), wanted)
 
 
-@pytest.mark.parametrize("name", [name for name in FIELDS if name != "default"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "name"), [pair for pair in MADE if pair[1] != "default"])
 def test_answers_equal_naive(tiny_base: Base, kind: str, name: str) -> None:
     """Fixed tree, grown tree; greedy and sampled; some drafts accepted."""
     prompts = random_prompts(4, seed=1)
@@ -129,8 +147,7 @@ def noisy(base: Base, kind: str, **fields: object) -> HeadDrafter:
 
 
 @pytest.mark.parametrize("ends", [(1.0, None), (0.5, 3.0)])
-@pytest.mark.parametrize("name", FIELDS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "name"), [pair for pair in MADE if pair[1] not in RECURRENT])
 @torch.no_grad()
 def test_compiled_heads_draft_as_written(bf16_base: Base, kind: str, name: str, ends: tuple[float, float | None],
                                          monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,8 +208,7 @@ def test_a_compiled_prefix_layer_reads_as_written(bf16_base: Base) -> None:
     torch.testing.assert_close(caches[0].values[:, :, :5], caches[1].values[:, :, :5], atol=0.03, rtol=0.03)
 
 
-@pytest.mark.parametrize("name", FIELDS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "name"), MADE)
 def test_comes_back_from_disk(tiny_base: Base, tmp_path: Path, kind: str, name: str) -> None:
     fields = FIELDS[name] | {"loss": "hybrid", "hybrid_decay": 10.0, "head_decay": 0.8, "mask_lost": True}
     heads = random_heads(tiny_base, kind, draft_vocab_size=50, **fields)

@@ -18,6 +18,7 @@ FIELDS: dict[str, dict[str, object]] = {
     "hybrid": {"loss": "hybrid"}, "decay": {"head_decay": 0.8}, "masked": {"mask_lost": True},
     "masked acceptance": {"loss": "acceptance", "mask_lost": True, "head_decay": 0.9},
     "gated": {"mlp": "gated"}, "raw embeddings": {"normalise_embeddings": False}, "no norm": {"final_norm": False},
+    "recurrent": {"recurrent": True},
     "as published": {"num_blocks": 4, "dropout": 0.2, "normalise_embeddings": False, "final_norm": False},
     "everything": {"mlp": "gated", "num_blocks": 3, "dropout": 0.1, "normalise_embeddings": False, "final_norm": False,
                    "loss": "hybrid", "hybrid_decay": 10.0, "mask_lost": True, "head_decay": 0.8}}
