@@ -51,7 +51,7 @@ DEFAULT_CONFIGS = {"quickstart": str(Path(__file__).parent / "configs" / "quicks
 PATH_FIELDS = ("prompts.path", "distill.heads", "bench.prompts", "bench.heads", "batch.input", "batch.output", "load.prompts",
                "serve.model", "generate.model", "serve.api_keys_file", "base.model")
 WORDS = {"serve.model": ("plain", SHIPPED), "generate.model": ("plain", SHIPPED), "bench.heads": (SHIPPED,),
-         "distill.heads": (SHIPPED,)}
+         "distill.heads": (SHIPPED,), "train.start": (SHIPPED,)}
 """What such a field may say that is no path."""
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray (to this very name) for the entry point of a submitted job."""
@@ -141,13 +141,19 @@ def _with_absolute_paths(config: RunConfig, path: str | None, values: Mapping[st
     for dotted in PATH_FIELDS:
         section, name = dotted.split(".")
         value = getattr(getattr(config, section), name)
-        if not isinstance(value, str) or not _is_relative_path(dotted, value, config):
-            continue
-        if inside_submitted_job():
-            raise InputError(f"{dotted}={value}: is a relative path, which means nothing inside a submitted job: "
-                             "make it absolute")
-        changed[dotted] = str(Path(value).expanduser().resolve())
+        if isinstance(value, str) and _is_relative_path(dotted, value, config):
+            changed[dotted] = _absolute(dotted, value)
+    start = {name: _absolute(f"train.start.{name}", value) if _is_relative_path("train.start", value, config) else value
+             for name, value in config.train.start.items()}
+    if start != config.train.start:
+        changed["train.start"] = start
     return load_config(path, changed) if changed != dict(values) else config
+
+
+def _absolute(dotted: str, value: str) -> str:
+    if inside_submitted_job():
+        raise InputError(f"{dotted}={value}: is a relative path, which means nothing inside a submitted job: make it absolute")
+    return str(Path(value).expanduser().resolve())
 
 
 def _is_relative_path(dotted: str, value: str, config: RunConfig) -> bool:

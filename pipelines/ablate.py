@@ -76,7 +76,7 @@ def run_ablate(config: RunConfig) -> StageResult:
 def variant_config(config: RunConfig, label: str, variant: Variant, seed: int) -> RunConfig:
     """The run in which `variant` is the one drafter, named `label`."""
     train = config.train.model_copy(update={
-        "drafters": {label: variant.heads}, "only": None, "seed": seed, "share": variant.share or config.train.share,
+        "drafters": {label: variant.heads}, "start": {}, "only": None, "seed": seed, "share": variant.share or config.train.share,
         "epochs": variant.epochs or config.train.epochs})
     return config.model_copy(update={"train": train})
 

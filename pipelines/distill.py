@@ -44,7 +44,7 @@ from pipelines.stage import RunPaths, StageResult, fingerprint, finished, requir
 from pipelines.tracking import Run, Tracker
 
 BLOCK_BATCHES = 8   # running batches in one block of work: long enough that a draining end costs little
-BLOCKS_EACH = 4     # blocks for each of several workers, at least: Ray Data hands them out two at a time
+BLOCKS_EACH = 4     # blocks for each of several workers where rows suffice: Ray Data hands them out two at a time
 FEATURE_ROWS = 128  # rows in one feature part
 LEAST_AGREEMENT = {"fp32": 0.99, "bf16": 0.9, "int4": 0.9}  # share of greedy tokens that their own hidden states must reproduce
 MOST_WAVES = 6
@@ -281,9 +281,13 @@ def _responses(config: RunConfig, folder: Path) -> dict[str, Any]:
 
 
 def _block_rows(rows: int, distill: DistillSection) -> int:
-    """Rows of one block of answers: several running batches, but so few that of many workers none waits for the last."""
-    fair = -(-rows // (distill.workers.count * BLOCKS_EACH)) if distill.workers.count > 1 else rows
-    return min(distill.running_batch * BLOCK_BATCHES, max(distill.running_batch, fair))
+    """Rows of one block of answers: several running batches; of many workers each has several blocks of a batch or more, or at
+    least one of whatever there is."""
+    workers, most = distill.workers.count, distill.running_batch * BLOCK_BATCHES
+    if workers == 1:
+        return most
+    fair, share = (max(1, -(-rows // parts)) for parts in (workers * BLOCKS_EACH, workers))
+    return min(most, max(distill.running_batch, fair), share)
 
 
 def _tokens(rows: pa.Table) -> int:

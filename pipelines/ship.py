@@ -54,7 +54,8 @@ def ship(config: RunConfig, drafter: str, target: Path) -> Path:
         write_text(copy / "provenance.json", json.dumps(without_places(provenance), indent=2, sort_keys=True))
         made = Path(temporary) / target.name
         save_configuration(made, replace(configuration, heads=copy))
-        recipe = without_places(config.model_dump(mode="json", by_alias=True, exclude={"storage"}, exclude_defaults=True))
+        recipe = without_places(config.model_dump(mode="json", by_alias=True, exclude={"storage": True, "train": {"start"}},
+                                                  exclude_defaults=True))
         write_text(made / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
         write_text(made / "curve.json", json.dumps(learning_curve(config, drafter), indent=1))
         shutil.rmtree(target, ignore_errors=True)

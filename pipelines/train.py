@@ -117,7 +117,8 @@ def _train_one(config: RunConfig, name: str, data: tuple[Path, Path], data_diges
             run.log_dataset("features", data_digest, str(rows), "training")
             run.log_metrics({"draft_vocab_coverage": coverage})
             settings = LoopSettings(config.model_dump(mode="json", by_alias=True), name, str(rows), str(features),
-                                    str(folder), tracker.uri, run.run_id, provenance(config) | {"data_digest": data_digest})
+                                    str(folder), tracker.uri, run.run_id, provenance(config) | {
+                                        "data_digest": data_digest, "start_digest": start_digest(config, name)})
             (folder / STOPPED).unlink(missing_ok=True)
             result = build_trainer(config, settings, folder / STATE, f"{name}-{wanted[:16]}").fit()
             raise_if_stopped(folder, name, result.checkpoint)
@@ -167,7 +168,10 @@ def _settings(config: RunConfig, name: str) -> dict[str, Any]:
     """What decides the outcome of training one drafter."""
     train = config.train.model_dump(mode="json", by_alias=True, exclude=HOW)
     train["workers"] = config.train.workers.count  # logical CPUs and threads change the time, not the heads' worth
-    return {"train": train, "heads": config.train.drafters[name].model_dump(mode="json"),
+    heads = config.train.drafters[name].model_dump(mode="json")
+    if not heads["recurrent"]:
+        del heads["recurrent"]  # trainings that are older than the field are what they were
+    return {"train": train, "heads": heads,
             "base": config.base.model_dump(mode="json")}
 
 

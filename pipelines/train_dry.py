@@ -21,6 +21,7 @@ from pipelines.online import OnlineStore
 from pipelines.parts import part_files
 from pipelines.provenance import provenance
 from pipelines.stage import RunPaths, StageResult, read_manifest
+from pipelines.train_start import begin_with
 
 DRY = "train-dry"
 
@@ -38,7 +39,9 @@ def run_dry(config: RunConfig, names: Sequence[str]) -> StageResult:
         torch.manual_seed(config.train.seed)
         draft_vocab = DraftVocab.rank(counts, heads.draft_vocab_size, vocabulary.stop_ids)
         folder = paths.stage(DRY, name) / "heads"
-        save_checkpoint(folder, build_drafter(heads, vocabulary, draft_vocab), vocabulary.identity,
+        drafter = build_drafter(heads, vocabulary, draft_vocab)
+        begin_with(drafter, config, name, vocabulary)
+        save_checkpoint(folder, drafter, vocabulary.identity,
                         default_trees(heads.num_heads), provenance(config) | {"training": {"step": 0, "dry_run": True}})
         outputs[name] = str(folder)
         print(f"train: untrained {name} heads, to try with serve.model={folder}", file=sys.stderr)

@@ -1,6 +1,6 @@
 """The `tree` stage: for each drafter and batch size, the draft tree that pays best on this machine.
 
-    held-out rows -> rank tuples -> nested trees -> tokens per step   \
+    held-out rows -> rank tuples -> trees -> tokens per step          \
                                                                        > tokens per second -> tree.json, sweep.json
     this machine  -> verify and draft seconds by size and depth       /
 
@@ -27,7 +27,15 @@ from hydra_core.drafters import DraftVocab, HeadDrafter
 from hydra_core.errors import InputError
 from hydra_core.training.ranks import rank_rows
 from hydra_core.tree import Tree, TreeSet
-from hydra_core.tree.search import Choice, StepCosts, best_choice, best_of_each_size, candidate_trees, score_trees
+from hydra_core.tree.search import (
+    Choice,
+    StepCosts,
+    best_choice,
+    best_of_each_size,
+    candidate_trees,
+    score_trees,
+    typical_trees,
+)
 from hydra_core.tree.walk import RankRows
 from pipelines.cluster import ensure_ray, measuring_resources
 from pipelines.config import RunConfig
@@ -155,8 +163,7 @@ def measure_sizes(config: RunConfig, name: str, drafter: HeadDrafter, base: Base
         candidate = drafter if size == whole else drafter.with_draft_vocab(vocab)
         ranks = held_out_ranks(candidate, reader, config.tree.max_rows, config.train.seed)
         _say(name, f"{ranks.ranks.shape[0]} held-out positions ranked, {len(vocab)} tokens may be drafted")
-        by_depth = {tree.depth: tree for tree in candidate_trees(ranks, max(config.tree.node_counts))
-                    if tree.depth}  # the largest tree of each depth: later ones take the place of earlier ones
+        by_depth = typical_trees(candidate_trees(ranks, max(config.tree.node_counts)))
         costs = machine_costs(base, RunPaths.of(config).cache, candidate, config.tree, by_depth)
         tried[size] = Measured(ranks, costs, machine, None if size == whole else vocab, reads=reads_of(base, candidate, costs))
         rates[size] = best_choice(choose_trees(tried[size], config.tree.batch_sizes[:1], max(config.tree.node_counts))[

@@ -1,4 +1,4 @@
-"""What a step reads of memory: the heads' bytes and time beside the base's. One row's step is as long as its reading."""
+"""What a step of one row reads of memory: the heads' bytes and time beside the base's. Such a step is as long as its reading."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from hydra_core.tree.search import StepCosts
 
 @dataclass(frozen=True)
 class Reads:
-    """Bytes and seconds of a plain step and of drafting with all heads, one row."""
+    """Bytes and seconds of a plain step of one row, and of drafting for it with the first `depth` heads."""
 
+    depth: int
     base_bytes: int
     base_seconds: float
     draft_bytes: int
@@ -21,8 +22,9 @@ class Reads:
 
     def figures(self) -> dict[str, float]:
         """Megabytes, gigabytes a second, and drafting as a share of a plain step."""
-        return {"base_mb": round(self.base_bytes / 1e6, 1), "base_gb_per_s": round(self.base_bytes / self.base_seconds / 1e9, 2),
-                "draft_mb": round(self.draft_bytes / 1e6, 1),
+        return {"depth": self.depth, "base_mb": round(self.base_bytes / 1e6, 3),
+                "base_gb_per_s": round(self.base_bytes / self.base_seconds / 1e9, 2),
+                "draft_mb": round(self.draft_bytes / 1e6, 3),
                 "draft_gb_per_s": round(self.draft_bytes / self.draft_seconds / 1e9, 2),
                 "bytes_share": round(self.draft_bytes / self.base_bytes, 4),
                 "seconds_share": round(self.draft_seconds / self.base_seconds, 4)}
@@ -30,17 +32,18 @@ class Reads:
     def sentence(self) -> str:
         """The same in words."""
         told = self.figures()
-        return (f"drafting with all heads reads {told['draft_mb']} MB, {told['draft_gb_per_s']} GB/s; a plain step "
-                f"{told['base_mb']} MB, {told['base_gb_per_s']} GB/s: {told['bytes_share']:.0%} of its bytes, "
+        return (f"drafting with {self.depth} heads reads {told['draft_mb']:.1f} MB, {told['draft_gb_per_s']} GB/s; a plain step "
+                f"{told['base_mb']:.1f} MB, {told['base_gb_per_s']} GB/s: {told['bytes_share']:.0%} of its bytes, "
                 f"{told['seconds_share']:.0%} of its time")
 
 
 def reads_of(base: Base, heads: HeadDrafter, costs: StepCosts) -> Reads | None:
-    """From the weights' sizes and what was timed; None where the base runs through transformers, whose layouts are its own."""
-    if not isinstance(base.decoder, FusedDecoder):
+    """From the weights' sizes and what was timed; None where the base runs through transformers, whose layouts are its own, or
+    where one row or drafting was not timed."""
+    depth = max(costs.draft.get(1, {0: 0.0}))
+    if not isinstance(base.decoder, FusedDecoder) or 1 not in costs.verify or not depth:
         return None
     head = base.vocabulary.head
     last = head.packed.bytes_read if head.packed is not None else head.weight.nbytes
-    depth = max(costs.draft[min(costs.draft)])
-    return Reads(base.decoder.bytes_read + last, costs.verify_seconds(1, 1), heads.bytes_read(depth),
+    return Reads(depth, base.decoder.bytes_read + last, costs.verify_seconds(1, 1), heads.bytes_read(depth),
                  costs.draft_seconds(1, depth))

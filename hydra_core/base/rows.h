@@ -231,14 +231,17 @@ inline Tensor linear(const Tensor& given, const Tensor& packed, const std::optio
   const Value *values = x.const_data_ptr<Value>(), *weights = packed.const_data_ptr<Value>();
   const Value* added = bias ? bias->const_data_ptr<Value>() : nullptr;
   Value* target = result.data_ptr<Value>();
-  // Of many rows a part at a time, small enough to stay in a core's cache while the matrix goes by: a prompt's rows would have to
-  // be read again for every block.
-  const int64_t parts = (count + CACHED - 1) / CACHED, beside = parts > 1 ? BESIDE : 1, groups = (blocks + beside - 1) / beside;
+  // Of many rows a part at a time, to stay near while the matrix goes by: a prompt's rows would have to be read again for every
+  // block. Parts are as even as they go, large enough for the matrix's way from memory, and pieces enough for every thread.
+  const int64_t parts = (count + CACHED - 1) / CACHED;
+  const int64_t spare = parts * blocks / (4 * at::get_num_threads());
+  const int64_t beside = parts > 1 ? std::clamp<int64_t>(spare, 1, BESIDE) : 1, groups = (blocks + beside - 1) / beside;
   at::parallel_for(0, parts * groups, 1, [&](int64_t begin, int64_t end) {
     Shaped shaped;
     for (int64_t piece = begin; piece < end; ++piece) {
-      const int64_t first = piece / groups * CACHED, group = piece % groups * beside;
-      in_passes(std::min(CACHED, count - first), most(in), [&](int64_t offset, int64_t some) {
+      const int64_t part = piece / groups, group = piece % groups * beside;
+      const int64_t first = count * part / parts, last = count * (part + 1) / parts;
+      in_passes(last - first, most(in), [&](int64_t offset, int64_t some) {
         const int64_t at = first + offset;
         for (int64_t block = group; block < std::min(blocks, group + beside); ++block)
           block_of(some, values + at * in, in, weights + block * in * BLOCK, added ? added + block * BLOCK : nullptr,

@@ -12,7 +12,8 @@ class Hydra(HeadDrafter):
     """Sequentially dependent heads: hidden state and i + 1 token embeddings side by side.
 
     `config.recurrent`: one head of fixed width in place of them all. It reads a state and a token's embedding, and what it makes
-    of those is the state for the next token, as in ReDrafter (arXiv 2403.09919), here with the head's own norm between.
+    of those is the state for the next token, as in ReDrafter (arXiv 2403.09919), here with the head's own norm between. States
+    are made anew for every depth: its few matrices stay in the cache, and that is what it is for.
     """
 
     def head_width(self, i: int) -> int:

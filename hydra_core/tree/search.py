@@ -53,6 +53,15 @@ def candidate_trees(rows: RankRows, max_nodes: int) -> tuple[Tree, ...]:
     return tuple(dict.fromkeys(tree for limit in limits for tree in nested_trees(rows, max_nodes, limit)))
 
 
+def typical_trees(trees: Sequence[Tree]) -> dict[int, Tree]:
+    """Depth -> the tree of that depth whose size is nearest to `REFERENCE_NODES`: what drafting so deep is timed with."""
+    nearest: dict[int, Tree] = {}
+    for tree in sorted(trees, key=lambda tree: (abs(tree.size - REFERENCE_NODES), tree.size)):
+        if tree.depth:
+            nearest.setdefault(tree.depth, tree)
+    return dict(sorted(nearest.items()))
+
+
 def reference_tokens_per_step(rows: RankRows, nodes: int = REFERENCE_NODES) -> float:
     """Tokens per step of the best tree of `nodes` nodes fitted to these very rows.
 

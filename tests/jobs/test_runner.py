@@ -158,6 +158,19 @@ def test_relative_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     assert runner.read_config("batch", None, ["batch.input=/in.jsonl"]).batch.input == "/in.jsonl"
 
 
+def test_where_training_starts_is_the_callers_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Ray Train's workers run in a folder of their own."""
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "c.yaml"
+    file.write_text("train:\n  start: {medusa: old/heads, hydra: shipped}\n", encoding="utf-8")
+    config = runner.read_config("train", str(file), ["train.start.hydra++=other"])
+    assert config.train.start == {"medusa": str(tmp_path / "old/heads"), "hydra": "shipped", "hydra++": str(tmp_path / "other")}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    with pytest.raises(InputError, match=r"train\.start\.medusa=old/heads: is a relative path"):
+        runner.read_config("train", str(file), [])
+    assert runner.read_config("train", None, ["train.start.hydra=shipped"]).train.start == {"hydra": "shipped"}
+
+
 def test_override_values_are_yaml() -> None:
     config = runner.read_config("train", None, ["train.lr=1e-4", "distill.temperatures=[0, 0.5]", "bench.limit=null"])
     assert config.train.learning_rate == 1e-4 and config.distill.temperatures == (0, 0.5) and config.bench.limit is None

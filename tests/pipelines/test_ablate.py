@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 
 from hydra_core.base import Base
 from hydra_core.errors import InputError
-from pipelines.ablate import run_ablate, summarise, training_name
+from pipelines.ablate import run_ablate, summarise, training_name, variant_config
 from pipelines.config import RunConfig, load_config
 from pipelines.features import FeatureStore
 from pipelines.stage import RunPaths
@@ -52,6 +52,15 @@ def test_a_share_of_the_rows_lies_inside_a_larger_one(tiny_base: Base, storage: 
     features = write_distilled(config_for(storage, tiny_base_dir), tiny_base, train=96, held_out=8)
     whole, half, quarter = (set(FeatureStore.open(features, "train", share=share).index.ids) for share in (1.0, 0.5, 0.25))
     assert len(whole) == 96 and quarter < half < whole and 30 < len(half) < 66 and 8 < len(quarter) < 42
+
+
+def test_a_variant_is_a_run_that_workers_can_read(tiny_base_dir: Path, storage: Path) -> None:
+    config = config_for(storage, tiny_base_dir, variants={"a": {"heads": {"kind": "medusa"}, "epochs": 3, "share": 0.5}})
+    config = config.model_copy(update={"train": config.train.model_copy(update={"start": {"hydra++": "shipped"}})})
+    made = variant_config(config, "a.seed7", config.ablate.variants["a"], 7)
+    assert RunConfig.model_validate(made.model_dump(mode="json", by_alias=True)) == made
+    assert (made.train.seed, made.train.epochs, made.train.share, made.train.start) == (7, 3, 0.5, {})
+    assert list(made.train.drafters) == ["a.seed7"]
 
 
 @pytest.mark.slow

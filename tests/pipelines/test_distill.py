@@ -260,7 +260,7 @@ def test_heads_make_the_same_rows_sooner(local_ray: None, tiny_base_dir: Path, t
 
 
 @pytest.mark.parametrize(("rows", "workers", "wanted"), [
-    (40, 1, 32), (20, 1, 20), (7000, 6, 32), (60, 6, 4), (40, 6, 4), (8, 2, 4)])
+    (40, 1, 32), (20, 1, 32), (7000, 6, 32), (200, 6, 9), (60, 6, 4), (10, 6, 2), (0, 6, 1), (8, 2, 4)])
 def test_blocks_are_large_for_one_worker_and_shared_out_among_many(rows: int, workers: int, wanted: int) -> None:
     distill = load_config(overrides={"distill.workers.count": workers, "distill.running_batch": 4}).distill
     assert _block_rows(rows, distill) == wanted

@@ -17,7 +17,7 @@ from hydra_core.errors import InputError
 from hydra_core.tree import default_trees
 from pipelines.config import RunConfig, load_config
 from pipelines.stage import RunPaths
-from pipelines.train import _fingerprint, run_train
+from pipelines.train import _fingerprint, _settings, run_train
 from pipelines.train_start import begin_with, check_start
 from tests.pipelines.synthetic import write_distilled
 from tests.trained import draft_vocab_of, overfit_heads, random_heads, random_prompts
@@ -59,6 +59,12 @@ def test_other_weights_are_other_work(tiny_base: Base, tiny_base_dir: Path, stor
     assert first == _fingerprint(config_for(tiny_base_dir, storage, moved), "hydra++", "d") != plain
     save_checkpoint(moved, random_heads(tiny_base, "hydra++", seed=3), tiny_base.identity, default_trees(3), {})
     assert _fingerprint(config_for(tiny_base_dir, storage, moved), "hydra++", "d") not in (first, plain)
+
+
+def test_trainings_older_than_a_field_are_what_they_were(tiny_base_dir: Path, storage: Path) -> None:
+    known = _settings(config_for(tiny_base_dir, storage, None), "hydra++")
+    assert "recurrent" not in known["heads"] and "start" not in known["train"]
+    assert _settings(config_for(tiny_base_dir, storage, None, recurrent=True), "hydra++")["heads"]["recurrent"] is True
 
 
 def test_mistakes(tiny_base: Base, tiny_base_dir: Path, storage: Path, earlier: Path, tmp_path: Path) -> None:

@@ -27,14 +27,26 @@ def test_every_matrix_is_read_once_and_the_vocabulary_by_every_head(kind: str, t
     matrices = sum(weight.numel() for weight in heads.parameters() if weight.ndim == 2)
     assert found.draft_bytes == 4 * (matrices + 3 * len(heads.draft_vocab) * width)
     assert heads.bytes_read(0) == 0 < heads.bytes_read(1) < heads.bytes_read(3)
-    assert (found.base_seconds, found.draft_seconds) == (0.010, 0.002)
+    assert (found.depth, found.base_seconds, found.draft_seconds) == (3, 0.010, 0.002)
+
+
+def test_one_head_for_all_depths_is_read_once(tiny_base: Base) -> None:
+    heads = random_heads(tiny_base, "hydra", draft_vocab_size=100, recurrent=True)
+    rows = 4 * len(heads.draft_vocab) * 32
+    assert heads.bytes_read(3) - heads.bytes_read(1) == 2 * rows
+
+
+def test_nothing_is_said_of_what_was_not_timed(tiny_base: Base) -> None:
+    heads = random_heads(tiny_base, "medusa")
+    for costs in (StepCosts({4: {1: 0.01}}, {4: {3: 0.002}}), StepCosts({1: {1: 0.01}}, {1: {0: 0.002}})):
+        assert reads_of(tiny_base, heads, costs) is None
 
 
 def test_figures_by_hand() -> None:
-    reads = Reads(200_000_000, 0.010, 20_000_000, 0.002)
-    assert reads.figures() == {"base_mb": 200.0, "base_gb_per_s": 20.0, "draft_mb": 20.0, "draft_gb_per_s": 10.0,
+    reads = Reads(4, 200_000_000, 0.010, 20_000_000, 0.002)
+    assert reads.figures() == {"depth": 4, "base_mb": 200.0, "base_gb_per_s": 20.0, "draft_mb": 20.0, "draft_gb_per_s": 10.0,
                                "bytes_share": 0.1, "seconds_share": 0.2}
-    assert reads.sentence() == ("drafting with all heads reads 20.0 MB, 10.0 GB/s; a plain step 200.0 MB, 20.0 GB/s: "
+    assert reads.sentence() == ("drafting with 4 heads reads 20.0 MB, 10.0 GB/s; a plain step 200.0 MB, 20.0 GB/s: "
                                 "10% of its bytes, 20% of its time")
 
 

@@ -20,6 +20,7 @@ from hydra_core.tree.search import (
     rank_paths,
     reference_tokens_per_step,
     score_trees,
+    typical_trees,
 )
 from hydra_core.tree.walk import MISS, RankRows, accepted_lengths, walk
 
@@ -122,6 +123,17 @@ def test_one_tree_of_each_size_and_none_better(ranks: list[tuple[int, ...]], nod
     for choice in best:
         assert choice.tokens_per_second == max(one.tokens_per_second for one in scored if one.tree.size == choice.tree.size)
     assert best_choice(best).tokens_per_second == best_choice(scored).tokens_per_second
+
+
+def test_a_depth_is_timed_with_a_tree_of_about_sixteen_nodes() -> None:
+    torch.manual_seed(0)
+    rows = RankRows(torch.randint(0, 4, (300, 3)), (300,))
+    found = typical_trees(candidate_trees(rows, 48))
+    assert list(found) == [1, 2, 3] and all(tree.depth == depth for depth, tree in found.items())
+    deep = min(tree.size for tree in candidate_trees(rows, 48) if tree.depth == 3)
+    assert deep > 16  # no smaller one is so deep, and there are but four first tokens
+    assert {depth: tree.size for depth, tree in found.items()} == {1: 5, 2: 16, 3: deep}
+    assert typical_trees([PLAIN]) == {}
 
 
 def test_where_a_deep_head_is_dear_nodes_go_to_the_shallow_ones() -> None:
