@@ -183,8 +183,8 @@ def held_out_ranks(drafter: HeadDrafter, reader: RowReader, rows: int, seed: int
 
 def choose_trees(measured: Measured, batch_sizes: Sequence[int], max_nodes: int) -> dict[int, list[Choice]]:
     """For every batch size the best tree of each size, plain decoding first."""
-    trees = candidate_trees(measured.ranks, max_nodes)
-    return {batch: best_of_each_size(score_trees(trees, measured.ranks, measured.costs, batch)) for batch in batch_sizes}
+    scored = score_trees(candidate_trees(measured.ranks, max_nodes), measured.ranks, measured.costs, batch_sizes)
+    return {batch: best_of_each_size(choices) for batch, choices in scored.items()}
 
 
 def _write_one(config: RunConfig, name: str, wanted: str, measured: Measured, tracker: Tracker,

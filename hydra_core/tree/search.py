@@ -92,11 +92,11 @@ class Choice:
         return self.tokens_per_second * self.plain_seconds / self.batch
 
 
-def score_trees(trees: Sequence[Tree], rows: RankRows, costs: StepCosts, batch: int) -> list[Choice]:
-    """Every tree as a choice for `batch` rows."""
-    plain = costs.seconds(batch, 1, 0)
-    return [Choice(batch, tree, walk(tree, rows).tokens_per_step if tree.paths else 1.0,
-                   costs.seconds(batch, tree.size, tree.depth), plain) for tree in trees]
+def score_trees(trees: Sequence[Tree], rows: RankRows, costs: StepCosts, batches: Sequence[int]) -> dict[int, list[Choice]]:
+    """Every tree as a choice for each batch size. It is walked once: what it accepts does not depend on the batch."""
+    walked = [(tree, walk(tree, rows).tokens_per_step if tree.paths else 1.0) for tree in trees]
+    return {batch: [Choice(batch, tree, tokens, costs.seconds(batch, tree.size, tree.depth), costs.seconds(batch, 1, 0))
+                    for tree, tokens in walked] for batch in batches}
 
 
 def best_of_each_size(choices: Sequence[Choice]) -> list[Choice]:

@@ -67,7 +67,7 @@ def test_ties_keep_the_parent() -> None:
 
 def choices(verify: dict[int, float], draft: dict[int, float]) -> list[Choice]:
     rows = RankRows(torch.zeros(30, 3, dtype=torch.int64), (10, 10, 10))
-    return score_trees(nested_trees(rows, 4), rows, StepCosts({2: verify}, {2: draft}), 2)
+    return score_trees(nested_trees(rows, 4), rows, StepCosts({2: verify}, {2: draft}), [2])[2]
 
 
 def test_the_tree_follows_the_cost() -> None:
@@ -93,7 +93,7 @@ def test_the_choice_is_the_best_of_all_that_were_scored(ranks: list[tuple[int, .
                                        strict=True)) for batch in (1, 4, 16, 64)}, {1: {1: draft, 3: 2 * draft}})
     trees = nested_trees(rows, 8)
     for batch in (1, 4, 16, 64):
-        best = best_choice(score_trees(trees, rows, costs, batch))
+        best = best_choice(score_trees(trees, rows, costs, [batch])[batch])
         speeds = [(walk(tree, rows).tokens_per_step if tree.paths else 1.0) * batch / costs.seconds(batch, tree.size, tree.depth)
                   for tree in trees]
         assert best.tokens_per_second == max(speeds) and best.tree == trees[speeds.index(max(speeds))]
@@ -104,10 +104,11 @@ def test_trees_shrink_with_the_batch_down_to_plain() -> None:
     rows = RankRows(torch.zeros(30, 3, dtype=torch.int64), (10, 10, 10))
     costs = StepCosts({batch: {nodes: 1.0 + batch * nodes / 40 for nodes in (1, 2, 4)} for batch in (1, 4, 16, 64)},
                       {1: {1: 0.1, 3: 0.3}, 64: {1: 0.4, 3: 1.2}})
-    sizes = [best_choice(score_trees(nested_trees(rows, 4), rows, costs, batch)).tree.size for batch in (1, 4, 16, 64)]
+    scored = score_trees(nested_trees(rows, 4), rows, costs, (1, 4, 16, 64))
+    sizes = [best_choice(choices).tree.size for choices in scored.values()]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] == 4
     dear = StepCosts({1: {1: 1.0, 4: 2.0}, 64: {1: 3.0, 4: 24.0}}, {1: {1: 0.1, 3: 0.3}})
-    assert best_choice(score_trees(nested_trees(rows, 4), rows, dear, 64)).tree == PLAIN
+    assert best_choice(score_trees(nested_trees(rows, 4), rows, dear, [64])[64]).tree == PLAIN
 
 
 @given(tuples, st.integers(1, 12))
@@ -117,7 +118,7 @@ def test_one_tree_of_each_size_and_none_better(ranks: list[tuple[int, ...]], nod
     costs = StepCosts({1: {1: 1.0, 12: 1.4}}, {1: {0: 0.0, 1: 0.1, 2: 0.5, 3: 2.0}})
     trees = candidate_trees(rows, nodes)
     assert trees[0] == PLAIN and len(set(trees)) == len(trees) and set(nested_trees(rows, nodes)) <= set(trees)
-    scored = score_trees(trees, rows, costs, 1)
+    scored = score_trees(trees, rows, costs, [1])[1]
     best = best_of_each_size(scored)
     assert [choice.tree.size for choice in best] == list(range(1, len(best) + 1))
     for choice in best:
@@ -143,7 +144,7 @@ def test_where_a_deep_head_is_dear_nodes_go_to_the_shallow_ones() -> None:
     assert nested_trees(rows, 3)[-1] == Tree(((0,), (0, 0)))
     for second, wanted in ((0.1, ((0,), (0, 0))), (0.9, ((0,), (1,)))):
         costs = StepCosts({1: {1: 1.0, 3: 1.1}}, {1: {0: 0.0, 1: 0.1, 2: second}})
-        assert best_of_each_size(score_trees(trees, rows, costs, 1))[2].tree == Tree(wanted)
+        assert best_of_each_size(score_trees(trees, rows, costs, [1])[1])[2].tree == Tree(wanted)
 
 
 def test_a_tie_takes_the_smaller_tree() -> None:
