@@ -30,11 +30,11 @@ from pipelines.config import TreeSection
 from pipelines.stage import write_text
 from pipelines.step_costs import Group, Point, draft_seconds, that_fit, verify_seconds
 
-SCHEMA = 7
+SCHEMA = 8
 DEFAULTS = TreeSection()
 TOKENS_AT_ONCE = {"cpu": 512}
 """Rows times nodes that are worth timing, by device: trees that cost more never paid."""
-FAR_ROWS = 16
+FAR_ROWS = 64
 """Rows that are timed over long contexts at most; more follow from these."""
 CURVE_CONTEXTS, CURVE_BATCHES, CURVE_NODES, CURVE_REPEATS = (256, 1024, 2048, 4096), (1, 4, 16), (1, 8, 16, 32), 3
 

@@ -46,6 +46,7 @@ class TransformersDecoder:
     """
 
     branching = True
+    packs = False
 
     def __init__(self, model: Any) -> None:
         config = model.config.get_text_config()

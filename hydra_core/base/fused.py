@@ -14,7 +14,7 @@ from hydra_core.base.attention import HeadNorms, Rotary, cached_attention, folde
 from hydra_core.base.kernels import add_and_norm, gate, reason_unavailable, turn_and_store
 from hydra_core.base.kv_cache import KVCache, Step
 from hydra_core.base.linear import FrozenLinear
-from hydra_core.base.native import is_native, native_decoder
+from hydra_core.base.native import is_native, native_decoder, real_tokens, run_natively
 from hydra_core.base.q4_1 import Q4Matrix
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -58,6 +58,7 @@ class FusedDecoder:
         rotary = model.model.rotary_emb
         self.rotary = Rotary(rotary.inv_freq, rotary.attention_scaling, self.embedding.dtype)
         self.native = native_decoder(self.layers, self.heads, self.kv_heads, self.head_width, self.eps) if native else None
+        self.packs = self.native is not None
         self.kernels = native and reason_unavailable(self.embedding.device, self.embedding.dtype, self.embedding.shape[1],
                                                      self.head_width) is None
 
@@ -97,10 +98,8 @@ class FusedDecoder:
         cos, sin = self.rotary.at(step.positions, step.span)
         kind = self.embedding.dtype
         hidden = F.embedding(ids, self.embedding).to(self.stream)
-        if self.native is not None and is_native(ids.numel(), kind) and not step.fixed:
-            added = self.native.run(hidden, cache.keys, cache.values, step.rows[0], step.slots, step.span, cos, sin,
-                                    step.mask)
-            hidden = hidden + added.view_as(hidden)
+        if self.native is not None and is_native(real_tokens(ids.shape, counts), kind) and not step.fixed:
+            hidden = run_natively(self.native, hidden, cache, step, cos, sin, counts)
         elif self.kernels:
             return self._by_kernels(hidden, cache, step, cos, sin)
         else:

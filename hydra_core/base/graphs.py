@@ -37,7 +37,7 @@ SPANS = tuple(sorted(size * 2**power for power in range(1, 15) for size in (64, 
 Run = Callable[[], Tensor]
 Recorder = Callable[[Run], Run]
 """Makes of a function of fixed tensors one that repeats it on what they hold by then, and returns the same tensor."""
-StepForward = Callable[[Tensor, Forest, int], Tensor]
+StepForward = Callable[[Tensor, Forest, int, Tensor | None], Tensor]
 """As `GraphedForward.__call__`."""
 
 
@@ -86,10 +86,11 @@ class GraphedForward:
         self._tables: list[tuple[Tensor, Tensor]] = []
 
     @torch.inference_mode()
-    def __call__(self, ids: Tensor, forest: Forest, longest: int) -> Tensor:
+    def __call__(self, ids: Tensor, forest: Forest, longest: int, counts: Tensor | None = None) -> Tensor:
         """Hidden states [b, n, D] of token ids [b, n] int64, as `Base.forward`; they last until the next call.
 
-        `longest`: committed tokens of the longest of the b rows. Raises ValueError when a row has no room for the nodes.
+        `longest`: committed tokens of the longest of the b rows; `counts`: not looked at, a recording takes all nodes. Raises
+        ValueError when a row has no room for the nodes.
         """
         batch, nodes = ids.shape
         forest = forest.to(self.cache.lengths.device)  # once, for all who read it
@@ -164,7 +165,7 @@ def step_forward(base: Base, cache: KVCache, nodes: int, graphs: bool | None = N
     if able and (recorder := recorder_for(base.device, graphs)) is not None:
         return GraphedForward(base, cache, nodes, recorder)
 
-    def forward(ids: Tensor, forest: Forest, longest: int) -> Tensor:
-        return base.forward(ids, cache, (0, len(ids)), forest)
+    def forward(ids: Tensor, forest: Forest, longest: int, counts: Tensor | None = None) -> Tensor:
+        return base.forward(ids, cache, (0, len(ids)), forest, counts)
 
     return forward

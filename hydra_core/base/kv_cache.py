@@ -41,6 +41,13 @@ class Step:
         return seen.masked_fill(far, float("-inf"))
 
 
+def real_nodes(counts: Tensor | None, nodes: int) -> Tensor | None:
+    """Which of B rows' nodes are among the first `counts` [B] of each: [B, nodes] bool on the host, None where all are."""
+    if counts is None or int(counts.min()) == nodes:
+        return None
+    return torch.arange(nodes) < counts[:, None]
+
+
 MASKED_APART = 8
 """Rows whose masks are made one at a time: up to so many take less than a dozen operations on all."""
 MOVED_APART = 12

@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock
 
 log = logging.getLogger(__name__)
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "draw.h", "pages.h", "rows.h"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "draw.h", "lines.h", "pages.h", "rows.h"))
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-std=c++20", "-fPIC", "-shared", "-w")
 
 ROWS_BLOCK = 32
@@ -59,6 +59,11 @@ def rows_available() -> bool:
     library = torch.ops.hydra_heads
     return load_library() and bool(library.rows_available()) and (
         bool(library.tiles_available()) or not torch.cpu._is_amx_tile_supported())
+
+
+def tiles_available() -> bool:
+    """Whether `rows.h` multiplies by AMX's tiles here."""
+    return rows_available() and bool(torch.ops.hydra_heads.tiles_available())
 
 
 def _compiled(compiler: str, folder: Path) -> Path:

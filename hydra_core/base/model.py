@@ -20,10 +20,12 @@ PREFILL_CHUNK = 512  # tokens of a prompt in one forward: bounds the mask and th
 class Decoder(Protocol):
     """What runs the layers: `fused.FusedDecoder`, `fallback.TransformersDecoder` or `sequential.SequentialDecoder`.
 
-    `branching`: whether its cache can hold a tree, share beginnings and take a prompt in pieces.
+    `branching`: whether its cache can hold a tree, share beginnings and take a prompt in pieces; `packs`: whether nodes that
+    are not real cost nothing.
     """
 
     branching: bool
+    packs: bool
 
     def allocate(self, rows: int, slots: int) -> Any: ...
 
@@ -32,7 +34,8 @@ class Decoder(Protocol):
     def __call__(self, ids: Tensor, cache: Any, step: Step, counts: Tensor | None = None) -> Tensor:
         """Token ids [B, N] to hidden states after the final norm [B, N, D]; writes what the cache keeps of the nodes.
 
-        `counts`: [B] how many of a row's tokens are real, where rows are padded; None when all are.
+        `counts`: [B] how many of a row's tokens, the first ones, are real, where rows are padded; None when all are. What
+        stands at the others is of no meaning.
         """
         ...
 
@@ -70,6 +73,11 @@ class Base:
         """Whether a draft tree can be verified; else only plain decoding is possible."""
         return self.decoder.branching
 
+    @property
+    def packs(self) -> bool:
+        """Whether a forward costs no more for nodes that are not real, so that rows may have as many as each is worth."""
+        return self.decoder.packs
+
     def allocate(self, rows: int, slots: int) -> KVCache:
         """A cache for `rows` sequences of at most `slots` tokens, draft nodes included."""
         cache: KVCache = self.decoder.allocate(rows, slots)
@@ -81,7 +89,8 @@ class Base:
         """One forward of [B, N] token ids on top of what cache `rows` hold: hidden states [B, N, D].
 
         Node j of a row stands at position length + depth(j) and sees the row's committed tokens and its ancestors. The
-        nodes' keys and values are written but not committed. `counts`: [B] real tokens of rows that are padded.
+        nodes' keys and values are written but not committed. `counts`: [B] real tokens of rows that are padded, the first
+        of each; the others' hidden states are of no meaning.
         """
         return self.decoder(ids, cache, cache.plan(rows, forest), counts)
 

@@ -1,7 +1,7 @@
 // One step of the fused decoder, and one draft head, without Python between their operations: what PyTorch has as an
 // operator is called as such, what it has not (add and normalise, turn and store, fold and unfold heads) is a loop here.
 //
-// Letters: B rows, N nodes a row, M = B * N, D width, H key/value heads, G query heads for each, d head width, S slots;
+// Letters: B rows, N nodes a row at most, M nodes of all rows together, D width, H key/value heads, G query heads for each, d head width, S slots;
 // of a draft head: W paths a row, k its tokens on a path, Vd draft vocabulary.
 
 #include <ATen/ATen.h>
@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "draw.h"
+#include "lines.h"
 #include "rows.h"
 
 namespace {
@@ -138,32 +139,37 @@ struct Decoder : torch::CustomClassHolder {
     layers.push_back({*norms.at(0), *norms.at(1), norms.at(2), norms.at(3), matrix(0), matrix(1), matrix(2), matrix(3)});
   }
 
-  // `stream`: [B, N, D] float32, changed in place; `keys`, `values`: [L, R, S, H, d]; `first`: cache row of the first;
-  // `slots`: [B, N] int64; `cos`, `sin`: [B, N, 1, d]; `mask`: [B, 1, N, span] additive. What the last layer adds is
-  // returned apart, [M, D]: the final norm adds it.
+  // `stream`: [M, D] float32, changed in place; `keys`, `values`: [L, R, S, H, d]; `first`: cache row of the first; `slots`:
+  // [B, N] int64; `cos`, `sin`: [B, N, 1, d]; `mask`: [B, 1, N, span] additive; `counts`: [B] int64 nodes of each row, which
+  // come first in it, or nothing where all rows have N. What the last layer adds is returned apart, [M, D]: the final norm
+  // adds it.
   Tensor run(Tensor stream, Tensor keys, Tensor values, int64_t first, Tensor slots, int64_t span, Tensor cos, Tensor sin,
-             Maybe mask) const {
+             Maybe mask, Maybe counts) const {
+    const Lines lines(slots.size(0), slots.size(1), counts);
     return keys.scalar_type() == at::kBFloat16
-        ? run_as<at::BFloat16>(stream, keys, values, first, slots, span, cos, sin, mask)
-        : run_as<float>(stream, keys, values, first, slots, span, cos, sin, mask);
+        ? run_as<at::BFloat16>(stream, lines, keys, values, first, slots, span, cos, sin, mask)
+        : run_as<float>(stream, lines, keys, values, first, slots, span, cos, sin, mask);
   }
 
   template <typename T>
-  Tensor run_as(const Tensor& stream, const Tensor& keys, const Tensor& values, int64_t first, const Tensor& slots,
-                int64_t span, const Tensor& cos, const Tensor& sin, const Maybe& mask) const {
-    const int64_t batch = stream.size(0), nodes = stream.size(1), depth = stream.size(2), rows = batch * nodes;
-    Tensor normed = at::empty({rows, depth}, keys.options());
-    Tensor queries = at::empty({batch, kv_heads, heads / kv_heads * nodes, width}, keys.options());
-    const int64_t groups = heads / kv_heads;
+  Tensor run_as(const Tensor& stream, const Lines& lines, const Tensor& keys, const Tensor& values, int64_t first,
+                const Tensor& slots, int64_t span, const Tensor& cos, const Tensor& sin, const Maybe& mask) const {
+    const int64_t batch = slots.size(0), nodes = slots.size(1), depth = stream.size(-1), groups = heads / kv_heads;
+    TORCH_CHECK(stream.numel() == lines.total * depth, stream.numel() / depth, " lines of ", lines.total);
+    // torch's attention takes as many queries of every row: there each row has room for all N, the last of it unused
+    const Lines places = own_attention<T>() ? lines : Lines(batch, nodes, {});
+    Tensor normed = at::empty({lines.total, depth}, keys.options());
+    Tensor queries = at::empty({places.total, heads, width}, keys.options());
+    if (!own_attention<T>()) queries = queries.zero_().view({batch, kv_heads, groups * nodes, width});
     const Maybe folded_mask = mask && groups > 1 && !own_attention<T>() ? Maybe(mask->repeat({1, 1, groups, 1})) : mask;
     Tensor added;
     for (size_t index = 0; index < layers.size(); ++index) {
       const Layer& layer = layers[index];
-      norm<T>(stream, added, layer.input_norm, normed, rows, depth);
+      norm<T>(stream, added, layer.input_norm, normed, lines.total, depth);
       Tensor stored_keys = keys[index].narrow(0, first, batch), stored_values = values[index].narrow(0, first, batch);
-      store<T>(layer, layer.qkv(normed), cos, sin, slots, queries, stored_keys, stored_values);
-      added = layer.output(attend<T>(queries, stored_keys, stored_values, span, slots, folded_mask));
-      norm<T>(stream, added, layer.mlp_norm, normed, rows, depth);
+      store<T>(layer, layer.qkv(normed), lines, places, cos, sin, slots, queries, stored_keys, stored_values);
+      added = layer.output(attend<T>(queries, lines, stored_keys, stored_values, span, slots, folded_mask));
+      norm<T>(stream, added, layer.mlp_norm, normed, lines.total, depth);
       added = layer.down(gate<T>(layer.gate_up(normed)));
     }
     return added;
@@ -178,19 +184,18 @@ struct Decoder : torch::CustomClassHolder {
 #endif
   }
 
-  // [M, Hq * d], what the queries [B, H, G * N, d] find.
+  // [M, Hq * d], what the queries find.
   template <typename T>
-  Tensor attend(const Tensor& queries, const Tensor& keys, const Tensor& values, int64_t span, const Tensor& slots,
-                const Maybe& mask) const {
+  Tensor attend(const Tensor& queries, const Lines& lines, const Tensor& keys, const Tensor& values, int64_t span,
+                const Tensor& slots, const Maybe& mask) const {
 #ifdef HYDRA_ROWS
-    if (own_attention<T>()) return few::attend(queries, keys, values, span, slots, mask);
+    if (own_attention<T>()) return few::attend(queries, lines, keys, values, span, slots, mask);
 #endif
     Tensor seen = at::scaled_dot_product_attention(
         queries, keys.narrow(1, 0, span).transpose(1, 2), values.narrow(1, 0, span).transpose(1, 2), mask, 0.0, false,
         1.0 / std::sqrt(static_cast<double>(width)));
-    const int64_t nodes = slots.size(1);
-    Tensor mixed = at::empty({keys.size(0) * nodes, heads * width}, keys.options());
-    unfold<T>(seen, mixed, nodes);
+    Tensor mixed = at::empty({lines.total, heads * width}, keys.options());
+    unfold<T>(seen, mixed, lines, slots.size(1));
     return mixed;
   }
 
@@ -211,20 +216,20 @@ struct Decoder : torch::CustomClassHolder {
   }
 
   template <typename T>
-  void store(const Layer& layer, const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Tensor& slots,
-             Tensor& queries, Tensor& keys, Tensor& values) const {
-    const int64_t batch = slots.size(0), nodes = slots.size(1), groups = heads / kv_heads, all = heads + 2 * kv_heads;
+  void store(const Layer& layer, const Tensor& qkv, const Lines& lines, const Lines& places, const Tensor& cos,
+             const Tensor& sin, const Tensor& slots, Tensor& queries, Tensor& keys, Tensor& values) const {
+    const int64_t nodes = slots.size(1), all = heads + 2 * kv_heads;
     const T *all_made = qkv.data_ptr<T>(), *all_cosines = cos.data_ptr<T>(), *all_sines = sin.data_ptr<T>();
     const int64_t* all_slots = slots.data_ptr<int64_t>();
     const T* query_norm = layer.query_norm ? layer.query_norm->data_ptr<T>() : nullptr;
     const T* key_norm = layer.key_norm ? layer.key_norm->data_ptr<T>() : nullptr;
     T *folded = queries.data_ptr<T>(), *key_store = keys.data_ptr<T>(), *value_store = values.data_ptr<T>();
-    at::parallel_for(0, batch * nodes, std::max<int64_t>(1, (1 << 14) / (all * width)), [&](int64_t begin, int64_t end) {
-      for (int64_t index = begin; index < end; ++index) {
-        const int64_t row = index / nodes, node = index % nodes;
-        const T *source = all_made + index * all * width, *cosine = all_cosines + index * width, *sine = all_sines + index * width;
-        for (int64_t head = 0; head < heads; ++head) {
-          const int64_t place = ((row * kv_heads + head / groups) * groups + head % groups) * nodes + node;
+    at::parallel_for(0, lines.total, std::max<int64_t>(1, (1 << 14) / (all * width)), [&](int64_t begin, int64_t end) {
+      for (int64_t line = begin; line < end; ++line) {
+        const int64_t row = lines.row[line], node = line - lines.first[row], index = row * nodes + node;
+        const T *source = all_made + line * all * width, *cosine = all_cosines + index * width, *sine = all_sines + index * width;
+        for (int64_t head = 0; head < heads; ++head) {  // those that share a key head lie together
+          const int64_t place = places.first[row] * heads + head * places.count[row] + node;
           turn<T>(source + head * width, cosine, sine, query_norm, head_eps, folded + place * width, width);
         }
         const int64_t at = row * keys.stride(0) + all_slots[index] * keys.stride(1);
@@ -238,16 +243,17 @@ struct Decoder : torch::CustomClassHolder {
 
   // [B, H, G * N, d] of any strides to [M, H * G * d].
   template <typename T>
-  void unfold(const Tensor& seen, Tensor& mixed, int64_t nodes) const {
-    const int64_t groups = heads / kv_heads, batch = seen.size(0);
+  void unfold(const Tensor& seen, Tensor& mixed, const Lines& lines, int64_t nodes) const {
+    const int64_t groups = heads / kv_heads;
     TORCH_CHECK(seen.stride(3) == 1, "attention's output is not laid out by heads");
     const T* source = seen.data_ptr<T>();
     T* target = mixed.data_ptr<T>();
-    for (int64_t row = 0; row < batch; ++row)
-      for (int64_t node = 0; node < nodes; ++node)
-        for (int64_t head = 0; head < heads; ++head, target += width)
-          std::copy_n(source + row * seen.stride(0) + head / groups * seen.stride(1) +
-                          (head % groups * nodes + node) * seen.stride(2), width, target);
+    for (int64_t line = 0; line < lines.total; ++line) {
+      const int64_t row = lines.row[line], node = line - lines.first[row];
+      for (int64_t head = 0; head < heads; ++head, target += width)
+        std::copy_n(source + row * seen.stride(0) + head / groups * seen.stride(1) + (head % groups * nodes + node) * seen.stride(2),
+                    width, target);
+    }
   }
 };
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hydra_core.base.kv_cache import KVCache, Step, real_nodes
 from hydra_core.base.library import load_library, rows_available
 from hydra_core.base.linear import LAYOUTS, FrozenLinear
 from hydra_core.base.q4_1 import GROUP
@@ -45,6 +46,27 @@ def native_decoder(layers: Sequence[LayerWeights], heads: int, kv_heads: int, wi
         made.add([layer.input_norm, layer.mlp_norm, norms.query if norms else None, norms.key if norms else None],
                  [_parts(matrix) for matrix in matrices], [_layout(matrix) for matrix in matrices], GROUP)
     return made
+
+
+def real_tokens(shape: Sequence[int], counts: Tensor | None) -> int:
+    """How many of B rows x N tokens (`shape`) are real: the first `counts` [B] of each, or all."""
+    return shape[0] * shape[1] if counts is None else int(counts.sum())
+
+
+def run_natively(decoder: Any, hidden: Tensor, cache: KVCache, step: Step, cos: Tensor, sin: Tensor,
+                 counts: Tensor | None = None) -> Tensor:
+    """All layers of a `native_decoder`: [B, N, D] float32 in, which may be overwritten, and out.
+
+    `counts`: [B] int64, how many nodes of each row, the first ones, are real. Nothing is computed or stored for the others,
+    which come out as zeros.
+    """
+    real = real_nodes(counts, hidden.shape[1])
+    given = (cache.keys, cache.values, step.rows[0], step.slots, step.span, cos, sin, step.mask)
+    if real is None:
+        return hidden + decoder.run(hidden, *given, None).view_as(hidden)
+    lines = hidden[real]
+    added = decoder.run(lines, *given, counts)
+    return hidden.zero_().masked_scatter_(real[..., None], lines + added)
 
 
 def native_head(blocks: Sequence[Sequence[FrozenLinear]], widens: Sequence[bool], norm: Tensor | None, eps: float,

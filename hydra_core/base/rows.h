@@ -22,6 +22,7 @@
 #include <optional>
 #include <vector>
 
+#include "lines.h"
 #include "pages.h"
 
 namespace few {
@@ -792,27 +793,36 @@ inline void attend_tiled(const Head& head, const Value* queries, int64_t first, 
 }
 #endif
 
-// `queries`: [B, H, G * N, d]; `keys`, `values`: [B, S, H, d] of which the first `span` slots are read; `mask`: [B, 1, N, span]
-// additive; `slots`: [B, N] where the nodes themselves stand, after all that their row may look at. Returns [B * N, H * G * d],
-// the order in which the output matrix reads it.
-inline Tensor attend(const Tensor& queries, const Tensor& keys, const Tensor& values, int64_t span, const Tensor& slots,
-                     const std::optional<Tensor>& mask) {
-  const int64_t nodes = slots.size(1);
-  const int64_t batch = queries.size(0), heads = queries.size(1), folded = queries.size(2), width = queries.size(3);
+// Of one head and row: `count` of its queries, from `first` on.
+struct Piece {
+  int64_t row, head, first, count;
+};
+
+// `queries`: for each row [H, G * n, d] of its n nodes, one row's after another's; `lines`: where each row's begin and how many
+// they are; `keys`, `values`: [B, S, H, d] of which the first `span` slots are read; `mask`: [B, 1, N, span] additive; `slots`:
+// [B, N] where the nodes themselves stand, after all that their row may look at. Returns [M, H * G * d], the order in which the
+// output matrix reads it.
+inline Tensor attend(const Tensor& queries, const Lines& lines, const Tensor& keys, const Tensor& values, int64_t span,
+                     const Tensor& slots, const std::optional<Tensor>& mask) {
+  const int64_t batch = slots.size(0), nodes = slots.size(1), heads = keys.size(2), width = keys.size(3);
+  const int64_t groups = queries.numel() / (lines.total * heads * width), all = heads * groups * width;
   const bool tiles = tiled(width) && width <= 256;
   const int64_t most = tiles ? 16 : QUERIES;
-  const int64_t groups = folded / nodes, all = heads * groups * width, pieces = (folded + most - 1) / most;
-  const int64_t* last = slots.const_data_ptr<int64_t>() + nodes - 1;
-  Tensor result = at::empty({batch * nodes, all}, queries.options());
+  Tensor result = at::empty({lines.total, all}, queries.options());
   const Tensor masked = mask ? mask->contiguous() : Tensor();
   const float scale = 1.0f / std::sqrt(static_cast<float>(width));
   Value* target = result.data_ptr<Value>();
-  const int64_t grain = std::max<int64_t>(1, WORK / (2 * std::min(folded, most) * span * width + 1));
   std::vector<int64_t> open(batch, span);  // slots at a row's beginning that all its nodes look at
-  for (int64_t row = 0; tiles && mask && row < batch; ++row)
-    for (int64_t node = 0; node < nodes; ++node)
+  std::vector<Piece> pieces;
+  for (int64_t row = 0; row < batch; ++row) {
+    for (int64_t node = 0; tiles && mask && node < lines.count[row]; ++node)
       open[row] = first_closed(masked.const_data_ptr<Value>() + (row * nodes + node) * span, open[row]);
-  at::parallel_for(0, batch * heads * pieces, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t head = 0; head < heads; ++head)
+      in_passes(groups * lines.count[row], most, [&](int64_t first, int64_t some) { pieces.push_back({row, head, first, some}); });
+  }
+  const int64_t asked = std::min(most, groups * lines.total / batch + 1);  // of a head at once, about
+  const int64_t grain = std::max<int64_t>(1, WORK / (2 * asked * span * width + 1));
+  at::parallel_for(0, pieces.size(), grain, [&](int64_t begin, int64_t end) {
     std::vector<float> scores(tiles ? 0 : QUERIES * (span + 15));
 #ifdef HYDRA_TILES
     Shaped shaped;
@@ -820,31 +830,31 @@ inline Tensor attend(const Tensor& queries, const Tensor& keys, const Tensor& va
     if (tiles) shaped.set(MOST_TILED);
 #endif
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t row = task / (heads * pieces), kv = task / pieces % heads, piece = task % pieces;
-      const int64_t first = folded * piece / pieces, count = folded * (piece + 1) / pieces - first;
-      const int64_t own = last[row * nodes] + 1, padded = (own + 15) / 16 * 16;
+      const auto [row, kv, first, count] = pieces[task];
+      const int64_t own_nodes = lines.count[row], folded = groups * own_nodes;
+      const int64_t own = slots.const_data_ptr<int64_t>()[row * nodes + own_nodes - 1] + 1, padded = (own + 15) / 16 * 16;
       const Head head{keys.const_data_ptr<Value>() + row * keys.stride(0) + kv * keys.stride(2),
                       values.const_data_ptr<Value>() + row * values.stride(0) + kv * values.stride(2), keys.stride(1), own, width};
-      const Value* asked = queries.const_data_ptr<Value>() + ((row * heads + kv) * folded + first) * width;
+      const Value* asked = queries.const_data_ptr<Value>() + (lines.first[row] * heads * groups + kv * folded + first) * width;
       const Value* hidden = mask ? masked.const_data_ptr<Value>() + row * nodes * span : nullptr;
-      Value* lines[16];
+      Value* targets[16];
       for (int64_t query = 0; query < count; ++query) {
-        const int64_t group = (first + query) / nodes, node = (first + query) % nodes;
-        lines[query] = target + (row * nodes + node) * all + (kv * groups + group) * width;
+        const int64_t group = (first + query) / own_nodes, node = (first + query) % own_nodes;
+        targets[query] = target + (lines.first[row] + node) * all + (kv * groups + group) * width;
       }
 #ifdef HYDRA_TILES
       if (tiles) {
-        attend_tiled(head, asked, first, count, hidden, open[row], nodes, span, scale, lines, work);
+        attend_tiled(head, asked, first, count, hidden, open[row], own_nodes, span, scale, targets, work);
         continue;
       }
 #endif
-      score(head, asked, first, count, hidden, nodes, span, scale, scores.data(), padded);
+      score(head, asked, first, count, hidden, own_nodes, span, scale, scores.data(), padded);
       for (int64_t query = 0; query < count; ++query) soften(scores.data() + query * padded, padded);
       for (int64_t query = 0; query < count;) {
         const float* weights = scores.data() + query * padded;
-        if (count - query >= 4) mix<4>(head, weights, padded, lines + query), query += 4;
-        else if (count - query >= 2) mix<2>(head, weights, padded, lines + query), query += 2;
-        else mix<1>(head, weights, padded, lines + query), query += 1;
+        if (count - query >= 4) mix<4>(head, weights, padded, targets + query), query += 4;
+        else if (count - query >= 2) mix<2>(head, weights, padded, targets + query), query += 2;
+        else mix<1>(head, weights, padded, targets + query), query += 1;
       }
     }
   });

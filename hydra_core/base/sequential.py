@@ -46,6 +46,7 @@ class SequentialDecoder:
     """The transformers model over a cache of its own for every row."""
 
     branching = False
+    packs = False
 
     def __init__(self, model: Any) -> None:
         self.model = model.get_decoder()

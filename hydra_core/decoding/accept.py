@@ -19,9 +19,9 @@ from hydra_core.tree.forest import Forest
 
 @dataclass(frozen=True)
 class Accepted:
-    """`path`: [B, depth + 1] int64 nodes from the root down, padded by repeating the last; `counts`: [B] nodes kept,
-    root included; `emitted`: for each row the base's choice after each kept node; `logprobs`: for each row and choice,
-    where they were asked for."""
+    """`path`: [B, M] int64 nodes from the root down, padded by repeating the last, M at most the trees' depth + 1; `counts`: [B]
+    nodes kept, root included; `emitted`: for each row the base's choice after each kept node; `logprobs`: for each row and
+    choice, where they were asked for."""
 
     path: Tensor
     counts: Tensor
@@ -70,21 +70,25 @@ def accept_on_host(tokens: Tensor, forest: Forest, chosen: Tensor) -> Accepted:
             path.append(parents[path[-1]])
         paths.append(path[::-1])
         emitted.append([picked[node] for node in paths[-1]])
-    return Accepted(_padded(paths, forest.depth + 1), torch.tensor([len(path) for path in paths]), emitted)
+    return Accepted(_padded(paths), torch.tensor([len(path) for path in paths]), emitted)
 
 
-def _padded(paths: Sequence[Sequence[int]], longest: int) -> Tensor:
+def _padded(paths: Sequence[Sequence[int]]) -> Tensor:
     """[B, longest] int64, each path padded with its last node."""
+    longest = max(len(path) for path in paths)
     return torch.tensor([[*path, *[path[-1]] * (longest - len(path))] for path in paths])
 
 
-def accept_walking(tokens: Tensor, forest: Forest, logits: Tensor, positions: Sequence[int],
-                   choosers: Sequence[Chooser]) -> Accepted:
+def accept_walking(tokens: Tensor, forest: Forest, logits: Tensor, positions: Sequence[int], choosers: Sequence[Chooser],
+                   lines: Sequence[Sequence[int]] | None = None) -> Accepted:
     """The same, choosing depth by depth at the nodes that are reached.
 
-    `logits`: [B, N, V] float32 at the nodes; `positions`: [B] where each row's root stands. Choosers record what was
+    `logits`: [M, V] float32, of node n of row b in line `lines[b][n]`, or [B, N, V] without those; `positions`: [B] where each
+    row's root stands. Choosers record what was
     chosen, as penalties at a node count its ancestors.
     """
+    if lines is None:
+        lines, logits = torch.arange(tokens.numel()).view_as(tokens).tolist(), logits.flatten(0, 1)
     drafted = tokens.tolist()
     children = [_children(parents) for parents in forest.parents.tolist()]
     children = children * len(choosers) if len(children) == 1 else children
@@ -94,7 +98,8 @@ def accept_walking(tokens: Tensor, forest: Forest, logits: Tensor, positions: Se
     active = list(range(len(choosers)))
     while active:
         at = [paths[row][-1] for row in active]
-        reached = logits[:, 0] if forest.size == 1 else logits[active, at]  # a copy of 128 rows costs as much as their draw
+        where_at = [lines[row][node] for row, node in zip(active, at, strict=True)]
+        reached = logits if len(where_at) == len(logits) else logits[where_at]  # a copy of 128 rows costs as much as their draw
         where = [positions[row] + len(paths[row]) for row in active]
         picked = choose(reached, where, [choosers[row] for row in active])
         going = []
@@ -113,7 +118,7 @@ def accept_walking(tokens: Tensor, forest: Forest, logits: Tensor, positions: Se
                 going.append(row)
         active = going
     counts = torch.tensor([len(path) for path in paths], device=tokens.device)
-    return Accepted(_padded(paths, forest.depth + 1).to(tokens.device), counts, emitted, logprobs)
+    return Accepted(_padded(paths).to(tokens.device), counts, emitted, logprobs)
 
 
 def _children(parents: Sequence[int]) -> list[list[int]]:

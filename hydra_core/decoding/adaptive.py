@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from hydra_core.decoding.accept import Accepted
 from hydra_core.decoding.choose import Chooser, rank_scores
-from hydra_core.decoding.growth import Candidates, Copied, Worth, add_copied, select, weigh
+from hydra_core.decoding.clock import StepTimes
+from hydra_core.decoding.growth import Candidates, Copied, Worth, add_copied, select, weigh_apart, weigh_together
+from hydra_core.decoding.pace import Pace
 from hydra_core.decoding.pending import HeadFeatures
 from hydra_core.decoding.propose import PlainSession, Proposal
 from hydra_core.decoding.rates import Bools, Floats, Ints, Rates, match_class
@@ -23,10 +26,23 @@ BEAM = 4
 """Nodes of a depth that are drafted on."""
 MOST_NODES = 48
 """Nodes of a row at most, whatever they cost."""
+SOME_NODES = 8
+"""Nodes a row from which on what a node costs is told from a measured table: between fewer the table's own noise is larger."""
+COMES_TRUE = 0.6
+"""Share of the paths that stand which one more head is thought to make longer, when it is asked whether it pays."""
 RETRY_STEPS = 24
 """Steps after which heads that did not seem to pay are tried again."""
 PATIENCE = 0.1
 """Weight of a new step in the running figures."""
+SURENESS = (1.05, 1.5, 2.0, 3.0, 4.5)
+"""Copied text is told apart by the tokens a row that a step makes with it: heads add the less the more those are."""
+CLEAR, UNSURE_STEPS, SURE_STEPS = 1.3, 16, 128
+"""Where drafting is thought to make less than `CLEAR` times a plain step's tokens a second, one step in so many is a plain one,
+else one in so many more: what a plain step takes is known only from such."""
+SOON = 0.75
+"""The first of them comes after a quarter of those."""
+GAIN_AT_FIRST = 1.3
+"""How many times as fast a step with heads is thought to be before any was taken: they are tried."""
 
 
 def most_nodes(drafter: AdaptiveDrafter) -> int:
@@ -37,16 +53,27 @@ def most_nodes(drafter: AdaptiveDrafter) -> int:
     return limit
 
 
+@dataclass(frozen=True)
+class Foretold:
+    """What the cost table says of a step of `batch` rows, in seconds: a plain one's, what its nodes add, and drafting with heads,
+    0 without."""
+
+    batch: int
+    plain: float
+    nodes: float
+    drafting: float
+
+
 class AdaptiveSession(PlainSession):
     """Trees grown by learned chances and measured costs; see `growth` and `rates`.
 
     Heads run where the base does; what is made of their candidates is decided on the host, in small arrays that a GPU would
-    only wait for.
+    only wait for. `packs`: see `Base.packs`.
     """
 
     def __init__(self, drafter: AdaptiveDrafter, rows: int, slots: int, shared_noise: bool = True,
-                 device: torch.device | str = "cpu") -> None:
-        self.drafter, self.shared_noise = drafter, shared_noise
+                 device: torch.device | str = "cpu", packs: bool = False) -> None:
+        self.drafter, self.shared_noise, self.packs = drafter, shared_noise, packs
         self.max_nodes = most_nodes(drafter)
         heads = drafter.heads
         self.depths = heads.num_heads if heads is not None else 0
@@ -57,9 +84,11 @@ class AdaptiveSession(PlainSession):
             self.inputs = HeadFeatures(heads, rows, slots)
             self.draft_ids = heads.draft_vocab.ids.to(self.device)
         self.rates = Rates(self.depths, rows)
-        self._seconds: dict[tuple[int, int, int], Floats] = {}
-        self._verify: dict[tuple[int, int], Floats] = {}
-        self._extra = [1.0] * 4     # tokens a row that heads add to copied ones, by how sure those are
+        self._seconds: dict[tuple[int, int], Floats] = {}
+        self._gains: dict[tuple[int, int], float] = {}  # speed of steps with heads over those without, see `_note`
+        self.pace = Pace()
+        self._foretold: Foretold | None = None  # of the step that is being taken
+        self._drafted: dict[int, float] = {}    # by rough batch size: share of the way to the next plain step, see `CLEAR`
         self._idle = 0              # steps since heads were used
         self._kinds: Ints | None = None
 
@@ -109,6 +138,14 @@ class AdaptiveSession(PlainSession):
         known = kinds >= 0
         self.rates.learn(kinds, known & stood[rows, parents], known & stood)
 
+    def timed(self, times: StepTimes) -> None:
+        told = self._foretold
+        if told is None:
+            return
+        self.pace.learn(told.batch, told.plain, told.nodes, times.verify + times.accept + times.commit)
+        if told.drafting > 0:
+            self.pace.learn_drafting(told.drafting, times.draft)
+
     # -- one draft -----------------------------------------------------------------------------------------------------
 
     def propose(self, roots: Tensor, positions: Sequence[int], choosers: Sequence[Chooser]) -> Proposal:
@@ -116,19 +153,37 @@ class AdaptiveSession(PlainSession):
         roots_alone = Candidates.roots(roots.cpu().numpy())
         copied = self._copied(len(roots))
         candidates = roots_alone if copied is None else add_copied(roots_alone, copied, self.rates, sampled)
-        worth = weigh(candidates, self._step_seconds(positions, 0))
-        if self.drafter.heads is not None and self._heads_pay(positions, worth):
-            alone = worth.expected
-            candidates = self._grow(self.drafter.heads, roots_alone, positions, choosers, sampled)
-            seconds = self._step_seconds(positions, candidates.depth)
+        batch, drafting = len(positions), 0.0
+        if self._drafted.get(batch.bit_length(), 0.0) >= 1:
+            return self._proposal(roots_alone, self._nothing(positions), positions, 0.0)
+        worth = self._weigh(candidates, positions, self.drafter.costs.draft_seconds(batch, 0))
+        if self.drafter.heads is not None and self._heads_pay(batch, worth):
+            alone = worth
+            candidates, drafting = self._grow(self.drafter.heads, roots_alone, positions, choosers, sampled, alone)
             if copied is not None:
                 candidates = add_copied(candidates, copied, self.rates, sampled)
-            worth = weigh(candidates, seconds)
-            self._note(alone, worth.expected)
+            worth = self._weigh(candidates, positions, drafting)
+            self._note(batch, alone, worth)
         else:
             self._idle += 1
+        return self._proposal(candidates, worth, positions, drafting)
+
+    def _nothing(self, positions: Sequence[int]) -> Worth:
+        """A plain step."""
+        batch, seconds = len(positions), float(self._base_seconds(positions)[0])
+        return Worth(np.ones((batch, 1), dtype=np.bool_), 1.0, batch / seconds, seconds)
+
+    def _proposal(self, candidates: Candidates, worth: Worth, positions: Sequence[int], drafting: float) -> Proposal:
+        """The nodes that are worth it, and what is to be remembered of the step."""
         grown = select(candidates, worth)
         self._kinds = grown.kinds
+        self._foretold = self._foretell(positions, worth, drafting)
+        about = len(positions).bit_length()
+        if grown.forest.size == 1:
+            self._drafted[about] = 0.0
+        else:
+            steps = SURE_STEPS if worth.gain > CLEAR * self._nothing(positions).gain else UNSURE_STEPS
+            self._drafted[about] = self._drafted.get(about, SOON) + 1 / steps
         return Proposal(torch.tensor(grown.tokens, device=self.device), grown.forest, worth.seconds)
 
     def _copied(self, batch: int) -> Copied | None:
@@ -143,85 +198,112 @@ class AdaptiveSession(PlainSession):
         return Copied(tokens, np.array([match_class(match.matched) for match in found]))
 
     def _grow(self, heads: HeadDrafter, known: Candidates, positions: Sequence[int], choosers: Sequence[Chooser],
-              sampled: Bools) -> Candidates:
-        """Candidates of every head, the likeliest nodes of a depth drafted on."""
+              sampled: Bools, copied: Worth) -> tuple[Candidates, float]:
+        """Candidates of every head, the likeliest nodes of a depth drafted on, and what drafting them is foretold to take.
+
+        `copied`: what is made without them. A node below one that is too unlikely to be verified is less likely still: such
+        paths are not drafted on.
+        """
         self.inputs.catch_up()
-        batch = len(positions)
+        batch, costs = len(positions), self.drafter.costs
         rows, features = np.arange(batch)[:, None], self.inputs.features[:batch]
+        floor = copied.gain * self._seconds_of_a_node(positions)
         at = np.zeros_like(known.tokens)                                        # [B, W] nodes that are drafted on
-        chances, path = known.chances, self._embedded(heads, known.tokens)      # [B, W], [B, W, depth + 1, D]
+        going, chances = at == 0, known.chances                                 # [B, W] which of them are, and how likely
+        path, seconds = self._embedded(heads, known.tokens[going]), costs.draft_seconds(batch, 1)   # [P, depth + 1, D]
         first, columns = 1, []
         for depth in range(self.depths):
-            tokens, given = self._candidates(heads, depth, features, path, positions, choosers)
-            kinds = self.rates.head_kinds(depth, given, sampled)                # [B, W or 1, width]
-            below = (chances[..., None] * self.rates.chances(kinds)).reshape(batch, -1)
-            width = kinds.shape[2]
-            if kinds.shape[1] < at.shape[1]:
-                tokens, kinds = (np.broadcast_to(part, (batch, at.shape[1], width)) for part in (tokens, kinds))
-            tokens = tokens.reshape(batch, -1)
-            columns.append((tokens, at.repeat(width, axis=1), kinds.reshape(batch, -1), below))
+            whose = going.nonzero()[0]
+            tokens, given = self._candidates(heads, depth, features, path, whose, positions, choosers)
+            kinds = self.rates.head_kinds(depth, given, sampled[whose])         # [P, width]
+            made = [np.full((*going.shape, kinds.shape[1]), -1) for _ in range(2)]
+            made[0][going], made[1][going] = tokens, kinds
+            below = (chances * going)[..., None] * self.rates.chances(made[1].clip(0))
+            tokens, kinds, below = (part.reshape(batch, -1) for part in (*made, below))     # [B, W * width]
+            width = tokens.shape[1] // at.shape[1]
+            columns.append((tokens, at.repeat(width, axis=1), kinds, below))
             if depth + 1 == self.depths:
                 break
             best = (-below).argsort(axis=1, kind="stable")[:, :BEAM]
             chances = below[rows, best]
-            if not self._deeper_pays(positions, depth + 1, chances):
+            now = (chances > floor) & (tokens[rows, best] >= 0)
+            price = costs.deeper_seconds(now.sum() / BEAM, depth + 1)
+            if not COMES_TRUE * chances[now].sum() > price * self.pace.drafting * copied.gain:
                 break
+            seconds += price
             at, first = first + best, first + below.shape[1]
-            above = path[torch.arange(batch, device=self.device)[:, None], torch.tensor(best // width, device=self.device)]
-            path = torch.cat((above, self._embedded(heads, tokens[rows, best])), dim=2)
+            places = np.full(going.shape, -1)
+            places[going] = np.arange(len(path))
+            above = path[torch.tensor(places[rows, best // width][now], device=self.device)]
+            path = torch.cat((above, self._embedded(heads, tokens[rows, best][now])), dim=1)
+            going = now
         tokens, parents, kinds, below = (np.concatenate(parts, 1) for parts in zip(*columns, strict=True))
-        return known.joined(tokens, parents, kinds, below, len(columns))
+        return known.joined(tokens, parents, kinds, below, len(columns)), seconds
 
     def _embedded(self, heads: HeadDrafter, tokens: Ints) -> Tensor:
-        """Paths of one token each: [B, W, 1, D] where heads run, of `tokens` [B, W] on the host."""
-        return heads.embed(torch.tensor(tokens, device=self.device))[:, :, None]
+        """Paths of one token each: [P, 1, D] where heads run, of `tokens` [P] on the host."""
+        return heads.embed(torch.tensor(tokens, device=self.device))[:, None]
 
-    def _candidates(self, heads: HeadDrafter, depth: int, features: Tensor, path: Tensor, positions: Sequence[int],
-                    choosers: Sequence[Chooser]) -> tuple[Ints, Floats]:
-        """Tokens [B, W, width] and the head's probabilities of them, on the host; W is 1 where the path makes no difference."""
-        if not heads.config.sequential:
-            path = path[:, :1]
+    def _candidates(self, heads: HeadDrafter, depth: int, features: Tensor, path: Tensor, whose: Ints,
+                    positions: Sequence[int], choosers: Sequence[Chooser]) -> tuple[Ints, Floats]:
+        """Tokens [P, width] and the head's probabilities of them, on the host, below paths [P, depth + 1, D] of rows `whose`
+        [P]."""
+        batch = len(features)
+        if not heads.config.sequential:  # what was drafted makes no difference: once for each row
+            own, whose = whose, np.arange(batch)
+            path = features.new_zeros(batch, depth + 1, 0)
+        elif len(whose) != batch or depth:
+            features = features[torch.tensor(whose, device=self.device)]
         if not self.shared_noise or not any(chooser.request.temperature for chooser in choosers):
-            indices, values = heads.candidates(depth, features, path, WIDTH)
+            indices, values = heads.candidates(depth, features, path[:, None], WIDTH)
         else:
-            logits = rank_scores(heads.candidate_logits(depth, features, path), [position + depth + 1 for position in positions],
-                                 choosers, self.draft_ids)
+            standing = [position + depth + 1 for position in positions]
+            logits = rank_scores(heads.candidate_logits(depth, features, path[:, None]), standing, choosers, self.draft_ids,
+                                 torch.tensor(whose, device=self.device))
             values, indices = logits.softmax(-1).topk(min(WIDTH, logits.shape[-1]), dim=-1)
-        return self.draft_ids[indices].cpu().numpy(), values.cpu().double().numpy()
+        tokens, chances = self.draft_ids[indices[:, 0]].cpu().numpy(), values[:, 0].cpu().double().numpy()
+        return (tokens, chances) if heads.config.sequential else (tokens[own], chances[own])
 
     # -- what pays -----------------------------------------------------------------------------------------------------
 
-    def _step_seconds(self, positions: Sequence[int], depth: int) -> Floats:
-        """Seconds of a step by nodes [most], of rows that stand at `positions`; `depth` heads are drafted with, 0: none."""
+    def _weigh(self, candidates: Candidates, positions: Sequence[int], drafting: float) -> Worth:
+        """What of them pays, where drafting takes so many seconds by the table."""
+        seconds = self._base_seconds(positions) + drafting * self.pace.drafting
+        return weigh_apart(candidates, seconds, self.max_nodes) if self.packs else weigh_together(candidates, seconds)
+
+    def _base_seconds(self, positions: Sequence[int]) -> Floats:
+        """As `_verify_seconds`, at the pace that steps go."""
+        seconds, (plain, nodes) = self._verify_seconds(positions), self.pace.factors(len(positions))
+        return plain * seconds[0] + nodes * (seconds - seconds[0])
+
+    def _foretell(self, positions: Sequence[int], worth: Worth, drafting: float) -> Foretold:
+        seconds, kept = self._verify_seconds(positions), worth.kept.sum(1)
+        most = int(kept.sum()) - len(kept) if self.packs else int(kept.max()) - 1
+        return Foretold(len(positions), float(seconds[0]), float(seconds[most] - seconds[0]), drafting)
+
+    def _verify_seconds(self, positions: Sequence[int]) -> Floats:
+        """Seconds of the base's part of a step of rows that stand at `positions`, by nodes of every row, [most]; where the base
+        packs, by nodes of all rows together beside the roots."""
         batch, context = len(positions), self._context(positions)
-        known = self._seconds.get((batch, depth, context))
+        known = self._seconds.get((batch, context))
         if known is None:
-            known = self._verify_seconds(batch, context) + self.drafter.costs.draft_seconds(batch, depth)
-            self._seconds[batch, depth, context] = known
+            known = self.drafter.costs.verify_curve(batch, self.max_nodes, context)
+            if self.packs:  # the costs are straight between whole nodes a row
+                nodes = 1 + np.arange(batch * (self.max_nodes - 1) + 1) / batch
+                known = np.interp(nodes, np.arange(1, self.max_nodes + 1), known)
+            self._seconds[batch, context] = known
         return known
 
-    def _verify_seconds(self, batch: int, context: int) -> Floats:
-        """The base's part of those."""
-        known = self._verify.get((batch, context))
-        if known is None:
-            known = np.array([self.drafter.costs.verify_seconds(batch, nodes, context) for nodes in range(1, self.max_nodes + 1)])
-            self._verify[batch, context] = known
-        return known
+    def _seconds_of_a_node(self, positions: Sequence[int]) -> float:
+        """What a node of one row adds to a step, where larger trees make it cheapest."""
+        seconds, rows = self._base_seconds(positions), len(positions) if self.packs else 1
+        more = (seconds - seconds[0])[(SOME_NODES - 1) * rows:]
+        each = more / ((SOME_NODES - 1) * rows + np.arange(len(more)))
+        return max(float(each.min(initial=np.inf)), 0.0) / (1 if self.packs else len(positions))
 
-    def _heads_pay(self, positions: Sequence[int], worth: Worth) -> bool:
-        """Whether heads are expected to make more tokens a second than what is copied; now and then simply tried."""
-        if self._idle >= RETRY_STEPS:
-            return True
-        seconds = self._step_seconds(positions, self.depths)
-        with_heads = (worth.expected + self._extra[_sureness(worth.expected)]) / float(
-            seconds[min(worth.nodes + WIDTH, len(seconds)) - 1])
-        return with_heads * len(positions) > worth.gain
-
-    def _deeper_pays(self, positions: Sequence[int], depth: int, chances: Floats) -> bool:
-        """Whether the likeliest paths are likely enough for another head to be asked."""
-        batch = len(positions)
-        price = self._step_seconds(positions, depth + 1)[0] - self._step_seconds(positions, depth)[0]
-        return bool(float(chances.sum()) / batch * self._verify_seconds(batch, self._context(positions))[0] > price)
+    def _heads_pay(self, batch: int, worth: Worth) -> bool:
+        """Whether heads were faster than what is copied alone when that was as sure as now; now and then simply tried."""
+        return self._idle >= RETRY_STEPS or self._gains.get(_situation(batch, worth), GAIN_AT_FIRST) > 1
 
     def _context(self, positions: Sequence[int]) -> int:
         """Committed tokens of a row in the mean, as the nearest power of two and no less than the costs tell apart: a few
@@ -229,12 +311,14 @@ class AdaptiveSession(PlainSession):
         mean = sum(positions) / len(positions)
         return max(2 ** round(math.log2(max(mean, 1))), self.drafter.costs.context)
 
-    def _note(self, alone: float, together: float) -> None:
-        kind = _sureness(alone)
-        self._extra[kind] += PATIENCE * (together - alone - self._extra[kind])
+    def _note(self, batch: int, alone: Worth, together: Worth) -> None:
+        """How many tokens a second are foretold with heads, over those without, where copied text is as sure as here."""
+        where = _situation(batch, alone)
+        known = self._gains.get(where, GAIN_AT_FIRST)
+        self._gains[where] = known + PATIENCE * (together.gain / alone.gain - known)
         self._idle = 0
 
 
-def _sureness(expected: float) -> int:
-    """How sure a copied draft is, in four classes, by the tokens a step makes with it."""
-    return sum(expected > edge for edge in (1.05, 2.0, 4.0))
+def _situation(batch: int, copied: Worth) -> tuple[int, int]:
+    """About how many rows there are, and how sure their copied drafts."""
+    return batch.bit_length(), sum(copied.expected > edge for edge in SURENESS)

@@ -99,10 +99,12 @@ def _key(chooser: Chooser, position: int) -> tuple[int, int]:
     return position_key(chooser.request.seed, position, chooser.request.choice)
 
 
-def rank_scores(logits: Tensor, positions: Sequence[int], choosers: Sequence[Chooser], ids: Tensor) -> Tensor:
+def rank_scores(logits: Tensor, positions: Sequence[int], choosers: Sequence[Chooser], ids: Tensor,
+                whose: Tensor | None = None) -> Tensor:
     """What drafters rank candidates by: logits / temperature + the noise of the draw to come; greedy rows keep logits.
 
-    `logits`: [B, S, n] over token `ids` [n]; `positions`: [B], where a row's candidates would stand.
+    `logits`: [B, S, n] over token `ids` [n]; `positions`: [B], where a row's candidates would stand; `whose`: [P] int64 rows of
+    `logits` [P, S, n], where it has more or fewer for some of them than one.
     """
     temperatures = [chooser.request.temperature for chooser in choosers]
     if not any(temperatures):
@@ -110,7 +112,10 @@ def rank_scores(logits: Tensor, positions: Sequence[int], choosers: Sequence[Cho
     noise = gumbel([_key(chooser, position) for chooser, position in zip(choosers, positions, strict=True)], ids)
     warm = torch.tensor([temperature > 0 for temperature in temperatures], device=logits.device)[:, None]
     scale = torch.tensor([temperature or 1.0 for temperature in temperatures], device=logits.device)[:, None, None]
-    return logits / scale + torch.where(warm, noise, 0.0)[:, None]
+    noise = torch.where(warm, noise, 0.0)
+    if whose is not None:
+        noise, scale = noise[whose], scale[whose]
+    return logits / scale + noise[:, None]
 
 
 def token_logprob(logits: Tensor, token: int, count: int) -> TokenLogprob:

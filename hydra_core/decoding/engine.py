@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from hydra_core.base.graphs import step_forward
+from hydra_core.base.kv_cache import real_nodes
 from hydra_core.base.model import Base
 from hydra_core.decoding.accept import Accepted, accept, accept_walking
+from hydra_core.decoding.answer import clip, to_result
 from hydra_core.decoding.choose import Chooser, choose, token_logprob
 from hydra_core.decoding.clock import Clock, StepTimes
 from hydra_core.decoding.memory import check_memory
@@ -65,7 +67,7 @@ class Engine:
         check_memory(base, drafter, max_batch, slots, spare)
         self.cache = base.allocate(max_batch, slots)
         self.forward = step_forward(base, self.cache, spare, graphs)
-        self.session = open_session(drafter, trees, max_batch, slots, shared_noise, base.device, graphs)
+        self.session = open_session(drafter, trees, max_batch, slots, shared_noise, base.device, graphs, base.packs)
         self.roots = torch.zeros(max_batch, dtype=torch.int64, device=base.device)
         self.scheduler = Scheduler(max_batch, self.context_limit, base.branching)
         self.choosers: dict[str, Chooser] = {}  # by request id, for the rows that run
@@ -117,14 +119,18 @@ class Engine:
             outputs += self._prefill()
         if not self.scheduler.decoding:
             return outputs
+        before, whole = self.times, all(row.request.speculate for row in self.scheduler.decoding)
         with phase("draft"):
             proposal = self._propose()
         with phase("verify"):
-            hidden, choices = self._verify(proposal)
+            hidden, choices, real = self._verify(proposal)
         with phase("accept"):
-            accepted = self._accept(proposal, choices)
+            accepted = self._accept(proposal, choices, real)
         with phase("commit"):
-            return outputs + self._commit(proposal, hidden, accepted)
+            outputs += self._commit(proposal, hidden, accepted, whole)
+        if whole:
+            self.session.timed(self.times - before)
+        return outputs
 
     def generate(self, requests: Sequence[Request]) -> list[Result]:
         """Decode all of them; results in the order given. Raises InputError before any work if one is bad, or if two
@@ -185,30 +191,40 @@ class Engine:
             proposal.tokens[plain, 1:] = -1
         return proposal
 
-    def _verify(self, proposal: Proposal) -> tuple[Tensor, Tensor]:
-        """One base forward over all nodes: hidden states [B, N, D], and the likeliest tokens [B, N] int64 where those are all
-        that rows choose by, else logits [B, N, V] float32."""
-        rows, tokens = self.scheduler.decoding, proposal.tokens.clamp(min=0)
-        hidden = self.forward(tokens, proposal.forest, max(_root_positions(rows)))
+    def _verify(self, proposal: Proposal) -> tuple[Tensor, Tensor, Tensor | None]:
+        """One base forward over the nodes: hidden states [B, N, D]; the likeliest tokens [M] int64 where those are all that rows
+        choose by, else logits [M, V] float32; and which nodes those M are, [B, N] bool, None for all."""
+        rows, tokens = self.scheduler.decoding, proposal.tokens
+        # a device runs them all, and would have to be asked
+        counts = (tokens >= 0).sum(-1) if self.base.packs else None
+        real = real_nodes(counts, tokens.shape[1])
+        hidden = self.forward(tokens.clamp(min=0), proposal.forest, max(_root_positions(rows)), counts)
+        asked = hidden.flatten(0, 1) if real is None else hidden[real]
         if all(chooser.simple for chooser in self._choosers(rows)):
-            return hidden, self.base.likeliest(hidden)
-        return hidden, self.base.logits(hidden)
+            return hidden, self.base.likeliest(asked), real
+        return hidden, self.base.logits(asked), real
 
-    def _accept(self, proposal: Proposal, choices: Tensor) -> Accepted:
+    def _accept(self, proposal: Proposal, choices: Tensor, real: Tensor | None) -> Accepted:
         """The path of each row on which the base agrees with the draft."""
-        if choices.dim() == 2:
-            return accept(proposal.tokens, proposal.forest, choices)
+        tokens = proposal.tokens
+        if choices.dim() == 1:
+            chosen = choices.view_as(tokens) if real is None else torch.zeros_like(tokens).masked_scatter_(real, choices)
+            return accept(tokens, proposal.forest, chosen)
         rows = self.scheduler.decoding
-        return accept_walking(proposal.tokens, proposal.forest, choices, _root_positions(rows), self._choosers(rows))
+        if real is None:
+            choices, lines = choices.view(*tokens.shape, -1), None
+        else:
+            lines = (real.flatten().cumsum(0) - 1).view_as(tokens).tolist()
+        return accept_walking(tokens, proposal.forest, choices, _root_positions(rows), self._choosers(rows), lines)
 
     def _choosers(self, rows: Sequence[Row]) -> list[Chooser]:
         return [self.choosers[row.request.id] for row in rows]
 
-    def _commit(self, proposal: Proposal, hidden: Tensor, accepted: Accepted) -> list[StepOutput]:
+    def _commit(self, proposal: Proposal, hidden: Tensor, accepted: Accepted, whole: bool) -> list[StepOutput]:
         rows = self.scheduler.decoding
         span = (0, len(rows))
         self.cache.commit(span, accepted.path, accepted.counts)
-        if all(row.request.speculate for row in rows):  # else drafts were taken away, and that they fell says nothing
+        if whole:  # else drafts were taken away, and that they fell says nothing
             self.session.learn(proposal, accepted)
         batch = torch.arange(len(rows), device=hidden.device)[:, None]
         self.session.observe(span, hidden[batch, accepted.path], accepted.counts)
@@ -314,7 +330,7 @@ class Engine:
         if self.scheduler.group is not None:
             self._last_hidden = self._last_hidden.roll(1, dims=0)  # as the group's rows
         self._forget(row)
-        return _result(row, reason)
+        return to_result(row, reason)
 
     def _forget(self, row: Row) -> None:
         self.scheduler.forget(row.request)
@@ -354,7 +370,7 @@ class Engine:
         row, moves = self.scheduler.leave_group(index)
         self._move(moves)
         self._forget(row)
-        return [_result(row, "cancelled")]
+        return [to_result(row, "cancelled")]
 
 
 def _check_trees(trees: TreeSet, drafter: HeadDrafter) -> None:
@@ -365,33 +381,6 @@ def _check_trees(trees: TreeSet, drafter: HeadDrafter) -> None:
         raise InputError(f"trees: rank {highest} needs more than the {len(drafter.draft_vocab)} tokens that may be drafted")
 
 
-def clip(row: Row, tokens: list[int], context_limit: int) -> tuple[list[int], FinishReason | None]:
-    """What of the new tokens belongs to the answer, and why it ends there if it does."""
-    room = context_limit - len(row.request.prompt_ids) - len(row.tokens)
-    budget = row.request.max_new_tokens - len(row.tokens)
-    for count, token in enumerate(tokens, start=1):
-        if row.text is not None:
-            row.text.push([token])
-        if token in row.stop_ids or (row.text is not None and row.text.stopped):
-            return tokens[:count], "stop"
-        if count == budget:
-            return tokens[:count], "length"
-        if count == room:
-            return tokens[:count], "context"
-    return tokens, None
-
-
 def _root_positions(rows: Sequence[Row]) -> list[int]:
     """Where the newest token of each row stands: chosen, but not yet in the cache."""
     return [len(row.request.prompt_ids) + len(row.tokens) - 1 for row in rows]
-
-
-def _result(row: Row, reason: FinishReason) -> Result:
-    now = time.perf_counter()
-    began = row.first_token or now
-    lengths = tuple(row.accepted_lengths[length] for length in range(max(row.accepted_lengths, default=-1) + 1))
-    accepted = sum(length * steps for length, steps in enumerate(lengths))
-    return Result(row.request.id, row.request.prompt_ids, tuple(row.tokens), reason, sum(lengths), row.drafted, accepted,
-                  began - row.started, now - began,
-                  tuple(row.logprobs) if row.request.logprobs is not None else None,
-                  row.request.lossy_typical is not None, lengths)

@@ -120,33 +120,64 @@ def _lifted(given: Floats, along: Bools, chances: Floats) -> Floats:
 
 @dataclass(frozen=True)
 class Worth:
-    """How many nodes a row are worth verifying: `nodes`; `expected`: tokens a row that they make; `gain`: tokens of all
-    rows a second; `seconds`: of the step; `order`: [B, M] the candidates, likeliest first."""
+    """What is worth verifying: `kept`: [B, M] bool, the root of each row among them; `expected`: tokens a row that they make;
+    `gain`: tokens of all rows a second; `seconds`: of the step."""
 
-    nodes: int
+    kept: Bools
     expected: float
     gain: float
     seconds: float
-    order: Ints
 
 
-def weigh(candidates: Candidates, seconds: Floats) -> Worth:
-    """As many of the likeliest nodes as make the most tokens a second; one of them is the root.
+def weigh_together(candidates: Candidates, seconds: Floats) -> Worth:
+    """The likeliest nodes of each row, as many of every row as make the most tokens a second: for a base that computes the
+    largest tree for all of them.
 
     `seconds`: [most], what a step takes that verifies 1, 2, ... nodes a row, drafting included.
     """
     order = (-candidates.chances).argsort(axis=1, kind="stable")  # ties keep the parent
     most = min(len(seconds), order.shape[1])
-    likeliest = candidates.chances[np.arange(len(order))[:, None], order[:, :most]]
-    expected = likeliest.sum(0).cumsum()
-    rates = expected / seconds[:most]
+    rows = np.arange(len(order))[:, None]
+    best, expected, gain = _fastest(candidates.chances[rows, order[:, :most]].sum(0).cumsum(), seconds)
+    kept = np.zeros(order.shape, dtype=np.bool_)
+    kept[rows, order[:, :best + 1]] = True
+    return Worth(kept & (candidates.chances > 0), expected / len(order), gain, float(seconds[best]))
+
+
+def weigh_apart(candidates: Candidates, seconds: Floats, most: int) -> Worth:
+    """The likeliest nodes of all rows, as many as make the most tokens a second, whichever rows they are of: a row whose text
+    goes on as it went before gets a long tree beside rows that get none. No row gets more than `most`.
+
+    `seconds`: what a step takes that verifies 0, 1, ... nodes beside the roots, drafting included.
+    """
+    chances = candidates.chances
+    if chances.shape[1] > most:
+        least = np.sort(chances, axis=1)[:, -most, None]
+        chances = np.where(chances >= least, chances, 0.0)  # of equals all stay for now
+    chances, batch = chances[:, 1:], len(chances)
+    order = (-chances.ravel()).argsort(kind="stable")[:len(seconds) - 1]
+    expected = batch + np.concatenate(([0.0], chances.ravel()[order].cumsum()))
+    best, made, gain = _fastest(expected, seconds)
+    kept = np.zeros(candidates.chances.shape, dtype=np.bool_)
+    kept[:, 0] = True
+    drafts = np.zeros(chances.size, dtype=np.bool_)
+    drafts[order[:best]] = True
+    kept[:, 1:] = drafts.reshape(chances.shape) & (chances > 0)
+    if chances.shape[1] >= most:
+        kept &= kept.cumsum(1) <= most
+    return Worth(kept, made / batch, gain, float(seconds[best]))
+
+
+def _fastest(expected: Floats, seconds: Floats) -> tuple[int, float, float]:
+    """Where the most tokens a second are made: the place, the tokens and the rate there."""
+    rates = expected / seconds[:len(expected)]
     best = int(rates.argmax())
-    return Worth(best + 1, float(expected[best]) / len(order), float(rates[best]), float(seconds[best]), order)
+    return best, float(expected[best]), float(rates[best])
 
 
 @dataclass(frozen=True)
 class Grown:
-    """The nodes to verify: `tokens`, `kinds` [B, N] int64, and their `forest`."""
+    """The nodes to verify: `tokens`, `kinds` [B, N] int64, each -1 past a row's own nodes, and their `forest`."""
 
     tokens: Ints
     kinds: Ints
@@ -155,13 +186,15 @@ class Grown:
 
 def select(candidates: Candidates, worth: Worth) -> Grown:
     """The tree of the nodes that are worth it."""
-    nodes = worth.nodes
+    counts = worth.kept.sum(1)
+    nodes = int(counts.max())
     if nodes == 1:
         return Grown(candidates.tokens[:, :1], candidates.kinds[:, :1], chain(1))
-    rows, kept = np.arange(len(worth.order))[:, None], np.sort(worth.order[:, :nodes], axis=1)
+    rows, kept = np.arange(len(counts))[:, None], (~worth.kept).argsort(axis=1, kind="stable")[:, :nodes]
+    real = np.arange(nodes) < counts[:, None]
     place = np.zeros_like(candidates.parents)
     place[rows, kept] = np.arange(nodes)
-    parents = place[rows, candidates.parents[rows, kept].clip(0)]
+    parents = np.where(real, place[rows, candidates.parents[rows, kept].clip(0)], 0)
     parents[:, 0] = -1
-    return Grown(candidates.tokens[rows, kept], candidates.kinds[rows, kept],
+    return Grown(np.where(real, candidates.tokens[rows, kept], -1), np.where(real, candidates.kinds[rows, kept], -1),
                  Forest.of(parents, min(candidates.depth, nodes - 1)))

@@ -78,7 +78,7 @@ class HeadFeatures:
     def _read(self, rows: tuple[int, int], hidden: Tensor, counts: Tensor, span: int | None = None) -> None:
         assert self.prefix is not None and self.cache is not None
         step = self.cache.plan(rows, chain(hidden.shape[1]), span)
-        hidden = self.prefix.step(hidden, self.cache, step)
+        hidden = self.prefix.step(hidden, self.cache, step, counts)
         self.cache.lengths[rows[0]:rows[1]] += counts
         self._keep_last(rows, hidden, counts)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from hydra_core.base.graphs import NODES, ROWS, SPANS, Recorder, Run, rounded
 from hydra_core.decoding.accept import Accepted
 from hydra_core.decoding.choose import Chooser, rank_scores
+from hydra_core.decoding.clock import StepTimes
 from hydra_core.decoding.pending import HeadFeatures
 from hydra_core.drafters import HeadDrafter
 from hydra_core.tree.forest import Forest
@@ -20,7 +21,8 @@ from hydra_core.tree.topology import Tree, TreeSet, chain
 
 @dataclass(frozen=True)
 class Proposal:
-    """`tokens`: [B, N] int64, node 0 the root, -1 where nothing was drafted; `forest`: its shape; `seconds`: what the step
+    """`tokens`: [B, N] int64, node 0 the root, -1 where nothing was drafted, which comes after all that was; `forest`: its
+    shape; `seconds`: what the step
     is foretold to take, 0 where nobody foretells it."""
 
     tokens: Tensor
@@ -49,6 +51,10 @@ class Session(Protocol):
         """What became of a draft."""
         ...
 
+    def timed(self, times: StepTimes) -> None:
+        """What the step took, draft and all."""
+        ...
+
     def move(self, source: int, target: int) -> None: ...
 
     def copy_beginning(self, source: int, target: int, count: int) -> None:
@@ -74,6 +80,9 @@ class PlainSession:
         return Proposal(roots[:, None], chain(1))
 
     def learn(self, proposal: Proposal, accepted: Accepted) -> None:
+        """Nothing to learn."""
+
+    def timed(self, times: StepTimes) -> None:
         """Nothing to learn."""
 
     def move(self, source: int, target: int) -> None:

@@ -12,13 +12,14 @@ from hydra_core.tree.topology import TreeSet
 
 
 def open_session(drafter: Drafter | None, trees: TreeSet, rows: int, slots: int, shared_noise: bool = True,
-                 device: torch.device | str = "cpu", graphs: bool | None = None) -> Session:
-    """The session of a drafter for `rows` rows of at most `slots` tokens; `device`: the base's; `graphs`: as of `Engine`."""
+                 device: torch.device | str = "cpu", graphs: bool | None = None, packs: bool = False) -> Session:
+    """The session of a drafter for `rows` rows of at most `slots` tokens; `device`, `packs`: the base's; `graphs`: as of
+    `Engine`."""
     if drafter is None:
         return PlainSession()
     if isinstance(drafter, HeadDrafter):
         return HeadSession(drafter, trees, rows, slots, shared_noise, recorder_for(torch.device(device), graphs))
-    return AdaptiveSession(_adaptive(drafter), rows, slots, shared_noise, device)
+    return AdaptiveSession(_adaptive(drafter), rows, slots, shared_noise, device, packs)
 
 
 def spare_slots(drafter: Drafter | None, trees: TreeSet) -> int:

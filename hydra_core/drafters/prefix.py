@@ -12,7 +12,7 @@ from hydra_core.base.attention import Rotary, cached_attention, grouped_attentio
 from hydra_core.base.fused import LayerWeights
 from hydra_core.base.kv_cache import KVCache, Step
 from hydra_core.base.linear import Packable, PackableLinear, packable
-from hydra_core.base.native import is_native, native_decoder
+from hydra_core.base.native import is_native, native_decoder, real_tokens, run_natively
 
 
 class PrefixLayer(Packable):
@@ -79,14 +79,13 @@ class PrefixLayer(Packable):
                              gate_up, down)
         self._packed = native_decoder([layer], self.query_heads, self.kv_heads, self.head_width, self.eps)
 
-    def step(self, hidden: Tensor, cache: KVCache, step: Step) -> Tensor:
-        """While decoding: [B, N, D] newly committed hidden states on top of the cache; writes their keys and values."""
+    def step(self, hidden: Tensor, cache: KVCache, step: Step, counts: Tensor | None = None) -> Tensor:
+        """While decoding: [B, N, D] newly committed hidden states on top of the cache, of each row the first `counts` [B]; writes
+        their keys and values."""
         cos, sin = self._rotary_like(hidden).at(step.positions, step.span)
-        if self._packed is not None and is_native(hidden.shape[0] * hidden.shape[1], hidden.dtype) and not step.fixed:
-            stream = hidden.float()
-            added = self._packed.run(stream, cache.keys, cache.values, step.rows[0], step.slots, step.span, cos, sin,
-                                     step.mask)
-            return self.norm((stream + added.view_as(stream)).to(hidden.dtype))
+        if self._packed is not None and is_native(real_tokens(hidden.shape, counts), hidden.dtype) and not step.fixed:
+            stream = run_natively(self._packed, hidden.float(), cache, step, cos, sin, counts)
+            return self.norm(stream.to(hidden.dtype))
         qkv = self.qkv(self.input_norm(hidden))
         mask = grouped_mask(step.mask, self.query_heads // self.kv_heads)
         return self._finish(hidden, cached_attention(qkv, self.query_heads, cache, 0, step, cos, sin, mask))

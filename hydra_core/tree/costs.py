@@ -5,8 +5,12 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
+Value = TypeVar("Value", float, NDArray[np.float64])
 Surface = Mapping[int, Mapping[int, float]]
 """Batch size -> {nodes or depth: seconds}."""
 
@@ -27,6 +31,7 @@ class StepCosts:
     draft: Surface
     context: int = 256
     far: Mapping[int, Surface] = field(default_factory=dict)
+    _curves: dict[int, dict[int, dict[int, NDArray[np.float64]]]] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name, table in (("verify", self.verify), ("draft", self.draft), *(("far", table) for table in self.far.values())):
@@ -48,15 +53,35 @@ class StepCosts:
         more = {at: self._more(table, batch, nodes) for at, table in self.far.items()}
         return near + interpolate({self.context: 0.0, **more}, context)
 
+    def verify_curve(self, batch: int, most: int, context: int = 0) -> NDArray[np.float64]:
+        """`verify_seconds` of 1, 2, ... `most` nodes at once."""
+        nodes = range(1, most + 1)
+        if most not in self._curves:
+            self._curves[most] = {0: {size: np.array([interpolate(points, count) for count in nodes])
+                                      for size, points in self.verify.items()}}
+            for at, table in self.far.items():
+                self._curves[most][at] = {0: np.zeros(most)} | {size: np.array([interpolate(points, count) for count in nodes])
+                                                                for size, points in self._above(table).items()}
+        near, *far = ((at, interpolate(curves, batch)) for at, curves in self._curves[most].items())
+        if context <= self.context or not far:
+            return near[1]
+        return near[1] + interpolate({self.context: np.zeros(most), **dict(far)}, context)
+
     def draft_seconds(self, batch: int, depth: int) -> float:
         """The drafter's part: the same at any context, since all it has of attention is one prefix layer."""
         return _at(self.draft, batch, depth)
 
+    def deeper_seconds(self, batch: float, depth: int) -> float:
+        """What of it head `depth` (the first is 0) takes; as many paths were drafted on as `batch` rows have at most."""
+        return max(_at(self.draft, batch, depth + 1) - _at(self.draft, batch, depth), 0.0)
+
     def _more(self, table: Surface, batch: int, nodes: int) -> float:
         """Seconds by which the far `table` lies above `verify`. No rows cost nothing more, so one batch size gives a slope."""
-        above = {size: interpolate({at: seconds - _at(self.verify, size, at) for at, seconds in points.items()}, nodes)
-                 for size, points in table.items()}
-        return interpolate({0: 0.0, **above}, batch)
+        return interpolate({0: 0.0, **{size: interpolate(points, nodes) for size, points in self._above(table).items()}}, batch)
+
+    def _above(self, table: Surface) -> Surface:
+        return {size: {at: seconds - _at(self.verify, size, at) for at, seconds in points.items()}
+                for size, points in table.items()}
 
     @property
     def most_nodes(self) -> int:
@@ -81,8 +106,11 @@ def unmeasured_costs() -> StepCosts:
                      {1: {0: 0.03, 4: 0.2}, 16: {0: 0.06, 4: 0.5}})
 
 
-def interpolate(points: Mapping[int, float], at: int) -> float:
-    """Linear between measured points, the slope of the last two beyond them. Raises ValueError for no points."""
+def interpolate(points: Mapping[int, Value], at: float) -> Value:
+    """Linear between measured points, the slope of the last two beyond them; arrays are taken value by value.
+
+    Raises ValueError for no points.
+    """
     keys = sorted(points)
     if not keys:
         raise ValueError("no measured points")
@@ -91,11 +119,13 @@ def interpolate(points: Mapping[int, float], at: int) -> float:
     right = min(bisect_right(keys, at), len(keys) - 1)
     low, high = keys[right - 1], keys[right]
     slope = (points[high] - points[low]) / (high - low)
+    if at <= high:
+        return points[low] + slope * (at - low)
     # Beyond the last point noise must not promise ever cheaper steps.
-    return points[high] + max(slope, 0.0) * (at - high) if at > high else points[low] + slope * (at - low)
+    return points[high] + (np.maximum(slope, 0.0) if isinstance(slope, np.ndarray) else max(slope, 0.0)) * (at - high)
 
 
-def _at(surface: Surface, batch: int, at: int) -> float:
+def _at(surface: Surface, batch: float, at: int) -> float:
     return interpolate({size: interpolate(points, at) for size, points in surface.items()}, batch)
 
 

@@ -106,7 +106,7 @@ def test_a_layer_is_the_formula(shape: tuple[int, int, int], batch: int, nodes: 
     seen &= torch.arange(span) < (lengths + nodes)[:, None, None, None]
     mask = torch.zeros(seen.shape).masked_fill(~seen, float("-inf")).bfloat16()
     ours = stream.clone()
-    added = compiled.run(ours, keys, values, 1, slots, span, cos, sin, mask)
+    added = compiled.run(ours, keys, values, 1, slots, span, cos, sin, mask, None)
     ours = ours + added.view_as(ours)
 
     def product(x: torch.Tensor, matrix: FrozenLinear) -> torch.Tensor:
@@ -127,3 +127,34 @@ def test_a_layer_is_the_formula(shape: tuple[int, int, int], batch: int, nodes: 
     here = torch.arange(batch)[:, None]
     written = keys[0, 1:batch + 1][here, slots].double()
     torch.testing.assert_close(written, split[:, :, heads:heads + kv_heads], atol=0.05, rtol=0.02)
+
+
+@pytest.mark.parametrize("counts", [[1, 1, 1], [1, 7, 3], [0, 19, 1], [12, 1, 19]])
+@torch.inference_mode()
+def test_rows_of_their_own_sizes_are_those_they_are_alone(counts: list[int], threads: int) -> None:
+    """A step of rows with so many nodes each, none computed for nothing: to the last bit what each row makes by itself."""
+    heads, kv_heads, width, hidden, batch, nodes, span = 9, 3, 64, 64, 3, 19, 90
+    compiled = native.native_decoder([layer(heads, kv_heads, width, hidden, 80)] * 2, heads, kv_heads, width, 1e-5)
+    keys, values = (torch.randn(2, batch, span, kv_heads, width).bfloat16() for _ in range(2))
+    stream, angles = torch.randn(batch, nodes, hidden), torch.rand(batch, nodes, 1, width)
+    slots = torch.tensor([[40], [71], [3]]) + torch.arange(nodes)
+    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+    mask = torch.zeros(batch, 1, nodes, span).masked_fill(torch.arange(span) > slots[:, None, :, None], float("-inf")).bfloat16()
+    real = torch.arange(nodes) < torch.tensor(counts)[:, None]
+    stores = keys.clone(), values.clone()
+    together = stream[real]
+    added = compiled.run(together, *stores, 0, slots, span, cos, sin, mask, torch.tensor(counts))
+    together = together + added
+    for row, count in enumerate(counts):
+        if not count:
+            continue
+        own = [store.clone() for store in (keys, values)]
+        alone = stream[row:row + 1, :count].clone()
+        here = slice(row, row + 1)
+        added = compiled.run(alone, *own, row, slots[here, :count].contiguous(), span, cos[here, :count].contiguous(),
+                             sin[here, :count].contiguous(), mask[here, :, :count].contiguous(), None)
+        alone = alone[0] + added
+        assert torch.equal(together[torch.arange(batch).repeat_interleave(torch.tensor(counts)) == row], alone)
+        assert all(torch.equal(store[:, row], mine[:, row]) for store, mine in zip(stores, own, strict=True))
+    with pytest.raises(RuntimeError, match="20 nodes of 19"):
+        compiled.run(stream, *stores, 0, slots, span, cos, sin, mask, torch.tensor([20, 1, 1]))

@@ -10,7 +10,7 @@ from hydra_core.base import Base
 from hydra_core.decoding import Engine, Request
 from hydra_core.decoding.adaptive import AdaptiveSession
 from hydra_core.decoding.choose import Chooser
-from hydra_core.decoding.growth import Candidates, Copied, Grown, Worth, add_copied, select, weigh
+from hydra_core.decoding.growth import Candidates, Copied, Grown, Worth, add_copied, select, weigh_apart, weigh_together
 from hydra_core.decoding.rates import MATCHES, Floats, Rates, match_class
 from hydra_core.drafters import AdaptiveDrafter, NgramDrafter
 from hydra_core.tree.costs import StepCosts
@@ -29,7 +29,7 @@ def candidates(nodes: list[tuple[int, int, float]]) -> Candidates:
 
 
 def grow(known: Candidates, seconds: Floats) -> tuple[Grown, Worth]:
-    worth = weigh(known, seconds)
+    worth = weigh_together(known, seconds)
     return select(known, worth), worth
 
 
@@ -53,11 +53,42 @@ def test_as_many_nodes_as_pay() -> None:
 
 def test_rows_share_the_number_of_nodes_and_nothing_else() -> None:
     one, other = candidates([(5, 0, 0.9), (6, 1, 0.8)]), candidates([(7, 0, 0.3), (8, 0, 0.2)])
-    both = Candidates(*(np.concatenate((getattr(one, name), getattr(other, name)))
-                        for name in ("tokens", "parents", "kinds", "chances")), depth=2)
-    grown, worth = grow(both, np.ones(3))
+    grown, worth = grow(rows_of(one, other), np.ones(3))
     assert grown.tokens.tolist() == [[9, 5, 6], [9, 7, 8]] and grown.forest.parents.tolist() == [[-1, 0, 1], [-1, 0, 0]]
     assert worth.expected == pytest.approx(1 + (0.9 + 0.8 + 0.3 + 0.2) / 2)
+
+
+def rows_of(*rows: Candidates) -> Candidates:
+    return Candidates(*(np.concatenate([getattr(row, name) for row in rows])
+                        for name in ("tokens", "parents", "kinds", "chances")), depth=max(row.depth for row in rows))
+
+
+def test_rows_get_as_many_nodes_as_each_is_worth() -> None:
+    sure, unsure = candidates([(5, 0, 0.9), (6, 1, 0.8)]), candidates([(7, 0, 0.3), (8, 0, 0.2)])
+    both = rows_of(sure, unsure)
+    worth = weigh_apart(both, seconds(1.0, 1.2, 1.4, 1.8, 2.2), 8)
+    grown = select(both, worth)
+    assert grown.tokens.tolist() == [[9, 5, 6], [9, -1, -1]] and grown.forest.parents.tolist()[0] == [-1, 0, 1]
+    assert grown.kinds.tolist() == [[-1, 0, 0], [-1, -1, -1]] and (grown.forest.parents[1, 1:] == 0).all()
+    assert worth.expected == pytest.approx((2 + 0.9 + 0.8) / 2) and worth.seconds == 1.4
+    assert worth.gain == pytest.approx((2 + 0.9 + 0.8) / 1.4)
+    nothing = weigh_apart(both, seconds(1.0, 2.0, 3.0, 4.0, 5.0), 8)
+    assert nothing.kept.tolist() == [[True, False, False]] * 2 and select(both, nothing).tokens.tolist() == [[9], [9]]
+    assert weigh_apart(both, np.ones(5), 8).kept.all()
+
+
+def test_no_row_gets_more_nodes_than_it_has_room_for() -> None:
+    sure = candidates([(5, 0, 0.9), (6, 1, 0.9), (7, 2, 0.9), (8, 0, 0.05)])
+    both = rows_of(sure, sure)
+    assert weigh_apart(both, np.ones(9), 3).kept.tolist() == [[True, True, True, False, False]] * 2  # of equals the parents
+    assert weigh_apart(both, np.ones(9), 1).kept.sum() == 2
+
+
+def test_alone_a_row_gets_the_same_either_way() -> None:
+    known = candidates([(5, 0, 0.6), (6, 0, 0.2), (7, 1, 0.5), (8, 1, 0.05), (4, 3, 0.4), (3, 0, 0.0)])
+    for costs in (seconds(1.0, 1.1, 1.2, 1.3, 1.4, 1.5), seconds(1.0, 1.5, 2.2, 3.0, 4.0, 5.0), np.ones(7)):
+        apart, together = weigh_apart(known, costs, len(costs)), weigh_together(known, costs)
+        assert apart.kept.tolist() == together.kept.tolist() and apart.gain == pytest.approx(together.gain)
 
 
 def test_a_copied_chain_runs_along_what_stands_and_then_leaves_it() -> None:
@@ -140,4 +171,4 @@ def test_rows_of_long_texts_are_priced_as_such(tiny_base: Base) -> None:
     greedy = [Chooser(Request("greedy", (0,), 1), tiny_base.vocab_size)]
     sizes = {position: session.propose(torch.tensor([5]), [position], greedy).tokens.shape[1] for position in (12, 100, 200)}
     assert sizes[12] > 1 and sizes[100] == sizes[200] == 1
-    assert {context for _, _, context in session._seconds} == {16, 128, 256}  # as few as there are lengths to tell apart
+    assert {context for _, context in session._seconds} == {16, 128, 256}  # as few as there are lengths to tell apart

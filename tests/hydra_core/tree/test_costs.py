@@ -60,6 +60,8 @@ def test_more_never_costs_less(steps: list[float], batch: int, nodes: int, conte
     assert costs.verify_seconds(batch, nodes + more, context) >= here
     assert costs.verify_seconds(batch, nodes, context + longer) >= here
     assert costs.verify_seconds(batch + more, nodes, context) >= here
+    curve = costs.verify_curve(batch, nodes, context)
+    assert curve.tolist() == pytest.approx([costs.verify_seconds(batch, count, context) for count in range(1, nodes + 1)])
 
 
 def test_context_is_laid_on_the_shape_of_short_ones() -> None:
