@@ -150,12 +150,11 @@ class AdaptiveSession(PlainSession):
 
     def propose(self, roots: Tensor, positions: Sequence[int], choosers: Sequence[Chooser]) -> Proposal:
         sampled = np.array([chooser.request.temperature > 0 for chooser in choosers])
-        roots_alone = Candidates.roots(roots.cpu().numpy())
-        copied = self._copied(len(roots))
-        candidates = roots_alone if copied is None else add_copied(roots_alone, copied, self.rates, sampled)
-        batch, drafting = len(positions), 0.0
+        batch, drafting, roots_alone = len(positions), 0.0, Candidates.roots(roots.cpu().numpy())
         if self._drafted.get(batch.bit_length(), 0.0) >= 1:
             return self._proposal(roots_alone, self._nothing(positions), positions, 0.0)
+        copied = self._copied(batch)
+        candidates = roots_alone if copied is None else add_copied(roots_alone, copied, self.rates, sampled)
         worth = self._weigh(candidates, positions, self.drafter.costs.draft_seconds(batch, 0))
         if self.drafter.heads is not None and self._heads_pay(batch, worth):
             alone = worth
@@ -287,7 +286,8 @@ class AdaptiveSession(PlainSession):
         batch, context = len(positions), self._context(positions)
         known = self._seconds.get((batch, context))
         if known is None:
-            known = self.drafter.costs.verify_curve(batch, self.max_nodes, context)
+            # more nodes never take less, whatever the noise of a table says
+            known = np.maximum.accumulate(self.drafter.costs.verify_curve(batch, self.max_nodes, context))
             if self.packs:  # the costs are straight between whole nodes a row
                 nodes = 1 + np.arange(batch * (self.max_nodes - 1) + 1) / batch
                 known = np.interp(nodes, np.arange(1, self.max_nodes + 1), known)

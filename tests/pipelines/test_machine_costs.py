@@ -97,7 +97,7 @@ def test_only_what_can_pay_and_fits_is_timed(tiny_base: Base, monkeypatch: pytes
     groups = groups_to_time(TreeSection(), 8192, 512)
     assert {context for context, _, _ in groups} == {256, 2048}
     assert {batch: nodes[-1] for context, batch, nodes in groups if context == 256} == {1: 48, 4: 48, 16: 32, 64: 8}
-    assert all(len(nodes) == 3 and batch <= 16 for context, batch, nodes in groups if context == 2048)
+    assert all(len(nodes) == 3 and batch <= 64 for context, batch, nodes in groups if context == 2048)
     assert {nodes[-1] for _, batch, nodes in groups_to_time(TreeSection(), 8192, None) if batch == 64} == {48}
     assert groups_to_time(TreeSection(batch_sizes=(600,), node_counts=(1, 32)), 8192, 512)[0][2] == (1, 32)
     assert groups_to_time(TreeSection(), 48, 512)[0] == (16, 1, (1, 2, 3, 4, 6, 8, 9, 12, 16, 24, 32))

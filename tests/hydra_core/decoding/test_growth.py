@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch
 from hydra_core.base import Base
 from hydra_core.decoding import Engine, Request
 from hydra_core.decoding.adaptive import AdaptiveSession
-from hydra_core.decoding.choose import Chooser
+from hydra_core.decoding.choose import Chooser, rank_scores
 from hydra_core.decoding.growth import Candidates, Copied, Grown, Worth, add_copied, select, weigh_apart, weigh_together
 from hydra_core.decoding.rates import MATCHES, Floats, Rates, match_class
 from hydra_core.drafters import AdaptiveDrafter, NgramDrafter
@@ -172,3 +174,37 @@ def test_rows_of_long_texts_are_priced_as_such(tiny_base: Base) -> None:
     sizes = {position: session.propose(torch.tensor([5]), [position], greedy).tokens.shape[1] for position in (12, 100, 200)}
     assert sizes[12] > 1 and sizes[100] == sizes[200] == 1
     assert {context for _, context in session._seconds} == {16, 128, 256}  # as few as there are lengths to tell apart
+
+
+@pytest.mark.parametrize(("price", "least", "most"), [(0.0, 4, 4), (0.12, 1, 3)])
+def test_only_paths_that_could_be_verified_are_drafted_on(tiny_base: Base, monkeypatch: pytest.MonkeyPatch, price: float,
+                                                          least: int, most: int) -> None:
+    """Where nodes cost nothing the likeliest four of a depth are drafted on, where they cost something only likely ones."""
+    prompts = random_prompts(3, seed=1)
+    heads = overfit_heads(tiny_base, "hydra", prompts)
+    asked: list[tuple[int, int]] = []
+    candidates = type(heads).candidates
+
+    def counted(self: Any, depth: int, features: torch.Tensor, path: torch.Tensor, count: int) -> Any:
+        asked.append((depth, len(path)))
+        assert len(features) == len(path)
+        return candidates(self, depth, features, path, count)
+
+    monkeypatch.setattr(type(heads), "candidates", counted)
+    costs = StepCosts({1: {1: 1.0, 32: 1.0 + 31 * price}, 3: {1: 1.0, 32: 1.0 + 93 * price}}, {1: {0: 0.0, 4: 0.0}})
+    requests = [Request(str(i), prompt, 30, stop_ids=()) for i, prompt in enumerate(prompts)]
+    Engine(tiny_base, AdaptiveDrafter(heads, None, costs), max_batch=3).generate(requests)
+    first = [paths for depth, paths in asked if depth == 0]
+    deeper = [paths for depth, paths in asked if depth == 1]
+    assert max(first) == 3 and least <= max(deeper) / 3 <= most
+
+
+def test_paths_of_a_row_share_its_noise() -> None:
+    """Scores of paths, some rows having several: each as of its row alone."""
+    logits, ids = torch.randn(5, 1, 40), torch.arange(100, 140)
+    requests = [Request(str(row), (0,), 1, temperature=temperature, seed=row) for row, temperature in enumerate((0.0, 0.7, 1.3))]
+    choosers, positions, whose = [Chooser(request, 200) for request in requests], [7, 8, 9], [0, 1, 1, 2, 2]
+    together = rank_scores(logits, positions, choosers, ids, torch.tensor(whose))
+    for path, row in enumerate(whose):
+        alone = rank_scores(logits[path:path + 1], positions[row:row + 1], choosers[row:row + 1], ids)
+        torch.testing.assert_close(together[path:path + 1], alone)

@@ -208,6 +208,21 @@ def test_a_compiled_prefix_layer_reads_as_written(bf16_base: Base) -> None:
     torch.testing.assert_close(caches[0].values[:, :, :5], caches[1].values[:, :, :5], atol=0.03, rtol=0.03)
 
 
+@torch.no_grad()
+def test_a_compiled_prefix_layer_reads_no_more_than_is_there(bf16_base: Base) -> None:
+    """Rows of their own counts: what they make when all is padded, and nothing written past them."""
+    layer = noisy(bf16_base, "hydra++").prefix
+    layer.pack()
+    counts, hidden = torch.tensor([1, 7, 3]), torch.randn(3, 7, bf16_base.vocabulary.width).bfloat16()
+    real = torch.arange(7) < counts[:, None]
+    padded, own = (layer.allocate(3, 40) for _ in range(2))
+    wanted = layer.step(hidden, padded, padded.plan((0, 3), chain(7)))
+    ours = layer.step(hidden, own, own.plan((0, 3), chain(7)), counts)
+    torch.testing.assert_close(ours[real], wanted[real], atol=0.02, rtol=0.02)
+    torch.testing.assert_close(own.keys[0, :, :7][real], padded.keys[0, :, :7][real], atol=0.02, rtol=0.02)
+    assert not own.keys[0, :, :7][~real].any() and padded.keys[0, :, :7][~real].any()
+
+
 @pytest.mark.parametrize(("kind", "name"), MADE)
 def test_comes_back_from_disk(tiny_base: Base, tmp_path: Path, kind: str, name: str) -> None:
     fields = FIELDS[name] | {"loss": "hybrid", "hybrid_decay": 10.0, "head_decay": 0.8, "mask_lost": True}
