@@ -1,17 +1,11 @@
-"""A running application with keys: every parameter, many at once, clients that leave, metrics, and other heads live."""
+"""A running application with keys: every parameter, many at once, clients that leave, metrics."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import random
-import re
-import shutil
 import socket
-import threading
-import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +13,6 @@ from urllib.parse import urlsplit
 
 import httpx
 import openai
-import psutil
 import pytest
 import ray
 import schemathesis
@@ -28,76 +21,13 @@ from hypothesis import strategies as st
 from schemathesis import GenerationMode
 
 from hydra_core.base import Base
-from hydra_core.checkpoint import save_checkpoint
-from hydra_core.decoding import DecodingConfiguration, Request, choices, naive_generate, save_configuration
-from hydra_core.errors import InputError
-from hydra_core.tree import Tree, TreeSet
-from pipelines.config import RunConfig, load_config
-from pipelines.serve import ServedApp, resolve_args, run_serve, start_app, update_app
+from hydra_core.decoding import Request, choices, naive_generate
+from pipelines.serve import ServedApp
 from pipelines.serving.metrics import series
-from pipelines.tracking import Tracker, register
-from tests.pipelines.test_serve import free_port
-from tests.processes import children
-from tests.trained import overfit_heads, random_prompts
+from tests.pipelines.serving.clients import CANCELLED, KEY, LONG, MODEL, REJECTED, expected, log_lines, scraped, until
+from tests.trained import random_prompts
 
 pytestmark = pytest.mark.slow
-TREE = Tree(((0,), (1,), (0, 0), (0, 0, 0)))
-KEY = "a-key-of-this-test-0123456789"
-MODEL = "hydra-heads"
-
-
-@pytest.fixture(scope="module")
-def configuration(tiny_base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("configuration")
-    heads = overfit_heads(tiny_base, "hydra++", random_prompts(4, seed=1))
-    save_checkpoint(root / "heads", heads, tiny_base.identity, TreeSet({1: TREE, 4: TREE}), {})
-    save_configuration(root / "it", DecodingConfiguration("hydra++", "heads", tiny_base.identity, heads=root / "heads"))
-    return root / "it"
-
-
-@pytest.fixture(scope="module")
-def config(tiny_base_dir: Path, configuration: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    keys = tmp_path_factory.mktemp("keys") / "keys"
-    keys.write_text(f"# of this test\n{KEY}\n", encoding="utf-8")
-    return load_config(None, {
-        "storage": str(tmp_path_factory.mktemp("storage")), "base.model": str(tiny_base_dir), "base.dtype": "fp32",
-        "serve.model": str(configuration), "serve.port": free_port(), "serve.max_batch": 4, "serve.max_queued": 60,
-        "serve.max_new_tokens": 200, "serve.max_body_bytes": 50_000, "serve.max_prompt_tokens": 190,
-        "serve.api_keys_file": str(keys),
-        "serve.workers.threads": 1})
-
-
-@pytest.fixture(scope="module")
-def app(local_ray: None, config: RunConfig) -> Iterator[ServedApp]:
-    served = start_app(config)
-    yield served
-    served.stop()
-
-
-@pytest.fixture(scope="module")
-def client(app: ServedApp) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{app.url}/v1", api_key=KEY, max_retries=0, timeout=120)
-
-
-@pytest.fixture(scope="module")
-def http(app: ServedApp) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=app.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=60) as found:
-        yield found
-
-
-def expected(base: Base, prompt: str, tokens: int, **settings: Any) -> str:
-    ids = tuple(base.tokenizer(prompt).input_ids)
-    return base.decode(naive_generate(base, Request("x", ids, tokens, **settings)).token_ids)
-
-
-def until(true: Callable[[], bool], what: str) -> None:
-    for _ in range(300):
-        if true():
-            return
-        time.sleep(0.1)
-    pytest.fail(what)
-
-
 def test_several_answers_whole_and_streamed(client: openai.OpenAI, tiny_base: Base) -> None:
     ids = tuple(tiny_base.tokenizer("hello").input_ids)
     wanted = [tiny_base.decode(naive_generate(tiny_base, request).token_ids)
@@ -170,14 +100,6 @@ def test_sixty_four_at_once_each_equal_to_its_lone_run(client: openai.OpenAI, ti
     for i, one in enumerate(asked):
         settings = {name: value for name, value in one.items() if name not in ("prompt", "max_tokens")}
         assert found[i] == expected(tiny_base, str(one["prompt"]), int(one["max_tokens"]), **settings), one
-
-
-LONG = {"model": MODEL, "prompt": "hello", "max_tokens": 200, "temperature": 1.0, "seed": 3}
-
-
-def log_lines() -> list[dict[str, Any]]:
-    folder = Path(ray._private.worker._global_node.get_logs_dir_path()) / "serve"
-    return [json.loads(line) for path in folder.glob("replica_hydra-heads_*.log") for line in path.read_text().splitlines()]
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -275,22 +197,6 @@ def test_logs_are_json_with_request_ids(http: httpx.Client) -> None:
     assert not any("hello" in json.dumps(line) for line in mine)  # prompts are nobody's business
 
 
-def scraped(names: set[str]) -> None:
-    """Wait until Ray's exporter tells every one of `names`, whole."""
-    node = ray.nodes()[0]
-    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    absent = names
-    for _ in range(60):
-        told = {re.split(r"[{ ]", line, maxsplit=1)[0] for line in httpx.get(address, timeout=60).text.splitlines()}
-        if not (absent := names - told):
-            return
-        time.sleep(0.5)
-    pytest.fail(f"not told: {sorted(absent)}")
-
-
-REJECTED, CANCELLED = "ray_hydra_heads_rejected_total", "ray_hydra_answers_cancelled_total"
-
-
 def test_metrics_can_be_scraped(http: httpx.Client) -> None:
     for prompt in random_prompts(4, seed=1):  # on which the heads were trained, so that drafts stand
         http.post("/v1/completions", json={"model": MODEL, "prompt": prompt, "max_tokens": 40, "temperature": 0})
@@ -317,96 +223,3 @@ def test_whatever_its_description_allows_or_forbids(app: ServedApp, mode: Genera
             assert answer.status_code < 500, answer.text
 
         fuzz()
-
-
-def replicas() -> set[int]:
-    """Process ids of what decodes."""
-    return {child.pid for child in children("ServeReplica:hydra-heads:DecodeServer")}
-
-
-def test_other_heads_while_it_runs(client: openai.OpenAI, http: httpx.Client, config: RunConfig, configuration: Path,
-                                   tiny_base: Base, tmp_path: Path) -> None:
-    save_configuration(tmp_path / "ngram", DecodingConfiguration("ngram", "ngram", tiny_base.identity))
-    other = config.model_copy(update={"serve": config.serve.model_copy(update={"model": str(tmp_path / "ngram")})})
-    stop, failed, asked, stood = threading.Event(), [], [], replicas()
-    wanted = [expected(tiny_base, "hello", 60, temperature=1.0, seed=i) for i in range(5)]
-
-    def ask() -> None:
-        while not stop.is_set():
-            i = len(asked) % 5
-            asked.append(i)
-            try:
-                given: dict[str, Any] = dict(model=MODEL, prompt="hello", max_tokens=60, temperature=1.0, seed=i)
-                if i % 2:
-                    text = "".join(chunk.choices[0].text for chunk in client.completions.create(stream=True, **given))
-                else:
-                    text = client.completions.create(**given).choices[0].text
-                if text != wanted[i]:
-                    failed.append(text)
-            except Exception as error:
-                failed.append(error)
-
-    threads = [threading.Thread(target=ask) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    update_app(resolve_args(other))
-    before = len(asked)
-    until(lambda: len(asked) > before + 4, "nobody is answered")
-    stop.set()
-    for thread in threads:
-        thread.join()
-    assert not failed and len(asked) > 8 and replicas() == stood
-    args = resolve_args(other)
-    model = http.get("/v1/models").json()["data"][0]
-    assert (model["configuration"], model["digest"]) == (str(tmp_path / "ngram"), args.digest)
-    shutil.copytree(configuration, tmp_path / "bad")
-    good = resolve_args(config)
-    (tmp_path / "bad" / "heads" / "tree.json").unlink()
-    with pytest.raises(InputError, match="was turned down"):
-        update_app(dataclasses.replace(good, configuration=str(tmp_path / "bad"), label="bad"))
-    ready = http.get("/ready").json()
-    assert ready["label"] == str(tmp_path / "ngram") and ready["rejected"]["label"] == "bad" and ready["status"] == "ready"
-    again = client.completions.create(model=MODEL, prompt="hello", max_tokens=60, temperature=1.0, seed=0)
-    assert again.choices[0].text == wanted[0]
-    scraped({REJECTED})
-    assert any(line["message"] == "heads rejected, the old ones stay" for line in log_lines())
-    update_app(good)
-    assert http.get("/ready").json()["rejected"] is None and replicas() == stood
-
-
-def test_an_alias_is_what_an_update_goes_by(http: httpx.Client, app: ServedApp, config: RunConfig,
-                                            configuration: Path) -> None:
-    with Tracker.open(config).start("promote") as run:
-        run.log_artifact(configuration, "configuration")
-        version = register(config, config.promote.model_name, run, "configuration", config.promote.alias, {})
-    asked = config.model_copy(update={"serve": config.serve.model_copy(update={
-        "model": f"models:/{config.promote.model_name}@{config.promote.alias}", "update": True})})
-    result = run_serve(asked)
-    assert result.figures["version"] == version and result.outputs["url"] == app.url
-    model = http.get("/v1/models").json()["data"][0]
-    assert model["version"] == version and model["digest"] == resolve_args(asked).digest
-    other = asked.model_copy(update={"base": asked.base.model_copy(update={"dtype": "bf16"}),
-                                     "serve": asked.serve.model_copy(update={"model": "plain"})})
-    with pytest.raises(InputError, match="start another application for another base"):
-        run_serve(other)
-    update_app(resolve_args(config))
-
-
-def test_a_replica_that_dies_is_told_of_and_replaced(http: httpx.Client, client: openai.OpenAI) -> None:
-    """The last test here: it leaves another replica behind."""
-    stood = replicas()
-    body = LONG | {"n": 4}
-    with ThreadPoolExecutor(8) as pool:
-        others = [pool.submit(http.post, "/v1/completions", json=body | {"seed": i}) for i in range(6)]
-        with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
-            lines = answer.iter_lines()
-            next(lines)
-            for pid in stood:
-                psutil.Process(pid).kill()
-            told = [json.loads(line.removeprefix("data: ")) for line in lines if line and line != "data: [DONE]"]
-        assert "error" in told[-1] and told[-1]["error"]["code"] == "not_ready"
-        assert {other.result().status_code for other in others} <= {200, 503}
-        assert any(other.result().status_code == 503 for other in others)
-    until(lambda: http.get("/ready").status_code == 200 and not stood & replicas(), "no new replica")
-    assert http.get("/ready").json()["in_flight"] == 0
-    assert client.completions.create(model=MODEL, prompt="hello", max_tokens=5, temperature=0).choices
