@@ -8,7 +8,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 
-PROBE_SECONDS = 4
+PROBE_SECONDS = 3
 GATEWAY_ERRORS = (502, 503, 504)
 """Answers of a proxy whose server is gone."""
 
