@@ -3,7 +3,7 @@
 
 #include <ATen/ATen.h>
 
-#include <numeric>
+#include <algorithm>
 #include <optional>
 #include <vector>
 

@@ -22,8 +22,7 @@ from hydra_core.tree.topology import Tree, TreeSet, chain
 @dataclass(frozen=True)
 class Proposal:
     """`tokens`: [B, N] int64, node 0 the root, -1 where nothing was drafted, which comes after all that was; `forest`: its
-    shape; `seconds`: what the step
-    is foretold to take, 0 where nobody foretells it."""
+    shape; `seconds`: what the step is foretold to take, 0 where nobody foretells it."""
 
     tokens: Tensor
     forest: Forest

@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -27,7 +26,7 @@ from hydra_core.decoding import DecodingConfiguration, Request, naive_generate, 
 from hydra_core.errors import InputError
 from hydra_core.tree import Tree, TreeSet
 from pipelines.config import RunConfig, load_config
-from pipelines.serve import ServedApp, build_app, resolve_args, run_serve, start_app
+from pipelines.serve import ServedApp, build_app, resolve_args, run_serve
 from tests.trained import overfit_heads, random_prompts
 
 pytestmark = pytest.mark.slow
@@ -55,13 +54,6 @@ def config(tiny_base_dir: Path, configuration: Path, tmp_path_factory: pytest.Te
         "storage": str(tmp_path_factory.mktemp("storage")), "base.model": str(tiny_base_dir), "base.dtype": "fp32",
         "serve.model": str(configuration), "serve.port": free_port(), "serve.max_batch": 4, "serve.max_queued": 6,
         "serve.max_new_tokens": 200, "serve.workers.threads": 1})
-
-
-@pytest.fixture(scope="module")
-def app(local_ray: None, config: RunConfig) -> Iterator[ServedApp]:
-    served = start_app(config)
-    yield served
-    served.stop()
 
 
 @pytest.fixture(scope="module")

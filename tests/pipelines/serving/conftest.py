@@ -14,7 +14,7 @@ from hydra_core.checkpoint import save_checkpoint
 from hydra_core.decoding import DecodingConfiguration, save_configuration
 from hydra_core.tree import Tree, TreeSet
 from pipelines.config import RunConfig, load_config
-from pipelines.serve import ServedApp, start_app
+from pipelines.serve import ServedApp
 from tests.pipelines.serving.clients import KEY
 from tests.pipelines.test_serve import free_port
 from tests.trained import overfit_heads, random_prompts
@@ -41,13 +41,6 @@ def config(tiny_base_dir: Path, configuration: Path, tmp_path_factory: pytest.Te
         "serve.max_new_tokens": 200, "serve.max_body_bytes": 50_000, "serve.max_prompt_tokens": 190,
         "serve.api_keys_file": str(keys),
         "serve.workers.threads": 1})
-
-
-@pytest.fixture(scope="module")
-def app(local_ray: None, config: RunConfig) -> Iterator[ServedApp]:
-    served = start_app(config)
-    yield served
-    served.stop()
 
 
 @pytest.fixture(scope="module")
