@@ -179,11 +179,12 @@ class HeadDrafter(nn.Module):
         """Width of what head `i` reads."""
         return self.vocabulary.width
 
-    def features(self, hidden: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+    def features(self, hidden: Tensor, positions: Tensor, mask: Tensor, wanted: Tensor | None = None) -> Tensor:
         """What the heads read in place of the hidden states, teacher forced.
 
         `hidden`: [B, T, D] of the base's last layer after its final norm; `positions`: [B, T] int64; `mask`: [B, 1, T, T]
-        bool, true where a position may look. Returns [B, T, D].
+        bool, true where a position may look; `wanted`: [B, T] bool, the positions that heads will read, None for all. Returns
+        [B, T, D], of which only the wanted positions mean anything.
         """
         return hidden.to(self.weight.dtype)
 

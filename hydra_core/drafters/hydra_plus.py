@@ -19,8 +19,8 @@ class HydraPlusPlus(Hydra):
         super().__init__(config, vocabulary, draft_vocab)
         self.prefix = PrefixLayer(vocabulary.config)
 
-    def features(self, hidden: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        return self.prefix(super().features(hidden, positions, mask), positions, mask)
+    def features(self, hidden: Tensor, positions: Tensor, mask: Tensor, wanted: Tensor | None = None) -> Tensor:
+        return self.prefix(super().features(hidden, positions, mask), positions, mask, wanted)
 
     def bytes_read(self, depth: int) -> int:
         prefix = sum(draft_bytes(weight) for weight in self.prefix.parameters() if weight.ndim == 2)

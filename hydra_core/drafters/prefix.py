@@ -54,8 +54,12 @@ class PrefixLayer(Packable):
         """cos and sin of the positions so far, as `Rotary` keeps them."""
         return () if self._rotary is None else (self._rotary.cos, self._rotary.sin)
 
-    def forward(self, hidden: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        """Teacher forced: `hidden` [B, T, D], `positions` [B, T], `mask` [B, 1, T, T] bool; returns [B, T, D]."""
+    def forward(self, hidden: Tensor, positions: Tensor, mask: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """Teacher forced: `hidden` [B, T, D], `positions` [B, T], `mask` [B, 1, T, T] bool; returns [B, T, D].
+
+        With `wanted` [B, T] bool the others are zeros: of a prompt, which is there to be looked at, keys and values are all
+        that is made.
+        """
         qkv = self.qkv(self.input_norm(hidden))
         batch, tokens, _ = qkv.shape
         split = qkv.view(batch, tokens, self.query_heads + 2 * self.kv_heads, self.head_width)
@@ -63,9 +67,15 @@ class PrefixLayer(Packable):
         turned = rotate(split[:, :, :self.query_heads + self.kv_heads], cos, sin)
         keys = turned[:, :, self.query_heads:].transpose(1, 2)
         values = split[:, :, self.query_heads + self.kv_heads:].transpose(1, 2)
-        folded = mask.repeat(1, 1, self.query_heads // self.kv_heads, 1)
-        mixed = grouped_attention(turned[:, :, :self.query_heads], keys, values, folded, self.head_width ** -0.5)
-        return self._finish(hidden, mixed)
+        queries, groups, scale = turned[:, :, :self.query_heads], self.query_heads // self.kv_heads, self.head_width ** -0.5
+        if wanted is None:
+            return self._finish(hidden, grouped_attention(queries, keys, values, mask.repeat(1, 1, groups, 1), scale))
+        columns, real = _wanted_first(wanted)
+        line = torch.arange(batch, device=columns.device)[:, None]
+        asked = mask[:, 0][line, columns][:, None].repeat(1, 1, groups, 1)
+        mixed = grouped_attention(queries[line, columns], keys, values, asked, scale)
+        made = self._finish(hidden[wanted], mixed[real])
+        return torch.zeros_like(hidden).masked_scatter(wanted[..., None], made)
 
     def pack(self) -> None:
         """Lay the weights out for decoding and compile the step, where either can be had here."""
@@ -104,3 +114,10 @@ class PrefixLayer(Packable):
         weight = self.qkv.weight
         self._rotary_like(weight).reserve(slots)
         return KVCache(1, rows, slots, self.kv_heads, self.head_width, weight.dtype, weight.device)
+
+
+def _wanted_first(wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """The wanted columns of every line [B, Q], in order, and which of them are: a line with fewer than Q has others behind."""
+    most = max(1, int(wanted.sum(1).max()))
+    columns = wanted.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
+    return columns, wanted.gather(1, columns)

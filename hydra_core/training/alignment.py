@@ -69,6 +69,11 @@ def teacher_positions(spans: Spans) -> Tensor:
     return _ranges(spans.starts, first, spans.lengths - 1)
 
 
+def feature_positions(spans: Spans, heads: int) -> Tensor:
+    """Flat indices of every t that one of the first `heads` heads learns from or drafts at."""
+    return _ranges(spans.starts, (spans.prompt_lengths - 1 - heads).clamp(min=0), spans.lengths - 2)
+
+
 def draft_positions(spans: Spans) -> Tensor:
     """Flat indices [P] of t at every step a decoder could take: the last prompt token to the last but two of the row.
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hydra_core.base.vocabulary import BaseVocabulary
 from hydra_core.drafters import HeadDrafter
-from hydra_core.training.alignment import HeadSlice, head_slice, teacher_positions
+from hydra_core.training.alignment import HeadSlice, feature_positions, head_slice, teacher_positions
 from hydra_core.training.losses import (
     DataTarget,
     Target,
@@ -104,8 +104,11 @@ class HeadTraining(nn.Module):
         return HeadCounts(loss, counted, ranked, hits, outside), rows
 
     def _inputs(self, packed: Packed) -> tuple[Tensor, Tensor]:
-        """Features and embeddings of every flat token, [n, D] each."""
-        features = self.drafter.features(packed.hidden, packed.positions, packed.mask).flatten(0, 1)
+        """Features of the flat tokens that heads read, embeddings of all, [n, D] each."""
+        wanted = torch.zeros(packed.token_ids.numel(), dtype=torch.bool, device=packed.token_ids.device)
+        wanted[feature_positions(packed.spans, self.drafter.num_heads)] = True
+        features = self.drafter.features(packed.hidden, packed.positions, packed.mask,
+                                         wanted.view(packed.token_ids.shape)).flatten(0, 1)
         return features, self.drafter.embed(packed.token_ids.flatten())
 
     def _teacher(self, packed: Packed) -> TeacherTable | None:

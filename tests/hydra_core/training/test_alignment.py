@@ -7,6 +7,7 @@ import torch
 
 from hydra_core.training.alignment import (
     draft_positions,
+    feature_positions,
     head_slice,
     head_slice_count,
     target_range,
@@ -65,6 +66,14 @@ def test_teacher_positions_are_the_union_over_heads() -> None:
     spans = pack_rows(numbered_rows(), 16).spans
     union = {int(t) for head in range(HEADS) for t in head_slice(head, spans).teacher}
     found = teacher_positions(spans).tolist()
+    assert set(found) == union and len(found) == len(union)
+
+
+@pytest.mark.parametrize("heads", [1, HEADS])
+def test_feature_positions_are_the_union_over_heads(heads: int) -> None:
+    spans = pack_rows(numbered_rows(), 16).spans
+    union = {int(t) for head in range(heads) for t in head_slice(head, spans).features}
+    found = feature_positions(spans, heads).tolist()
     assert set(found) == union and len(found) == len(union)
 
 

@@ -17,7 +17,7 @@ from hydra_core.tree.walk import MISS
 from tests.hydra_core.training.rows import random_rows
 
 KINDS = ("medusa", "hydra", "hydra++")
-SHAPES = ((3, 12), (6, 9), (2, 4))
+SHAPES = ((3, 12), (6, 9), (2, 4), (11, 6))
 
 
 def make(base: Base, kind: str) -> tuple[HeadDrafter, list[FeatureRow]]:

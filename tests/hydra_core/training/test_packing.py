@@ -60,6 +60,31 @@ def test_prefix_layer_gives_the_same_features_packed_or_alone(tiny_base) -> None
             torch.testing.assert_close(together[start:start + len(row.token_ids)], single, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("width", [None, 20])
+def test_prefix_layer_makes_what_is_wanted_as_it_makes_all(tiny_base, width: int | None) -> None:  # type: ignore[no-untyped-def]
+    """Features and gradients; lines of which one wants more than another, one nothing."""
+    vocabulary = tiny_base.vocabulary
+    torch.manual_seed(0)
+    drafter = build_drafter(HeadsConfig(kind="hydra++"), vocabulary, DraftVocab.rank(torch.ones(vocabulary.size), 64))
+    for parameter in drafter.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    packed = pack_rows(random_rows(vocabulary.size, vocabulary.width, shapes=((4, 14), (15, 4), (9, 2), (3, 15))), width)
+    wanted = torch.rand(packed.token_ids.shape) < 0.4
+    wanted[-1] = width is None
+    weights = torch.randn(*packed.token_ids.shape, vocabulary.width) * wanted[..., None]
+    results = []
+    for chosen in (None, wanted):
+        made = drafter.features(packed.hidden, packed.positions, packed.mask, chosen)
+        (made * weights).sum().backward()
+        results.append((made.detach(), [parameter.grad for parameter in drafter.prefix.parameters()]))
+        drafter.zero_grad()
+    (every, slopes), (some, fewer) = results
+    torch.testing.assert_close(some[wanted], every[wanted], rtol=1e-5, atol=1e-5)
+    assert not some[~wanted].any()
+    for one, other in zip(fewer, slopes, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
 def test_bad_rows_are_refused() -> None:
     with pytest.raises(ValueError, match="does not fit 3 tokens"):
         FeatureRow(torch.arange(3), 1, torch.zeros(4, 2))
