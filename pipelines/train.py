@@ -148,8 +148,7 @@ def _finish(stage: StageFolder, name: str, result: Any, run: Run, figures: dict[
                        figures)
     stage.finish(done, [*(folder / HEADS).iterdir(), *(folder / LAST).iterdir(), folder / CURVE])
     shutil.rmtree(folder / STATE, ignore_errors=True)  # optimizer state: many times the heads, and of no more use
-    for leftover in (*folder.glob("normalisers-*.npy"), folder / LOGGED):
-        leftover.unlink(missing_ok=True)
+    (folder / LOGGED).unlink(missing_ok=True)
     for leftover in folder.glob("decode-*"):  # of a task that died with its machine
         shutil.rmtree(leftover, ignore_errors=True)
     return done

@@ -155,10 +155,10 @@ def set_up(settings: LoopSettings, share: Share) -> Workshop:
         stored = {"train": learn, "held_out": held_out}
         if train.features == "online":
             del stored["train"]  # rows come by with their hidden states: a pass over all of them would cost as much again
-        for name, reader in stored.items():
+        for reader in stored.values():
             # by the order of the rows too: rows that were distilled again may stand elsewhere
-            kept = f"normalisers-{name}-{content_id(reader.store.index.ids)[:12]}.npy"
-            _know_normalisers(shop, reader, Path(settings.folder) / kept)
+            rows = content_id(str(vocabulary.identity), settings.provenance["data_digest"], reader.store.index.ids)
+            _know_normalisers(shop, reader, RunPaths.of(config).cache / "normalisers" / f"{rows}.npy")
     return shop
 
 
@@ -287,7 +287,7 @@ def _validate_and_report(shop: Workshop, progress: Progress, beside: DecodeBesid
 
 
 def _know_normalisers(shop: Workshop, reader: RowReader, kept: Path) -> None:
-    """Compute the base's softmax normalisers once, each rank a part, and keep them for a restart."""
+    """Compute the base's softmax normalisers once, each rank a part, and keep them for a restart and for other drafters."""
     found = load_normalisers(kept, len(reader.store.index.tokens))
     have = torch.tensor(found is not None, dtype=torch.int32, device=shop.device)
     dist.all_reduce(have, op=dist.ReduceOp.MIN)  # a file that only some ranks see must not split them
@@ -305,9 +305,10 @@ def _sum_over_ranks(device: torch.device, part: torch.Tensor) -> torch.Tensor:
 
 
 def _save_array(path: Path, values: np.ndarray) -> None:
-    temporary = path.with_suffix(".part.npy")
-    np.save(temporary, values, allow_pickle=False)
-    temporary.replace(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:  # trainings may share the place
+        np.save(file, values, allow_pickle=False)
+    Path(file.name).replace(path)
 
 
 def _judged(shop: Workshop) -> AbstractContextManager[Any]:
