@@ -2,7 +2,9 @@
 
     hydra_core/shipped/NAME/configuration.json, heads/    combined decoding, for every weight format of the base
     hydra_core/shipped/NAME/recipe.yaml                   the run's configuration, without the places of one machine
-    hydra_core/shipped/NAME/curve.json                    held-out figures of every validation, and the loss between them
+    hydra_core/shipped/NAME/recipe-1.yaml, ...            those of the trainings that it went on from, the first one first
+    hydra_core/shipped/NAME/curve.json                    held-out figures of every validation of each training, and the loss
+                                                          between them
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ from hydra_core.decoding import DecodingConfiguration, save_configuration
 from hydra_core.decoding.configuration import ANY_FORMAT
 from hydra_core.drafters import NgramDrafter
 from hydra_core.errors import InputError
-from hydra_core.shipped import FOLDER
+from hydra_core.shipped import FOLDER, SHIPPED
 from pipelines.config import RunConfig, load_config, parse_override
+from pipelines.model import shipped_heads
 from pipelines.stage import RunPaths, write_text
 from pipelines.tracking import Tracker
 
@@ -54,10 +57,12 @@ def ship(config: RunConfig, drafter: str, target: Path) -> Path:
         write_text(copy / "provenance.json", json.dumps(without_places(provenance), indent=2, sort_keys=True))
         made = Path(temporary) / target.name
         save_configuration(made, replace(configuration, heads=copy))
-        recipe = without_places(config.model_dump(mode="json", by_alias=True, exclude={"storage": True, "train": {"start"}},
-                                                  exclude_defaults=True))
-        write_text(made / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
-        write_text(made / "curve.json", json.dumps(learning_curve(config, drafter), indent=1))
+        *earlier, (recipe, _) = trainings = trainings_of(config, drafter, RunPaths.of(config).stage("train", drafter))
+        for number, (older, _) in enumerate(earlier, 1):
+            write_text(made / f"recipe-{number}.yaml", older)
+        write_text(made / "recipe.yaml", recipe)
+        curve = [{"training": number} | point for number, (_, points) in enumerate(trainings, 1) for point in points]
+        write_text(made / "curve.json", json.dumps(curve, indent=1))
         shutil.rmtree(target, ignore_errors=True)
         made.replace(target)
     return target
@@ -72,9 +77,38 @@ def without_places(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) and value.startswith("/") else value
 
 
-def learning_curve(config: RunConfig, drafter: str) -> list[dict[str, float]]:
-    """For every validation its step, held-out figures, and the mean loss since the one before."""
-    folder = RunPaths.of(config).stage("train", drafter)
+Training = tuple[str, list[dict[str, float]]]
+"""Its recipe and its learning curve."""
+
+
+def trainings_of(config: RunConfig, drafter: str, folder: Path) -> list[Training]:
+    """Every training that made the heads in `folder`, the first one first: those whose heads each other began with
+    (`train.start`) stand before it. Raises InputError where one of them left heads alone."""
+    start = config.train.start.get(drafter)
+    earlier = [] if start is None else _shipped_trainings(config) if start == SHIPPED else _trainings_behind(Path(start))
+    kept = config.model_dump(mode="json", by_alias=True, exclude={"storage": True, "train": {"start"}}, exclude_defaults=True)
+    return [*earlier, (yaml.safe_dump(without_places(kept), sort_keys=False), learning_curve(config, drafter, folder))]
+
+
+def _trainings_behind(heads: Path) -> list[Training]:
+    file = heads.parent / "config.yaml"
+    if not file.is_file():
+        raise InputError(f"{heads}: lies in no folder of a training: how these heads came to be cannot be told")
+    return trainings_of(load_config(str(file)), heads.parent.name, heads.parent)
+
+
+def _shipped_trainings(config: RunConfig) -> list[Training]:
+    folder = Path(shipped_heads(config) or "").parent
+    curves: dict[int, list[dict[str, float]]] = {}
+    for point in json.loads((folder / "curve.json").read_text(encoding="utf-8")):
+        curves.setdefault(point.pop("training"), []).append(point)
+    recipes = [*(folder / f"recipe-{number}.yaml" for number in range(1, len(curves))), folder / "recipe.yaml"]
+    texts = [recipe.read_text(encoding="utf-8") for recipe in recipes]
+    return [(text, points) for text, (_, points) in zip(texts, sorted(curves.items()), strict=True)]
+
+
+def learning_curve(config: RunConfig, drafter: str, folder: Path) -> list[dict[str, float]]:
+    """For every validation of the training in `folder` its step, held-out figures, and the mean loss since the one before."""
     losses = [json.loads(line)["loss"] for line in (folder / "curve.jsonl").read_text(encoding="utf-8").splitlines()]
     run_id = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["result"]["run_id"]
     figures = ("tokens_per_step", *(f"head{head}_top1" for head in range(config.train.drafters[drafter].num_heads)))

@@ -2,6 +2,7 @@
 
     shipped/NAME/configuration.json, heads/    as `hydra_core.decoding.configuration` reads them, for any weight format
     shipped/NAME/recipe.yaml                   the run that made them: `hydra-heads distill|train|tree --config recipe.yaml`
+    shipped/NAME/recipe-1.yaml, ...            those of the trainings whose heads it went on from
     shipped/NAME/curve.json                    what held-out rows said while they trained
 """
 

@@ -13,11 +13,18 @@ from hydra_core.decoding import Engine, Request, load_heads, naive_generate
 from hydra_core.drafters import AdaptiveDrafter
 from hydra_core.errors import InputError
 from pipelines import ship as module
-from pipelines.config import load_config
-from pipelines.ship import ship, without_places
+from pipelines.config import RunConfig, load_config
+from pipelines.ship import ship, trainings_of, without_places
+from pipelines.stage import RunPaths
 from pipelines.train import run_train
 from pipelines.tree import run_tree
 from tests.pipelines.synthetic import write_distilled
+
+
+def with_start(config: RunConfig, name: str, start: str) -> RunConfig:
+    (heads,) = config.train.drafters.values()
+    train = config.train.model_copy(update={"drafters": {name: heads}, "start": {name: start}})
+    return config.model_copy(update={"train": train})
 
 
 def test_places_are_left_out() -> None:
@@ -45,8 +52,8 @@ def test_heads_of_a_run_are_shipped(tiny_base: Base, tiny_base_dir: Path, storag
         ship(config, "hydra++", folder)
     assert [path.name for path in folder.parent.iterdir()] == ["tiny"]
     curve = json.loads((folder / "curve.json").read_text())
-    assert [point["step"] for point in curve] == [4, 8] and set(curve[0]) == {"step", "loss", "tokens_per_step", "head0_top1",
-                                                                              "head1_top1"}
+    assert [(point["training"], point["step"]) for point in curve] == [(1, 4), (1, 8)]
+    assert set(curve[0]) == {"training", "step", "loss", "tokens_per_step", "head0_top1", "head1_top1"}
     for file in (folder / "recipe.yaml", folder / "heads" / "provenance.json"):
         assert str(tmp_path) not in file.read_text()
     recipe = load_config(str(folder / "recipe.yaml"))
@@ -57,6 +64,22 @@ def test_heads_of_a_run_are_shipped(tiny_base: Base, tiny_base_dir: Path, storag
     assert isinstance(drafter, AdaptiveDrafter)
     request = Request("a", (5, 6, 7), 20)
     assert Engine(tiny_base, drafter).generate([request])[0].token_ids == naive_generate(tiny_base, request).token_ids
+
+    more = with_start(config, "more", str(RunPaths.of(config).stage("train", "hydra++") / "heads"))
+    run_train(more)
+    made = RunPaths.of(more).stage("train", "more")
+    first, second = trainings_of(more, "more", made)
+    assert first[0] == (folder / "recipe.yaml").read_text() and second[1] != first[1]
+    assert [{"training": 1} | point for point in first[1]] == curve and [point["step"] for point in second[1]] == [4, 8]
+    run_tree(more)
+    ship(more, "more", folder)
+    assert (folder / "recipe-1.yaml").read_text() == first[0] and (folder / "recipe.yaml").read_text() == second[0]
+    assert [point["training"] for point in json.loads((folder / "curve.json").read_text())] == [1, 1, 2, 2]
+    third = trainings_of(with_start(more, "more", "shipped"), "more", made)
+    assert third[:2] == [first, second] and third[2] == second
+    with pytest.raises(InputError, match="lies in no folder of a training"):
+        trainings_of(with_start(more, "more", str(folder / "heads")), "more", made)
+
     monkeypatch.setattr(module, "LARGEST", 1000.0)
     with pytest.raises(InputError, match="MB, more than"):
         ship(config, "hydra++", folder)

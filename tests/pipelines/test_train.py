@@ -145,7 +145,8 @@ def test_the_bases_normalisers_are_computed_once_for_all_drafters(exact: RunConf
     made = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert len(made) == 2 and all(path.suffix == ".npy" for path in made)  # of the training rows, and of those held out
     other = {"again": {"kind": "hydra++", "draft_vocab_size": 100}}
-    run_train(load_config(None, exact.model_dump(mode="json", by_alias=True) | {"train.drafters": other, "train.max_steps": EVERY}))
+    same = exact.model_dump(mode="json", by_alias=True)
+    run_train(load_config(None, same | {"train.drafters": other, "train.max_steps": EVERY}))
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == made
 
 
