@@ -74,7 +74,10 @@ def without_places(value: Any) -> Any:
         return {name: without_places(inner) for name, inner in value.items() if name != "storage"}
     if isinstance(value, list | tuple):
         return [without_places(inner) for inner in value]
-    return Path(value).name if isinstance(value, str) and value.startswith("/") else value
+    if not isinstance(value, str):
+        return value
+    field, sign, given = value.rpartition("=") if "=/" in value else ("", "", value)  # an override of the command line
+    return field + sign + Path(given).name if given.startswith("/") else value
 
 
 Training = tuple[str, list[dict[str, float]]]

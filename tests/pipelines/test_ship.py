@@ -28,8 +28,9 @@ def with_start(config: RunConfig, name: str, start: str) -> RunConfig:
 
 
 def test_places_are_left_out() -> None:
-    found = without_places({"storage": "/x", "argv": ["/usr/bin/tool", "--config", "/a/b.yaml"], "n": {"path": "/c/d.l", "k": 1}})
-    assert found == {"argv": ["tool", "--config", "b.yaml"], "n": {"path": "d.l", "k": 1}}
+    words = ["/usr/bin/tool", "--config", "/a/b.yaml", "p.q=/c/d.l", "n=1"]
+    found = without_places({"storage": "/x", "argv": words, "n": {"path": "/c/d.l", "k": 1}})
+    assert found == {"argv": ["tool", "--config", "b.yaml", "p.q=d.l", "n=1"], "n": {"path": "d.l", "k": 1}}
 
 
 @pytest.mark.slow
