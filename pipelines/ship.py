@@ -29,9 +29,9 @@ from hydra_core.drafters import NgramDrafter
 from hydra_core.errors import InputError
 from hydra_core.shipped import FOLDER, SHIPPED
 from pipelines.config import RunConfig, load_config, parse_override
-from pipelines.model import shipped_heads
 from pipelines.stage import RunPaths, write_text
 from pipelines.tracking import Tracker
+from pipelines.train_start import start_folder
 
 LARGEST = 40e6
 """Bytes that a package may grow by."""
@@ -87,8 +87,9 @@ Training = tuple[str, list[dict[str, float]]]
 def trainings_of(config: RunConfig, drafter: str, folder: Path) -> list[Training]:
     """Every training that made the heads in `folder`, the first one first: those whose heads each other began with
     (`train.start`) stand before it. Raises InputError where one of them left heads alone."""
-    start = config.train.start.get(drafter)
-    earlier = [] if start is None else _shipped_trainings(config) if start == SHIPPED else _trainings_behind(Path(start))
+    start = start_folder(config, drafter)
+    shipped = config.train.start.get(drafter) == SHIPPED
+    earlier = [] if start is None else _shipped_trainings(start.parent) if shipped else _trainings_behind(start)
     kept = config.model_dump(mode="json", by_alias=True, exclude={"storage": True, "train": {"start"}}, exclude_defaults=True)
     return [*earlier, (yaml.safe_dump(without_places(kept), sort_keys=False), learning_curve(config, drafter, folder))]
 
@@ -100,8 +101,7 @@ def _trainings_behind(heads: Path) -> list[Training]:
     return trainings_of(load_config(str(file)), heads.parent.name, heads.parent)
 
 
-def _shipped_trainings(config: RunConfig) -> list[Training]:
-    folder = Path(shipped_heads(config) or "").parent
+def _shipped_trainings(folder: Path) -> list[Training]:
     curves: dict[int, list[dict[str, float]]] = {}
     for point in json.loads((folder / "curve.json").read_text(encoding="utf-8")):
         curves.setdefault(point.pop("training"), []).append(point)
