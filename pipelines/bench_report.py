@@ -166,6 +166,9 @@ def _identity_cell(fp32: dict[str, int] | None) -> str:
 
 
 def markdown(figures: dict[str, Any], title: str, dtype: str) -> str:
+    """The table of single requests under its title, or the title alone where none was decoded."""
+    if not figures:
+        return f"# {title}\n"
     columns = [column.replace("bf16", dtype) if "bf16" in column else column for column in COLUMNS]
     lines = [f"# {title}", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(cells) + " |" for cells in table_rows(figures)]
@@ -236,9 +239,12 @@ def batch_markdown(batches: dict[str, Any], plan: BenchPlan) -> str:
 
 
 def print_table(figures: dict[str, Any], title: str, dtype: str, stream: Any) -> None:
+    """The same table on a terminal, or nothing where no single request was decoded."""
     from rich.console import Console
     from rich.table import Table
 
+    if not figures:
+        return
     table = Table(title=title)
     for column in COLUMNS:
         table.add_column(column.replace("bf16", dtype), justify="left" if column == "method" else "right")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hydra_core.base.vocabulary import BaseVocabulary
 from hydra_core.drafters import HeadDrafter
-from hydra_core.training.alignment import HeadSlice, feature_positions, head_slice, teacher_positions
+from hydra_core.training.alignment import HeadSlice, head_slice, teacher_positions
 from hydra_core.training.losses import (
     DataTarget,
     Target,
@@ -22,7 +22,7 @@ from hydra_core.training.losses import (
 )
 from hydra_core.training.metrics import TOP, HeadCounts
 from hydra_core.training.packing import Packed
-from hydra_core.training.ranks import rank_tuples
+from hydra_core.training.ranks import head_inputs, rank_tuples
 from hydra_core.tree.walk import RankRows
 
 
@@ -59,7 +59,7 @@ class HeadTraining(nn.Module):
         later a head, the less it weighs, by as much as it is reached less often. Targets outside the draft vocabulary are
         lost; a head whose target would lie in the prompt was not asked and loses nothing.
         """
-        features, embedded = self._inputs(packed)
+        features, embedded = head_inputs(self.drafter, packed)
         tokens = packed.token_ids.flatten()
         teacher = None if self.plain else self._teacher(packed)
         masking = self.drafter.config.mask_lost and not self.plain
@@ -86,7 +86,7 @@ class HeadTraining(nn.Module):
     @torch.no_grad()
     def evaluate(self, packed: Packed) -> tuple[HeadCounts, RankRows]:
         """Loss counts, hits and rank tuples at the positions a decoder can be at, none of them masked."""
-        features, embedded = self._inputs(packed)
+        features, embedded = head_inputs(self.drafter, packed)
         tokens = packed.token_ids.flatten()
         rows = rank_tuples(self.drafter, features, embedded, self.index_of[tokens], packed.spans)
         teacher = self._teacher(packed)
@@ -102,14 +102,6 @@ class HeadTraining(nn.Module):
             outside[head] = (self.index_of[tokens[part.target]] < 0).sum().cpu()
             hits[head] = torch.stack([(rows.ranks[:, head] <= top).sum() for top in range(TOP)])
         return HeadCounts(loss, counted, ranked, hits, outside), rows
-
-    def _inputs(self, packed: Packed) -> tuple[Tensor, Tensor]:
-        """Features of the flat tokens that heads read, embeddings of all, [n, D] each."""
-        wanted = torch.zeros(packed.token_ids.numel(), dtype=torch.bool, device=packed.token_ids.device)
-        wanted[feature_positions(packed.spans, self.drafter.num_heads)] = True
-        features = self.drafter.features(packed.hidden, packed.positions, packed.mask,
-                                         wanted.view(packed.token_ids.shape)).flatten(0, 1)
-        return features, self.drafter.embed(packed.token_ids.flatten())
 
     def _teacher(self, packed: Packed) -> TeacherTable | None:
         """Heads share teacher positions all but entirely: once a batch instead of once a head."""

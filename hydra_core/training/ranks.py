@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hydra_core.drafters import HeadDrafter
-from hydra_core.training.alignment import draft_positions
+from hydra_core.training.alignment import draft_positions, feature_positions
 from hydra_core.training.losses import Project, rows_at_once
 from hydra_core.training.packing import Packed, Spans
 from hydra_core.tree.walk import MISS, RankRows
@@ -35,10 +35,18 @@ def rank_rows(drafter: HeadDrafter, packed: Packed) -> RankRows:
     On an accepted path these are exactly the inputs of decoding, so walking the tuples is decoding.
     """
     with torch.no_grad():
-        features = drafter.features(packed.hidden, packed.positions, packed.mask).flatten(0, 1)
+        features, embedded = head_inputs(drafter, packed)
         tokens = packed.token_ids.flatten()
         index = drafter.draft_vocab.index_of.to(tokens.device)[tokens]
-        return rank_tuples(drafter, features, drafter.embed(tokens), index, packed.spans)
+        return rank_tuples(drafter, features, embedded, index, packed.spans)
+
+
+def head_inputs(drafter: HeadDrafter, packed: Packed) -> tuple[Tensor, Tensor]:
+    """Features of the flat tokens that heads read (other rows of them mean nothing) and embeddings of all, [n, D] each."""
+    wanted = torch.zeros(packed.token_ids.numel(), dtype=torch.bool, device=packed.token_ids.device)
+    wanted[feature_positions(packed.spans, drafter.num_heads)] = True
+    features = drafter.features(packed.hidden, packed.positions, packed.mask, wanted.view(packed.token_ids.shape))
+    return features.flatten(0, 1), drafter.embed(packed.token_ids.flatten())
 
 
 def rank_tuples(drafter: HeadDrafter, features: Tensor, embedded: Tensor, index: Tensor, spans: Spans) -> RankRows:
