@@ -1,4 +1,5 @@
-"""Training Hydra++ our way and the usual one, by turns, on the same rows: `python -m tests.train_speed --config FILE`.
+"""Training the same Hydra++ heads our way and the usual one, by turns, on the same rows:
+`python -m tests.train_speed --config FILE`.
 
 The usual way is the official repository's: the base runs in every step, every head has the softmax of its own logits and the
 teacher's over the whole vocabulary, in float32, kept whole. Ours: stored hidden states, one table of the teacher's
@@ -31,9 +32,8 @@ from pipelines.stage import RunPaths
 from pipelines.train_data import RowReader, valid_counts
 
 ROUNDS, STEPS = 5, 4
-PUBLISHED = HeadsConfig(kind="hydra++", num_blocks=4, dropout=0.2, normalise_embeddings=False, final_norm=False,
-                        draft_vocab_size=0)
-OURS = HeadsConfig(kind="hydra++")
+USUAL = HeadsConfig(kind="hydra++", draft_vocab_size=0)
+OURS = HeadsConfig(kind="hydra++")  # the same blocks and norms
 
 
 def main(words: list[str]) -> None:
@@ -61,7 +61,7 @@ def usual_way(config: RunConfig, base: Base) -> Callable[[int], int]:
     """float32, the base in every step, whole softmaxes."""
     store = OnlineStore.open(answered(config)[0], "train")
     store.use(base)
-    model = HeadTraining(drafter_of(PUBLISHED, base, store), base.vocabulary, plain=True)
+    model = HeadTraining(drafter_of(USUAL, base, store), base.vocabulary, plain=True)
     return optimizer_steps(config, RowReader(store), model.float())
 
 
