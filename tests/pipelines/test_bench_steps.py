@@ -14,7 +14,7 @@ import torch
 from pipelines.bench_memory import PeakMemory, memory_markdown, read_memory
 from pipelines.bench_plan import Row
 from pipelines.bench_plots import accepted_plot, category_plot, draw
-from pipelines.bench_report import category_markdown, metrics_of, print_categories, summarise
+from pipelines.bench_report import category_markdown, markdown, metrics_of, print_categories, print_table, summarise
 from pipelines.bench_steps import COLUMNS, print_steps, step_figures, step_rows, steps_markdown
 
 
@@ -68,6 +68,11 @@ def test_turns_and_rounds_of_a_question_are_one(capsys: pytest.CaptureFixture[st
     print_steps(figures, sys.stderr)
     assert "75 %" in capsys.readouterr().err and "| hydra | 250.0 | 25.0 |" in steps_markdown(figures)
     assert steps_markdown(summarise([], [])) == ""
+    assert markdown({}, "loads alone", "bf16") == "# loads alone\n"  # bench.single=false: no table without a row
+    print_table({}, "loads alone", "bf16", sys.stderr)
+    assert capsys.readouterr().err == ""
+    print_table(figures, "all", "bf16", sys.stderr)
+    assert "hydra" in capsys.readouterr().err and "| hydra |" in markdown(figures, "all", "bf16")
 
 
 def test_categories_and_rounds_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
