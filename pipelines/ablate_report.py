@@ -34,20 +34,22 @@ def markdown(studies: Mapping[str, Sequence[str]], measured: Mapping[str, Measur
 
 
 def plot_studies(path: Path, studies: Mapping[str, Sequence[str]], measured: Mapping[str, Measured]) -> None:
-    """Write a PNG: tokens per step on held-out rows, one panel a question, bars with the spread over seeds."""
+    """Write a PNG: tokens per step on held-out rows, a panel a question on one scale, with the interval where there are several seeds."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    bars = sum(len(names) for names in studies.values())
-    figure = Figure(figsize=(8, 1 + 0.9 * len(studies) + 0.35 * bars), layout="constrained")
-    panels = figure.subplots(len(studies), 1, squeeze=False, gridspec_kw={"height_ratios": [
+    rows = sum(len(names) for names in studies.values())
+    figure = Figure(figsize=(8, 1 + 0.5 * len(studies) + 0.25 * rows), layout="constrained")
+    panels = figure.subplots(len(studies), 1, squeeze=False, sharex=True, gridspec_kw={"height_ratios": [
         1 + len(names) for names in studies.values()]})[:, 0]
     for axis, (question, names) in zip(panels, studies.items(), strict=True):
-        values = [measured[name].tokens_per_step for name in names]
-        axis.barh(range(len(names)), values, xerr=[measured[name].spread or 0.0 for name in names], color="tab:blue", capsize=3)
+        for row, name in enumerate(names):
+            one = measured[name]
+            # points, not bars: the scale does not start at nothing; no whiskers for one seed, whose spread nobody knows
+            axis.errorbar(one.tokens_per_step, row, xerr=one.spread, fmt="o", color="tab:blue", capsize=3)
         axis.set_yticks(range(len(names)), names)
-        axis.invert_yaxis()
-        axis.set_xlim(left=max(1.0, min(values) - 0.3))
-        axis.set_title(question, fontsize=10)
+        axis.set_ylim(len(names) - 0.5, -0.5)
+        axis.grid(axis="x", alpha=0.4)
+        axis.set_title(question, fontsize=9, loc="left")
     panels[-1].set_xlabel("tokens per step on held-out rows, trees of 16 nodes fitted to them")
     save_figure(figure, path, FigureCanvasAgg)
