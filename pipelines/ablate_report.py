@@ -34,7 +34,7 @@ def markdown(studies: Mapping[str, Sequence[str]], measured: Mapping[str, Measur
 
 
 def plot_studies(path: Path, studies: Mapping[str, Sequence[str]], measured: Mapping[str, Measured]) -> None:
-    """Write a PNG: tokens per step on held-out rows, a panel a question on one scale, with the interval where there are several seeds."""
+    """Write a PNG: tokens per step on held-out rows, a panel a question on one scale; intervals where there are several seeds."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
