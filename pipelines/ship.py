@@ -98,7 +98,11 @@ def _trainings_behind(heads: Path) -> list[Training]:
     file = heads.parent / "config.yaml"
     if not file.is_file():
         raise InputError(f"{heads}: lies in no folder of a training: how these heads came to be cannot be told")
-    return trainings_of(load_config(str(file)), heads.parent.name, heads.parent)
+    config, drafter = load_config(str(file)), heads.parent.name
+    if drafter not in config.train.drafters:
+        raise InputError(f"{heads.parent}: its config.yaml trains {', '.join(config.train.drafters)}: give the folder its "
+                         "drafter's name")
+    return trainings_of(config, drafter, heads.parent)
 
 
 def _shipped_trainings(folder: Path) -> list[Training]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,9 @@ def test_heads_of_a_run_are_shipped(tiny_base: Base, tiny_base_dir: Path, storag
     assert third[:2] == [first, second] and third[2] == second
     with pytest.raises(InputError, match="lies in no folder of a training"):
         trainings_of(with_start(more, "more", str(folder / "heads")), "more", made)
+    shutil.copytree(made, tmp_path / "renamed")
+    with pytest.raises(InputError, match=r"renamed: its config\.yaml trains more: give the folder"):
+        trainings_of(with_start(more, "again", str(tmp_path / "renamed" / "heads")), "again", made)
 
     monkeypatch.setattr(module, "LARGEST", 1000.0)
     with pytest.raises(InputError, match="MB, more than"):
