@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -11,6 +12,8 @@ from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import yaml
 
@@ -25,7 +28,7 @@ PACKAGES = ("hydra-heads", "torch", "ray", "deepspeed", "transformers", "mlflow"
 
 
 def provenance(config: RunConfig) -> dict[str, Any]:
-    """Resolved config with defaults, git commit (None outside a checkout), versions, argv and machine."""
+    """Resolved config with defaults, git commit (None where nobody can tell), versions, argv and machine."""
     return {"config": redacted(config.model_dump(mode="json", by_alias=True)), "git": _git(), "versions": _versions(),
             "argv": [_redacted_argument(argument) for argument in sys.argv],
             "python": platform.python_version(), "platform": platform.platform(), "cpus": os.cpu_count(),
@@ -63,12 +66,34 @@ def _redacted_argument(argument: str) -> str:
 
 def _git() -> dict[str, Any] | None:
     root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():  # an installed package or Ray's unpacked copy
-        return None
     try:
-        return {"commit": _ask_git(root, "rev-parse", "HEAD"), "changed": bool(_ask_git(root, "status", "--porcelain"))}
-    except (OSError, subprocess.SubprocessError):  # no git, a checkout of another user, a file system that hangs
+        if (root / ".git").exists():
+            return _checkout(root)
+        return _installed_from(metadata.distribution(PACKAGES[0]), root)
+    # no git, a checkout of another user, a file system that hangs; Ray's unpacked copy
+    except (OSError, subprocess.SubprocessError, metadata.PackageNotFoundError):
         return None
+
+
+def _checkout(folder: Path) -> dict[str, Any]:
+    return {"commit": _ask_git(folder, "rev-parse", "HEAD"), "changed": bool(_ask_git(folder, "status", "--porcelain"))}
+
+
+def _installed_from(package: metadata.Distribution, root: Path) -> dict[str, Any] | None:
+    """The commit that pip installed `root` from: as it noted it (PEP 610), or that of a checkout which still has this code."""
+    noted = package.read_text("direct_url.json")
+    if noted is None or Path(str(package.locate_file(""))).resolve() != root:
+        return None
+    origin = json.loads(noted)
+    if "vcs_info" in origin:
+        return {"commit": origin["vcs_info"]["commit_id"], "changed": False}
+    folder = Path(url2pathname(urlsplit(origin["url"]).path))
+    if "dir_info" not in origin or not (folder / ".git").exists():
+        return None
+    found = _checkout(folder)
+    files = [file for file in package.files or [] if file.suffix == ".py"]
+    same = all((folder / file).is_file() and (folder / file).read_bytes() == (root / file).read_bytes() for file in files)
+    return found | {"changed": found["changed"] or not same}
 
 
 def _ask_git(root: Path, *arguments: str) -> str:

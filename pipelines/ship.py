@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import statistics
 import sys
@@ -76,8 +77,12 @@ def without_places(value: Any) -> Any:
         return [without_places(inner) for inner in value]
     if not isinstance(value, str):
         return value
-    field, sign, given = value.rpartition("=") if "=/" in value else ("", "", value)  # an override of the command line
-    return field + sign + Path(given).name if given.startswith("/") else value
+    if value.startswith("/"):
+        return Path(value).name
+    return _PLACE.sub(lambda place: Path(place.group()).name, value)  # an override of the command line, paths in braces too
+
+
+_PLACE = re.compile(r"(?:(?<==)|(?<=: ))/[^\s,}\]]+")
 
 
 Training = tuple[str, list[dict[str, float]]]
