@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 import platform
@@ -91,9 +92,9 @@ def _installed_from(package: metadata.Distribution, root: Path) -> dict[str, Any
     if "dir_info" not in origin or not (folder / ".git").exists():
         return None
     found = _checkout(folder)
-    files = [file for file in package.files or [] if file.suffix == ".py"]
-    same = all((folder / file).is_file() and (folder / file).read_bytes() == (root / file).read_bytes() for file in files)
-    return found | {"changed": found["changed"] or not same}
+    code = [str(file) for file in package.files or [] if file.suffix == ".py"]
+    _, different, missing = filecmp.cmpfiles(folder, root, code, shallow=False)
+    return found | {"changed": found["changed"] or bool(different or missing)}
 
 
 def _ask_git(root: Path, *arguments: str) -> str:

@@ -82,7 +82,7 @@ def without_places(value: Any) -> Any:
     return _PLACE.sub(lambda place: Path(place.group()).name, value)  # an override of the command line, paths in braces too
 
 
-_PLACE = re.compile(r"(?:(?<==)|(?<=: ))/[^\s,}\]]+")
+_PLACE = re.compile(r"(?<==)/.+|(?<=: )/[^,}\]]+")
 
 
 Training = tuple[str, list[dict[str, float]]]

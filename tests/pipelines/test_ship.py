@@ -29,9 +29,10 @@ def with_start(config: RunConfig, name: str, start: str) -> RunConfig:
 
 
 def test_places_are_left_out() -> None:
-    words = ["/usr/bin/tool", "--config", "/a/b.yaml", "p.q=/c/d.l", "p={q: /c/d/e, r: 1}", "n=1"]
+    words = ["/usr/bin/tool", "--config", "/a/b.yaml", "p.q=/c/d.l", "p={q: /c/d/e, r: 1}", "p.q=/c d/e.l", "n=1"]
     found = without_places({"storage": "/x", "argv": words, "n": {"path": "/c/d.l", "k": 1}})
-    assert found == {"argv": ["tool", "--config", "b.yaml", "p.q=d.l", "p={q: e, r: 1}", "n=1"], "n": {"path": "d.l", "k": 1}}
+    assert found == {"argv": ["tool", "--config", "b.yaml", "p.q=d.l", "p={q: e, r: 1}", "p.q=e.l", "n=1"],
+                     "n": {"path": "d.l", "k": 1}}
 
 
 @pytest.mark.slow
