@@ -7,10 +7,6 @@
     print(engine.answer(["What is a draft tree?"], max_new_tokens=64))
 """
 
-from hydra_core.base import Base, load_base
-from hydra_core.decoding import Engine, Request, Result, Typical, choices, load_heads, naive_generate
-from hydra_core.drafters import AdaptiveDrafter, NgramDrafter
-from hydra_core.errors import InputError
+from lazy_loader import attach_stub
 
-__all__ = ["AdaptiveDrafter", "Base", "Engine", "InputError", "NgramDrafter", "Request", "Result", "Typical", "choices",
-           "load_base", "load_heads", "naive_generate"]
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

@@ -19,11 +19,11 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
+from hydra_core.bundled import SHIPPED
 from hydra_core.errors import InputError, StoppedError
-from hydra_core.shipped import SHIPPED
 from pipelines.config import RunConfig, load_config, parse_override, to_yaml
-from pipelines.plan import describe
-from pipelines.stage import StageResult
+from pipelines.runtime.artifacts import StageResult
+from pipelines.runtime.dry_run import describe
 
 STAGES = {
     "quickstart": "every stage below, small, on this machine",
@@ -178,7 +178,7 @@ def _with_format(config: RunConfig, stage: str) -> RunConfig:
     """`config` with the weight format chosen, where that is left to us and the stage has a base."""
     if config.base.dtype != "auto" or stage == "compare":
         return config
-    from pipelines.base_format import resolve_format  # which needs Ray, as few commands do that fail or only plan
+    from pipelines.profiling.weight_format import resolve_format  # which needs Ray, as few commands do that fail or only plan
 
     return resolve_format(config, stage)
 

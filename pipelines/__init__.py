@@ -1,1 +1,1 @@
-"""The same algorithm on Ray: functions that build, functions that run, one module a stage."""
+"""The stages on Ray, one folder each, over what they share: `profiling`, `tracking`, `runtime`, `rows`, `config`."""

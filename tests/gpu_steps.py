@@ -24,10 +24,10 @@ from hydra_core.base.fused import FusedDecoder
 from hydra_core.base.graphs import step_forward
 from hydra_core.base.load import _vocabulary_of
 from hydra_core.base.vocabulary import BaseIdentity
-from hydra_core.drafters import DraftVocab, HeadDrafter, HeadsConfig, build_drafter
+from hydra_core.heads import DraftVocab, HeadDrafter, HeadsConfig, build_drafter
 from hydra_core.tree.topology import Tree
-from pipelines import step_costs
-from pipelines.step_costs import draft_seconds, verify_seconds
+from pipelines.profiling import step_timing as step_costs
+from pipelines.profiling.step_timing import draft_seconds, verify_seconds
 
 SHAPES: dict[str, dict[str, Any]] = {
     "7b": dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,

@@ -19,17 +19,18 @@ import numpy as np
 import torch
 
 from hydra_core.base import Base, load_base
-from hydra_core.drafters import DraftVocab, HeadDrafter, HeadsConfig, build_drafter
+from hydra_core.heads import DraftVocab, HeadDrafter, HeadsConfig, build_drafter
 from hydra_core.training.losses import log_normalisers
 from hydra_core.training.model import HeadTraining
 from jobs.runner import read_config
 from pipelines.config import RunConfig
-from pipelines.distill import answered, distilled
-from pipelines.features import BatchOrder, FeatureStore
-from pipelines.online import OnlineStore
-from pipelines.row_index import RowStore
-from pipelines.stage import RunPaths
-from pipelines.train_data import RowReader, valid_counts
+from pipelines.distill.stage import answered, distilled
+from pipelines.rows.feature_store import BatchOrder, FeatureStore
+from pipelines.rows.online_features import OnlineStore
+from pipelines.rows.packed_reader import RowReader
+from pipelines.rows.row_index import RowStore
+from pipelines.runtime.artifacts import RunPaths
+from pipelines.train.batches import valid_counts
 
 ROUNDS, STEPS = 5, 4
 USUAL = HeadsConfig(kind="hydra++", draft_vocab_size=0)

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from hydra_core.base import Base
-from hydra_core.decoding import Request, naive_generate
-from hydra_core.drafters import DraftVocab, HeadDrafter, HeadsConfig, build_drafter
+from hydra_core.decoding import naive_generate
+from hydra_core.heads import DraftVocab, HeadDrafter, HeadsConfig, build_drafter
+from hydra_core.sampling import Request
 
 
 def random_prompts(count: int, seed: int = 0, longest: int = 24) -> list[tuple[int, ...]]:

@@ -110,6 +110,6 @@ def _stored(folder: Path) -> set[str]:
     found = set()
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as handle:
-            found |= {handle.get_slice(name).get_dtype() for name in handle.keys()  # noqa: SIM118 - a handle
+            found |= {handle.get_slice(name).get_dtype() for name in handle.keys()  # noqa: SIM118
                       if not name.endswith(ROTARY)}
     return found

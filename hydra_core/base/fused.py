@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,27 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hydra_core.base.attention import HeadNorms, Rotary, cached_attention, folded_attention, grouped_mask
-from hydra_core.base.kernels import add_and_norm, gate, reason_unavailable, turn_and_store
 from hydra_core.base.kv_cache import KVCache, Step
+from hydra_core.base.layer import LayerWeights
 from hydra_core.base.linear import FrozenLinear
 from hydra_core.base.native import is_native, native_decoder, real_tokens, run_natively
 from hydra_core.base.q4_1 import Q4Matrix
+from hydra_core.kernels.triton import add_and_norm, gate, reason_unavailable, turn_and_store
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-
-
-@dataclass(frozen=True)
-class LayerWeights:
-    """One decoder layer; norms are [D]."""
-
-    input_norm: Tensor
-    qkv: FrozenLinear
-    head_norms: HeadNorms | None
-    output: FrozenLinear
-    mlp_norm: Tensor
-    gate_up: FrozenLinear
-    down: FrozenLinear
 
 
 class FusedDecoder:

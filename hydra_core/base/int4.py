@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hydra_core.base.library import ROWS_BLOCK, rows_available, tiles_available
 from hydra_core.base.q4_1 import GROUP, Q4Matrix
+from hydra_core.kernels.library import ROWS_BLOCK, rows_available, tiles_available
 
 MOST_ROWS = 8
 """Rows up to which torch's kernel is taken. Each row's product is the same to the last bit whatever rows go with it;

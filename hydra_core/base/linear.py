@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hydra_core.base.int4 import OUT_MULTIPLE, FewRows, for_few_rows, kernel_missing
-from hydra_core.base.library import ROWS_BLOCK, rows_available
 from hydra_core.base.q4_1 import GROUP, Q4Matrix, quantise
+from hydra_core.kernels.library import ROWS_BLOCK, rows_available
 
 Layout = Literal["plain", "onednn", "rows"]
 LAYOUTS: tuple[Layout, ...] = ("plain", "onednn", "rows")

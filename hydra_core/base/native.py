@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from hydra_core.base.kv_cache import KVCache, Step, real_nodes
-from hydra_core.base.library import load_library, rows_available
 from hydra_core.base.linear import LAYOUTS, FrozenLinear
 from hydra_core.base.q4_1 import GROUP
+from hydra_core.kernels.library import load_library, rows_available
 
 if TYPE_CHECKING:
-    from hydra_core.base.fused import LayerWeights
+    from hydra_core.base.layer import LayerWeights
 
 WIDEST_HEAD = 512
 """As in the source."""

@@ -119,5 +119,5 @@ def load_codes(folder: Path) -> Mapping[str, Q4Matrix] | None:
     if not path.exists():
         return None
     with safe_open(path, framework="pt") as handle:
-        names = sorted({name.rpartition(".")[0] for name in handle.keys()})  # noqa: SIM118 - a handle, not a mapping
+        names = sorted({name.rpartition(".")[0] for name in handle.keys()})  # noqa: SIM118
         return {name: Q4Matrix(*(handle.get_tensor(f"{name}.{kind}") for kind in PARTS)) for name in names}

@@ -17,10 +17,11 @@ from typing import Literal
 
 from hydra_core.base.model import Base
 from hydra_core.base.vocabulary import BaseIdentity, BaseVocabulary
-from hydra_core.checkpoint import load_checkpoint
-from hydra_core.drafters import AdaptiveDrafter, Drafter, HeadDrafter, NgramDrafter
+from hydra_core.bundled import SHIPPED, shipped_configuration
 from hydra_core.errors import InputError
-from hydra_core.shipped import SHIPPED, shipped_configuration
+from hydra_core.heads import HeadDrafter
+from hydra_core.heads.checkpoint import load_checkpoint
+from hydra_core.proposers import AdaptiveDrafter, Drafter, NgramDrafter
 from hydra_core.tree.costs import StepCosts, unmeasured_costs
 from hydra_core.tree.topology import TreeSet
 

@@ -14,18 +14,20 @@ from torch import Tensor
 from hydra_core.base.graphs import step_forward
 from hydra_core.base.kv_cache import real_nodes
 from hydra_core.base.model import Base
-from hydra_core.decoding.accept import Accepted, accept, accept_walking
 from hydra_core.decoding.answer import clip, to_result
-from hydra_core.decoding.choose import Chooser, choose, token_logprob
-from hydra_core.decoding.clock import Clock, StepTimes
+from hydra_core.decoding.clock import Clock
 from hydra_core.decoding.memory import check_memory
-from hydra_core.decoding.propose import Proposal
-from hydra_core.decoding.records import FinishReason, Request, Result, StepOutput, TokenLogprob
+from hydra_core.decoding.records import FinishReason, Result, StepOutput
 from hydra_core.decoding.scheduler import Group, Row, Scheduler, Start
-from hydra_core.decoding.session import open_session, spare_slots
 from hydra_core.decoding.text import TextStream
-from hydra_core.drafters import Drafter, HeadDrafter
+from hydra_core.decoding.verify import accept, accept_walking
 from hydra_core.errors import InputError
+from hydra_core.heads import HeadDrafter
+from hydra_core.proposers import Drafter
+from hydra_core.proposers.base import Accepted, Proposal, StepTimes
+from hydra_core.proposers.registry import open_session, spare_slots
+from hydra_core.sampling.request import Request, TokenLogprob
+from hydra_core.sampling.sampler import Chooser, choose, token_logprob
 from hydra_core.tree.topology import PLAIN, TreeSet, chain, default_trees
 
 log = logging.getLogger(__name__)

@@ -9,11 +9,11 @@ import psutil
 import torch
 
 from hydra_core.base.model import Base
-from hydra_core.decoding.pending import ROOM
 from hydra_core.decoding.scheduler import CHUNK, IDLE_TOKENS
-from hydra_core.drafters import AdaptiveDrafter, Drafter
-from hydra_core.drafters.hydra_plus import HydraPlusPlus
 from hydra_core.errors import InputError
+from hydra_core.heads.hydra_plus import HydraPlusPlus
+from hydra_core.proposers import AdaptiveDrafter, Drafter
+from hydra_core.proposers.head_features import ROOM
 
 log = logging.getLogger(__name__)
 GIB = 2.0 ** 30

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from hydra_core.base.model import Base
-from hydra_core.decoding.choose import Chooser, choose, token_logprob
-from hydra_core.decoding.records import FinishReason, Request, Result, TokenLogprob
+from hydra_core.decoding.records import FinishReason, Result
 from hydra_core.decoding.text import TextStream
+from hydra_core.sampling.request import Request, TokenLogprob
+from hydra_core.sampling.sampler import Chooser, choose, token_logprob
 from hydra_core.tree.topology import chain
 
 

@@ -13,8 +13,8 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from hydra_core.decoding.records import Request, TokenLogprob
 from hydra_core.decoding.text import TextStream
+from hydra_core.sampling.request import Request, TokenLogprob
 
 SHORT_PROMPT = 32
 """Prompts up to this length go in together whatever their ratio."""

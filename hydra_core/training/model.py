@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hydra_core.base.vocabulary import BaseVocabulary
-from hydra_core.drafters import HeadDrafter
+from hydra_core.heads import HeadDrafter
 from hydra_core.training.alignment import HeadSlice, head_slice, teacher_positions
 from hydra_core.training.losses import (
     DataTarget,
@@ -23,7 +23,7 @@ from hydra_core.training.losses import (
 from hydra_core.training.metrics import TOP, HeadCounts
 from hydra_core.training.packing import Packed
 from hydra_core.training.ranks import head_inputs, rank_tuples
-from hydra_core.tree.walk import RankRows
+from hydra_core.tree.simulation import RankRows
 
 
 @dataclass(frozen=True)

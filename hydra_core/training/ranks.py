@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hydra_core.drafters import HeadDrafter
+from hydra_core.heads import HeadDrafter
 from hydra_core.training.alignment import draft_positions, feature_positions
 from hydra_core.training.losses import Project, rows_at_once
 from hydra_core.training.packing import Packed, Spans
-from hydra_core.tree.walk import MISS, RankRows
+from hydra_core.tree.simulation import MISS, RankRows
 
 
 def ranks_of(hidden: Tensor, project: Project, index: Tensor, chunk: int | None = None) -> Tensor:

@@ -1,6 +1,5 @@
 """Draft trees: their shape here, the search for the one that pays best beside it."""
 
-from hydra_core.tree.forest import Forest
-from hydra_core.tree.topology import PLAIN, RankPath, Topology, Tree, TreeSet, chain, default_trees
+from lazy_loader import attach_stub
 
-__all__ = ["PLAIN", "Forest", "RankPath", "Topology", "Tree", "TreeSet", "chain", "default_trees"]
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

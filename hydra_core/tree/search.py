@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hydra_core.tree.costs import StepCosts
+from hydra_core.tree.simulation import RankRows, walk
 from hydra_core.tree.topology import PLAIN, RankPath, Tree
-from hydra_core.tree.walk import RankRows, walk
 
 REFERENCE_NODES = 16
 """Size of the tree by which checkpoints of one drafter are compared: about what one request can carry on a CPU."""

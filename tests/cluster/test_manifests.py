@@ -14,7 +14,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from jobs.runner import STAGES, read_config
 from pipelines.config import RunConfig
-from pipelines.serving.records import AppArgs
+from pipelines.serve.messages import AppArgs
 from tests.conftest import ROOT
 
 CLUSTER = ROOT / "cluster"

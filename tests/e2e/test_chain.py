@@ -17,14 +17,15 @@ import pytest
 from mlflow import MlflowClient
 
 from hydra_core.base import Base, load_vocabulary
-from hydra_core.checkpoint import load_checkpoint
-from hydra_core.decoding import Request, naive_generate
-from pipelines.batch_files import read_batch_rows
-from pipelines.bench_plan import read_rows
-from pipelines.contracts import PROMPTS
-from pipelines.parts import read_parts
-from tests.pipelines.test_distill import write_prompts
-from tests.pipelines.test_serve import free_port
+from hydra_core.decoding import naive_generate
+from hydra_core.heads.checkpoint import load_checkpoint
+from hydra_core.sampling import Request
+from pipelines.batch.writer import read_batch_rows
+from pipelines.bench.plan import read_rows
+from pipelines.rows.parquet_parts import read_parts
+from pipelines.rows.schemas import PROMPTS
+from tests.pipelines.distill.test_stage import write_prompts
+from tests.pipelines.serve.test_stage import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 
 from hydra_core import Engine, Request, load_base, load_heads, naive_generate
 from hydra_core.base import EMBEDDED_BASE
+from hydra_core.bundled import FOLDER, shipped_configuration
 from hydra_core.decoding import read_configuration
 from hydra_core.decoding.configuration import ANY_FORMAT
-from hydra_core.drafters import AdaptiveDrafter
-from hydra_core.shipped import FOLDER, shipped_configuration
+from hydra_core.proposers import AdaptiveDrafter
 from jobs.runner import run
 from pipelines.config import load_config
 from tests.e2e.test_smollm2 import QUESTIONS

@@ -9,20 +9,14 @@ import torch
 
 from hydra_core.base import EMBEDDED_BASE, Base, load_base, resolve_base
 from hydra_core.base.q4_1 import load_codes
-from hydra_core.decoding import Engine, Request, compare, naive_generate
-from hydra_core.drafters import (
-    AdaptiveDrafter,
-    Drafter,
-    DraftVocab,
-    HeadDrafter,
-    HeadsConfig,
-    NgramDrafter,
-    build_drafter,
-)
+from hydra_core.decoding import Engine, compare, naive_generate
+from hydra_core.heads import DraftVocab, HeadDrafter, HeadsConfig, build_drafter
+from hydra_core.proposers import AdaptiveDrafter, Drafter, NgramDrafter
+from hydra_core.sampling import Request
 from hydra_core.training.model import HeadTraining
 from hydra_core.training.packing import FeatureRow, pack_rows
 from hydra_core.tree import Tree, TreeSet
-from pipelines.bench import load_questions
+from pipelines.bench.stage import load_questions
 from pipelines.config import load_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]

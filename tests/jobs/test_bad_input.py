@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from hydra_core.base import Base
-from hydra_core.checkpoint import save_checkpoint
+from hydra_core.heads.checkpoint import save_checkpoint
 from hydra_core.tree import Tree, TreeSet
 from pipelines.config import load_config
-from pipelines.stage import write_text
+from pipelines.runtime.artifacts import write_text
 from tests.broken_heads import DAMAGES, break_heads
 from tests.conftest import ROOT
 from tests.pipelines.synthetic import write_distilled

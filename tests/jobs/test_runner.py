@@ -16,7 +16,7 @@ from ray.train import WorkerGroupError
 from hydra_core.errors import InputError
 from jobs import cli, runner
 from pipelines.config import RunConfig, load_config, to_yaml
-from pipelines.stage import StageResult
+from pipelines.runtime.artifacts import StageResult
 
 
 def use(monkeypatch: pytest.MonkeyPatch, stage: object) -> None:

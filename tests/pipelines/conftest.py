@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from pipelines.config import RunConfig
-from pipelines.serve import ServedApp, start_app
+from pipelines.serve.stage import ServedApp, start_app
 
 
 @pytest.fixture(scope="module")

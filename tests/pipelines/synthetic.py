@@ -11,10 +11,11 @@ import pyarrow.parquet as pq
 import torch
 
 from hydra_core.base import Base
-from hydra_core.decoding import Request, naive_generate
+from hydra_core.decoding import naive_generate
+from hydra_core.sampling import Request
 from pipelines.config import RunConfig
-from pipelines.contracts import FEATURES, content_id
-from pipelines.stage import RunPaths, StageResult, fingerprint, stage_folder
+from pipelines.rows.schemas import FEATURES, content_id
+from pipelines.runtime.artifacts import RunPaths, StageResult, fingerprint, stage_folder
 
 
 def feature_row(base: Base, number: int, split: str, seed: int = 0) -> dict[str, Any]:

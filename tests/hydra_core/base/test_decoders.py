@@ -39,8 +39,9 @@ from transformers import (
 from hydra_core.base import Base, load_base, load_vocabulary
 from hydra_core.base.fallback import TransformersDecoder
 from hydra_core.base.fused import FusedDecoder
-from hydra_core.decoding import Engine, Request, naive_generate
-from hydra_core.drafters import NgramDrafter
+from hydra_core.decoding import Engine, naive_generate
+from hydra_core.proposers import NgramDrafter
+from hydra_core.sampling import Request
 from hydra_core.tree import Tree
 from tests.tiny import make_config, make_tokenizer
 from tests.trained import random_prompts

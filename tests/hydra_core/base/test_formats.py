@@ -20,9 +20,10 @@ from hydra_core.base.fallback import TransformersDecoder
 from hydra_core.base.formats import LOSSY, quantised_by
 from hydra_core.base.int4 import MOST_ROWS, Int4Weight
 from hydra_core.base.q4_1 import GROUP, NAMES, quantise, unpack_blocks
-from hydra_core.decoding import Engine, Request, compare, naive_generate
-from hydra_core.drafters import NgramDrafter
+from hydra_core.decoding import Engine, compare, naive_generate
 from hydra_core.errors import InputError
+from hydra_core.proposers import NgramDrafter
+from hydra_core.sampling import Request
 from tests.gguf_file import write_gguf
 from tests.tiny import save_tiny
 from tests.trained import random_prompts

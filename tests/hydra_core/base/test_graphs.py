@@ -23,12 +23,14 @@ from hydra_core.base import Base, KVCache, load_base
 from hydra_core.base.attention import Rotary
 from hydra_core.base.fused import FusedDecoder
 from hydra_core.base.graphs import NODES, ROWS, SPANS, CudaRecorder, GraphedForward, Run, StepInputs, rounded
-from hydra_core.decoding import Engine, Request, Result, naive_generate
-from hydra_core.decoding.adaptive import AdaptiveSession
-from hydra_core.decoding.propose import HeadSession
-from hydra_core.decoding.session import open_session
-from hydra_core.drafters import AdaptiveDrafter, Drafter, HeadDrafter, NgramDrafter
+from hydra_core.decoding import Engine, Result, naive_generate
 from hydra_core.errors import InputError
+from hydra_core.heads import HeadDrafter
+from hydra_core.proposers import AdaptiveDrafter, Drafter, NgramDrafter
+from hydra_core.proposers.base import HeadSession
+from hydra_core.proposers.dynamic import AdaptiveSession
+from hydra_core.proposers.registry import open_session
+from hydra_core.sampling import Request
 from hydra_core.tree import PLAIN, Forest, Tree, TreeSet
 from hydra_core.tree.topology import chain
 from tests.tiny import make_config
@@ -79,7 +81,7 @@ def drafters(heads: dict[str, HeadDrafter]) -> dict[str, Drafter | None]:
 
 @pytest.fixture
 def make_engine(tiny_base: Base, trained: dict[str, HeadDrafter], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]:
-    monkeypatch.setattr("hydra_core.decoding.session.recorder_for", lambda device, graphs: None if graphs is False else Tape)
+    monkeypatch.setattr("hydra_core.proposers.registry.recorder_for", lambda device, graphs: None if graphs is False else Tape)
 
     def make(name: str, **changes: Any) -> Engine:
         engine = Engine(tiny_base, drafters(trained)[name], TREES, **changes)

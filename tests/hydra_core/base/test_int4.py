@@ -12,12 +12,13 @@ from gguf.quants import dequantize, quantize
 
 from hydra_core.base import Base, load_base, load_vocabulary, resolve_base
 from hydra_core.base.int4 import MOST_ROWS, Int4Weight, RowsInt4Weight, for_few_rows
-from hydra_core.base.library import rows_available
 from hydra_core.base.linear import FrozenLinear
 from hydra_core.base.q4_1 import load_codes, unpack_blocks
-from hydra_core.decoding import Engine, Request, compare, naive_generate
-from hydra_core.drafters import NgramDrafter
+from hydra_core.decoding import Engine, compare, naive_generate
 from hydra_core.errors import InputError
+from hydra_core.kernels.library import rows_available
+from hydra_core.proposers import NgramDrafter
+from hydra_core.sampling import Request
 from hydra_core.tree import Tree, TreeSet
 from tests.gguf_file import write_gguf
 from tests.trained import overfit_heads, random_prompts

@@ -6,15 +6,19 @@ import gc
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
-from hydra_core.base import Base
-from hydra_core.decoding import Engine, Request, Result, Typical, choices, naive_generate
-from hydra_core.drafters import AdaptiveDrafter, HeadDrafter, NgramDrafter
+from hydra_core.base import Base, load_base
+from hydra_core.decoding import Engine, Result, naive_generate
 from hydra_core.errors import InputError
+from hydra_core.heads import HeadDrafter
+from hydra_core.proposers import AdaptiveDrafter, NgramDrafter
+from hydra_core.sampling import Chooser, Request, Typical, choices
+from hydra_core.sampling.noise import gumbel, position_key
 from hydra_core.tree import PLAIN, Tree, TreeSet, default_trees
 from tests.trained import overfit_heads, random_heads, random_prompts
 
@@ -26,6 +30,12 @@ DRAFTERS = ("plain", "ngram", "medusa", "hydra", "hydra++", "adaptive")
 def trained(tiny_base: Base) -> dict[str, HeadDrafter]:
     prompts = random_prompts(6, seed=1)
     return {kind: overfit_heads(tiny_base, kind, prompts) for kind in ("medusa", "hydra", "hydra++")}
+
+
+@pytest.fixture(scope="module")
+def exact_base(tiny_base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Base:
+    """The tiny base computing in float64."""
+    return load_base(str(tiny_base_dir), dtype="fp32", cache=tmp_path_factory.mktemp("cache"), widen=True)
 
 
 @pytest.fixture(scope="module")
@@ -82,21 +92,38 @@ PROCESSORS: list[dict[str, object]] = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", PROCESSORS, ids=lambda settings: "-".join(settings))
-def test_every_processor_equals_plain_with_the_same_seed(tiny_base: Base, make_engine: Callable[..., Engine],
+def test_every_processor_equals_plain_with_the_same_seed(tiny_base: Base, exact_base: Base, make_engine: Callable[..., Engine],
                                                          settings: dict[str, object]) -> None:
     """1,000 seeds for each, in a running batch, every drafter with a part of them."""
     prompts = random_prompts(1000, seed=12, longest=10)
     requests = [Request(f"r{i}", prompt, 10, seed=1000 + i, **settings) for i, prompt in enumerate(prompts)]  # type: ignore[arg-type]
     wanted = [naive_generate(tiny_base, request) for request in requests]
+    near_ties = 0
     for name, part in (("plain", slice(0, 100)), ("ngram", slice(100, 300)), ("medusa", slice(300, 450)),
                        ("hydra", slice(450, 600)), ("hydra++", slice(600, 800)), ("adaptive", slice(800, 1000))):
         results = make_engine(name, max_batch=7).generate(requests[part])
-        for result, reference in zip(results, wanted[part], strict=True):
+        for request, result, reference in zip(requests[part], results, wanted[part], strict=True):
+            if result.token_ids != reference.token_ids and parted_at_near_tie(exact_base, request, reference, result):
+                near_ties += 1
+                continue
             assert (result.token_ids, result.finish_reason) == (reference.token_ids, reference.finish_reason)
             assert (result.logprobs is None) == (reference.logprobs is None)
             for ours, theirs in zip(result.logprobs or (), reference.logprobs or (), strict=True):
                 assert ours.token == theirs.token and ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
                 assert [token for token, _ in ours.top] == [token for token, _ in theirs.top]
+    assert near_ties <= 2  # of 10,000 draws, on processors whose rounding differs from where the seeds were chosen
+
+
+def parted_at_near_tie(exact: Base, request: Request, reference: Result, other: Result) -> bool:
+    """Whether the two tokens where the answers part score within 1e-4 of the best one, logits in float64, same noise."""
+    index = next(i for i, (a, b) in enumerate(zip(reference.token_ids, other.token_ids, strict=False)) if a != b)
+    logits = exact.logits(exact.hidden_states([[*request.prompt_ids, *reference.token_ids[:index]]])[0][-1:])
+    chooser = Chooser(request, exact.vocab_size)
+    for token in reference.token_ids[:index]:
+        chooser.record(token)
+    noise = gumbel([position_key(request.seed, len(request.prompt_ids) + index, request.choice)], torch.arange(exact.vocab_size))
+    scores = chooser.process(logits[0].float()).double() + noise[0]
+    return bool(scores.max() - scores[[reference.token_ids[index], other.token_ids[index]]].min() < 1e-4)
 
 
 def test_noise_shared_with_the_drafters_is_accepted_more(make_engine: Callable[..., Engine]) -> None:

@@ -11,8 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from hydra_core.base import Base
-from hydra_core.decoding import Engine, Request, Result, naive_generate
-from hydra_core.drafters import AdaptiveDrafter, Drafter, HeadDrafter, NgramDrafter
+from hydra_core.decoding import Engine, Result, naive_generate
+from hydra_core.heads import HeadDrafter
+from hydra_core.proposers import AdaptiveDrafter, Drafter, NgramDrafter
+from hydra_core.sampling import Request
 from hydra_core.tree import Tree, TreeSet
 from hydra_core.tree.costs import StepCosts
 from tests.trained import overfit_heads, random_prompts

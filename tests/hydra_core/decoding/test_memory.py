@@ -7,7 +7,7 @@ from pathlib import Path
 from hydra_core.base import Base
 from hydra_core.decoding import Engine
 from hydra_core.decoding.memory import _left_in_group, cache_bytes, workspace_bytes
-from hydra_core.drafters import AdaptiveDrafter, NgramDrafter
+from hydra_core.proposers import AdaptiveDrafter, NgramDrafter
 from tests.trained import random_heads
 
 

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from hydra_core.base import Base
-from hydra_core.decoding import Engine, Request, Result, naive_generate
-from hydra_core.decoding.adaptive import AdaptiveSession
-from hydra_core.drafters import AdaptiveDrafter, HeadDrafter, NgramDrafter
+from hydra_core.decoding import Engine, Result, naive_generate
 from hydra_core.errors import InputError
+from hydra_core.heads import HeadDrafter
+from hydra_core.proposers import AdaptiveDrafter, NgramDrafter
+from hydra_core.proposers.dynamic import AdaptiveSession
+from hydra_core.sampling import Request
 from hydra_core.tree import Tree, TreeSet
 from tests.trained import overfit_heads, random_heads, random_prompts
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from hydra_core.decoding import Request
 from hydra_core.decoding.scheduler import BUSY_TOKENS, CHUNK, SHARED_TOKENS, Group, Row, Scheduler, Start
+from hydra_core.sampling import Request
 
 LIMIT = 2000
 

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from hydra_core.base import Base
-from hydra_core.drafters import DraftVocab, HeadDrafter, HeadsConfig, build_drafter
+from hydra_core.heads import DraftVocab, HeadDrafter, HeadsConfig, build_drafter
 from hydra_core.training.alignment import head_slice
 from hydra_core.training.metrics import HeadCounts
 from hydra_core.training.model import HeadTraining
 from hydra_core.training.packing import FeatureRow, pack_rows
 from hydra_core.training.ranks import rank_rows
-from hydra_core.tree.walk import MISS
+from hydra_core.tree.simulation import MISS
 from tests.hydra_core.training.rows import random_rows
 
 KINDS = ("medusa", "hydra", "hydra++")

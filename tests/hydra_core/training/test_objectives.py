@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hydra_core.base import Base
-from hydra_core.drafters import DraftVocab, HeadDrafter, HeadsConfig, build_drafter
+from hydra_core.heads import DraftVocab, HeadDrafter, HeadsConfig, build_drafter
 from hydra_core.training.losses import DataTarget, Target, TeacherTarget, reference_loss
 from hydra_core.training.model import HeadTraining
 from hydra_core.training.packing import FeatureRow, pack_rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hydra_core.drafters import DraftVocab, HeadsConfig, build_drafter
+from hydra_core.heads import DraftVocab, HeadsConfig, build_drafter
 from hydra_core.training.packing import FeatureRow, assign_lines, pack_rows
 from tests.hydra_core.training.rows import numbered_rows, random_rows
 

@@ -22,7 +22,7 @@ from hydra_core.tree.search import (
     score_trees,
     typical_trees,
 )
-from hydra_core.tree.walk import MISS, RankRows, accepted_lengths, walk
+from hydra_core.tree.simulation import MISS, RankRows, accepted_lengths, walk
 
 tuples = st.lists(st.tuples(*[st.sampled_from([0, 0, 0, 1, 1, 2, 3, MISS])] * 3), min_size=1, max_size=60)
 

@@ -1,0 +1,27 @@
+from .embedded import EMBEDDED_BASE
+from .kv_cache import KVCache, Step
+from .load import context_limit, formats_of, hidden_width, load_base, load_vocabulary, pick_device
+from .model import Base
+from .resolve import resolve_base
+from .text import encode_prompt, load_tokenizer, user_turn_opening
+from .vocabulary import BaseIdentity, BaseVocabulary, VocabHead
+
+__all__ = [
+           "EMBEDDED_BASE",
+           "Base",
+           "BaseIdentity",
+           "BaseVocabulary",
+           "KVCache",
+           "Step",
+           "VocabHead",
+           "context_limit",
+           "encode_prompt",
+           "formats_of",
+           "hidden_width",
+           "load_base",
+           "load_tokenizer",
+           "load_vocabulary",
+           "pick_device",
+           "resolve_base",
+           "user_turn_opening",
+]

@@ -1,0 +1,3 @@
+from .folders import FOLDER, SHIPPED, shipped_configuration
+
+__all__ = ["FOLDER", "SHIPPED", "shipped_configuration"]

@@ -1,0 +1,24 @@
+"""Draft heads that come with the package, one configuration folder a base: speed from the first minute, nothing trained.
+
+    bundled/NAME/configuration.json, heads/    as `hydra_core.decoding.configuration` reads them, for any weight format
+    bundled/NAME/recipe.yaml                   the run that made them: `hydra-heads distill|train|tree --config recipe.yaml`
+    bundled/NAME/recipe-1.yaml, ...            those of the trainings whose heads it went on from
+    bundled/NAME/curve.json                    what held-out rows said while they trained
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+SHIPPED = "shipped"
+"""Stands for such a folder wherever heads or a configuration may be named."""
+FOLDER = Path(__file__).parent
+
+
+def shipped_configuration(digest: str) -> Path | None:
+    """The configuration folder for the base with this digest, or None."""
+    for folder in sorted(path.parent for path in FOLDER.glob("*/configuration.json")):
+        if json.loads((folder / "configuration.json").read_text(encoding="utf-8"))["base"]["digest"] == digest:
+            return folder
+    return None

@@ -1,0 +1,237 @@
+"""What Medusa, Hydra and Hydra++ share: MLP heads that end in the base's own width and vocabulary rows.
+
+Letters: B rows, T positions, K heads, D width, Vd draft vocabulary. Head i at position t predicts x_{t+2+i}.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hydra_core.base.linear import FrozenLinear, Packable, PackableLinear, draft_bytes, packable
+from hydra_core.base.native import native_head
+from hydra_core.base.vocabulary import BaseVocabulary, VocabHead
+from hydra_core.heads.config import HeadsConfig
+from hydra_core.heads.draft_vocab import DraftVocab
+from hydra_core.kernels.library import rows_available
+
+
+class ResBlock(nn.Module):
+    """x + SiLU(W x + b); where the input is wider than the output, a learned projection carries the residual.
+
+    W starts at zero, so a square block starts as the identity (Medusa, arXiv 2401.10774).
+    """
+
+    def __init__(self, width_in: int, width: int) -> None:
+        super().__init__()
+        self.inner = PackableLinear(width_in, width)
+        nn.init.zeros_(self.inner.weight)
+        nn.init.zeros_(self.inner.bias)
+        self.skip = PackableLinear(width_in, width, bias=False) if width_in != width else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width_in] to [..., width]."""
+        carried = x if self.skip is None else self.skip(x)
+        return carried + F.silu(self.inner(x))
+
+    def frozen(self) -> list[FrozenLinear]:
+        """Its one matrix, what is carried made beside what is added."""
+        return [_side_by_side(self.inner, self.skip)]
+
+
+class GatedBlock(nn.Module):
+    """x + W3 (SiLU(W1 x) * (W2 x)), the MLP of a Llama layer in the head's own width (SwiGLU, arXiv 2002.05202).
+
+    W3 starts at zero, and a wider input is projected, as in `ResBlock`.
+    """
+
+    def __init__(self, width_in: int, width: int) -> None:
+        super().__init__()
+        self.gate_up = PackableLinear(width_in, 2 * width, bias=False)
+        self.down = PackableLinear(width, width, bias=False)
+        nn.init.zeros_(self.down.weight)
+        self.skip = PackableLinear(width_in, width, bias=False) if width_in != width else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width_in] to [..., width]."""
+        carried = x if self.skip is None else self.skip(x)
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        mixed: Tensor = self.down(F.silu(gate) * up)
+        return carried + mixed
+
+    def frozen(self) -> list[FrozenLinear]:
+        """Its two matrices, what is carried made beside gate and up."""
+        return [_side_by_side(self.gate_up, self.skip), self.down.frozen()]
+
+
+def _side_by_side(layer: PackableLinear, skip: PackableLinear | None) -> FrozenLinear:
+    """Two layers of the same input as one; only the first may have a bias."""
+    if skip is None:
+        return layer.frozen()
+    weight = torch.cat((layer.weight, skip.weight)).detach()
+    bias = None if layer.bias is None else F.pad(layer.bias.detach(), (0, len(skip.weight)))
+    return FrozenLinear.for_drafts(weight, bias)
+
+
+class MlpHead(Packable):
+    """`num_blocks` blocks of their own (none shared), then, if wanted, an RMSNorm that starts as the base's final norm."""
+
+    def __init__(self, width_in: int, vocabulary: BaseVocabulary, config: HeadsConfig) -> None:
+        super().__init__()
+        width, self.eps = vocabulary.width, vocabulary.norm_eps
+        block = GatedBlock if config.mlp == "gated" else ResBlock
+        self.blocks = nn.ModuleList(block(width_in if i == 0 else width, width) for i in range(config.num_blocks))
+        self.norm = nn.RMSNorm(width, eps=self.eps) if config.final_norm else nn.Identity()
+        self.dropout = nn.Dropout(config.dropout)
+        if isinstance(self.norm, nn.RMSNorm):
+            with torch.no_grad():
+                self.norm.weight.copy_(vocabulary.norm_weight)
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix [D, ...] that ends the last block."""
+        block = self.blocks[-1]
+        assert isinstance(block, ResBlock | GatedBlock)
+        return block.inner.weight if isinstance(block, ResBlock) else block.down.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width_in] to [..., D], ready for the vocabulary rows."""
+        for block in self.blocks:
+            x = block(self.dropout(x))
+        ended: Tensor = self.norm(x)
+        return ended
+
+    def pack(self, rows: VocabHead | None) -> None:
+        """Compile it with the vocabulary rows it ends in, or else (or where it ends in none) pack its layers one by one, where
+        either can be had here."""
+        if rows is not None and packable(self.weight) and rows.packed is not None:
+            blocks = [block for block in self.blocks if isinstance(block, ResBlock | GatedBlock)]
+            norm = self.norm.weight.detach() if isinstance(self.norm, nn.RMSNorm) else None
+            self._packed = native_head([block.frozen() for block in blocks], [block.skip is not None for block in blocks], norm,
+                                       self.eps, rows.packed, rows.scale, rows.softcap)
+        if self._packed is None:
+            for module in self.modules():
+                if isinstance(module, PackableLinear):
+                    module.pack()
+
+    @property
+    def compiled(self) -> Any | None:
+        """The object that `native_head` makes, while nothing is differentiated."""
+        return None if torch.is_grad_enabled() else self._packed
+
+
+class HeadDrafter(nn.Module):
+    """A set of draft heads over a frozen base.
+
+    Only what is trained lives in parameters; embedding and vocabulary rows belong to the base and are not saved.
+    Subclasses say what a head reads (`head_width`, `head_hidden`) and what stands for the hidden state (`features`).
+    """
+
+    def __init__(self, config: HeadsConfig, vocabulary: BaseVocabulary, draft_vocab: DraftVocab) -> None:
+        super().__init__()
+        self.config, self.draft_vocab = config, draft_vocab
+        self.vocabulary = vocabulary
+        self.norm_eps = vocabulary.norm_eps
+        self.rows = vocabulary.head.restrict(draft_vocab.ids.to(vocabulary.head.weight.device))
+        made = 1 if config.recurrent else config.num_heads
+        self.heads = nn.ModuleList(MlpHead(self.head_width(i), vocabulary, config) for i in range(made))
+
+    @property
+    def num_heads(self) -> int:
+        return self.config.num_heads
+
+    @property
+    def weight(self) -> Tensor:
+        """A trained tensor [D, ...]: its dtype and device are those of all the heads."""
+        return self._head(0).weight
+
+    def _head(self, i: int) -> MlpHead:
+        head = self.heads[0 if self.config.recurrent else i]
+        assert isinstance(head, MlpHead)
+        return head
+
+    def bytes_read(self, depth: int) -> int:
+        """Memory that drafting with the first `depth` heads reads of their matrices and of the vocabulary's rows, which each of
+        them ends in."""
+        made = min(depth, len(self.heads))
+        matrices = [weight for i in range(made) for weight in self._head(i).parameters() if weight.ndim == 2]
+        return sum(map(draft_bytes, matrices)) + depth * draft_bytes(self.rows.weight)
+
+    def pack(self) -> None:
+        """Lay the weights out for decoding, where this machine has a faster layout; going on training undoes it."""
+        self.rows = self.rows.for_drafting()
+        for i in range(len(self.heads)):
+            self._head(i).pack(None if self.config.recurrent else self.rows)
+
+    def with_draft_vocab(self, draft_vocab: DraftVocab) -> HeadDrafter:
+        """The same heads drafting other tokens: they end in the base's width, so any of its vocabulary rows will do. Weights
+        are shared; what was packed is packed again at the next use."""
+        other = copy.copy(self)
+        other.draft_vocab, other.config = draft_vocab, self.config.model_copy(update={"draft_vocab_size": len(draft_vocab)})
+        other.rows = self.vocabulary.head.restrict(draft_vocab.ids.to(self.vocabulary.head.weight.device))
+        return other
+
+    def head_width(self, i: int) -> int:
+        """Width of what head `i` reads."""
+        return self.vocabulary.width
+
+    def features(self, hidden: Tensor, positions: Tensor, mask: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """What the heads read in place of the hidden states, teacher forced.
+
+        `hidden`: [B, T, D] of the base's last layer after its final norm; `positions`: [B, T] int64; `mask`: [B, 1, T, T]
+        bool, true where a position may look; `wanted`: [B, T] bool, the positions that heads will read, None for all. Returns
+        [B, T, D], of which only the wanted positions mean anything.
+        """
+        return hidden.to(self.weight.dtype)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Base embeddings [..., D] of `tokens` [...] int64, RMS-normalised unless the config says otherwise.
+
+        Raw embeddings are an order of magnitude smaller than hidden states: joined as they are, heads hardly hear them.
+        """
+        table = self.vocabulary.embedding
+        if self.config.normalise_embeddings and self._head(0).compiled is not None and table.dtype == torch.bfloat16 and (
+                rows_available()):
+            made: Tensor = torch.ops.hydra_heads.rows_embedded(table, tokens, self.norm_eps)
+            return made
+        raw = F.embedding(tokens, table).to(self.weight.dtype)
+        return F.rms_norm(raw, (raw.shape[-1],), eps=self.norm_eps) if self.config.normalise_embeddings else raw
+
+    def head_hidden(self, i: int, features: Tensor, path: Tensor) -> Tensor:
+        """Output of head `i`: [..., D].
+
+        `features`: [..., D] at position t; `path`: [..., i + 1, D], `embed` of x_{t+1} .. x_{t+1+i}.
+        """
+        raise NotImplementedError
+
+    def draft_logits(self, hidden: Tensor) -> Tensor:
+        """Logits over the draft vocabulary [..., Vd] float32 from a head's output [..., D]."""
+        return self.rows(hidden)
+
+    def candidate_logits(self, i: int, features: Tensor, path: Tensor) -> Tensor:
+        """While decoding: logits [B, W, Vd] float32 of head `i` after W paths a row.
+
+        `features`: [B, D]; `path`: [B, W, i + 1, D], `embed` of each path's tokens.
+        """
+        if (compiled := self._head(i).compiled) is not None:
+            logits: Tensor = compiled.logits(features, self._heard(path))
+            return logits
+        return self.draft_logits(self.head_hidden(i, features[:, None].expand(-1, path.shape[1], -1), path))
+
+    def candidates(self, i: int, features: Tensor, path: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The `count` likeliest of those, or all there are, best first: indices [B, W, count] int64 into the draft vocabulary
+        and probabilities float32."""
+        if (compiled := self._head(i).compiled) is not None:
+            indices, values = compiled.likeliest(features, self._heard(path), count)
+            return indices, values
+        logits = self.candidate_logits(i, features, path)
+        best = logits.softmax(-1).topk(min(count, logits.shape[-1]), dim=-1)
+        return best.indices, best.values
+
+    def _heard(self, path: Tensor) -> Tensor:
+        """What of a path goes into a head: nothing where it reads the hidden state alone."""
+        return path if self.config.sequential else path[:, :, :0]

@@ -1,0 +1,1 @@
+"""Native code: the one door to it."""

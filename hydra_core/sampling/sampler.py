@@ -1,0 +1,126 @@
+"""The base's choice of the next token, row by row and in any batch the same, and the drafters' ranking by its noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hydra_core.base.vocabulary import likeliest
+from hydra_core.kernels.library import load_library
+from hydra_core.sampling.noise import gumbel, position_key
+from hydra_core.sampling.request import Request, TokenLogprob
+
+
+class Chooser:
+    """How one row draws: its request's settings, and the token counts that penalties need.
+
+    `simple`: the choice is the argmax of the base's logits and nothing more is asked.
+    """
+
+    def __init__(self, request: Request, vocab_size: int, device: torch.device | str = "cpu") -> None:
+        self.request = request
+        self.simple = (request.temperature == 0 and not request.penalised and request.logprobs is None
+                       and request.lossy_typical is None)
+        self.in_prompt: Tensor | None = None
+        self.counts: Tensor | None = None
+        if request.penalised:
+            self.counts = torch.zeros(vocab_size, device=device)
+            self.in_prompt = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+            self.in_prompt[torch.tensor(request.prompt_ids, device=device)] = True
+
+    def record(self, token: int) -> None:
+        """Count a token that now stands."""
+        if self.counts is not None:
+            self.counts[token] += 1
+
+    def process(self, logits: Tensor) -> Tensor:
+        """Penalties, temperature and truncation: scores [V] float32 from `logits` [V]; what is cut is -inf."""
+        request = self.request
+        if self.counts is not None and self.in_prompt is not None:
+            seen = self.in_prompt | (self.counts > 0)
+            weight = request.repetition_penalty
+            logits = torch.where(seen, torch.where(logits > 0, logits / weight, logits * weight), logits)
+            logits = logits - request.presence_penalty * (self.counts > 0) - request.frequency_penalty * self.counts
+        if request.temperature == 0:
+            return logits
+        scores = logits / torch.tensor([request.temperature], device=logits.device)  # as rows are divided together
+        if 0 < request.top_k < scores.shape[-1]:
+            scores = scores.masked_fill(scores < scores.topk(request.top_k).values[-1], -math.inf)
+        if request.top_p < 1:
+            scores = _nucleus(scores, request.top_p)
+        if request.min_p > 0:
+            scores = scores.masked_fill(scores < scores.max() + math.log(request.min_p), -math.inf)
+        return scores
+
+
+def _nucleus(scores: Tensor, mass: float) -> Tensor:
+    """Keep the fewest most likely tokens that hold `mass` of the probability; the most likely one always stays."""
+    probabilities = torch.softmax(scores, dim=-1)
+    # tokens below this hold less than 1 - mass together: they are cut in any case, and a full sort is saved
+    candidates = (probabilities > (1 - mass) / len(scores)).nonzero()[:, 0]
+    ordered, order = probabilities[candidates].sort(descending=True, stable=True)
+    before = ordered.cumsum(0) - ordered
+    kept = candidates[order[before < mass]]
+    return torch.full_like(scores, -math.inf).index_copy_(0, kept, scores[kept])
+
+
+def choose(logits: Tensor, positions: Sequence[int], choosers: Sequence[Chooser]) -> list[int]:
+    """The token of each of R rows from `logits` [R, V] float32; `positions`: where the tokens will stand."""
+    scores = _processed(logits, choosers)
+    drawing = [chooser.request.temperature > 0 for chooser in choosers]
+    if not any(drawing):
+        greedy: list[int] = likeliest(scores).tolist()
+        return greedy
+    keys = [_key(chooser, position) for chooser, position in zip(choosers, positions, strict=True)]
+    if scores.device.type == "cpu" and load_library():
+        words = torch.tensor(keys, dtype=torch.int32)
+        drawn: list[int] = torch.ops.hydra_heads.draw(scores, words, torch.tensor(drawing)).tolist()
+        return drawn
+    noise = gumbel(keys, torch.arange(scores.shape[1], device=scores.device))
+    warm = torch.tensor(drawing, device=scores.device)[:, None]
+    everything: list[int] = likeliest(scores + torch.where(warm, noise, 0.0)).tolist()
+    return everything
+
+
+def _processed(logits: Tensor, choosers: Sequence[Chooser]) -> Tensor:
+    """What each row chooses by: [R, V]. Rows that only have a temperature are divided by it together."""
+    requests = [chooser.request for chooser in choosers]
+    if any(request.penalised or request.truncated for request in requests):
+        return torch.stack([chooser.process(row) for row, chooser in zip(logits, choosers, strict=True)])
+    if any(request.temperature not in (0.0, 1.0) for request in requests):
+        return logits / torch.tensor([request.temperature or 1.0 for request in requests], device=logits.device)[:, None]
+    return logits
+
+
+def _key(chooser: Chooser, position: int) -> tuple[int, int]:
+    return position_key(chooser.request.seed, position, chooser.request.choice)
+
+
+def rank_scores(logits: Tensor, positions: Sequence[int], choosers: Sequence[Chooser], ids: Tensor,
+                whose: Tensor | None = None) -> Tensor:
+    """What drafters rank candidates by: logits / temperature + the noise of the draw to come; greedy rows keep logits.
+
+    `logits`: [B, S, n] over token `ids` [n]; `positions`: [B], where a row's candidates would stand; `whose`: [P] int64 rows of
+    `logits` [P, S, n], where it has more or fewer for some of them than one.
+    """
+    temperatures = [chooser.request.temperature for chooser in choosers]
+    if not any(temperatures):
+        return logits
+    noise = gumbel([_key(chooser, position) for chooser, position in zip(choosers, positions, strict=True)], ids)
+    warm = torch.tensor([temperature > 0 for temperature in temperatures], device=logits.device)[:, None]
+    scale = torch.tensor([temperature or 1.0 for temperature in temperatures], device=logits.device)[:, None, None]
+    noise = torch.where(warm, noise, 0.0)
+    if whose is not None:
+        noise, scale = noise[whose], scale[whose]
+    return logits / scale + noise[:, None]
+
+
+def token_logprob(logits: Tensor, token: int, count: int) -> TokenLogprob:
+    """Log probabilities at `logits` [V] of `token` and of the `count` likeliest."""
+    values = torch.log_softmax(logits.float(), dim=-1)
+    best = values.topk(min(count, len(values)))
+    top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return TokenLogprob(token, float(values[token]), top)

@@ -1,0 +1,3 @@
+from .stage import run_ablate
+
+__all__ = ["run_ablate"]

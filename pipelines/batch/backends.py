@@ -1,0 +1,296 @@
+"""Who answers the rows of `batch`: the deployment's handle, an endpoint over HTTP, or an engine in this process.
+
+A full queue means wait, and so does a replica that died: Serve starts another. What is wrong with a row comes back as a
+reply that says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import logging
+import os
+import threading
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from ray import serve
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+from hydra_core.errors import InputError
+from pipelines.batch.openai_format import generation_of, request_of
+from pipelines.batch.reader import URLS, BatchRow
+from pipelines.serve.messages import Answer, AppArgs, Generation, Refusal
+from pipelines.serve.openai.errors import ApiError
+from pipelines.serve.openai.responses import CHAT, TEXT, response
+from pipelines.serve.replica import DecodeServer
+from pipelines.serve.user_config import heads_of
+
+LONGEST_WAIT = 5.0     # seconds between tries while a queue is full
+PATIENCE = 600.0       # seconds without any answer after which nobody is thought to be there
+TRIES = 3              # for a row at which the server itself fails
+BUSY = (429, 502, 503, 504)
+"""HTTP: a full queue, or a proxy whose server is starting."""
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How rows are asked; plain values. One of `app_name`, `address` and `embedded` says whom; `model`: the name asked for;
+    `most_choices`: answers that one row may ask for."""
+
+    model: str
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    most_choices: int = 1
+    app_name: str | None = None
+    address: str | None = None
+    key_variable: str | None = None
+    embedded: AppArgs | None = None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came of one row. `status` 200: `columns` are the answer's; else `message` says why there is none. `body`: the
+    response or error in OpenAI's shape, for a row that was in it."""
+
+    status: int
+    message: str = ""
+    columns: dict[str, Any] = field(default_factory=dict)
+    body: dict[str, Any] | None = None
+
+
+class Asker(Protocol):
+    """Answers one row; many threads ask at once."""
+
+    patience: Patience
+
+    def ask(self, row: BatchRow) -> Reply: ...
+
+
+Answers = Callable[[Generation], list[Answer] | Refusal]
+"""All answers to one request, or why there are none."""
+
+
+class Fault(Exception):
+    """The server itself failed at this row, or at another one beside it."""
+
+
+class Busy(Exception):
+    """Not now: wait `seconds`, or as long as the one who waits thinks fit."""
+
+    def __init__(self, why: str, seconds: float | None = None) -> None:
+        super().__init__(why)
+        self.seconds = seconds
+
+
+def open_asker(asking: Asking) -> Asker:
+    """The asker that `asking` names. Raises InputError for an API key that is not there."""
+    if asking.address:
+        return HttpAsker(asking)
+    return GenerationAsker(asking, _embedded(asking.embedded) if asking.embedded else _deployment(str(asking.app_name)))
+
+
+class GenerationAsker:
+    """Asks something that takes a `Generation`."""
+
+    def __init__(self, asking: Asking, answers: Answers) -> None:
+        self.asking, self.answers = asking, answers
+        self.patience = Patience("the deployment")
+        self._suspect = threading.Lock()
+
+    def ask(self, row: BatchRow) -> Reply:
+        asking = self.asking
+        try:
+            generation = generation_of(row, asking.model, asking.max_new_tokens, asking.temperature, asking.seed,
+                                       asking.most_choices)
+        except ApiError as error:
+            return Reply(error.status, error.message, body=error.body())
+        found = self._patiently(generation)
+        if isinstance(found, Refusal):
+            return Reply(found.status, found.message, body=ApiError(found.status, found.message).body())
+        kind = CHAT if row.url == URLS[0] else TEXT
+        body = response(kind, asking.model, generation, found) if row.body is not None else None
+        return Reply(200, columns=_answer_columns(found[0]), body=body)
+
+    def _patiently(self, generation: Generation) -> list[Answer] | Refusal:
+        """Through full queues and dying replicas, but not through a fault at this very row again and again.
+
+        A fault takes every row in flight with it. Those are tried again one at a time, so that a row that is the fault's
+        cause uses up its own tries and nobody else's.
+        """
+        try:
+            return self._answers(generation)
+        except Fault as error:
+            why = str(error)
+        with self._suspect:
+            for tried in range(1, TRIES):
+                time.sleep(tried)
+                try:
+                    return self._answers(generation)
+                except Fault as error:
+                    why = str(error)
+        return Refusal(500, f"the server failed {TRIES} times: {why}")
+
+    def _answers(self, generation: Generation) -> list[Answer] | Refusal:
+        found: list[Answer] | Refusal = self.patience.wait(lambda: self._once(generation))
+        return found
+
+    def _once(self, generation: Generation) -> list[Answer] | Refusal:
+        # a killed job's request may still be decoding, and this one is asked again when a replica dies
+        found = self.answers(replace(generation, id=f"{generation.id}-{uuid.uuid4().hex}"))
+        if isinstance(found, Refusal) and found.status in (429, 503):
+            raise Busy(found.message)
+        return found
+
+
+def _answer_columns(answer: Answer) -> dict[str, Any]:
+    return {"text": answer.text, "token_ids": list(answer.token_ids), "tokens": len(answer.token_ids),
+            "finish_reason": answer.finish_reason, "steps": answer.steps, "drafted": answer.drafted,
+            "accepted": answer.accepted, "tokens_per_step": answer.tokens_per_step, "latency_seconds": answer.latency_seconds}
+
+
+def _deployment(app_name: str) -> Answers:
+    handle = serve.get_deployment_handle("DecodeServer", app_name)
+
+    def answers(generation: Generation) -> list[Answer] | Refusal:
+        try:
+            found: list[Answer] | Refusal = handle.answers.remote(generation).result()
+            return found
+        except (BackPressureError, RayActorError, DeploymentUnavailableError) as error:
+            raise Busy(_first_line(error)) from None
+        except RayTaskError as error:
+            raise Fault(_first_line(error.cause or error)) from None
+
+    return answers
+
+
+def _embedded(args: AppArgs) -> Answers:
+    """An engine of this process, with an event loop in a thread of its own."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # a line for each answer is for a server's log
+    server, loop, mending = DecodeServer(args), asyncio.new_event_loop(), threading.Lock()
+    threading.Thread(target=loop.run_forever, name="embedded", daemon=True).start()
+
+    def run(work: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, loop).result()
+
+    def answers(generation: Generation) -> list[Answer] | Refusal:
+        with mending:
+            if server.failed:
+                run(server.restart())
+        try:
+            found: list[Answer] | Refusal = run(server.answers(generation))
+        except RuntimeError as error:
+            raise Fault(_first_line(error)) from None
+        return found
+
+    run(server.reconfigure(heads_of(args)))
+    return answers
+
+
+class HttpAsker:
+    """Asks an OpenAI-compatible endpoint; a row that is in that shape already is sent as it is."""
+
+    def __init__(self, asking: Asking) -> None:
+        self.asking = asking
+        self.headers = {"Content-Type": "application/json"} | api_key(asking.key_variable)
+        self.patience = Patience(f"batch.address={asking.address}")
+
+    def ask(self, row: BatchRow) -> Reply:
+        asking = self.asking
+        url, body = request_of(row, asking.model, asking.max_new_tokens, asking.temperature, asking.seed)
+        started = time.perf_counter()
+        for tried in range(TRIES):
+            status, found = self.patience.wait(lambda: self._once(url, body))
+            if status < 500:
+                break
+            time.sleep(1 + tried)
+        if status != 200:
+            return Reply(status, _error_message(found), body=found)
+        try:
+            return Reply(200, columns=_columns(found, time.perf_counter() - started), body=found)
+        except (KeyError, IndexError, TypeError):
+            return Reply(500, "the endpoint's answer is not in OpenAI's shape", body=found)
+
+    def _once(self, url: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        request = urllib.request.Request(f"{str(self.asking.address).rstrip('/')}{url}", json.dumps(body).encode(), self.headers)
+        try:
+            with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+                return 200, _object(answer.read())
+        except urllib.error.HTTPError as error:
+            if error.code in BUSY:
+                raise Busy(str(error), _seconds(error.headers.get("Retry-After"))) from None
+            return error.code, _object(error.read())
+        except (OSError, http.client.HTTPException) as error:
+            raise Busy(_first_line(error)) from None
+
+
+def api_key(variable: str | None) -> dict[str, str]:
+    """The header that carries the key. Raises InputError when the variable does not hold one."""
+    if variable is None:
+        return {}
+    if not (key := os.environ.get(variable, "").strip()):
+        raise InputError(f"batch.key_variable={variable}: that environment variable is not set")
+    return {"Authorization": f"Bearer {key}"}
+
+
+class Patience:
+    """Waits for someone who is busy, for all threads together; `over`: nobody is to wait any longer."""
+
+    def __init__(self, whom: str) -> None:
+        self.whom, self.heard, self.over = whom, time.monotonic(), False
+
+    def wait(self, ask: Callable[[], Any]) -> Any:
+        """What `ask` returns once it no longer raises Busy. Raises InputError after `PATIENCE` without any answer."""
+        wait = 0.1
+        while True:
+            try:
+                found = ask()
+                self.heard = time.monotonic()
+                return found
+            except Busy as busy:
+                if self.over or time.monotonic() - self.heard > PATIENCE:
+                    raise InputError(f"{self.whom}: has answered nothing for {PATIENCE:.0f} s ({busy}): run again when it does"
+                                     ) from None
+                time.sleep(min(wait if busy.seconds is None else busy.seconds, LONGEST_WAIT))
+                wait = min(2 * wait, LONGEST_WAIT)
+
+
+def _columns(body: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """The columns of an answer as far as OpenAI's shape tells them; token ids it does not."""
+    choice, usage = body["choices"][0], body.get("usage") or {}
+    told = usage.get("speculative") or {}
+    text = choice["message"]["content"] if "message" in choice else choice["text"]
+    return {"text": text or "", "token_ids": None, "tokens": usage.get("completion_tokens"),
+            "finish_reason": choice.get("finish_reason"), "steps": told.get("steps"), "drafted": told.get("drafted"),
+            "accepted": told.get("accepted"), "tokens_per_step": told.get("tokens_per_step"), "latency_seconds": seconds}
+
+
+def _error_message(body: dict[str, Any]) -> str:
+    error = body.get("error")
+    return str(error.get("message")) if isinstance(error, dict) else json.dumps(body)[:200]
+
+
+def _object(raw: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(raw)
+    except ValueError:
+        value = raw.decode(errors="replace")[:200]
+    return value if isinstance(value, dict) else {"error": {"message": str(value)}}
+
+
+def _seconds(text: str | None) -> float | None:
+    return float(text) if text is not None and text.isdigit() else None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+

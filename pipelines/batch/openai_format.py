@@ -1,0 +1,76 @@
+"""Rows of `batch` as requests: to the engine's own record, and to OpenAI's shape for HTTP; lines of its Batch format back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from pydantic import ValidationError
+
+from pipelines.batch.reader import URLS, BatchRow
+from pipelines.rows.schemas import content_id
+from pipelines.serve.messages import Generation
+from pipelines.serve.openai.errors import ApiError
+from pipelines.serve.openai.requests import ChatRequest, CompletionRequest
+
+CHAT, COMPLETION = URLS
+LIMITS = ("max_tokens", "max_completion_tokens")
+STREAMING = ("stream", "stream_options")
+"""What changes how an answer comes and not what it is: a batch takes it whole."""
+
+
+def generation_of(row: BatchRow, model: str, max_new_tokens: int, temperature: float, seed: int,
+                  most_choices: int) -> Generation:
+    """The engine's request. For a row in OpenAI's shape the settings are its own; `max_new_tokens` and `seed` stand in for
+    those it leaves out. Raises ApiError for a body that the endpoint would refuse."""
+    if row.body is None:
+        return Generation(f"batch-{row.id}", max_new_tokens, temperature, seed, messages=row.messages, prompt_ids=row.prompt_ids,
+                          prompt=row.prompt if row.messages is None and row.prompt_ids is None else None)
+    body = _body(row.body, model, seed, max_new_tokens)
+    if body["model"] != model:
+        raise ApiError(404, f"model {body['model']!r} does not exist; {model!r} does", "model", "model_not_found")
+    try:
+        if row.url == CHAT:
+            request: ChatRequest | CompletionRequest = ChatRequest.model_validate(body)
+        else:
+            request = CompletionRequest.model_validate(body)
+        request.refuse_unsupported()
+        given = ({"messages": request.plain_messages()} if isinstance(request, ChatRequest) else _prompt(request.prompt))
+        limit = max(max_new_tokens, request.max_tokens or 0, getattr(request, "max_completion_tokens", 0) or 0)
+        generation = request.generation("batch", limit, max_new_tokens, most_choices)
+    except ValidationError as error:
+        first = error.errors()[0]
+        param = ".".join(str(part) for part in first["loc"]) or None
+        raise ApiError(400, f"{param or 'body'}: {first['msg']}", param) from None
+    return replace(generation, id=f"batch-{row.id}", **given)
+
+
+def request_of(row: BatchRow, model: str, max_new_tokens: int, temperature: float, seed: int) -> tuple[str, dict[str, Any]]:
+    """Path and body of the HTTP request."""
+    if row.body is not None:
+        return str(row.url), _body(row.body, model, seed, max_new_tokens)
+    settings = {"model": model, "max_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    if row.prompt_ids is not None:
+        return COMPLETION, settings | {"prompt": row.prompt_ids}
+    return CHAT, settings | {"messages": row.messages or [{"role": "user", "content": row.prompt}]}
+
+
+def output_line(row_id: str, status: int, body: dict[str, Any] | None, message: str = "") -> dict[str, Any]:
+    """One line of a Batch output or errors file; without a status the row never was a request."""
+    request_id = content_id("batch", row_id)
+    answered = None if not status else {"status_code": status, "request_id": f"req_{request_id}", "body": body or {}}
+    error = None if status == 200 else {"code": "invalid_row" if not status else f"status_{status}", "message": message}
+    return {"id": f"batch_req_{request_id}", "custom_id": row_id, "response": answered, "error": error}
+
+
+def _body(body: dict[str, Any], model: str, seed: int, max_new_tokens: int) -> dict[str, Any]:
+    """The request with what it leaves out, so that whoever answers gives the same; the same seed in every run makes a row's
+    answer the same."""
+    limit = {} if any(body.get(name) is not None for name in LIMITS) else {"max_tokens": max_new_tokens}
+    return {"model": model, "seed": seed} | {name: value for name, value in body.items() if name not in STREAMING} | limit
+
+
+def _prompt(prompt: str | list[int]) -> dict[str, Any]:
+    if not prompt:
+        raise ApiError(400, "prompt: is empty", "prompt")
+    return {"text": prompt} if isinstance(prompt, str) else {"prompt_ids": prompt}

@@ -1,0 +1,230 @@
+"""What `batch` reads: rows of prompts or of OpenAI's Batch format, one at a time, and the order in which they are asked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Set
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from hydra_core.errors import InputError
+from pipelines.config import RunConfig
+from pipelines.config.run import BatchSection
+from pipelines.rows.parquet_parts import read_parts
+from pipelines.rows.prompt_reader import PARQUET, PromptRow, RowError, read_prompt_rows, read_values
+from pipelines.rows.schemas import PROMPTS, content_id
+from pipelines.runtime.artifacts import RunPaths
+from pipelines.serve.messages import is_text
+
+URLS = ("/v1/chat/completions", "/v1/completions")
+WINDOW = 2048
+"""Rows that are held to be put in order."""
+BEGINNING = 128
+"""Characters of a text that count as its beginning; a chat's is its system message, whole."""
+LOOKED_AT = 100
+"""Lines at a file's start by which its format is told."""
+
+
+@dataclass(frozen=True)
+class BatchRow:
+    """One row to answer. Given is one of `prompt` (templated), `messages`, `prompt_ids` and `body`, a request to `url` in
+    OpenAI's shape. `row`: its number in the file from 1."""
+
+    id: str
+    row: int
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    prompt_ids: list[int] | None = None
+    url: str | None = None
+    body: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that nobody can answer, under the id that it has in the errors file."""
+
+    id: str
+    row: int
+    message: str
+
+
+@dataclass
+class Reading:
+    """The rows of an input, each id once, and how many it had in all; `refuse` is told of those that nobody can answer. Of
+    what has been read only the ids' digests are kept."""
+
+    refuse: Callable[[BadRow], None]
+    rows: int = 0
+    skipped: int = 0
+
+    def todo(self, source: Iterable[BatchRow | BadRow], known: Set[bytes]) -> Iterator[BatchRow]:
+        """Rows that are not `known`; one whose id stood before is skipped."""
+        seen: set[bytes] = set()
+        for item in source:
+            self.rows += 1
+            key = digest(item.id)
+            if key in seen:
+                self.skipped += 1
+                continue
+            seen.add(key)
+            if isinstance(item, BadRow):
+                self.refuse(item)
+            elif key not in known:
+                yield item
+
+
+def digest(row_id: str) -> bytes:
+    """16 bytes for an id of any length."""
+    return hashlib.blake2b(row_id.encode(), digest_size=16).digest()
+
+
+def input_kind(section: BatchSection) -> str:
+    """`parquet`, `jsonl` or `openai`. Raises InputError for a file that is missing, or no chat or completion of OpenAI's
+    where `batch.format` asks for that."""
+    if section.source is None:
+        kind = "parquet"
+    else:
+        path = Path(section.source)
+        if not path.exists():
+            raise InputError(f"batch.input={path}: no such file")
+        kind = "parquet" if path.is_dir() or path.suffix.lower() in PARQUET else "jsonl"
+        if kind == "jsonl" and _is_openai(path):
+            kind = "openai"
+    if section.format == "openai" and kind != "openai":
+        raise InputError(f"batch.format=openai: {section.source or 'the input'} is not in that format, whose lines hold "
+                         "custom_id, method, url and body")
+    return kind
+
+
+def output_kind(section: BatchSection) -> str:
+    """The input's own kind unless another is asked for. Raises InputError as `input_kind` does."""
+    kind = input_kind(section)
+    return kind if section.format == "auto" else section.format
+
+
+def read_rows(config: RunConfig) -> Iterator[BatchRow | BadRow]:
+    """Every row of the input, in its order. Raises InputError for a file without one usable row."""
+    section = config.batch
+    if section.source is None:
+        yield from _held_out(config)
+    elif input_kind(section) == "openai":
+        yield from _openai(section.source, section.limit, one_choice=output_kind(section) != "openai")
+    else:
+        for item in read_prompt_rows(section.source, section.field, section.limit):
+            yield BadRow(f"row-{item.row}", item.row, item.message) if isinstance(item, RowError) else _row(item)
+
+
+def ordered(rows: Iterable[BatchRow], window: int = WINDOW) -> Iterator[BatchRow]:
+    """Rows with one beginning together, the longest first: the engine copies a beginning from a row that decodes, and rows
+    of a length pad little and end together. At most `window` rows are held."""
+    source = iter(rows)
+    while held := list(islice(source, window)):
+        shared = Counter(_beginning(row) for row in held)
+        held.sort(key=lambda row: (_beginning(row) if shared[_beginning(row)] > 1 else "", -_length(row)))
+        yield from held
+
+
+def write_blocks(folder: Path, rows: Iterable[BatchRow], size: int) -> list[Path]:
+    """Rows to files of `size` rows for actors that may be anywhere; what lay in `folder` goes."""
+    remove_blocks(folder)
+    folder.mkdir(parents=True)
+    source, paths = iter(rows), []
+    while block := list(islice(source, size)):
+        path = folder / f"block-{len(paths):06d}.jsonl"
+        path.write_text("".join(json.dumps(asdict(row)) + "\n" for row in block), encoding="utf-8")
+        paths.append(path)
+    return paths
+
+
+def read_block(path: Path) -> list[BatchRow]:
+    """The rows of one such file."""
+    with path.open(encoding="utf-8") as lines:
+        return [BatchRow(**json.loads(line)) for line in lines]
+
+
+def remove_blocks(folder: Path) -> None:
+    """Drop the files of `write_blocks`, and their folder."""
+    for path in folder.glob("block-*.jsonl"):
+        path.unlink()
+    if folder.exists():
+        folder.rmdir()
+
+
+def _row(item: PromptRow) -> BatchRow:
+    given = (item.extra.get(name) for name in ("id", "prompt_id", "custom_id"))
+    row_id = next((str(value) for value in given if value not in (None, "")), None)
+    return BatchRow(row_id or content_id(item.row, item.prompt, item.messages), item.row, item.prompt, item.messages)
+
+
+def _held_out(config: RunConfig) -> Iterator[BatchRow]:
+    """The prompts of this run's `distill`: the held-out ones, and the others after them where `limit` is more."""
+    rows = read_parts(RunPaths.of(config).stage("distill") / "prompts", PROMPTS).to_pylist()
+    held_out = sorted((row for row in rows if row["split"] == "held_out"), key=lambda row: row["prompt_id"])
+    rest = sorted((row for row in rows if row["split"] != "held_out"), key=lambda row: row["prompt_id"])
+    for number, row in enumerate((held_out + rest)[:config.batch.limit or len(held_out)], start=1):
+        messages = None if row["messages"] is None else json.loads(row["messages"])
+        yield BatchRow(row["prompt_id"], number, row["prompt"], messages, row["prompt_ids"])
+
+
+def _is_openai(path: Path) -> bool:
+    """Whether one of the first lines has the keys of a request."""
+    return any(isinstance(value, dict) and {"custom_id", "url", "body"} <= set(value)
+               for _, value in islice(read_values(path), LOOKED_AT))
+
+
+def _openai(path: str, limit: int | None, one_choice: bool) -> Iterator[BatchRow | BadRow]:
+    """`one_choice`: the output has room for one answer a row."""
+    for number, value in islice(read_values(Path(path)), limit):
+        if isinstance(value, RowError):
+            yield BadRow(f"row-{number}", number, value.message)
+            continue
+        name = value.get("custom_id") if isinstance(value, dict) else None
+        if problem := _problem(value, one_choice):
+            named = isinstance(name, str) and name and is_text(name)
+            yield BadRow(str(name) if named else f"row-{number}", number, f"row {number}: {problem}")
+        else:
+            yield BatchRow(str(name), number, url=value["url"], body=value["body"])
+
+
+def _problem(value: Any, one_choice: bool) -> str | None:
+    """What is wrong with one line of the Batch format."""
+    if not isinstance(value, dict):
+        return "is not an object with custom_id, method, url and body"
+    if not isinstance(value.get("custom_id"), str) or not value["custom_id"]:
+        return "custom_id: is missing or not text"
+    if value.get("method", "POST") != "POST":
+        return f"method: is {value['method']!r}, not 'POST'"
+    if value.get("url") not in URLS:
+        return f"url: is {value.get('url')!r}, not one of {', '.join(URLS)}"
+    if not isinstance(value.get("body"), dict):
+        return "body: is missing or not an object"
+    if not is_text(value):
+        return "holds half a character (a lone surrogate): write it as UTF-8 text"
+    if one_choice and value["body"].get("n") not in (None, 1):
+        return f"n: {str(value['body']['n'])[:20]} answers need batch.format=openai; a row of the other formats holds one"
+    return None
+
+
+def _texts(row: BatchRow) -> list[str]:
+    """The texts of a row, as far as its shape is what it should be; only the order depends on them."""
+    body = row.body or {}
+    messages = row.messages or body.get("messages")
+    if isinstance(messages, list) and messages:
+        return [str(message.get("content")) for message in messages if isinstance(message, dict)]
+    return [str(row.prompt if row.prompt is not None else row.prompt_ids or body.get("prompt"))]
+
+
+def _beginning(row: BatchRow) -> str:
+    messages = row.messages or (row.body or {}).get("messages")
+    first = messages[0] if isinstance(messages, list) and messages else None
+    if isinstance(first, dict) and first.get("role") == "system":
+        return str(first.get("content"))
+    return (_texts(row) or [""])[0][:BEGINNING]
+
+
+def _length(row: BatchRow) -> int:
+    return sum(map(len, _texts(row)))

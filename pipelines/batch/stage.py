@@ -1,0 +1,224 @@
+"""`batch`: offline generation over a prompt file, through the Serve deployment; resumable row by row.
+
+Rows stream: what is held of a data set is a window of rows that are put in order, those in flight, and 16 bytes an id.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from ray import serve
+
+from hydra_core.errors import InputError
+from pipelines.batch.backends import Asking, api_key
+from pipelines.batch.endpoint import ask_endpoint
+from pipelines.batch.reader import Reading, ordered, output_kind, read_rows, remove_blocks, write_blocks
+from pipelines.batch.report import report
+from pipelines.batch.worker import BatchSettings, BatchWorker
+from pipelines.batch.writer import BATCH, BATCH_ERRORS, Output, Settled, Writer, parts, settle
+from pipelines.config import RunConfig
+from pipelines.rows.parquet_parts import sweep
+from pipelines.rows.prompt_reader import prompt_files
+from pipelines.rows.schemas import check_counts, content_id
+from pipelines.runtime.artifacts import (
+    RunPaths,
+    StageResult,
+    file_digest,
+    fingerprint,
+    finished,
+    require_manifest,
+    stage_folder,
+    write_text,
+)
+from pipelines.runtime.lock import only_run
+from pipelines.runtime.ray_cluster import check_workers, ensure_ray, run_blocks
+from pipelines.serve.instance import running_instance
+from pipelines.serve.messages import AppArgs
+from pipelines.serve.model_identity import Serving, serving_of
+from pipelines.serve.replicas import ask_replicas
+from pipelines.serve.stage import check_args, find_args, start_app
+from pipelines.tracking import Tracker
+
+STAGE = "batch"
+SUCCESS = "_SUCCESS"
+HOW = {"concurrency", "rows_per_file", "max_error_share", "input", "output", "partition", "engine", "address", "key_variable"}
+"""Settings that change no answer: a run that failed may go on with others. The input counts by what it holds."""
+
+
+def run_batch(config: RunConfig) -> StageResult:
+    """Answer every row once. Raises InputError for the user's mistakes, while another run is at the same output, and when too
+    many rows fail."""
+    args, serving = _serving(config)
+    folder, wanted = _folder(config), _fingerprint(config, serving)
+    if (done := _done(folder, wanted)) is not None:
+        return done
+    tracker = Tracker.open(config)
+    if args is not None:
+        check_args(args)
+    next(read_rows(config), None)  # a file without a usable row is told of before anything starts
+    with only_run(folder, Path(config.storage)):
+        if (done := _done(folder, wanted)) is not None:  # by the run that had the lock until now
+            return done
+        with stage_folder(config, STAGE, folder, wanted) as stage, tracker.start(STAGE, fingerprint=wanted) as run:
+            (folder / SUCCESS).unlink(missing_ok=True)
+            run.log_dataset("input", _input_digest(config), config.batch.source or "held-out prompts of this run", STAGE)
+            figures, read = _answer_all(config, folder, args, serving)
+            write_text(folder / "report.json", json.dumps(figures, indent=2))
+            run.log_metrics({name: value for name, value in figures.items() if isinstance(value, (int, float))})
+            run.log_artifact(folder / "report.json")
+            check_counts(STAGE, read, figures["rows"], figures["errors"], figures["rows_skipped"], config.batch.max_error_share,
+                         hint=f"see {folder / 'errors'}")
+            outputs = {"rows": str(folder / "rows"), "errors": str(folder / "errors"), "report": str(folder / "report.json")}
+            kind = output_kind(config.batch)
+            files = [*parts(folder / "rows", kind), *parts(folder / "errors", kind), folder / "report.json"]
+            result = stage.finish(StageResult(STAGE, run.run_id, outputs, figures), files)
+        write_text(folder / SUCCESS, "")
+        return result
+
+
+def batch_finished(config: RunConfig) -> bool:
+    """Whether `run_batch` would find this very work done. Raises InputError for a model, base or input that is not there."""
+    return finished(_folder(config), _fingerprint(config, _serving(config)[1])) is not None
+
+
+def _done(folder: Path, wanted: str) -> StageResult | None:
+    """The result of a finished run, told of; its marker is put back where a kill came before it."""
+    if (done := finished(folder, wanted)) is not None:
+        print(f"batch: {folder} is finished already, with {done.figures['rows']} rows: nothing to do", file=sys.stderr)
+        if not (folder / SUCCESS).exists():
+            write_text(folder / SUCCESS, "")
+    return done
+
+
+def _serving(config: RunConfig) -> tuple[AppArgs | None, Serving]:
+    """The application to start or find, none for an endpoint somewhere else, and what decodes there."""
+    if config.batch.address:
+        return None, ask_endpoint(config.batch.address, config.serve.app_name, api_key(config.batch.key_variable))
+    args = find_args(config)
+    return args, serving_of(args)
+
+
+def _folder(config: RunConfig) -> Path:
+    section = config.batch
+    return Path(section.target) if section.target else RunPaths.of(config).stage(STAGE, section.partition)
+
+
+def _fingerprint(config: RunConfig, serving: Serving) -> str:
+    """What a `batch` folder is the answer to: settings, rows, and what decodes (not by which name it was asked for)."""
+    settings = config.batch.model_dump(exclude=HOW) | {"format": output_kind(config.batch)}
+    return fingerprint(STAGE, settings | asdict(serving), {"input": _input_digest(config)})
+
+
+def _input_digest(config: RunConfig) -> str:
+    if config.batch.source is None:
+        return str(require_manifest(RunPaths.of(config).stage("distill"), "distill")["fingerprint"])
+    return content_id(*(file_digest(file) for file in prompt_files(Path(config.batch.source))))
+
+
+def _answer_all(config: RunConfig, folder: Path, args: AppArgs | None, serving: Serving) -> tuple[dict[str, Any], int]:
+    """Answer what does not stand yet and count: the report, and how many rows were read."""
+    section, kind = config.batch, output_kind(config.batch)
+    for part in ("rows", "errors"):
+        sweep(folder / part)
+    for path in parts(folder / "errors", kind):  # failed rows are tried again
+        path.unlink()
+    before = settle(folder / "rows", kind, BATCH)
+    print(f"batch: {len(before.ids)} rows stood already", file=sys.stderr)
+    asking = Asking(config.serve.app_name, section.max_new_tokens, section.temperature, section.seed,
+                    config.serve.max_batch)
+    with _answerers(config, args, serving, asking) as (asking, label):
+        output = Output(str(folder), kind, label, section.rows_per_file)
+        started = time.perf_counter()
+        reading = _stream(config, folder, before, BatchSettings(output, asking, in_flight(config)))
+        seconds = time.perf_counter() - started
+    rows = settle(folder / "rows", kind, BATCH)
+    errors = settle(folder / "errors", kind, BATCH_ERRORS, elsewhere=rows.ids)
+    counted = len(rows.ids), len(errors.ids), reading.skipped
+    print(f"batch: {reading.rows} rows = {counted[0]} ok + {counted[1]} errors + {counted[2]} skipped", file=sys.stderr)
+    return report(rows, errors, before, reading.skipped, seconds, label), reading.rows
+
+
+def _stream(config: RunConfig, folder: Path, before: Settled, settings: BatchSettings) -> Reading:
+    """Rows from the input to whoever answers: from here, or through files to actors that hold engines."""
+    refused = Writer(settings.output)
+    reading = Reading(refused.refuse)
+    rows = ordered(reading.todo(read_rows(config), before.ids))
+    try:
+        if settings.asking.embedded is None:
+            BatchWorker(settings).answer(rows)
+            return reading
+        size = max(config.batch.rows_per_file, 8 * settings.concurrency)
+        blocks = [pa.table({"path": [str(path)]}) for path in write_blocks(folder / "todo", rows, size)]
+        workers = config.serve.workers
+        run_blocks(BatchWorker, settings, blocks, actors=config.serve.replicas, cpus=workers.cpus, gpus=workers.gpus)
+    finally:
+        refused.flush()
+        remove_blocks(folder / "todo")
+    return reading
+
+
+def in_flight(config: RunConfig) -> int:
+    """Requests that are asked at a time, of one worker where each has an engine: enough that no row of a replica is idle while
+    the next request comes, few enough that those behind others can go where there is room."""
+    serve, section = config.serve, config.batch
+    replicas = 1 if section.engine == "embedded" else max(serve.replicas, serve.max_replicas or 0)
+    return section.concurrency or 2 * serve.max_batch * replicas
+
+
+@contextmanager
+def _answerers(config: RunConfig, args: AppArgs | None, serving: Serving, asking: Asking) -> Iterator[tuple[Asking, str]]:
+    """Whom to ask, and the label of what answers; a Ray or an application started for it ends with the block."""
+    section = config.batch
+    if args is None:
+        yield replace(asking, address=section.address, key_variable=section.key_variable), str(serving.base)
+        return
+    with ensure_ray(config):
+        if section.engine == "embedded":
+            check_workers("serve.workers", config.serve.workers, config.serve.replicas)
+            yield replace(asking, embedded=replace(args, max_queued=in_flight(config))), args.label
+            return
+        with _application(config, args, serving) as (name, label):
+            yield replace(asking, app_name=name), label
+
+
+@contextmanager
+def _application(config: RunConfig, args: AppArgs, serving: Serving) -> Iterator[tuple[str, str]]:
+    """Name and label of the running application, or of one of our own that goes when the rows are done.
+
+    Raises InputError when one of the asked name runs that is not ready or decodes with something else.
+    """
+    name, instance = config.serve.app_name, running_instance()
+    if instance is None or name not in instance.applications:
+        with _own_application(config, args, serving) as own:
+            yield own, args.label
+        return
+    if (status := instance.applications[name][0]) != "RUNNING":
+        raise InputError(f"serve.app_name={name}: the application of that name is {status}: wait, delete it or choose another")
+    info = ask_replicas(name)
+    running = Serving(info["base"], info["context_limit"], info["configuration"])
+    if running != serving:
+        raise InputError(f"serve.app_name={name}: runs {info['label']} ({running}), but {args.label} ({serving}) is asked "
+                         "for: choose another name or stop it")
+    yield name, info["label"]
+
+
+@contextmanager
+def _own_application(config: RunConfig, args: AppArgs, serving: Serving) -> Iterator[str]:
+    """An application for this output alone, at no route: nobody else comes to depend on it. One that a killed run left
+    behind under the same name is ended first, since who holds the output's lock is its only user."""
+    name = f"{args.app_name}-batch-{content_id(str(_folder(config)))}"
+    if (instance := running_instance()) is not None and name in instance.applications:
+        serve.delete(name)
+    app = start_app(config, replace(args, app_name=name), route=None)
+    try:
+        yield name
+    finally:
+        app.stop()

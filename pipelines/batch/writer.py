@@ -1,0 +1,199 @@
+"""What `batch` writes: parts of answers and parts of errors, in Parquet, JSONL or the lines of OpenAI's Batch output.
+
+A part is written under a temporary name and renamed. A job that was killed may leave one more part behind after the next
+has begun, and an actor that starts a block again writes rows twice: `settle` leaves each row in one place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.batch.backends import Reply
+from pipelines.batch.openai_format import output_line
+from pipelines.batch.reader import BadRow, BatchRow, digest
+from pipelines.rows.parquet_parts import part_files, write_part
+from pipelines.rows.schemas import ERRORS, check_schema, content_id
+
+META = {b"hydra_heads_schema": b"1"}
+BATCH = pa.schema([
+    ("id", pa.string()), ("row", pa.int64()), ("text", pa.string()), ("token_ids", pa.list_(pa.int32())),
+    ("tokens", pa.int32()), ("finish_reason", pa.string()), ("steps", pa.int32()), ("drafted", pa.int32()),
+    ("accepted", pa.int32()), ("tokens_per_step", pa.float32()), ("latency_seconds", pa.float32()), ("model", pa.string()),
+], metadata=META)
+BATCH_ERRORS = pa.schema([*ERRORS, ("row", pa.int64()), ("kind", pa.string())], metadata=META)
+"""`kind`: `input`, a row that is none; `refused`, as a prompt that is too long; `failed`, the server's own fault."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where answers and errors go, and how. `label`: the model's, for the `model` column."""
+
+    folder: str
+    kind: str
+    label: str
+    rows_per_file: int
+
+    @property
+    def rows(self) -> Path:
+        return Path(self.folder) / "rows"
+
+    @property
+    def errors(self) -> Path:
+        return Path(self.folder) / "errors"
+
+
+class Writer:
+    """Collects rows and writes a part whenever there are `rows_per_file`; `flush` writes the rest."""
+
+    def __init__(self, output: Output) -> None:
+        self.output = output
+        self._rows: list[dict[str, Any]] = []
+        self._errors: list[dict[str, Any]] = []
+        self.done = self.failed = 0
+
+    def add(self, row: BatchRow, reply: Reply) -> None:
+        """One row and what came of it."""
+        if reply.status != 200:
+            kind = "failed" if reply.status >= 500 else "refused"
+            self._error(row.id, row.row, kind, reply.status, reply.message, reply.body)
+            return
+        self.done += 1
+        if self.output.kind == "openai":
+            self._rows.append(output_line(row.id, 200, reply.body))
+        else:
+            self._rows.append({"id": row.id, "row": row.row, **reply.columns, "model": self.output.label})
+        if len(self._rows) >= self.output.rows_per_file:
+            self._rows = self._write(self.output.rows, self._rows, BATCH)
+
+    def refuse(self, bad: BadRow) -> None:
+        """A row that could not be asked."""
+        self._error(bad.id, bad.row, "input", 0, bad.message, None)
+
+    def flush(self) -> None:
+        self._rows = self._write(self.output.rows, self._rows, BATCH)
+        self._errors = self._write(self.output.errors, self._errors, BATCH_ERRORS)
+
+    def _error(self, row_id: str, number: int, kind: str, status: int, message: str, body: dict[str, Any] | None) -> None:
+        self.failed += 1
+        if self.output.kind == "openai":
+            self._errors.append(output_line(row_id, status, body, message))
+        else:
+            self._errors.append({"id": row_id, "stage": "batch", "row": number, "kind": kind, "message": message})
+        if len(self._errors) >= self.output.rows_per_file:
+            self._errors = self._write(self.output.errors, self._errors, BATCH_ERRORS)
+
+    def _write(self, folder: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> list[dict[str, Any]]:
+        if rows:
+            _write_rows(folder, rows, schema, self.output.kind)
+        return []
+
+
+@dataclass
+class Settled:
+    """What the parts of a folder hold, each row once. `ids`: digests; `latencies`: seconds, those that are known."""
+
+    ids: set[bytes] = field(default_factory=set)
+    tokens: int = 0
+    later_tokens: int = 0
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    latencies: array[float] = field(default_factory=lambda: array("f"))
+    kinds: Counter[str] = field(default_factory=Counter)
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.ids.add(digest(_id(row)))
+        if "custom_id" in row:
+            answered = row.get("response") or {}
+            usage = (answered.get("body") or {}).get("usage") or {}
+            told = usage.get("speculative") or {}
+            row = told | {"tokens": usage.get("completion_tokens"), "kind": _error_kind(row)}
+        tokens, steps = row.get("tokens") or 0, row.get("steps") or 0
+        self.tokens, self.steps = self.tokens + tokens, self.steps + steps
+        self.later_tokens += max(0, tokens - 1) if steps else 0
+        self.drafted += row.get("drafted") or 0
+        self.accepted += row.get("accepted") or 0
+        if row.get("latency_seconds") is not None:
+            self.latencies.append(row["latency_seconds"])
+        if row.get("kind"):
+            self.kinds[row["kind"]] += 1
+
+
+def settle(folder: Path, kind: str, schema: pa.Schema, elsewhere: set[bytes] | None = None) -> Settled:
+    """Read every part, one at a time, and take out rows that an earlier one holds, or that stand `elsewhere`."""
+    found = Settled()
+    taken = elsewhere or set()
+    rewritten: set[Path] = set()
+    for path in parts(folder, kind):
+        if path in rewritten:  # a part is named by its rows: what was left of an earlier one took this name
+            continue
+        rows = list(_read(path, kind, schema))
+        kept = []
+        for row in rows:
+            key = digest(_id(row))
+            if key not in found.ids and key not in taken:
+                kept.append(row)
+                found.add(row)
+        if len(kept) < len(rows):
+            if kept:
+                rewritten.add(_write_rows(folder, kept, schema, kind))
+            path.unlink()
+    return found
+
+
+def parts(folder: Path, kind: str) -> list[Path]:
+    """Finished part files of an output folder."""
+    if kind == "parquet":
+        return part_files(folder)
+    return sorted(folder.glob("part-*.jsonl")) if folder.exists() else []
+
+
+def read_batch_rows(folder: Path, kind: str) -> Iterator[dict[str, Any]]:
+    """Rows that finished parts hold, a part at a time."""
+    for path in parts(folder, kind):
+        yield from _read(path, kind, BATCH)
+
+
+def _read(path: Path, kind: str, schema: pa.Schema) -> Iterator[dict[str, Any]]:
+    if kind == "parquet":
+        check_schema(pq.read_schema(path), schema, str(path))
+        yield from pq.read_table(path).to_pylist()
+        return
+    with path.open(encoding="utf-8", newline="\n") as lines:  # an answer may hold other line ends, such as U+2028
+        yield from map(json.loads, lines)
+
+
+def _write_rows(folder: Path, rows: list[dict[str, Any]], schema: pa.Schema, kind: str) -> Path:
+    if kind == "parquet":
+        return write_part(folder, rows, schema)
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=".part-", suffix=".tmp", dir=folder)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as handle:
+        handle.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path = folder / f"part-{content_id(sorted(_id(row) for row in rows))}.jsonl"
+    os.replace(temporary, path)
+    return path
+
+
+def _id(row: dict[str, Any]) -> str:
+    return str(row["custom_id"] if "custom_id" in row else row["id"])
+
+
+def _error_kind(row: dict[str, Any]) -> str | None:
+    """The kind of a line of an errors file, told by its status."""
+    if row["error"] is None:
+        return None
+    if row["response"] is None:
+        return "input"
+    return "failed" if row["response"]["status_code"] >= 500 else "refused"

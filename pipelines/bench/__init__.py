@@ -1,0 +1,5 @@
+"""`bench`: every way of decoding on the same prompts in one run."""
+
+from lazy_loader import attach_stub
+
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

@@ -1,0 +1,3 @@
+from .stage import run_bench
+
+__all__ = ["run_bench"]

@@ -1,0 +1,126 @@
+"""The identity checks of `bench`: fp32 answers against the naive loop, and what parts bf16 answers from plain ones."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra_core.base import Base, load_base
+from hydra_core.decoding import Engine, compare, naive_generate
+from hydra_core.sampling import Request
+from pipelines.bench.plan import FOREIGN, PLAIN, BenchPlan, Question, Row, append_row, read_lines, room_for, split_sweep
+from pipelines.bench.plan import make_drafter as drafter_of
+from pipelines.bench.turns import prompt_of
+
+ARRIVAL_STEPS = 3
+"""Engine steps between two arrivals in the staggered batch."""
+
+
+@dataclass(frozen=True)
+class IdentityRow:
+    """One answer judged. `dtype`: fp32 (against the naive loop) or the run's own (against plain); `rows`: of the running
+    batch it was made in, 0 for an answer that was timed; `index`, `gap`: where it first differs, and by how much in logits;
+    `turn`: of the question, from 0."""
+
+    question: str
+    method: str
+    dtype: str
+    rows: int
+    verdict: str
+    index: int | None = None
+    gap: float | None = None
+    turn: int = 0
+
+
+def read_identity(path: Path) -> list[IdentityRow]:
+    return [IdentityRow(**values) for values in read_lines(path)]
+
+
+def check_differences(plan: BenchPlan, questions: list[Question], rows: list[Row]) -> None:
+    """Judge every timed answer that differs from plain decoding's in the run's own weight format; where several rounds differ
+    alike, once."""
+    if plan.temperature:
+        return
+    path = Path(plan.identity_file)
+    done = {(row.question, row.turn, row.method) for row in read_identity(path)
+            if row.dtype == plan.base.dtype and row.rows == 0}
+    asked = {question.id: question for question in questions}
+    plain = {(row.round, row.question, row.turn): row.token_ids for row in rows if row.method == PLAIN}
+    exact: Base | None = None
+    for row in rows:
+        key = (row.question, row.turn, row.method)
+        if row.method == PLAIN or key in done or row.token_ids == plain[row.round, row.question, row.turn]:
+            continue
+        exact = exact or _exact(plan, plan.base.dtype)
+        before = [plain[row.round, row.question, turn] for turn in range(row.turn)]
+        prompt = prompt_of(asked[row.question], before, exact, exact.context_limit)
+        found = compare(exact, prompt, plain[row.round, row.question, row.turn], row.token_ids)
+        append_row(path, IdentityRow(row.question, row.method, plan.base.dtype, 0, found.verdict, found.index, found.gap,
+                                     row.turn))
+        done.add(key)
+
+
+def check_identity(plan: BenchPlan, questions: list[Question]) -> None:
+    """Greedy, in every format of the plan: each engine contender against the naive loop, alone and in a batch with
+    staggered arrivals."""
+    for dtype in plan.identity_formats:
+        _check_format(plan, questions, dtype)
+
+
+def _check_format(plan: BenchPlan, questions: list[Question], dtype: str) -> None:
+    path = Path(plan.identity_file)
+    done = {(row.question, row.method, row.rows) for row in read_identity(path) if row.dtype == dtype and row.rows}
+    methods = [method for method in plan.methods if method not in FOREIGN and split_sweep(method, plan.heads)[1] is None]
+    batches = [1] + [plan.identity_batch] * (plan.identity_batch > 1)
+    chosen = questions[:plan.identity_prompts]
+    todo = [(method, rows) for rows in batches for method in methods
+            if any((question.id, method, rows) not in done for question in chosen)]
+    if not todo:
+        return
+    base = load_base(plan.base.model, dtype=dtype, device=plan.base.device, cache=Path(plan.cache),
+                     context_limit=plan.base.context_limit)
+    limit = room_for(base, plan.max_new_tokens, questions)
+    requests = [Request(question.id, question.prompt_ids, plan.max_new_tokens) for question in chosen]
+    wanted = {}
+    for count, request in enumerate(requests, start=1):
+        wanted[request.id] = naive_generate(base, request, limit).token_ids
+        _say(f"{dtype} identity, naive loop, prompt {count}/{len(requests)}")
+    exact: Base | None = None
+    for method, rows in todo:
+        engine = Engine(base, *drafter_of(method, plan, base, measured=False), max_batch=rows, context_limit=limit)
+        differing = 0
+        for request_id, answer in _answers(engine, requests, rows):
+            if (request_id, method, rows) in done:
+                continue
+            reference, prompt = wanted[request_id], next(r.prompt_ids for r in requests if r.id == request_id)
+            if answer != reference:
+                differing, exact = differing + 1, exact or _exact(plan, dtype)
+            found = compare(exact or base, prompt, reference, answer)
+            append_row(path, IdentityRow(request_id, method, dtype, rows, found.verdict, found.index, found.gap))
+        _say(f"{dtype} identity, {method}, batch of {rows}: {len(requests) - differing} of {len(requests)} token for token")
+
+
+def _answers(engine: Engine, requests: list[Request], rows: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """One after another for a batch of one; else a new one every few steps."""
+    if rows == 1:
+        for request in requests:
+            yield request.id, engine.generate([request])[0].token_ids
+        return
+    waiting, step = list(reversed(requests)), 0
+    while waiting or engine.has_work:
+        if waiting and step % ARRIVAL_STEPS == 0:
+            engine.add(waiting.pop())
+        step += 1
+        for output in engine.step():
+            if output.result is not None:
+                yield output.id, output.result.token_ids
+
+
+def _exact(plan: BenchPlan, dtype: str) -> Base:
+    return load_base(plan.base.model, dtype=dtype, device=plan.base.device, cache=Path(plan.cache), widen=True)
+
+
+def _say(text: str) -> None:
+    print(f"bench: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,93 @@
+"""Which prompts `bench` decodes: a file's, spread over its tasks, or this run's held-out ones."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import zip_longest
+
+from hydra_core.base import context_limit, load_tokenizer, resolve_base
+from hydra_core.errors import InputError
+from pipelines.bench.plan import Question
+from pipelines.config import RunConfig
+from pipelines.distill.prompts import prompt_ids_of
+from pipelines.rows.parquet_parts import read_parts
+from pipelines.rows.prompt_reader import PromptRow, RowError, read_prompt_rows
+from pipelines.rows.schemas import PROMPTS
+from pipelines.runtime.artifacts import RunPaths, require_manifest
+
+DEFAULT_QUESTIONS = 24
+TASKS = dict.fromkeys(("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"), "conversation")
+"""Spec-Bench's six tasks: five are categories of their own, MT-Bench's eight are the sixth."""
+
+
+def load_questions(config: RunConfig) -> tuple[list[Question], list[dict[str, str]]]:
+    """The prompts to decode, of a file or this run's held-out ones, and error rows for those that cannot be.
+
+    Raises InputError when there are none.
+    """
+    where = config.bench.prompts or str(RunPaths.of(config).stage("distill") / "prompts")
+    longest = context_limit(config.base.model, cache=RunPaths.of(config).cache, asked=config.base.context_limit) - 1
+    questions: dict[str, Question] = {}
+    errors = []
+    for row, found in _questions_of_file(config) if config.bench.prompts else _held_out(config):
+        if isinstance(found, Question) and len(found.prompt_ids) > longest:
+            found = RowError(row, f"row {row}: prompt: has {len(found.prompt_ids)} tokens, the context has room for {longest}")
+        if isinstance(found, RowError):
+            print(f"bench: {where}: {found.message}: left out", file=sys.stderr)
+            errors.append({"id": f"{where}:{row}", "stage": "bench", "message": found.message})
+            continue
+        if found.id in questions:  # results are kept by id
+            found = replace(found, id=f"{found.id}#{row}")
+        questions[found.id] = found
+    if not questions:
+        raise InputError(f"bench.prompts={where}: has no usable prompt" + (f": {errors[0]['message']}" if errors else ""))
+    print(f"bench: {len(questions) + len(errors)} prompts read = {len(questions)} ok + {len(errors)} errors", file=sys.stderr)
+    return list(questions.values()), errors
+
+
+def _held_out(config: RunConfig) -> Iterator[tuple[int, Question]]:
+    folder = RunPaths.of(config).stage("distill")
+    require_manifest(folder, "distill")
+    rows = [row for row in read_parts(folder / "prompts", PROMPTS).to_pylist() if row["split"] == "held_out"]
+    rows = sorted(rows, key=lambda row: row["prompt_id"])[:config.bench.limit or DEFAULT_QUESTIONS]
+    if not rows:
+        raise InputError("bench.prompts: this run has no held-out prompt: name a JSONL file")
+    for number, row in enumerate(rows, start=1):
+        yield number, Question(row["prompt_id"], row["source"].split("/")[0], tuple(row["prompt_ids"]))
+
+
+def _questions_of_file(config: RunConfig) -> Iterator[tuple[int, Question | RowError]]:
+    assert config.bench.prompts is not None
+    tokenizer = load_tokenizer(resolve_base(config.base.model, RunPaths.of(config).cache).folder)
+    for item in _spread(list(read_prompt_rows(config.bench.prompts, "prompt", None)), config.bench.limit):
+        ids = item if isinstance(item, RowError) else prompt_ids_of(item, tokenizer)
+        if isinstance(item, RowError) or isinstance(ids, RowError):
+            yield item.row, ids
+        else:
+            yield item.row, Question(str(item.extra.get("question_id", item.row)), _task(item), tuple(ids),
+                                     item.turns[:config.bench.turns])
+
+
+def _spread(items: list[PromptRow | RowError], limit: int | None) -> list[PromptRow | RowError]:
+    """The first `limit` rows, every task and every category in it in turn, so that few questions stand for all."""
+    if limit is None:
+        return items
+    tasks: dict[str, dict[str, list[PromptRow | RowError]]] = {}
+    for item in items:
+        category = "all" if isinstance(item, RowError) else _category(item)
+        tasks.setdefault(TASKS.get(category, category), {}).setdefault(category, []).append(item)
+    return _in_turn([_in_turn(list(categories.values())) for categories in tasks.values()])[:limit]
+
+
+def _in_turn(lists: list[list[PromptRow | RowError]]) -> list[PromptRow | RowError]:
+    return [item for places in zip_longest(*lists) for item in places if item is not None]
+
+
+def _category(row: PromptRow) -> str:
+    return str(row.extra.get("category", "all"))
+
+
+def _task(row: PromptRow) -> str:
+    return TASKS.get(_category(row), _category(row))

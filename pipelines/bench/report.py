@@ -1,0 +1,253 @@
+"""From bench rows to figures and tables. Counts first, ratios last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from pipelines.bench.losslessness import IdentityRow
+from pipelines.bench.plan import PLAIN, TRANSFORMERS, BenchPlan, Row
+from pipelines.bench.step_breakdown import by_speed, step_figures
+
+RESAMPLES = 2000
+
+
+def summarise(rows: list[Row], identity: list[IdentityRow]) -> dict[str, Any]:
+    """`methods.<name>` -> figures, as the stage's JSON line holds them.
+
+    `tokens_per_step`: tokens after the first over base forwards after prefill, pooled. `speed_vs_*`: ratio of mean
+    per-question tokens/s, turns and rounds of a question pooled, prefill included; `decode_speed_vs_plain` without it.
+    `spread`: 95 % interval of `speed_vs_plain` over resampled questions. `identical`: share of answers, of all turns, equal
+    to plain's by token ids; `differing`: the verdicts on those that are not; `fp32`: verdicts against the
+    naive loop, `naive` in every format that was checked; `categories`: tokens per step and ratios of each. And what
+    `step_figures` says.
+    """
+    methods = list(dict.fromkeys(row.method for row in (*rows, *identity)))
+    by = {method: [row for row in rows if row.method == method] for method in methods}
+    plain_answers = {(row.round, row.question, row.turn): row.token_ids for row in by.get(PLAIN, [])}
+    figures = {}
+    for method in methods:
+        own = by[method]
+        steps = sum(row.steps for row in own)
+        figures[method] = {
+            "rows": len(own),
+            "tokens": sum(len(row.token_ids) for row in own),
+            "tokens_per_step": _round(sum(len(row.token_ids) - 1 for row in own) / steps if steps else None),
+            "tokens_per_second": _round(float(np.mean(list(_rates(own).values()))), 2) if own else None,
+            "speed_vs_plain": _ratio(own, by.get(PLAIN, [])),
+            "speed_vs_transformers": _ratio(own, by.get(TRANSFORMERS, [])),
+            "decode_speed_vs_plain": _ratio(own, by.get(PLAIN, []), prefill=False),
+            "spread": _spread(own, by.get(PLAIN, [])),
+            "rounds": [_ratio([row for row in own if row.round == number],
+                              [row for row in by.get(PLAIN, []) if row.round == number])
+                       for number in sorted({row.round for row in own})],
+            "identical": _round(_share(plain_answers.get((row.round, row.question, row.turn)) == row.token_ids
+                                       for row in own)),
+            **step_figures(own),
+            "differing": _verdicts([row for row in identity if row.rows == 0], method),
+            "fp32": _verdicts([row for row in identity if row.rows and row.dtype == "fp32"], method),
+            "naive": {dtype: _verdicts([row for row in identity if row.rows and row.dtype == dtype], method)
+                      for dtype in dict.fromkeys(row.dtype for row in identity if row.rows)},
+            "categories": _categories(own, by.get(PLAIN, []), by.get(TRANSFORMERS, [])),
+        }
+    return figures
+
+
+CATEGORIES = "By category: speed against plain, its 95 % interval (tokens per step)"
+
+
+def _categories(rows: list[Row], plain: list[Row], transformers: list[Row]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for category in dict.fromkeys(row.category for row in rows):
+        own, *others = ([row for row in part if row.category == category] for part in (rows, plain, transformers))
+        steps = sum(row.steps for row in own)
+        found[category] = {"questions": len({row.question for row in own}),
+                           "tokens_per_step": _round(sum(len(row.token_ids) - 1 for row in own) / steps if steps else None),
+                           "speed_vs_plain": _ratio(own, others[0]), "spread": _spread(own, others[0]),
+                           "decode_speed_vs_plain": _ratio(own, others[0], prefill=False),
+                           "speed_vs_transformers": _ratio(own, others[1])}
+    return found
+
+
+def _rates(rows: list[Row], prefill: bool = True) -> dict[str, float]:
+    """Tokens per second of each question, turns and rounds pooled. Without prefill first tokens do not count."""
+    totals: dict[str, list[float]] = {}
+    for row in rows:
+        seconds = row.decode_seconds + (row.prefill_seconds if prefill else 0.0)
+        tokens = len(row.token_ids) - (0 if prefill else 1)
+        entry = totals.setdefault(row.question, [0.0, 0.0])
+        entry[0] += tokens
+        entry[1] += seconds
+    return {question: tokens / seconds for question, (tokens, seconds) in totals.items() if tokens and seconds}
+
+
+def _ratio(rows: list[Row], against: list[Row], prefill: bool = True) -> float | None:
+    ours, theirs = _rates(rows, prefill), _rates(against, prefill)
+    shared = ours.keys() & theirs.keys()
+    if not shared:
+        return None
+    return _round(sum(ours[question] for question in shared) / sum(theirs[question] for question in shared))
+
+
+def _spread(rows: list[Row], against: list[Row]) -> list[float] | None:
+    ours, theirs = _rates(rows), _rates(against)
+    shared = sorted(ours.keys() & theirs.keys())
+    if len(shared) < 2:
+        return None
+    pairs = np.array([[ours[question], theirs[question]] for question in shared])
+    draws = np.random.default_rng(0).integers(0, len(shared), (RESAMPLES, len(shared)))
+    sums = pairs[draws].sum(axis=1)
+    low, high = np.percentile(sums[:, 0] / sums[:, 1], [2.5, 97.5])
+    return [round(float(low), 3), round(float(high), 3)]
+
+
+def _verdicts(identity: list[IdentityRow], method: str) -> dict[str, int] | None:
+    own = [row for row in identity if row.method == method]
+    if not own:
+        return None
+    return {"answers": len(own)} | {name.replace("-", "_"): sum(row.verdict == name for row in own)
+                                    for name in ("identical", "near-tie", "different")}
+
+
+def _share(flags: Iterable[bool]) -> float | None:
+    values = list(flags)
+    return sum(values) / len(values) if values else None
+
+
+def _round(value: float | None, digits: int = 3) -> float | None:
+    return None if value is None else round(value, digits)
+
+
+COLUMNS = ("method", "tokens/step", "vs plain", "95 % interval", "decode only", "vs transformers", "identical (bf16)",
+           "fp32 identity")
+
+
+def metrics_of(figures: dict[str, Any]) -> dict[str, float]:
+    """`METHOD.FIGURE` -> number, for MLflow."""
+    metrics: dict[str, float] = {}
+    for method, values in figures.items():
+        spread = dict(zip(("spread_low", "spread_high"), values["spread"] or (), strict=False))
+        accepted = {f"accepted_{depth}": share for depth, share in enumerate(values["accepted_at_least"], start=1)}
+        tasks = {f"{figure}_{name}": found[figure] for name, found in values["categories"].items()
+                 for figure in ("speed_vs_plain", "tokens_per_step")}
+        metrics |= {f"{method}.{key}": value for key, value in (values | spread | accepted | tasks).items()
+                    if isinstance(value, (int, float))}
+    return metrics
+
+
+def table_rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The report's cells, fastest first."""
+    ordered = [(name, figures[name]) for name in by_speed(figures)]
+    return [(name, _cell(f["tokens_per_step"], 2), _cell(f["speed_vs_plain"], 2, "x"),
+             "-" if f["spread"] is None else f"{f['spread'][0]:.2f} - {f['spread'][1]:.2f}",
+             _cell(f["decode_speed_vs_plain"], 2, "x"), _cell(f["speed_vs_transformers"], 2, "x"),
+             _identical_cell(f), _identity_cell(f["fp32"])) for name, f in ordered]
+
+
+def _cell(value: float | None, digits: int, unit: str = "") -> str:
+    return "-" if value is None else f"{value:.{digits}f}{unit}"
+
+
+def _identical_cell(figures: dict[str, Any]) -> str:
+    """The share, and how many of the others are more than a near-tie apart."""
+    if figures["identical"] is None:
+        return "-"
+    wrong = (figures["differing"] or {}).get("different", 0)
+    return f"{100 * figures['identical']:.0f} %" + (f", {wrong} not near-ties" if wrong else "")
+
+
+def _identity_cell(fp32: dict[str, int] | None) -> str:
+    if fp32 is None:
+        return "-"
+    ties = f" + {fp32['near_tie']} near-ties" if fp32["near_tie"] else ""
+    return f"{fp32['identical']}{ties} of {fp32['answers']}"
+
+
+def markdown(figures: dict[str, Any], title: str, dtype: str) -> str:
+    """The table of single requests under its title, or the title alone where none was decoded."""
+    if not figures:
+        return f"# {title}\n"
+    columns = [column.replace("bf16", dtype) if "bf16" in column else column for column in COLUMNS]
+    lines = [f"# {title}", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(cells) + " |" for cells in table_rows(figures)]
+    return "\n".join(lines) + "\n"
+
+
+def category_markdown(figures: dict[str, Any]) -> str:
+    """Speed against plain and tokens per step of every category, or nothing where there is but one."""
+    names = category_names(figures)
+    if len(names) < 2:
+        return ""
+    lines = ["", f"## {CATEGORIES}", "", "| method | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|",
+             *("| " + " | ".join(cells) + " |" for cells in category_rows(figures, names))]
+    if any(len(values["rounds"]) > 1 for values in figures.values()):
+        lines += ["", "Against plain, round by round: " + "; ".join(
+            f"{method} {', '.join(_cell(value, 2) for value in values['rounds'])}" for method, values in figures.items()
+            if method != PLAIN) + "."]
+    return "\n".join(lines) + "\n"
+
+
+def category_names(figures: dict[str, Any]) -> list[str]:
+    """All that any contender was asked, in the order in which they came."""
+    return list(dict.fromkeys(name for values in figures.values() for name in values["categories"]))
+
+
+def category_rows(figures: dict[str, Any], names: list[str]) -> list[tuple[str, ...]]:
+    """The cells of each contender."""
+    return [(method, *(_category_cell(values["categories"].get(name, {})) for name in names))
+            for method, values in figures.items()]
+
+
+def _category_cell(found: dict[str, Any]) -> str:
+    low, high = found.get("spread") or (None, None)
+    between = "" if low is None or low == high else f" {low:.2f} - {high:.2f}"
+    return f"{_cell(found.get('speed_vs_plain'), 2, 'x')}{between} ({_cell(found.get('tokens_per_step'), 2)})"
+
+
+def print_categories(figures: dict[str, Any], stream: Any) -> None:
+    """The same table on a terminal, or nothing where there is but one category."""
+    from rich.console import Console
+    from rich.table import Table
+
+    names = category_names(figures)
+    if len(names) < 2:
+        return
+    table = Table(title=CATEGORIES)
+    for column in ("method", *names):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for cells in category_rows(figures, names):
+        table.add_row(*cells)
+    Console(file=stream, width=max(80, 16 + 26 * len(names))).print(table)
+
+
+def batch_markdown(batches: dict[str, Any], plan: BenchPlan) -> str:
+    """The throughput table, or nothing where it was not measured."""
+    if not batches:
+        return ""
+    prompts = max(figures["prompts"] for methods in batches.values() for figures in methods.values())
+    lines = ["", f"## {prompts} prompts, {plan.running_batch} rows", "",
+             "| limits | method | tokens/s | vs transformers | range over rounds | vs the engine called directly |",
+             "|---|---|---|---|---|---|"]
+    for workload, methods in batches.items():
+        for name, f in methods.items():
+            low, high = f["range"] or (None, None)
+            lines.append(f"| {workload} | {name} | {f['tokens_per_second']:.0f} | {_cell(f['speed_vs_transformers'], 2, 'x')} "
+                         f"| {_cell(low, 2)} - {_cell(high, 2)} | {_cell(f.get('speed_vs_engine'), 2, 'x')} |")
+    return "\n".join(lines) + "\n"
+
+
+def print_table(figures: dict[str, Any], title: str, dtype: str, stream: Any) -> None:
+    """The same table on a terminal, or nothing where no single request was decoded."""
+    from rich.console import Console
+    from rich.table import Table
+
+    if not figures:
+        return
+    table = Table(title=title)
+    for column in COLUMNS:
+        table.add_column(column.replace("bf16", dtype), justify="left" if column == "method" else "right")
+    for cells in table_rows(figures):
+        table.add_row(*cells)
+    Console(file=stream, width=140).print(table)

@@ -1,0 +1,3 @@
+from .stage import run_compare
+
+__all__ = ["run_compare"]

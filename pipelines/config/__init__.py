@@ -1,0 +1,5 @@
+"""One typed configuration for every stage: YAML file, then dotted overrides, unknown fields refused."""
+
+from lazy_loader import attach_stub
+
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

@@ -1,0 +1,40 @@
+from .ablate import AblateSection, Variant
+from .base import BaseSection, TrackingSection, Workers
+from .batch import BatchSection
+from .bench import BenchSection, CompareSection, PromoteSection
+from .distill import DistillSection, PromptsSection
+from .generate import GenerateSection
+from .load import LoadSection
+from .run import STORAGE_VARIABLE, RunConfig, load_config, parse_override, to_yaml
+from .section import Section, Size
+from .serve import ServeSection
+from .train import TrainSection, TrainWorkers
+from .tree import NgramSection, TreeSection
+
+__all__ = [
+           "STORAGE_VARIABLE",
+           "AblateSection",
+           "BaseSection",
+           "BatchSection",
+           "BenchSection",
+           "CompareSection",
+           "DistillSection",
+           "GenerateSection",
+           "LoadSection",
+           "NgramSection",
+           "PromoteSection",
+           "PromptsSection",
+           "RunConfig",
+           "Section",
+           "ServeSection",
+           "Size",
+           "TrackingSection",
+           "TrainSection",
+           "TrainWorkers",
+           "TreeSection",
+           "Variant",
+           "Workers",
+           "load_config",
+           "parse_override",
+           "to_yaml",
+]

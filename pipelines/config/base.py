@@ -1,0 +1,38 @@
+"""Settings that several stages share: the base, workers, tracking."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from hydra_core.base.embedded import EMBEDDED_BASE
+from pipelines.config.section import Section
+
+
+class BaseSection(Section):
+    """The frozen base model whose output is to come out faster."""
+
+    model: str = Field(EMBEDDED_BASE, description="directory, hub id, .gguf file, or the embedded model")
+    dtype: Literal["auto", "bf16", "fp32", "int4", "int4-lossy"] = Field(
+        "bf16", description="weight format; part of the base's identity. auto: the fastest here of those that hold the "
+                            "checkpoint's own values; int4: a Q4_1 checkpoint's own codes, on a CPU; int4-lossy: 4-bit "
+                            "codes made of any other base, which change its answers")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    context_limit: int | None = Field(None, ge=2, description="tokens of prompt + answer; default: the model's own")
+
+
+class Workers(Section):
+    """What Ray reserves for each actor or worker, and the threads it really uses."""
+
+    count: int = Field(1, ge=1)
+    cpus: float = Field(0.5, ge=0, description="logical CPUs to reserve: a share, not a thread count")
+    gpus: float = Field(0, ge=0)
+    threads: int = Field(2, ge=1, description="torch threads in each")
+
+
+class TrackingSection(Section):
+    """MLflow."""
+
+    uri: str | None = Field(None, description="default: MLFLOW_TRACKING_URI, else SQLite under storage")
+    experiment: str = "hydra-heads"

@@ -1,0 +1,142 @@
+"""One typed configuration for every stage: YAML file, then dotted overrides, unknown fields refused.
+
+Defaults stand here and nowhere else. Every stage receives the whole `RunConfig` and reads its own section.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError, field_validator
+
+from hydra_core.errors import InputError
+from pipelines.config.ablate import AblateSection
+from pipelines.config.base import BaseSection, TrackingSection
+from pipelines.config.batch import BatchSection
+from pipelines.config.bench import BenchSection, CompareSection, PromoteSection
+from pipelines.config.distill import DistillSection, PromptsSection
+from pipelines.config.generate import GenerateSection
+from pipelines.config.load import LoadSection
+from pipelines.config.section import Section
+from pipelines.config.serve import ServeSection
+from pipelines.config.train import TrainSection
+from pipelines.config.tree import NgramSection, TreeSection
+
+STORAGE_VARIABLE = "HYDRA_HEADS_STORAGE"
+
+
+class RunConfig(Section):
+    """Everything one chain of stages needs."""
+
+    name: str = Field("default", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run's folder")
+    storage: str = Field(
+        default_factory=lambda: os.environ.get(STORAGE_VARIABLE) or str(Path.home() / ".hydra-heads"),
+        validate_default=True,
+        description="absolute root of all outputs, the cache and the tracking database")
+    ray_address: str | None = Field(None, description="cluster to join; default: RAY_ADDRESS, else a local one is started")
+    base: BaseSection = BaseSection()
+    prompts: PromptsSection = PromptsSection()
+    distill: DistillSection = DistillSection()
+    train: TrainSection = TrainSection()
+    tree: TreeSection = TreeSection()
+    ngram: NgramSection = NgramSection()
+    bench: BenchSection = BenchSection()
+    compare: CompareSection = CompareSection()
+    promote: PromoteSection = PromoteSection()
+    ablate: AblateSection = AblateSection()
+    generate: GenerateSection = GenerateSection()
+    serve: ServeSection = ServeSection()
+    batch: BatchSection = BatchSection()
+    load: LoadSection = LoadSection()
+    tracking: TrackingSection = TrackingSection()
+
+    @field_validator("storage")
+    @classmethod
+    def _storage_is_absolute(cls, value: str) -> str:
+        expanded = os.path.expandvars(os.path.expanduser(value))
+        if not os.path.isabs(expanded):
+            raise ValueError(f"must be an absolute path, got {value!r} (storage= or {STORAGE_VARIABLE}): a submitted job "
+                             "runs in an unpacked copy")
+        return expanded
+
+
+def load_config(path: str | None = None, overrides: dict[str, Any] | None = None) -> RunConfig:
+    """Read YAML at `path` (or the defaults), lay dotted `overrides` over it and check the whole.
+
+    Raises InputError naming the file and field for a missing file, broken YAML, an unknown field or a bad value.
+    """
+    values = _read_yaml(path) if path else {}
+    for dotted, value in (overrides or {}).items():
+        _set_dotted(values, dotted, value)
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise InputError(_one_line(error, path)) from None
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Split `section.field=value`; the value is read as YAML. Raises InputError when there is no `=`."""
+    dotted, separator, value = text.partition("=")
+    if not separator or not dotted.strip():
+        raise InputError(f"override {text!r}: write it as section.field=value")
+    try:
+        return dotted.strip(), _number(yaml.safe_load(value))
+    except yaml.YAMLError:
+        return dotted.strip(), value
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved configuration, defaults included, as YAML that `load_config` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False)
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"config {path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise InputError(f"config {path}: is not UTF-8 text") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"config {path}: is not valid YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise InputError(f"config {path}: must be a mapping of sections, got {type(values).__name__}")
+    return values
+
+
+def _set_dotted(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    node = values
+    for name in parents:
+        child = node.setdefault(name, {})
+        if not isinstance(child, dict):
+            raise InputError(f"override {dotted}: {name} is a value, not a section")
+        node = child
+    node[last] = value
+
+
+def _number(value: Any) -> Any:
+    """YAML reads `1e-3` as text because it has no dot; people mean a number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _one_line(error: ValidationError, path: str | None) -> str:
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"]) or "config"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = "unknown field"
+    where = f"config {path}" if path else "config"
+    return f"{where}: {field}: {message}"

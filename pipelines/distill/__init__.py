@@ -1,0 +1,5 @@
+"""`distill`: prompts in, the base's own answers and hidden states out."""
+
+from lazy_loader import attach_stub
+
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

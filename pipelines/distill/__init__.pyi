@@ -1,0 +1,3 @@
+from .stage import run_distill
+
+__all__ = ["run_distill"]

@@ -1,0 +1,318 @@
+"""`distill`: prompts in, the base model's own answers and hidden states out.
+
+    prompts/          part files of contracts.PROMPTS     self-made, or read from JSONL, Parquet or a data set
+    prompts.json      how many were read, could not be, were left out
+    responses/        part files of contracts.RESPONSES   one answer per prompt and temperature
+    features/         part files of contracts.FEATURES    responses with the hidden states that training reads
+    errors/prompts/   part files of contracts.ERRORS      rows that are no prompt; they stand as long as the prompts do
+    errors/answers/   part files of contracts.ERRORS      answers that failed; they are tried again
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute
+
+from hydra_core.base import (
+    BaseIdentity,
+    context_limit,
+    hidden_width,
+    load_tokenizer,
+    load_vocabulary,
+    resolve_base,
+    user_turn_opening,
+)
+from hydra_core.base.formats import LOSSY
+from hydra_core.decoding import check_heads
+from hydra_core.errors import InputError
+from pipelines.config import DistillSection, RunConfig
+from pipelines.distill.actors import FeatureWriter, PromptWriter, ResponseWriter, WorkerSettings
+from pipelines.distill.prompts import file_prompts, source_digest
+from pipelines.rows.parquet_parts import known_ids, part_files, read_parts, sweep, write_part
+from pipelines.rows.prompt_reader import count_rows
+from pipelines.rows.schemas import ERRORS, FEATURES, PROMPTS, RESPONSES, check_counts, content_id
+from pipelines.runtime.artifacts import RunPaths, StageResult, fingerprint, finished, require_manifest, stage_folder, write_text
+from pipelines.runtime.ray_cluster import check_workers, ensure_ray, run_blocks
+from pipelines.tracking import Run, Tracker
+
+BLOCK_BATCHES = 8   # running batches in one block of work: long enough that a draining end costs little
+BLOCKS_EACH = 4     # blocks for each of several workers where rows suffice: Ray Data hands them out two at a time
+FEATURE_ROWS = 128  # rows in one feature part
+LEAST_AGREEMENT = {"fp32": 0.99, "bf16": 0.9, "int4": 0.9}  # share of greedy tokens that their own hidden states must reproduce
+MOST_WAVES = 6
+COUNTS = "prompts.json"
+PARTS = ("prompts", "responses", "features", "errors/prompts", "errors/answers")
+HOW = {"workers", "heads", "running_batch", "rows_per_file", "max_error_share", "features"}
+"""Settings that change no row: a run that failed goes on with others, and one without all features is added to."""
+
+
+def distill_fingerprint(config: RunConfig) -> str:
+    """What a `distill` folder is the answer to. Raises InputError for prompts or a base that are not there."""
+    source = source_digest(config.prompts)
+    resolved = resolve_base(config.base.model, RunPaths.of(config).cache)
+    settings = {"prompts": config.prompts.model_dump(), "distill": config.distill.model_dump(exclude=HOW),
+                "base": config.base.model_dump(exclude={"device", "model"})}
+    return fingerprint("distill", settings, {"base": resolved.digest} | ({"prompts": source} if source else {}))
+
+
+def run_distill(config: RunConfig) -> StageResult:
+    """Run the stage, or take up where a killed one stopped. Raises InputError for the user's mistakes."""
+    tracker = Tracker.open(config)  # first of all: a dead server is told before a base is fetched
+    folder, wanted = RunPaths.of(config).stage("distill"), distill_fingerprint(config)
+    if (done := finished(folder, wanted)) is not None and not _lacks_features(config, done):
+        return done
+    _check_base(config)
+    with stage_folder(config, "distill", folder, wanted) as stage:
+        for part in (*PARTS, "candidates"):
+            sweep(folder / part)
+        shutil.rmtree(folder / "errors" / "answers", ignore_errors=True)  # failed answers are tried again
+        if config.prompts.source != "self":
+            _read_prompts(config, folder)  # a file without a usable row is told before anything is started
+        with ensure_ray(config), tracker.start("distill", fingerprint=wanted) as run:
+            check_workers("distill.workers", config.distill.workers)
+            return stage.finish(*_run_in_ray(config, folder, run))
+
+
+def _run_in_ray(config: RunConfig, folder: Path, run: Run) -> tuple[StageResult, list[Path]]:
+    """Whatever is still missing; the result and the files it is made of."""
+    figures = _prompts(config, folder)
+    prompt_ids = read_parts(folder / "prompts", PROMPTS, ["prompt_id"])["prompt_id"].to_pylist()
+    run.log_dataset("prompts", content_id(sorted(prompt_ids)), config.prompts.path or str(folder / "prompts"), "distill")
+    figures |= _responses(config, folder)
+    figures |= _features(config, folder)
+    run.log_metrics({name: value for name, value in figures.items() if isinstance(value, (int, float))})
+    outputs = {part: str(folder / part) for part in ("prompts", "responses", "features", "errors")}
+    files = [path for part in PARTS for path in part_files(folder / part)]
+    return StageResult("distill", run.run_id, outputs, figures), [*files, folder / COUNTS]
+
+
+def _check_base(config: RunConfig) -> None:
+    """Raise InputError for what the base cannot do, before a folder is claimed or a worker started."""
+    model, cache = config.base.model, RunPaths.of(config).cache
+    if config.base.dtype == LOSSY:
+        raise InputError(f"base.dtype={LOSSY}: heads learn from the base itself, not from a lossy copy: distill and train with "
+                         "auto, bf16 or fp32, and bench those heads with the lossy base")
+    context_limit(model, cache=cache, asked=config.base.context_limit)
+    if config.prompts.source == "self":
+        user_turn_opening(load_tokenizer(resolve_base(model, cache).folder))
+    vocabulary = load_vocabulary(model, dtype=config.base.dtype, cache=cache)
+    if config.distill.heads:
+        check_heads(config.distill.heads, vocabulary)
+
+
+def _lacks_features(config: RunConfig, done: StageResult) -> bool:
+    """Whether a finished run kept hidden states of held-out rows alone and those of all are asked for now."""
+    return config.distill.features == "all" and done.figures.get("feature_rows", 0) < done.figures.get("responses", 0)
+
+
+def answered(config: RunConfig) -> tuple[Path, str]:
+    """Answers folder and digest of this run's finished `distill`, for training that makes features itself."""
+    folder = RunPaths.of(config).stage("distill")
+    manifest = require_manifest(folder, "distill")
+    return folder / "responses", content_id(manifest["fingerprint"], sorted(known_ids(folder / "responses", RESPONSES)))
+
+
+def distilled(config: RunConfig) -> tuple[Path, str]:
+    """Features folder and digest of this run's finished `distill`. Raises InputError if it has not finished.
+
+    The digest is of what was asked and of the rows' ids: rows that were lost and made again stand in other files.
+    """
+    folder = RunPaths.of(config).stage("distill")
+    manifest = require_manifest(folder, "distill")
+    ids = known_ids(folder / "features", FEATURES)
+    return folder / "features", content_id(manifest["fingerprint"], sorted(ids))
+
+
+def _settings(config: RunConfig, folder: Path, max_new_tokens: int, temperature: float = 0.0) -> WorkerSettings:
+    distill = config.distill
+    return WorkerSettings(config.base, str(RunPaths.of(config).cache), str(folder), distill.workers.threads,
+                          distill.running_batch, distill.rows_per_file, max_new_tokens, temperature, distill.held_out,
+                          distill.feature_dtype, distill.heads)
+
+
+def _run(config: RunConfig, actor: type, settings: WorkerSettings, blocks: list[pa.Table]) -> dict[str, int]:
+    workers = config.distill.workers
+    return run_blocks(actor, settings, blocks, actors=workers.count, cpus=workers.cpus, gpus=workers.gpus)
+
+
+def _blocks(table: pa.Table, rows: int) -> list[pa.Table]:
+    return [table.slice(start, rows) for start in range(0, len(table), rows)]
+
+
+# -- prompts -----------------------------------------------------------------------------------------------------------
+
+def _prompts(config: RunConfig, folder: Path) -> dict[str, int]:
+    """Counts of the prompts, which stand afterwards."""
+    counts = _standing(folder)
+    if counts is None or counts.get("self_made", 0) < config.prompts.self_made:
+        counts = _self_made(config, folder)
+    total = counts["prompts"] + counts["prompt_errors"] + counts["prompts_skipped"]
+    print(f"distill: prompts read {total} = {counts['prompts']} ok + {counts['prompt_errors']} errors + "
+          f"{counts['prompts_skipped']} skipped", file=sys.stderr)
+    return counts
+
+
+def _standing(folder: Path) -> dict[str, int] | None:
+    """Counts of the prompts if they stand, with the rows that are none; else None. They are written last, at once."""
+    if not part_files(folder / "prompts") or not (folder / COUNTS).exists():
+        return None
+    counts: dict[str, int] = json.loads((folder / COUNTS).read_text(encoding="utf-8"))
+    found = (len(read_parts(folder / "prompts", PROMPTS, ["prompt_id"])),
+             len(read_parts(folder / "errors" / "prompts", ERRORS, ["id"])))
+    return counts if found == (counts["prompts"], counts["prompt_errors"]) else None
+
+
+def _keep(folder: Path, rows: list[dict[str, Any]], errors: list[dict[str, Any]], skipped: int,
+          self_made: int = 0) -> dict[str, int]:
+    """Write prompts, the prompts themselves last; their counts. `self_made`: those that the base wrote besides a file's."""
+    for part in ("errors/prompts", "prompts"):
+        shutil.rmtree(folder / part, ignore_errors=True)
+    if errors:
+        write_part(folder / "errors" / "prompts", errors, ERRORS)
+    counts = {"prompts": len(rows), "prompt_errors": len(errors), "prompts_skipped": skipped, "self_made": self_made}
+    write_text(folder / COUNTS, json.dumps(counts))
+    write_part(folder / "prompts", rows, PROMPTS, key="prompt_id")
+    return counts
+
+
+def _self_made(config: RunConfig, folder: Path) -> dict[str, int]:
+    """Sample candidates in waves of consecutive seeds until enough distinct ones stand; then put them behind a file's."""
+    prompts = config.prompts
+    wanted = prompts.self_made or prompts.count or 640
+    settings = replace(_settings(config, folder, prompts.max_tokens, prompts.temperature), starts=prompts.starts)
+    tried, rejected = 0, 0
+    for _ in range(MOST_WAVES):
+        have = _distinct(folder, wanted)
+        if len(have) >= wanted:
+            break
+        # seeds that an earlier, killed run already turned into rows are not sampled again
+        known = {int(source.split("/")[1]) for source in
+                 read_parts(folder / "candidates", PROMPTS, ["source"])["source"].to_pylist()}
+        size = int((wanted - len(have)) * 1.3) + 16
+        first = prompts.seed * 1_000_000
+        seeds = [seed for seed in range(first + tried, first + tried + size) if seed not in known]
+        tried += size
+        table = pa.table({"index": pa.array(seeds, pa.int64())})
+        block = min(config.distill.running_batch * BLOCK_BATCHES, 256)
+        rejected += _run(config, PromptWriter, settings, _blocks(table, block)).get("rejected", 0)
+    rows = _distinct(folder, wanted)
+    if len(rows) < wanted:
+        raise InputError(f"prompts.source={prompts.source}: the base wrote only {len(rows)} usable prompts of {wanted} in "
+                         f"{tried} tries: raise prompts.max_tokens under another name, or bring prompts of your own")
+    counts = _keep(folder, *_behind_a_file(folder, rows, rejected), self_made=prompts.self_made)
+    shutil.rmtree(folder / "candidates", ignore_errors=True)
+    return counts
+
+
+def _behind_a_file(folder: Path, rows: list[dict[str, Any]],
+                   rejected: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
+    """Prompts, error rows and the number left out, with those of a file that was read before."""
+    read = _standing(folder)
+    if read is None:
+        return rows, [], rejected
+    before = read_parts(folder / "prompts", PROMPTS).to_pylist()
+    known = {row["prompt_id"] for row in before}
+    fresh = [row for row in rows if row["prompt_id"] not in known]
+    errors = read_parts(folder / "errors" / "prompts", ERRORS).to_pylist()
+    return before + fresh, errors, read["prompts_skipped"] + rejected + len(rows) - len(fresh)
+
+
+def _distinct(folder: Path, wanted: int) -> list[dict[str, Any]]:
+    """The first `wanted` candidates by seed, each text once."""
+    rows = sorted(read_parts(folder / "candidates", PROMPTS).to_pylist(), key=lambda row: row["source"])
+    return list({row["prompt_id"]: row for row in reversed(rows)}.values())[::-1][:wanted]
+
+
+def _read_prompts(config: RunConfig, folder: Path) -> None:
+    """Read the user's prompts unless they stand. Raises InputError, with nothing written, when too many rows are none."""
+    if _standing(folder) is not None:
+        return
+    tokenizer = load_tokenizer(resolve_base(config.base.model, RunPaths.of(config).cache).folder)
+    rows, errors, skipped = file_prompts(config.prompts, tokenizer, config.distill.held_out)
+    hint = f"{errors[0]['message']}; mend the file or raise distill.max_error_share" if errors else ""
+    read = len(rows) + len(errors) + skipped
+    if config.prompts.source != "datasets":
+        read = min(count_rows(str(config.prompts.path)), config.prompts.count or read)
+    check_counts(f"prompts.path={config.prompts.path}", read, len(rows), len(errors), skipped, config.distill.max_error_share,
+                 hint)
+    _keep(folder, rows, errors, skipped)
+
+
+# -- responses and features --------------------------------------------------------------------------------------------
+
+def _tasks(config: RunConfig, folder: Path) -> Iterator[dict[str, Any]]:
+    """One response to be made for each prompt and temperature; the id says everything it depends on."""
+    resolved = resolve_base(config.base.model, RunPaths.of(config).cache)
+    base = str(BaseIdentity(resolved.name, resolved.digest, config.base.dtype))
+    limits = [config.distill.max_new_tokens, config.base.context_limit]
+    for prompt in read_parts(folder / "prompts", PROMPTS).to_pylist():
+        for sample, temperature in enumerate(config.distill.temperatures):
+            seed = config.distill.seed + int(content_id(prompt["prompt_id"], sample)[:8], 16)
+            yield {"id": content_id(prompt["prompt_id"], temperature, seed, sample, base, limits),
+                   "prompt_id": prompt["prompt_id"], "prompt_ids": prompt["prompt_ids"], "response_ids": None,
+                   "finish_reason": None, "temperature": temperature, "seed": seed, "source": prompt["source"],
+                   "split": prompt["split"], "base": base}
+
+
+def _responses(config: RunConfig, folder: Path) -> dict[str, Any]:
+    tasks = list(_tasks(config, folder))
+    known = known_ids(folder / "responses", RESPONSES)
+    missing = [task for task in tasks if task["id"] not in known]
+    table = pa.Table.from_pylist(missing, schema=RESPONSES.remove_metadata())
+    settings = _settings(config, folder, config.distill.max_new_tokens)
+    blocks = _blocks(table, _block_rows(len(table), config.distill))
+    totals = _run(config, ResponseWriter, settings, blocks)
+    rows = read_parts(folder / "responses", RESPONSES, ["response_ids"])
+    tokens = sum(len(ids) for ids in rows["response_ids"].to_pylist())
+    errors = totals.get("errors", 0)
+    print(f"distill: answers {len(tasks)} = {len(rows)} ok + {errors} errors ({len(known)} stood already), "
+          f"{tokens} tokens", file=sys.stderr)
+    check_counts("distill answers", len(tasks), len(rows), errors, 0, config.distill.max_error_share,
+                 f"see {folder / 'errors' / 'answers'}; shorten those prompts or raise distill.max_error_share")
+    return {"responses": len(rows), "response_tokens": tokens, "errors": errors, "resumed": len(known)}
+
+
+def _block_rows(rows: int, distill: DistillSection) -> int:
+    """Rows of one block of answers: several running batches; of many workers each has several blocks of a batch or more, or at
+    least one of whatever there is."""
+    workers, most = distill.workers.count, distill.running_batch * BLOCK_BATCHES
+    if workers == 1:
+        return most
+    fair, share = (max(1, -(-rows // parts)) for parts in (workers * BLOCKS_EACH, workers))
+    return min(most, max(distill.running_batch, fair), share)
+
+
+def _tokens(rows: pa.Table) -> int:
+    """Of prompts and answers together."""
+    return sum(pa.compute.sum(pa.compute.list_value_length(rows[name])).as_py() or 0 for name in ("prompt_ids", "response_ids"))
+
+
+def _features(config: RunConfig, folder: Path) -> dict[str, Any]:
+    known = known_ids(folder / "features", FEATURES)
+    rows = read_parts(folder / "responses", RESPONSES)
+    if config.distill.features == "held_out":
+        rows = rows.filter(pa.compute.equal(rows["split"], "held_out"))
+    keep = [index for index, row_id in enumerate(rows["id"].to_pylist()) if row_id not in known]
+    tokens, missing = _tokens(rows), rows.take(pa.array(keep, pa.int64()))
+    wide = hidden_width(config.base.model, cache=RunPaths.of(config).cache)
+    size = _tokens(missing) * wide * (2 if config.distill.feature_dtype == "bf16" else 4)
+    print(f"distill: hidden states of {len(missing)} rows, {_tokens(missing)} tokens x {wide} wide in "
+          f"{config.distill.feature_dtype}: {size / 2**30:.2f} GiB to {folder / 'features'}", file=sys.stderr)
+    totals = _run(config, FeatureWriter, _settings(config, folder, 1), _blocks(missing, FEATURE_ROWS))
+    if (made := len(known) + totals.get("ok", 0)) < len(rows):
+        raise RuntimeError(f"distill: hidden states of {made} rows, but {len(rows)} answers want them")
+    compared = totals.get("compared", 0)
+    share = totals.get("agreed", 0) / compared if compared else None
+    if share is not None and share < LEAST_AGREEMENT[config.base.dtype]:
+        raise RuntimeError(f"hidden states reproduce only {share:.3f} of the greedy tokens: they are not the ones the "
+                           "answers came from")
+    return {"feature_rows": len(known) + totals.get("ok", 0), "feature_tokens": tokens,
+            "greedy_reproduced": None if share is None else round(share, 4)}

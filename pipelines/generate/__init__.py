@@ -1,0 +1,5 @@
+"""`generate`: answers to a few prompts, here and now."""
+
+from lazy_loader import attach_stub
+
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

@@ -1,0 +1,3 @@
+from .stage import run_generate
+
+__all__ = ["run_generate"]

@@ -1,0 +1,69 @@
+"""`generate`: answers to a few prompts in this process, as they come: no Ray, no server."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import Any
+
+import torch
+
+from hydra_core.base import load_base
+from hydra_core.decoding import Engine, check_heads, load_heads
+from hydra_core.decoding.text import TextStream
+from hydra_core.errors import InputError
+from hydra_core.sampling import Request
+from pipelines.config import RunConfig
+from pipelines.profiling.cost_cache import machine_costs
+from pipelines.runtime.artifacts import RunPaths, StageResult
+from pipelines.tracking.lookup import find_model
+
+
+def run_generate(config: RunConfig) -> StageResult:
+    """Answer `generate.prompts` one after the other, the text written to stderr as it is made.
+
+    Raises InputError for no prompt, one that does not fit the context, and a model that cannot be had.
+    """
+    section, cache = config.generate, RunPaths.of(config).cache
+    prompts = _prompts(section.prompts)
+    model = find_model(config, section.model)
+    if section.threads is not None:
+        torch.set_num_threads(section.threads)
+    base = load_base(config.base.model, dtype=config.base.dtype, device=config.base.device, cache=cache,
+                     context_limit=config.base.context_limit)
+    if model.folder is not None:
+        check_heads(model.folder, base.vocabulary)
+    requests = [Request(str(number), tuple(base.encode_prompt(prompt)), section.max_new_tokens, section.temperature, section.seed)
+                for number, prompt in enumerate(prompts)]
+    for request in requests:
+        request.check(base.vocab_size, base.context_limit)
+    drafter, trees = load_heads(model.folder, base, partial(machine_costs, base, cache)) if model.folder else (None, None)
+    room = min(base.context_limit, max(len(request.prompt_ids) for request in requests) + section.max_new_tokens)
+    engine = Engine(base, drafter, trees, max_batch=1, context_limit=room)
+    print(f"generate: {model.label} drafts for {base.identity}", file=sys.stderr, flush=True)
+    answers = [_answer(engine, request) for request in requests]
+    return StageResult("generate", None, {}, {"answers": answers, "model": model.label})
+
+
+def _prompts(asked: tuple[str, ...]) -> tuple[str, ...]:
+    prompts = asked or (sys.stdin.read().strip(),)
+    if not all(prompt.strip() for prompt in prompts):
+        raise InputError("generate.prompts: is empty: give a prompt in quotes, or text on standard input")
+    return prompts
+
+
+def _answer(engine: Engine, request: Request) -> dict[str, Any]:
+    """The answer and its figures; its text goes to stderr piece by piece."""
+    text, result = TextStream(engine.base.decode, request.stop), None
+    engine.add(request)
+    while result is None:
+        for output in engine.step():
+            print(text.push(output.token_ids), end="", file=sys.stderr, flush=True)
+            result = output.result
+    print(text.finish(), file=sys.stderr)
+    figures = {"new_tokens": len(result.token_ids), "finish_reason": result.finish_reason, "steps": result.steps,
+               "tokens_per_step": round((len(result.token_ids) - 1) / result.steps, 3) if result.steps else None,
+               "tokens_per_second": round((len(result.token_ids) - 1) / result.decode_seconds, 1) if result.steps else None}
+    print(f"-- {figures['new_tokens']} tokens in {figures['steps']} steps, {figures['tokens_per_second']} tokens/s",
+          file=sys.stderr, flush=True)
+    return {"text": text.sent, **figures}

@@ -1,0 +1,3 @@
+from .stage import run_load
+
+__all__ = ["run_load"]

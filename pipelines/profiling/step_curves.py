@@ -1,0 +1,82 @@
+"""`tree.curves=true`: how a step grows with nodes, rows and context, up to the longest that the base holds.
+
+    RUN/tree/curves/curves.json, curves.md, curves.png
+
+It needs no heads, and a run that has its trees already may still be asked for it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+
+from hydra_core.base import load_base, resolve_base
+from hydra_core.tree.costs import StepCosts
+from pipelines.config import RunConfig
+from pipelines.profiling.cost_cache import fingerprint_of_machine, machine_costs, step_curves
+from pipelines.profiling.report import curve_grids, errors, markdown, plot_curves, print_grids
+from pipelines.profiling.step_timing import Point
+from pipelines.runtime.artifacts import RunPaths, StageResult, fingerprint, finished, stage_folder, write_text
+from pipelines.runtime.logs import speak
+from pipelines.runtime.ray_cluster import ensure_ray, measuring_resources
+from pipelines.tracking import Tracker
+
+STAGE, CURVES = "tree", "curves"
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Seconds by context, rows and nodes; the cost table that decisions are taken by; and the machine of both."""
+
+    points: dict[Point, float]
+    costs: StepCosts
+    machine: dict[str, Any]
+
+
+def run_curves(config: RunConfig, tracker: Tracker) -> StageResult:
+    """Measure, or find what this run has measured, and print it. Figures: how far the cost table lies off these points."""
+    folder, cache = RunPaths.of(config).stage(STAGE, CURVES), RunPaths.of(config).cache
+    wanted = fingerprint(STAGE, {CURVES: config.base.model_dump(mode="json"), "threads": config.tree.threads},
+                         {"base": resolve_base(config.base.model, cache).digest})
+    if (done := finished(folder, wanted)) is None:
+        with ensure_ray(config), stage_folder(config, STAGE, folder, wanted) as stage, tracker.start(
+                STAGE, part=CURVES, fingerprint=wanted) as run:
+            task = ray.remote(measure_curves).options(**measuring_resources(config))
+            found: Curves = ray.get(task.remote(config.model_dump(mode="json", by_alias=True)))
+            off = errors(found.costs, found.points)
+            write_text(folder / "curves.json", json.dumps(
+                {"machine": found.machine, "errors": off, "points": [[*point, value] for point, value in found.points.items()]}))
+            write_text(folder / "curves.md", _page(config, found, off))
+            plot_curves(folder / "curves.png", found.points, f"{config.base.model} in {config.base.dtype}: a step of the base")
+            files = [folder / f"curves.{ending}" for ending in ("json", "md", "png")]
+            for path in files:
+                run.log_artifact(path)
+            run.log_metrics({f"{CURVES}.{name}": float(value) for name, value in off.items()})
+            done = stage.finish(StageResult(STAGE, run.run_id, {CURVES: str(folder / "curves.png")}, dict(off)), files)
+    kept = json.loads((folder / "curves.json").read_text(encoding="utf-8"))["points"]
+    print_grids(curve_grids({(context, batch, nodes): value for context, batch, nodes, value in kept}, config.base.dtype),
+                sys.stderr)
+    return done
+
+
+def measure_curves(values: dict[str, Any]) -> Curves:
+    """Runs in one Ray task, so that only one thing runs while clocks are read."""
+    speak()
+    config = RunConfig.model_validate(values)
+    torch.set_num_threads(config.tree.threads)
+    cache = RunPaths.of(config).cache
+    base = load_base(config.base.model, dtype=config.base.dtype, device=config.base.device, cache=cache,
+                     context_limit=config.base.context_limit)
+    return Curves(step_curves(base, cache), machine_costs(base, cache, None, config.tree), fingerprint_of_machine(base.device))
+
+
+def _page(config: RunConfig, found: Curves, off: dict[str, float | int]) -> str:
+    lines = [f"On {', '.join(f'{name}: {value}' for name, value in found.machine.items())}.", "",
+             f"The cost table that trees are chosen by foretells these {off['points']} points within "
+             f"{100 * off['median_error']:.1f} % in the median, {100 * off['largest_error']:.1f} % at most."]
+    return markdown(f"{config.base.model}: what a step of the base takes", lines, curve_grids(found.points, config.base.dtype))

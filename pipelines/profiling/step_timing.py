@@ -1,0 +1,154 @@
+"""Timing the two parts of a decoding step on this machine: the base's verification and the drafter's own work."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+
+from hydra_core.base import Base
+from hydra_core.base.graphs import recorder_for, step_forward
+from hydra_core.decoding.memory import free_bytes, workspace_bytes
+from hydra_core.decoding.verify import accept
+from hydra_core.heads import HeadDrafter
+from hydra_core.proposers import AdaptiveDrafter
+from hydra_core.proposers.base import HeadSession
+from hydra_core.proposers.dynamic import MOST_NODES, AdaptiveSession
+from hydra_core.sampling.request import Request
+from hydra_core.sampling.sampler import Chooser
+from hydra_core.tree.costs import StepCosts
+from hydra_core.tree.topology import Topology, Tree, TreeSet, chain
+
+Job = Callable[[], None]
+Key = TypeVar("Key", bound=Hashable)
+Point = tuple[int, int, int]
+"""Committed tokens of a row, rows, nodes of a row."""
+Group = tuple[int, int, tuple[int, ...]]
+"""The points of one context and batch size: the same, with several node counts."""
+SHARE_OF_MEMORY = 0.5
+"""Of what is free: the most that timing takes."""
+
+
+def that_fit(base: Base, groups: Iterable[Group]) -> list[Point]:
+    """The points of those groups that the base's context and half of the free memory hold; what is short goes first.
+
+    A batch size has one cache, as long as its longest point. A group fits whole or not at all, since one point alone says
+    nothing of what a node costs.
+    """
+    free, slots, points = SHARE_OF_MEMORY * free_bytes(base.device), dict[int, int](), list[Point]()
+    for context, batch, nodes in sorted(groups):
+        longest = context + max(nodes)
+        wanted = slots | {batch: max(slots.get(batch, 0), longest)}
+        needed = sum(base.decoder.cache_bytes(rows, size) for rows, size in wanted.items())
+        if longest <= base.context_limit and needed + workspace_bytes(base, batch, longest, max(nodes)) <= free:
+            slots = wanted
+            points += [(context, batch, count) for count in nodes]
+    return points
+
+
+def verify_seconds(base: Base, points: Sequence[Point], repeats: int,
+                   say: Callable[[str], None] = lambda text: None) -> dict[Point, float]:
+    """Seconds of forward, choice, acceptance and commit at each point.
+
+    Raises ValueError for a point that does not fit the base.
+    """
+    for context, _, nodes in points:
+        if context + nodes > base.context_limit:
+            raise ValueError(f"{context} tokens and {nodes} nodes do not fit a context of {base.context_limit}")
+    caches = {batch: base.allocate(batch, max(context + nodes for context, rows, nodes in points if rows == batch))
+              for batch in {batch for _, batch, _ in points}}
+    forwards = {batch: step_forward(base, cache, max(nodes for _, rows, nodes in points if rows == batch))
+                for batch, cache in caches.items()}
+
+    def job(context: int, batch: int, nodes: int) -> Job:
+        forest, cache = bushy(nodes).forest, caches[batch]
+        tokens = torch.full((batch, nodes), 5, dtype=torch.int64, device=base.device)
+
+        def run() -> None:
+            cache.lengths[:] = context
+            hidden = forwards[batch](tokens, forest, context)
+            accepted = accept(tokens, forest, base.likeliest(hidden))
+            cache.commit((0, batch), accepted.path, accepted.counts)
+
+        return run
+
+    return typical({point: job(*point) for point in points}, repeats, base.device, say)
+
+
+def draft_seconds(base: Base, heads: HeadDrafter, trees: Mapping[int, Tree] | None, batches: Sequence[int], context: int,
+                  repeats: int, say: Callable[[str], None] = lambda text: None) -> dict[tuple[int, int], float]:
+    """(Batch size, depth) -> seconds of drafting, the prefix layer's catching up on the step's tokens included.
+
+    Between two drafts the base reads its weights once, as it does while decoding: heads that still lay in the processor's
+    cache would seem cheaper than they are. `trees`: the fixed tree of each depth; None: trees are grown with so many heads,
+    0 of them from copied text alone.
+    """
+    def job(batch: int, depth: int) -> Job:
+        session = _growing(base, heads, batch, depth, context) if trees is None else HeadSession(
+            heads, TreeSet({1: trees[depth]}), batch, context + MOST_NODES, recorder=recorder_for(base.device))
+        inputs = session.inputs if depth else None
+        roots = torch.full((batch,), 5, dtype=torch.int64, device=base.device)
+        positions, counts = [context] * batch, torch.full_like(roots, depth + 1)
+        hidden = torch.zeros(batch, depth + 1, heads.vocabulary.width, dtype=base.dtype, device=base.device)
+        choosers = [Chooser(Request("greedy", (0,), 1), base.vocab_size)] * batch
+
+        def run() -> None:
+            if inputs is not None and inputs.cache is not None:
+                inputs.cache.lengths[:] = context
+            session.observe((0, batch), hidden, counts)
+            session.propose(roots, positions, choosers)
+
+        return run
+
+    depths = range(heads.num_heads + 1) if trees is None else trees
+    cache, token = base.allocate(1, 2), torch.full((1, 1), 5, dtype=torch.int64, device=base.device)
+    return typical({(batch, depth): job(batch, depth) for batch in batches for depth in depths}, repeats, base.device, say,
+                   before=lambda: base.forward(token, cache, (0, 1), chain(1)))
+
+
+def _growing(base: Base, heads: HeadDrafter, batch: int, depth: int, context: int) -> AdaptiveSession:
+    """A session that grows trees with `depth` heads whatever they cost, over text that repeats itself: there is something
+    to copy."""
+    free = StepCosts({1: {1: 1.0, MOST_NODES: 1.0}}, {1: {0: 0.0}})
+    session = AdaptiveSession(AdaptiveDrafter(heads if depth else None, costs=free), batch, context + MOST_NODES,
+                              device=base.device)
+    session.depths = depth
+    for row in range(batch):
+        session.admit(row, [5 + place % 7 for place in range(context)])
+    return session
+
+
+@torch.inference_mode()
+def typical(jobs: Mapping[Key, Job], repeats: int, device: torch.device,
+            say: Callable[[str], None], before: Callable[[], object] = lambda: None) -> dict[Key, float]:
+    """Seconds of each job, the lower quartile over `repeats` rounds, forwards and backwards in turn, after one to warm up.
+
+    What drifts on the machine (clock, other work) then touches all of them alike, and what disturbs it for a while, in three
+    rounds of four at most, none: these times are kept for good. `before` goes before every run, untimed.
+    """
+    order = list(jobs)
+    seconds: dict[Key, list[float]] = {key: [] for key in order}
+    for repeat in range(repeats + 1):
+        for key in order if repeat % 2 else reversed(order):
+            before()
+            _settle(device)
+            began = time.perf_counter()
+            jobs[key]()
+            _settle(device)
+            if repeat:
+                seconds[key].append(time.perf_counter() - began)
+        say(f"round {repeat} of {repeats}")
+    return {key: sorted(values)[len(values) // 4] for key, values in seconds.items()}
+
+
+def bushy(nodes: int) -> Topology:
+    """A binary tree, about as deep as trees that pay are. A forward's cost depends on the nodes, not their shape."""
+    return Topology((-1, *((node - 1) // 2 for node in range(1, nodes))))
+
+
+def _settle(device: torch.device) -> None:
+    """Wait for a GPU's queue to run dry, so that a clock reads its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,3 @@
+from .stage import run_promote
+
+__all__ = ["run_promote"]

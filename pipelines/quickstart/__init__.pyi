@@ -1,0 +1,3 @@
+from .stage import run_quickstart
+
+__all__ = ["run_quickstart"]

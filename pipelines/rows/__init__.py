@@ -1,0 +1,1 @@
+"""Rows: their schemas, and the files that hold them."""

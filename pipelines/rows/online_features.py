@@ -1,0 +1,58 @@
+"""Hidden states made while training: the base runs in the trainer, and only token ids need be kept on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from hydra_core.base import Base
+from hydra_core.errors import InputError
+from hydra_core.training.packing import FeatureRow
+from pipelines.rows.row_index import IndexReader, RowStore
+from pipelines.rows.schemas import RESPONSES
+
+FORWARD_TOKENS = 4096  # padded tokens in one forward of the base
+
+
+class OnlineStore(RowStore):
+    """Answers of one split; `use` a base before reading rows. The driver, which only counts them, needs none."""
+
+    _model: Base | None = None
+
+    @classmethod
+    def open(cls, folder: Path, split: str, share: float = 1.0) -> OnlineStore:
+        """Index the answers `folder/*.parquet`. Raises InputError as `FeatureStore.open` does."""
+        paths = sorted(folder.glob("*.parquet"))
+        if not paths:
+            raise InputError(f"{folder}: has no answers (*.parquet): run `hydra-heads distill` first")
+        reader = IndexReader(split, RESPONSES, share)
+        for path in paths:
+            reader.add(path)
+        index = reader.build(folder)
+        ((base, _, _),) = reader.kinds
+        return cls(reader.blocks, index, base)
+
+    def use(self, base: Base) -> None:
+        """Let `base` make the hidden states."""
+        self._model = base
+
+    def read_rows(self, rows: Sequence[int]) -> list[FeatureRow]:
+        """Rows with hidden states in the base's own dtype; as many rows go through the base together as fit."""
+        assert self._model is not None
+        found: dict[int, FeatureRow] = {}
+        group: list[int] = []
+        for row in sorted(rows, key=lambda row: len(self.token_ids(row))):
+            if group and len(self.token_ids(row)) * (len(group) + 1) > FORWARD_TOKENS:
+                found |= self._forward(self._model, group)
+                group = []
+            group.append(row)
+        found |= self._forward(self._model, group)
+        return [found[row] for row in rows]
+
+    def _forward(self, base: Base, rows: Sequence[int]) -> dict[int, FeatureRow]:
+        sequences = [self.token_ids(row).tolist() for row in rows]
+        hidden = base.hidden_states(sequences)
+        return {row: FeatureRow(torch.tensor(ids), int(self.index.prompt_tokens[row]), states)
+                for row, ids, states in zip(rows, sequences, hidden, strict=True)}

@@ -1,0 +1,71 @@
+"""Part files: how rows reach disk so that a kill loses at most the rows in flight.
+
+A part is written under a temporary name and renamed, and is named by the ids it holds: writing the same rows again
+replaces the part by itself. Resuming is reading the id column and leaving out what is there. Ray Data's own row-level
+resume needs a plan that begins with a file read and ends in a write, and turns itself off with a warning elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hydra_core.errors import InputError
+from pipelines.rows.schemas import check_schema, content_id
+
+ROW_GROUP_BYTES = 64 << 20
+
+
+def write_part(folder: Path, rows: list[dict[str, Any]], contract: pa.Schema, key: str = "id") -> Path:
+    """Write `rows` as one Parquet part of `contract`; returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table = pa.Table.from_pylist(rows, schema=contract)
+    path = folder / f"part-{content_id(sorted(row[key] for row in rows))}.parquet"
+    per_row = max(1, table.nbytes // max(1, len(rows)))
+    descriptor, temporary = tempfile.mkstemp(prefix=".part-", suffix=".tmp", dir=folder)
+    os.close(descriptor)
+    try:
+        pq.write_table(table, temporary, row_group_size=max(1, ROW_GROUP_BYTES // per_row))
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def part_files(folder: Path) -> list[Path]:
+    """Finished parts of a folder, in order of name."""
+    return sorted(folder.glob("part-*.parquet")) if folder.exists() else []
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed writers left behind."""
+    for path in folder.glob(".part-*.tmp") if folder.exists() else ():
+        path.unlink(missing_ok=True)
+
+
+def read_parts(folder: Path, contract: pa.Schema, columns: Iterable[str] | None = None) -> pa.Table:
+    """All rows of a folder. Raises InputError for a part of another schema or one that cannot be read."""
+    wanted = list(columns) if columns is not None else contract.names
+    tables = [_read(path, contract, wanted) for path in part_files(folder)]
+    empty = pa.schema([contract.field(name) for name in wanted]).empty_table()
+    return pa.concat_tables([table.replace_schema_metadata(None) for table in tables]) if tables else empty
+
+
+def known_ids(folder: Path, contract: pa.Schema, key: str = "id") -> set[str]:
+    """Ids that finished parts hold."""
+    return set(read_parts(folder, contract, [key])[key].to_pylist())
+
+
+def _read(path: Path, contract: pa.Schema, columns: list[str]) -> pa.Table:
+    try:
+        check_schema(pq.read_schema(path), contract, str(path))
+        return pq.read_table(path, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path}: cannot be read as Parquet ({str(error).splitlines()[0]}): delete it and run again") from None

@@ -1,0 +1,1 @@
+"""Where stages run and what they leave: Ray, folders, locks, provenance."""

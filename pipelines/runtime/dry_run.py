@@ -1,0 +1,114 @@
+"""What a stage would do, in words: `--plan` prints this and starts nothing."""
+
+from __future__ import annotations
+
+from pipelines.config import RunConfig
+from pipelines.runtime.artifacts import RunPaths
+
+BUDGET_MINUTES = {"distill": 10, "train": 9, "tree": 2, "bench": 9, "promote": 1, "serve": 1, "batch": 1}
+"""Time each stage of the quickstart may take on two CPU cores."""
+CHAIN = tuple(BUDGET_MINUTES)
+SELF_MADE = 640
+"""Prompts the base writes when no count is asked for."""
+
+
+def describe(config: RunConfig, stage: str) -> list[str]:
+    """Lines for people, one a step: inputs, sizes and outputs of `stage`; for the quickstart each stage's budget too."""
+    if stage != "quickstart":
+        return [f"{stage}: {line}" for line in _STEPS[stage](config)]
+    lines = []
+    for name in CHAIN:
+        lines.append(f"{name}: at most {BUDGET_MINUTES[name]} min")
+        lines += [f"  {line}" for line in _STEPS[name](config)]
+    return [*lines, f"{sum(BUDGET_MINUTES.values())} minutes in all on two CPU cores, after installation"]
+
+
+def _distill(config: RunConfig) -> list[str]:
+    prompts, distill, folder = config.prompts, config.distill, RunPaths.of(config).stage("distill")
+    count = prompts.count or (SELF_MADE if prompts.source == "self" else None)
+    source = (f"the base writes itself, at most {prompts.max_tokens} tokens each" if prompts.source == "self"
+              else f"of {prompts.path} ({prompts.source})")
+    most = f"{count * len(distill.temperatures)} answers" if count else f"{len(distill.temperatures)} answers a prompt"
+    temperatures = ", ".join(f"{value:g}" for value in distill.temperatures)
+    width = 2 if distill.feature_dtype == "bf16" else 4
+    return [f"{count or 'all'} prompts {source} -> {folder / 'prompts'}",
+            f"{most} (temperatures {temperatures}), at most {distill.max_new_tokens} tokens each, "
+            f"by {distill.workers.count} worker(s) -> {folder / 'responses'}",
+            f"hidden states of {'all' if distill.features == 'all' else 'held-out'} rows, {width} bytes x the base's width for "
+            f"each token -> {folder / 'features'}"]
+
+
+def _train(config: RunConfig) -> list[str]:
+    train, folder = config.train, RunPaths.of(config).stage("train")
+    if train.dry_run:
+        return [f"{name}: untrained {heads.kind} heads -> {RunPaths.of(config).stage('train-dry') / name}"
+                for name, heads in train.drafters.items() if train.only in (None, name)]
+    length = f"{train.max_steps} steps" if train.max_steps else f"{train.epochs:g} epochs"
+    return [f"{name}: {heads.num_heads} {heads.kind} heads, draft vocabulary {heads.draft_vocab_size or 'in full'}, "
+            f"{length} of {train.rows_per_step} rows, {train.workers.count} worker(s), ZeRO-{train.zero_stage} "
+            f"-> {folder / name}"
+            for name, heads in train.drafters.items() if train.only in (None, name)]
+
+
+def _ablate(config: RunConfig) -> list[str]:
+    trainings = sum(len(variant.seeds) for variant in config.ablate.variants.values())
+    return [f"{len(config.ablate.variants)} variants, {trainings} trainings on the rows of this run's distill -> "
+            f"{RunPaths.of(config).stage('ablate')}"]
+
+
+def _tree(config: RunConfig) -> list[str]:
+    tree, folder = config.tree, RunPaths.of(config).stage("tree")
+    sizes = ", ".join(str(size) for size in tree.batch_sizes)
+    return [f"step costs of {max(tree.node_counts)} nodes and fewer, batches of {sizes}, measured here",
+            *(f"{name}: a tree for each batch size, from the ranks of at most {tree.max_rows} held-out rows "
+              f"-> {folder / name}" for name in config.train.drafters),
+            *([f"steps up to the base's longest context -> {folder / 'curves'}"] if tree.curves else [])]
+
+
+def _bench(config: RunConfig) -> list[str]:
+    bench, folder = config.bench, RunPaths.of(config).stage("bench")
+    prompts = bench.prompts or "held-out prompts of this run"
+    methods = ", ".join(bench.methods) or "transformers, ngram and every drafter found"
+    return [f"plain against {methods}: {bench.limit or 'all'} of {prompts}, at most {bench.max_new_tokens} tokens "
+            f"each, {bench.rounds} round(s) -> {folder / 'rows.jsonl'}",
+            f"fp32 identity with the naive loop on {bench.identity_prompts} prompts -> {folder / 'report.json'}",
+            *(f"{level} requests in flight -> {folder / 'load.jsonl'}" for level in bench.load)]
+
+
+def _promote(config: RunConfig) -> list[str]:
+    model = f"models:/{config.promote.model_name}@{config.promote.alias}"
+    return [f"fastest lossless configuration of this run's bench -> {RunPaths.of(config).stage('promote')}, {model}"]
+
+
+def _serve(config: RunConfig) -> list[str]:
+    model = config.serve.model or f"models:/{config.promote.model_name}@{config.promote.alias}"
+    return [f"{model}, {config.serve.replicas} replica(s) of {config.serve.max_batch} rows "
+            f"-> http://{config.serve.host}:{config.serve.port}"]
+
+
+def _generate(config: RunConfig) -> list[str]:
+    model = config.generate.model or "the champion, or the package's own heads"
+    return [f"{len(config.generate.prompts) or 'no'} prompt(s), at most {config.generate.max_new_tokens} tokens each, by {model}"]
+
+
+def _batch(config: RunConfig) -> list[str]:
+    batch = config.batch
+    prompts = batch.source or "held-out prompts of this run"
+    return [f"{batch.limit or 'all'} of {prompts}, at most {batch.max_new_tokens} tokens each "
+            f"-> {batch.target or RunPaths.of(config).stage('batch', batch.partition)} ({batch.format})"]
+
+
+def _load(config: RunConfig) -> list[str]:
+    load = config.load
+    rates = ", ".join(f"{rate:g}" for rate in load.rates)
+    whom = load.address or "an application started for it"
+    return [f"{whom}: capacity, then {rates} times that for {load.seconds:g} s each -> "
+            f"{RunPaths.of(config).stage('load')}"]
+
+
+def _compare(config: RunConfig) -> list[str]:
+    return [f"the benches of {', '.join(config.compare.runs) or 'no run yet: name two or more'}, read from MLflow"]
+
+
+_STEPS = {"distill": _distill, "train": _train, "ablate": _ablate, "tree": _tree, "bench": _bench, "compare": _compare,
+          "promote": _promote, "generate": _generate, "serve": _serve, "batch": _batch, "load": _load}

@@ -1,0 +1,3 @@
+from .stage import ServedApp, build_app, run_serve, start_app
+
+__all__ = ["ServedApp", "build_app", "run_serve", "start_app"]

@@ -1,0 +1,62 @@
+"""The application: replicas that decode, and the OpenAI-compatible front before them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from importlib import metadata
+
+from ray import serve
+from ray.serve.config import AutoscalingConfig, BackpressureConfig
+from ray.serve.schema import LoggingConfig
+
+from pipelines.serve.ingress import Ingress
+from pipelines.serve.messages import AppArgs
+from pipelines.serve.openai.errors import RETRY_SECONDS
+from pipelines.serve.replica import DecodeServer
+from pipelines.serve.user_config import heads_of, without_heads
+
+SPARE_REQUESTS = 64
+"""Requests that the front takes besides those that are in flight, to be told that the queue is full, or of the health."""
+BEHIND = 2
+"""Requests that a replica holds for each of its rows: one decodes and one waits behind it, since Serve looks for a free
+replica twice a second only. All others wait before the replicas, for whichever has room first."""
+HEALTH_SECONDS = 2.0
+"""Between two looks at a replica: one whose engine failed is replaced after the third."""
+LOGS = LoggingConfig(encoding="JSON", enable_access_log=False)
+
+
+def build(args: AppArgs) -> serve.Application:
+    """An unstarted application.
+
+    Replicas come and go with the answers in flight, about as many as an engine has rows for each, between `replicas` and
+    `max_replicas`. What decodes is Serve's `user_config`: changed alone, it leaves the replicas standing.
+    """
+    fixed = without_heads(args)
+    most = max(args.replicas, args.max_replicas or 0)
+    scale = {"num_replicas": args.replicas} if most == args.replicas else {"autoscaling_config": AutoscalingConfig(
+        min_replicas=args.replicas, max_replicas=most, target_ongoing_requests=args.max_batch)}
+    outer = BackpressureConfig(status_code=429, retry_after_s=RETRY_SECONDS)
+    server = serve.deployment(DecodeServer).options(
+        name="DecodeServer", **scale, max_ongoing_requests=BEHIND * args.max_batch, user_config=heads_of(args),
+        ray_actor_options={"num_cpus": args.cpus, "num_gpus": args.gpus}, graceful_shutdown_timeout_s=args.drain_seconds,
+        health_check_period_s=HEALTH_SECONDS, logging_config=LOGS)
+    front = serve.deployment(Ingress).options(
+        name="Ingress", max_ongoing_requests=args.room * most + SPARE_REQUESTS, max_queued_requests=SPARE_REQUESTS,
+        backpressure_config=outer, ray_actor_options={"num_cpus": 0.1}, graceful_shutdown_timeout_s=args.drain_seconds,
+        logging_config=LOGS)
+    version = _version(fixed)
+    return _fixed(front, version).bind(_fixed(server, version).bind(fixed), fixed)
+
+
+def _version(args: AppArgs) -> str:
+    """Names what does not change while an application runs, this program included."""
+    text = json.dumps([metadata.version("hydra-heads"), asdict(args)], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _fixed(deployment: serve.Deployment, version: str) -> serve.Deployment:
+    """`deployment` under a version of our own: Serve draws one at each deploying, and would replace every replica where
+    only the heads have changed."""
+    return deployment.options(version=version, _internal=True)

@@ -1,0 +1,93 @@
+"""What a running application tells Prometheus: Ray exports it on every node, each name with `ray_` before it."""
+
+from __future__ import annotations
+
+from ray.util.metrics import Counter, Gauge, Histogram
+
+from pipelines.serve.engine_loop import Load
+from pipelines.serve.messages import Answer
+
+SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0]
+TOKENS = [1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0]
+COUNTERS = {
+    "hydra_prompt_tokens": "tokens of answered prompts",
+    "hydra_completion_tokens": "tokens answered",
+    "hydra_decoding_steps": "base forwards of finished answers, after the prompt",
+    "hydra_drafted_tokens": "draft tokens verified",
+    "hydra_accepted_tokens": "draft tokens that stood",
+    "hydra_answers_cancelled": "answers whose client left",
+    "hydra_heads_rejected": "configurations that did not load, so that the old one stayed",
+}
+GAUGES = {
+    "hydra_queue_size": "answers that wait for a row",
+    "hydra_batch_size": "rows that decode or take in their prompt",
+    "hydra_kv_use": "share of the key and value slots that hold tokens",
+    "hydra_heads_version": "version of the registered model that decodes, 0: not registered",
+}
+HISTOGRAMS = {
+    "hydra_tokens_per_step": ("tokens after the first per base forward, of an answer", TOKENS),
+    "hydra_first_token_seconds": ("from arrival at the replica to the first token", SECONDS),
+    "hydra_between_tokens_seconds": ("seconds of a step per token it gave", SECONDS),
+}
+REQUESTS, DEPTHS = "hydra_requests", "hydra_steps_by_accepted_depth"
+NAMES = (*COUNTERS, *GAUGES, *HISTOGRAMS, REQUESTS, DEPTHS)
+
+
+def series() -> set[str]:
+    """The names under which Prometheus finds them."""
+    counters = {f"ray_{name}_total" for name in (*COUNTERS, REQUESTS, DEPTHS)}
+    histograms = {f"ray_{name}_{part}" for name in HISTOGRAMS for part in ("bucket", "sum", "count")}
+    return counters | histograms | {f"ray_{name}" for name in GAUGES}
+
+
+class ReplicaMetrics:
+    """Of one replica."""
+
+    def __init__(self) -> None:
+        self.counters = {name: Counter(name, text) for name, text in COUNTERS.items()}
+        self.gauges = {name: Gauge(name, text) for name, text in GAUGES.items()}
+        self.histograms = {name: Histogram(name, text, boundaries=edges) for name, (text, edges) in HISTOGRAMS.items()}
+        self.depths = Counter(DEPTHS, "steps in which at least so many drafts in a row stood", tag_keys=("depth",))
+        self.version = 0
+
+    def load(self, load: Load) -> None:
+        for name, value in (("hydra_queue_size", load.waiting), ("hydra_batch_size", load.running),
+                            ("hydra_kv_use", load.kv_use), ("hydra_heads_version", self.version)):
+            self.gauges[name].set(value)
+
+    def first_token(self, seconds: float) -> None:
+        self.histograms["hydra_first_token_seconds"].observe(seconds)
+
+    def step(self, seconds: float, tokens: int) -> None:
+        self.histograms["hydra_between_tokens_seconds"].observe(seconds / max(1, tokens))
+
+    def answer(self, answer: Answer) -> None:
+        for name, value in (("prompt_tokens", answer.prompt_tokens), ("completion_tokens", len(answer.token_ids)),
+                            ("decoding_steps", answer.steps), ("drafted_tokens", answer.drafted or 0),
+                            ("accepted_tokens", answer.accepted)):
+            if value:  # a counter refuses to be raised by nothing
+                self.counters[f"hydra_{name}"].inc(value)
+        if answer.steps:
+            self.histograms["hydra_tokens_per_step"].observe(answer.tokens_per_step)
+        for depth in range(1, len(answer.accepted_lengths)):
+            self.depths.inc(sum(answer.accepted_lengths[depth:]), tags={"depth": str(depth)})
+
+    def cancelled(self) -> None:
+        self.counters["hydra_answers_cancelled"].inc()
+
+    def rejected(self) -> None:
+        self.counters["hydra_heads_rejected"].inc()
+
+    def serves(self, version: int | None) -> None:
+        """Told with the next load."""
+        self.version = version or 0
+
+
+class FrontMetrics:
+    """Of one front: requests by route and status."""
+
+    def __init__(self) -> None:
+        self.requests = Counter(REQUESTS, "HTTP requests answered", tag_keys=("route", "status"))
+
+    def request(self, route: str, status: int) -> None:
+        self.requests.inc(tags={"route": route, "status": str(status)})

@@ -1,0 +1,53 @@
+"""Which answers an application gives, so that a batch never takes another one's for its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra_core.base import BaseIdentity, context_limit, resolve_base
+from hydra_core.errors import InputError
+from pipelines.rows.schemas import content_id
+from pipelines.runtime.artifacts import file_digest
+from pipelines.serve.messages import AppArgs
+
+PLAIN = "plain"
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What decodes; where it is equal, answers are too.
+
+    `base`: identity, weight format included; `configuration`: digest of the folder's files, or `plain`.
+    """
+
+    base: str
+    context_limit: int
+    configuration: str
+
+    def __str__(self) -> str:
+        return f"base {self.base}, context {self.context_limit}, configuration {self.configuration[:12]}"
+
+
+def serving_of(args: AppArgs) -> Serving:
+    """What an application of `args` would decode with; no weights are loaded. Raises InputError for a base or folder
+    that cannot be had."""
+    model, cache = args.base["model"], Path(args.cache)
+    resolved = resolve_base(model, cache)
+    return Serving(str(BaseIdentity(resolved.name, resolved.digest, args.base["dtype"])),
+                   context_limit(model, cache=cache, asked=args.base["context_limit"]),
+                   configuration_digest(args.configuration))
+
+
+def configuration_digest(folder: str | Path | None) -> str:
+    """Digest of the names and bytes in a configuration or heads folder; `plain` without one.
+
+    Raises InputError for a folder that is not there.
+    """
+    if folder is None:
+        return PLAIN
+    root = Path(folder)
+    if not root.is_dir():
+        raise InputError(f"serve.model={folder}: no such folder")
+    return content_id(*([path.relative_to(root).as_posix(), file_digest(path)]
+                        for path in sorted(root.rglob("*")) if path.is_file()))

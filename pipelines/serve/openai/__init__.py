@@ -1,0 +1,1 @@
+"""The shapes of OpenAI's API: requests, responses, errors."""

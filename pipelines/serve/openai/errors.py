@@ -1,0 +1,52 @@
+"""Errors in OpenAI's shape."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipelines.serve.messages import Refusal
+
+KINDS = {401: "authentication_error", 429: "rate_limit_error"}
+RETRY_SECONDS = 1
+
+
+class ApiError(Exception):
+    """An error in OpenAI's shape: status code, message, the parameter at fault, extra headers."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None,
+                 headers: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers or {}
+
+    def body(self) -> dict[str, Any]:
+        kind = KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": printable(self.message), "type": kind,
+                          "param": None if self.param is None else printable(self.param), "code": self.code}}
+
+
+def printable(text: str) -> str:
+    """`text` as UTF-8 can hold it, and no longer than a reader wants."""
+    whole = text.encode("utf-8", "replace").decode()
+    return whole if len(whole) <= 500 else whole[:497] + "..."
+
+
+def queue_full(in_flight: int) -> ApiError:
+    return ApiError(429, f"{in_flight} answers are being made already: try again later", code="queue_full",
+                    headers={"Retry-After": str(RETRY_SECONDS)})
+
+
+def not_ready(why: str) -> ApiError:
+    return ApiError(503, f"{why}: try again later", code="not_ready", headers={"Retry-After": str(RETRY_SECONDS)})
+
+
+TOO_LONG = ("tokens leave no room in a context of", "tokens are more than the")
+
+
+def refused(refusal: Refusal) -> ApiError:
+    """What a replica refused, as the client is told."""
+    if refusal.status == 503:
+        return ApiError(503, refusal.message, code="not_ready", headers={"Retry-After": str(RETRY_SECONDS)})
+    if refusal.status == 429:
+        return ApiError(429, refusal.message, code="queue_full", headers={"Retry-After": str(RETRY_SECONDS)})
+    code = "context_length_exceeded" if any(words in refusal.message for words in TOO_LONG) else None
+    return ApiError(refusal.status, refusal.message, refusal.message.split(":")[0] or None, code)

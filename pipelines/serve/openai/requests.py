@@ -1,0 +1,141 @@
+"""OpenAI's requests, as far as they are served here; anything else is refused by name."""
+
+from __future__ import annotations
+
+import math
+import uuid
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from hydra_core.sampling.request import LEAST_TEMPERATURE, MOST_LOGPROBS
+from pipelines.serve.messages import Generation, Speculative
+from pipelines.serve.openai.errors import ApiError
+
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "best_of": (None, 1), "logit_bias": (None, {}), "echo": (None, False), "suffix": (None, ""), "tools": (None, []),
+    "tool_choice": (None, "none", "auto"), "functions": (None, []), "function_call": (None, "none", "auto"),
+    "response_format": (None, {"type": "text"}), "modalities": (None, ["text"]), "audio": (None,),
+    "parallel_tool_calls": (None, True, False), "store": (None, False),
+}
+"""Parameters that ask for what is not served: the values that ask for nothing are let through."""
+IGNORED = ("user", "metadata", "service_tier", "prompt_cache_key", "safety_identifier")
+"""Parameters that change no answer."""
+MOST_STOPS, LONGEST_STOP = 4, 256
+
+
+class StreamOptions(BaseModel):
+    """What a stream tells besides the text."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    include_usage: bool | None = None
+
+
+class _Common(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    model: str
+    n: int | None = Field(None, ge=1, description="answers to make, which differ by their noise")
+    temperature: float | None = Field(None, ge=0, le=100, description="OpenAI's default is 1; 0 is greedy")
+    top_p: float | None = Field(None, gt=0, le=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    seed: int | None = Field(None, ge=-2**63, lt=2**63, description="the same seed gives the same text, whatever else runs")
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    speculative: Speculative | None = Field(
+        None, description="drafter (default): exact drafts; off: plain decoding, the same text; lossy-typical: typical "
+                          "acceptance, which changes the text")
+
+    def refuse_unsupported(self) -> None:
+        """Raise ApiError 400 for the first parameter that asks for what is not served, or that nobody knows."""
+        for name, value in (self.model_extra or {}).items():
+            if name in IGNORED:
+                continue
+            if name not in UNSUPPORTED:
+                raise ApiError(400, f"{name!r}: unknown parameter: leave it out", name, "unknown_parameter")
+            if not any(type(value) is type(harmless) and value == harmless for harmless in UNSUPPORTED[name]):
+                raise ApiError(400, f"{name}={str(value)[:60]!r} is not supported here: leave it out", name,
+                               "unsupported_parameter")
+
+    def stops(self) -> tuple[str, ...]:
+        stops = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
+        if len(stops) > MOST_STOPS or any(not stop for stop in stops):
+            raise ApiError(400, f"stop: at most {MOST_STOPS} strings, none of them empty", "stop")
+        if any(len(stop) > LONGEST_STOP for stop in stops):
+            raise ApiError(400, f"stop: at most {LONGEST_STOP} characters a string", "stop")
+        return tuple(stops)
+
+    def generation(self, prefix: str, limit: int, default: int, rows: int) -> Generation:
+        """Settings of the answers; `limit`: tokens of one, `rows`: answers of one request. Raises ApiError 400."""
+        name, wanted = self._wanted()
+        wanted = min(default, limit) if wanted is None else wanted
+        if not 1 <= wanted <= limit:
+            raise ApiError(400, f"{name}: must lie between 1 and {limit}, got {str(wanted)[:40]}", name)
+        n = 1 if self.n is None else self.n
+        if n > rows:
+            raise ApiError(400, f"n: at most {rows} answers to one request, got {str(n)[:40]}", "n")
+        temperature = 1.0 if self.temperature is None else self.temperature
+        if not math.isfinite(temperature) or 0 < temperature < LEAST_TEMPERATURE:
+            raise ApiError(400, f"temperature: must be 0 or at least {LEAST_TEMPERATURE:g}", "temperature")
+        seed = uuid.uuid4().int >> 65 if self.seed is None else self.seed
+        return Generation(f"{prefix}-{uuid.uuid4().hex}", max_new_tokens=wanted, temperature=temperature, seed=seed,
+                          stop=self.stops(), n=n, top_p=1.0 if self.top_p is None else self.top_p,
+                          presence_penalty=self.presence_penalty or 0.0, frequency_penalty=self.frequency_penalty or 0.0,
+                          logprobs=self.wanted_logprobs(), speculative=self.speculative or "drafter")
+
+    def _wanted(self) -> tuple[str, int | None]:
+        """The name of the field that limits the answer, and its value."""
+        return "max_tokens", self.max_tokens
+
+    def wanted_logprobs(self) -> int | None:
+        """How many likely tokens are told at each position; None: nothing is."""
+        raise NotImplementedError
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+class CompletionRequest(_Common):
+    """POST /v1/completions: raw text or token ids, no chat template."""
+
+    prompt: str | list[int]
+    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+
+    def wanted_logprobs(self) -> int | None:
+        return self.logprobs
+
+
+class ChatRequest(_Common):
+    """POST /v1/chat/completions."""
+
+    messages: list[dict[str, Any]] = Field(min_length=1)
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+
+    def _wanted(self) -> tuple[str, int | None]:
+        if self.max_completion_tokens is not None:
+            return "max_completion_tokens", self.max_completion_tokens
+        return super()._wanted()
+
+    def wanted_logprobs(self) -> int | None:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ApiError(400, "top_logprobs: needs logprobs=true", "top_logprobs")
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def plain_messages(self) -> list[dict[str, str]]:
+        """Messages with text content; content parts of type text are joined. Raises ApiError 400 for others."""
+        plain = []
+        for index, message in enumerate(self.messages):
+            content = message.get("content")
+            if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+                content = "".join(str(part.get("text", "")) for part in content)
+            if not isinstance(content, str) or not isinstance(message.get("role"), str):
+                raise ApiError(400, f"messages[{index}]: needs a role and text content", "messages")
+            plain.append({"role": message["role"], "content": content})
+        return plain

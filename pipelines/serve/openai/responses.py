@@ -1,0 +1,111 @@
+"""OpenAI's responses, whole and as server-sent events."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+from pipelines.serve.messages import Answer, Generation, Piece, Token
+
+CHAT, TEXT = "chat.completion", "text_completion"
+DONE = "data: [DONE]\n\n"
+
+
+def finish_reason(answer: Answer) -> str:
+    """OpenAI knows `stop` and `length`; running into the context limit is a `length`."""
+    return "stop" if answer.finish_reason == "stop" else "length"
+
+
+def usage(answers: Sequence[Answer], mode: str) -> dict[str, Any]:
+    """Token counts, the prompt's once, and what speculation did for all choices together."""
+    prompt, completion = answers[0].prompt_tokens, sum(len(answer.token_ids) for answer in answers)
+    steps = sum(answer.steps for answer in answers)
+    after_first = sum(len(answer.token_ids) - 1 for answer in answers if answer.steps)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
+            "speculative": {"mode": mode, "steps": steps, "drafted": sum(answer.drafted or 0 for answer in answers),
+                            "accepted": sum(answer.accepted for answer in answers),
+                            "tokens_per_step": round(after_first / steps, 4) if steps else 0.0}}
+
+
+def response(kind: str, model: str, generation: Generation, answers: Sequence[Answer]) -> dict[str, Any]:
+    """A whole response; `kind` is `chat.completion` or `text_completion`."""
+    found = []
+    for answer in answers:
+        choice: dict[str, Any] = {"index": answer.index, "finish_reason": finish_reason(answer), "logprobs": None}
+        if answer.tokens is not None:
+            choice["logprobs"] = logprobs(kind, answer.tokens, 0)
+        if kind == CHAT:
+            choice["message"] = {"role": "assistant", "content": answer.text, "refusal": None}
+        else:
+            choice["text"] = answer.text
+        found.append(choice)
+    return {"id": generation.id, "object": kind, "created": int(time.time()), "model": model, "choices": found,
+            "usage": usage(answers, generation.speculative)}
+
+
+def logprobs(kind: str, tokens: Sequence[Token], offset: int) -> dict[str, Any]:
+    """Log probabilities of `tokens`; `offset`: characters of the answer before them."""
+    if kind == CHAT:
+        return {"content": [{**_told(token.text, token.logprob),
+                             "top_logprobs": [_told(text, value) for text, value in token.top]} for token in tokens],
+                "refusal": None}
+    offsets = list(accumulate((len(token.text) for token in tokens[:-1]), initial=offset)) if tokens else []
+    return {"tokens": [token.text for token in tokens], "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [_by_text(token) for token in tokens], "text_offset": offsets}
+
+
+def _told(text: str, value: float) -> dict[str, Any]:
+    """`bytes` is null for a token that is no whole character: its text then stands for bytes that it does not show."""
+    return {"token": text, "logprob": value, "bytes": None if "\ufffd" in text else list(text.encode())}
+
+
+def _by_text(token: Token) -> dict[str, float]:
+    """The likeliest by their text, and the chosen one with them; of tokens with the same text the likeliest."""
+    found: dict[str, float] = {}
+    for text, value in (*token.top, (token.text, token.logprob)):
+        found.setdefault(text, value)
+    return found
+
+
+class Chunks:
+    """The events of one stream."""
+
+    def __init__(self, kind: str, model: str, generation: Generation) -> None:
+        self.kind, self.generation = kind, generation
+        self.head = {"id": generation.id, "object": "chat.completion.chunk" if kind == CHAT else kind,
+                     "created": int(time.time()), "model": model}
+        self.opened: set[int] = set()
+        self.offsets: dict[int, int] = {}
+        self.answers: list[Answer] = []
+
+    def of(self, item: Piece | Answer) -> str:
+        """The event for a piece, or for the end of a choice."""
+        text = item.text if isinstance(item, Piece) else None
+        reason = None if isinstance(item, Piece) else finish_reason(item)
+        choice: dict[str, Any] = {"index": item.index, "finish_reason": reason, "logprobs": None}
+        if self.kind == CHAT:
+            role = {} if item.index in self.opened else {"role": "assistant"}
+            choice["delta"] = role | ({"content": text} if text is not None else {})
+        else:
+            choice["text"] = text or ""
+        self.opened.add(item.index)
+        if isinstance(item, Answer):
+            self.answers.append(item)
+        else:
+            choice["speculative"] = {"depths": item.depths}
+            if item.tokens:
+                offset = self.offsets.get(item.index, 0)
+                choice["logprobs"] = logprobs(self.kind, item.tokens, offset)
+                self.offsets[item.index] = offset + sum(len(token.text) for token in item.tokens)
+        return event(self.head | {"choices": [choice]})
+
+    def usage(self) -> str:
+        """The last event of a stream that asked for usage: no choices, only counts."""
+        return event(self.head | {"choices": [], "usage": usage(self.answers, self.generation.speculative)})
+
+
+def event(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value)}\n\n"

@@ -1,0 +1,228 @@
+"""The replicas: one base and one running batch each."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hydra_core.base import load_base
+from hydra_core.decoding import Result, StepOutput, TextStream
+from hydra_core.errors import InputError
+from hydra_core.sampling import Request, TokenLogprob, Typical, choices
+from pipelines.runtime.logs import speak
+from pipelines.serve.engine_loop import EngineHost, warm_up
+from pipelines.serve.messages import Answer, AppArgs, Generation, Piece, Refusal, Token, is_text
+from pipelines.serve.metrics import ReplicaMetrics
+from pipelines.serve.model_identity import Serving
+from pipelines.serve.stream_merge import merged
+from pipelines.serve.user_config import Heads, make_engine
+
+log = logging.getLogger("ray.serve")
+
+
+class DecodeServer:
+    """One replica. It decodes nothing until `reconfigure` has told it with what, which Serve does before any request."""
+
+    def __init__(self, args: AppArgs) -> None:
+        speak()
+        torch.set_num_threads(args.threads)
+        self.args = args
+        base = args.base
+        self.base = load_base(base["model"], dtype=base["dtype"], device=base["device"], cache=Path(args.cache),
+                              context_limit=base["context_limit"])
+        self.metrics = ReplicaMetrics()
+        self.host: EngineHost | None = None
+        self.heads: Heads | None = None
+        self.serving: Serving | None = None
+        self.rejected: dict[str, Any] | None = None
+        self.in_flight = 0
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Decode new requests with other heads; rows in flight finish on the engine that they began with.
+
+        Heads that do not load leave all as it is, since an exception would end the replica: `info` tells of them. Raises
+        InputError where there is nothing that could stay.
+        """
+        try:
+            heads = Heads.of(user_config)
+            if heads == self.heads:
+                return
+            engine, digest = await asyncio.to_thread(make_engine, heads, self.base, self.args, timing=self.host is None)
+            if self.host is None:
+                await asyncio.to_thread(warm_up, engine)
+                self.host = EngineHost(engine, self.metrics.load)
+            else:
+                await asyncio.wrap_future(self.host.swap(engine))
+        except Exception as error:
+            if self.host is None:
+                raise
+            self.rejected = {"label": user_config.get("label"), "version": user_config.get("version"),
+                             "digest": user_config.get("digest"), "reason": str(error).splitlines()[0] if str(error) else
+                             type(error).__name__}
+            self.metrics.rejected()
+            log.error("heads rejected, the old ones stay", extra={"rejected": self.rejected})
+            return
+        self.heads, self.rejected = heads, None
+        self.serving = Serving(str(self.base.identity), self.base.context_limit, digest)
+        self.metrics.serves(heads.version)
+        log.info("decoding with other heads", extra={"heads": asdict(heads)})
+
+    @property
+    def failed(self) -> bool:
+        """Whether the engine died: nothing is answered any more."""
+        return self.host is not None and self.host.failure is not None
+
+    async def restart(self) -> None:
+        """A new engine with the same heads in place of one that died, where no Serve replaces the replica."""
+        assert self.heads is not None
+        engine, _ = await asyncio.to_thread(make_engine, self.heads, self.base, self.args)
+        await asyncio.to_thread(warm_up, engine)
+        self.host = EngineHost(engine, self.metrics.load)
+
+    async def generate(self, generation: Generation) -> Answer | Refusal:
+        """The one answer of a generation at once."""
+        found = await self.answers(generation)
+        return found if isinstance(found, Refusal) else found[0]
+
+    async def answers(self, generation: Generation) -> list[Answer] | Refusal:
+        """All answers at once, by index."""
+        found = []
+        async for item in self.stream(generation):
+            if isinstance(item, Refusal):
+                return item
+            if isinstance(item, Answer):
+                found.append(item)
+        return sorted(found, key=lambda answer: answer.index)
+
+    async def stream(self, generation: Generation) -> AsyncIterator[Piece | Answer | Refusal]:
+        """Pieces of text and, of each choice, its answer; or one refusal. Leaving early frees the rows."""
+        host = self.host
+        if host is None or host.failure is not None:
+            yield Refusal(503, "this replica's engine has failed; another one is being started: try again later")
+            return
+        if self.in_flight + generation.n > self.args.room:
+            yield Refusal(429, f"{self.in_flight} answers are being made already: try again later")
+            return
+        self.in_flight += generation.n
+        try:
+            requests = await asyncio.to_thread(self._requests, generation)  # a long text would hold up every stream
+            async for item in merged([self._decode(host, generation, index, request) for index, request in enumerate(requests)]):
+                yield item
+        except InputError as error:
+            yield Refusal(400, _in_clients_words(str(error).removeprefix(f"request {generation.id}: "), generation))
+        finally:
+            self.in_flight -= generation.n
+
+    def _requests(self, generation: Generation) -> list[Request]:
+        prompt = tuple(self._prompt_ids(generation))
+        most = self.args.max_prompt_tokens
+        if most is not None and len(prompt) > most:
+            raise InputError(f"prompt: {len(prompt)} tokens are more than the {most} allowed here")
+        request = Request(
+            generation.id, prompt, generation.max_new_tokens, generation.temperature, generation.seed,
+            stop=generation.stop, top_p=generation.top_p, presence_penalty=generation.presence_penalty,
+            frequency_penalty=generation.frequency_penalty, logprobs=generation.logprobs,
+            lossy_typical=Typical() if generation.speculative == "lossy-typical" else None,
+            speculate=generation.speculative != "off")
+        request.check(self.base.vocab_size, self.base.context_limit, texts=self.base.tokenizer is not None)
+        return choices(request, generation.n)
+
+    async def _decode(self, host: EngineHost, generation: Generation, index: int,
+                      request: Request) -> AsyncIterator[Piece | Answer]:
+        started = last = time.perf_counter()
+        text = TextStream(self.base.decode, generation.stop)
+        tokens: list[Token] = []
+        result: Result | None = None
+        outputs, failed = host.stream(request), False
+        try:
+            async for output in outputs:
+                now = time.perf_counter()
+                if result is None and last == started:
+                    self.metrics.first_token(now - started)
+                else:
+                    self.metrics.step(now - last, len(output.token_ids))
+                last, result = now, output.result
+                piece = self._piece(index, output, text)
+                tokens += piece.tokens
+                yield piece
+        except (InputError, RuntimeError):  # refused, or the engine died: nobody left
+            failed = True
+            raise
+        finally:
+            await outputs.aclose()  # type: ignore[attr-defined]  # frees the row at once
+            if result is None and not failed:
+                self.metrics.cancelled()
+                log.info("cancelled", extra={"answer_id": generation.id, "choice": index})
+        assert result is not None
+        answer = _answer(generation, index, text.sent, result, tuple(tokens), time.perf_counter() - started)
+        self.metrics.answer(answer)
+        log.info("answered", extra=told(answer))
+        yield answer
+
+    def _piece(self, index: int, output: StepOutput, text: TextStream) -> Piece:
+        """The text of one step; what was held back comes with the last."""
+        fresh = text.push(output.token_ids)
+        if output.result is not None:
+            fresh += text.finish()
+        count = len(output.token_ids)
+        depths = tuple(depth if depth < count else 0 for depth in range(1, count + 1))
+        return Piece(index, fresh, depths, tuple(self._token(token) for token in output.logprobs or ()))
+
+    def _token(self, found: TokenLogprob) -> Token:
+        return Token(self.base.decode([found.token]), found.logprob,
+                     tuple((self.base.decode([token]), logprob) for token, logprob in found.top))
+
+    def _prompt_ids(self, generation: Generation) -> list[int]:
+        if generation.prompt_ids is not None:
+            return generation.prompt_ids
+        if not is_text([generation.prompt, generation.text, generation.messages]):
+            raise InputError("prompt: holds half a character (a lone surrogate)")
+        if generation.text is not None:
+            if self.base.tokenizer is None:
+                raise InputError("prompt: the base has no tokenizer: give token ids")
+            return list(self.base.tokenizer(generation.text).input_ids)
+        return self.base.encode_prompt(generation.prompt, generation.messages)
+
+    async def info(self) -> dict[str, Any]:
+        """What serves, with which arguments, how busy it is, and which heads were turned away last."""
+        assert self.heads is not None and self.serving is not None and self.host is not None
+        return {"label": self.heads.label, "version": self.heads.version, **asdict(self.serving),
+                "in_flight": self.in_flight, "running": self.host.running, "slots": self.args.max_batch,
+                "failed": self.failed, "rejected": self.rejected}
+
+    async def running_args(self) -> AppArgs:
+        """The arguments of this application, its present heads among them."""
+        assert self.heads is not None
+        return replace(self.args, **asdict(self.heads))
+
+    def check_health(self) -> None:
+        """Raises when the engine has failed, so that Serve replaces the replica."""
+        if self.host is not None and self.failed:
+            raise RuntimeError("the engine has failed") from self.host.failure
+
+
+def _in_clients_words(message: str, generation: Generation) -> str:
+    """A mistake under the name of the field that the client gave."""
+    field, colon, rest = message.partition(":")
+    if field in ("prompt", "prompt_ids"):
+        field = "prompt" if generation.messages is None else "messages"
+    return field + colon + rest
+
+
+def _answer(generation: Generation, index: int, text: str, result: Result, tokens: tuple[Token, ...],
+            seconds: float) -> Answer:
+    return Answer(generation.id, text, result.token_ids, result.finish_reason, len(result.prompt_ids), result.steps,
+                  result.drafted, result.accepted, seconds, index, result.accepted_lengths,
+                  tokens if generation.logprobs is not None else None)
+
+
+def told(answer: Answer) -> dict[str, Any]:
+    """What the log says of an answer: never its text."""
+    return {"answer_id": answer.id, "choice": answer.index, "finish_reason": answer.finish_reason,
+            "prompt_tokens": answer.prompt_tokens, "completion_tokens": len(answer.token_ids), "steps": answer.steps,
+            "accepted": answer.accepted, "seconds": round(answer.latency_seconds, 4)}

@@ -1,0 +1,69 @@
+"""What an application decodes with, as Serve's `user_config`: it may change while the application runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hydra_core.base import Base
+from hydra_core.decoding import Engine, load_heads
+from hydra_core.errors import InputError
+from pipelines.profiling.cost_cache import known_costs, machine_costs
+from pipelines.serve.messages import AppArgs
+from pipelines.serve.model_identity import configuration_digest
+
+
+@dataclass(frozen=True)
+class Heads:
+    """`configuration`: a folder, None decodes plainly; `version`: of a registered model; `digest`: of the folder's files,
+    None: whatever they are."""
+
+    configuration: str | None
+    label: str
+    version: int | None = None
+    digest: str | None = None
+
+    @staticmethod
+    def of(values: dict[str, Any]) -> Heads:
+        """From a `user_config`. Raises InputError for an unknown, missing or ill-typed field."""
+        known = {field.name for field in dataclasses.fields(Heads)}
+        if unknown := sorted(set(values) - known):
+            raise InputError(f"user_config.{unknown[0]}: unknown field; known are {', '.join(sorted(known))}")
+        for name, kind in (("configuration", str), ("label", str), ("version", int), ("digest", str)):
+            if type(values.get(name)) not in (kind, type(None)):
+                raise InputError(f"user_config.{name}={values[name]!r}: is not of type {kind.__name__}")
+        if not {"configuration", "label"} <= set(values) or values["label"] is None:
+            raise InputError("user_config: needs configuration (a folder, or null to decode plainly) and label")
+        return Heads(**values)
+
+    def check_digest(self) -> str:
+        """The digest of the folder as it is. Raises InputError where that is not the one that was deployed."""
+        found = configuration_digest(self.configuration)
+        if self.digest is not None and found != self.digest:
+            raise InputError(f"{self.configuration}: its files are {found[:12]}, {self.digest[:12]} was deployed: were they "
+                             "changed in place? Promote again")
+        return found
+
+
+def heads_of(args: AppArgs) -> dict[str, Any]:
+    """The `user_config` of an application."""
+    return asdict(Heads(args.configuration, args.label, args.version, args.digest))
+
+
+def without_heads(args: AppArgs) -> AppArgs:
+    """What does not change while an application runs: Serve replaces replicas whose arguments do."""
+    return replace(args, configuration=None, label="", version=None, digest=None)
+
+
+def make_engine(heads: Heads, base: Base, args: AppArgs, timing: bool = True) -> tuple[Engine, str]:
+    """An engine that has not run, and the digest of the files it was made of; with `timing` steps are timed where they were
+    not yet. Raises InputError for another base, files that changed, and heads that do not load."""
+    digest = heads.check_digest()
+    costs = partial(machine_costs if timing else known_costs, base, Path(args.cache))
+    drafter, trees = load_heads(heads.configuration, base, costs) if heads.configuration else (None, None)
+    if heads.check_digest() != digest:
+        raise InputError(f"{heads.configuration}: its files changed while they were loaded: promote again")
+    return Engine(base, drafter, trees, max_batch=args.max_batch), digest

@@ -1,0 +1,5 @@
+"""MLflow, and the only package that imports it: runs, metrics, artifacts, the registry."""
+
+from lazy_loader import attach_stub
+
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

@@ -1,0 +1,67 @@
+"""What `serve.model` and `generate.model` may name: which drafter decodes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra_core.base import resolve_base
+from hydra_core.bundled import SHIPPED, shipped_configuration
+from hydra_core.errors import InputError
+from pipelines.config import RunConfig
+from pipelines.runtime.artifacts import RunPaths
+from pipelines.serve.model_identity import PLAIN
+from pipelines.tracking import NotRegistered, resolve
+
+
+@dataclass(frozen=True)
+class Model:
+    """`folder`: a configuration or heads, None for plain decoding; `version`: of a registered model."""
+
+    folder: Path | None
+    label: str
+    version: int | None = None
+
+
+def find_model(config: RunConfig, asked: str | None) -> Model:
+    """`models:/NAME@alias`, `models:/NAME/VERSION`, a folder, `shipped` or `plain`; None: the champion, and where nothing was
+    promoted yet the heads that come with the package.
+
+    Raises InputError for a model that is not registered, and where no heads come with the package for this base.
+    """
+    if asked == PLAIN:
+        return Model(None, PLAIN)
+    if asked == SHIPPED:
+        return _shipped(config)
+    if asked is not None and not asked.startswith("models:/"):
+        return Model(Path(asked), asked)
+    champion = f"models:/{config.promote.model_name}@{config.promote.alias}"
+    try:
+        version, folder = resolve(config, asked or champion, RunPaths.of(config).cache / "models")
+    except NotRegistered:
+        if asked is not None or (found := _of_this_base(config)) is None:
+            raise
+        return _packaged(found)
+    label = f"{asked} (version {version})" if asked else f"models:/{config.promote.model_name}/{version}"
+    return Model(folder, label, version)
+
+
+def shipped_heads(config: RunConfig) -> str | None:
+    """The checkpoint folder that comes with the package for this base, or None."""
+    found = _of_this_base(config)
+    return None if found is None else str(found / "heads")
+
+
+def _shipped(config: RunConfig) -> Model:
+    if (found := _of_this_base(config)) is None:
+        raise InputError(f"{SHIPPED}: no heads come with the package for base.model={config.base.model}: train some, or decode "
+                         f"with `{PLAIN}`")
+    return _packaged(found)
+
+
+def _packaged(folder: Path) -> Model:
+    return Model(folder, f"the package's own heads ({folder.name})")
+
+
+def _of_this_base(config: RunConfig) -> Path | None:
+    return shipped_configuration(resolve_base(config.base.model, RunPaths.of(config).cache).digest)

@@ -1,0 +1,67 @@
+"""The model registry: configurations as versions, aliases that name them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from hydra_core.errors import InputError
+from pipelines.config import RunConfig
+from pipelines.tracking.address import tracking_uri
+from pipelines.tracking.client import MlflowException, open_client
+from pipelines.tracking.runs import Run
+
+_MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))$")
+
+
+class NotRegistered(InputError):
+    """The registry knows no such model."""
+
+
+def register(config: RunConfig, name: str, run: Run, artifact_path: str, alias: str, tags: Mapping[str, str]) -> int:
+    """Make a run's artifact folder a new version of model `name` and point `alias` at it; returns the version."""
+    client = open_client(tracking_uri(config))
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    source = run.artifact_uri(artifact_path)
+    version = client.create_model_version(name, source=source, run_id=run.run_id, tags=dict(tags))
+    client.set_registered_model_alias(name, alias, version.version)
+    return int(version.version)
+
+
+def resolve(config: RunConfig, uri: str, download: Path) -> tuple[int, Path]:
+    """Version and local folder of `models:/NAME@alias` or `models:/NAME/3`.
+
+    Artifacts of a remote store are fetched into `download`. Raises InputError for a malformed name and for a version whose
+    folder is gone, NotRegistered for a name, alias or version that there is not.
+    """
+    match = _MODEL_URI.match(uri)
+    if match is None:
+        raise InputError(f"serve.model={uri}: write it as models:/NAME@alias or models:/NAME/VERSION")
+    client = open_client(tracking_uri(config))
+    try:
+        if match["alias"]:
+            version = client.get_model_version_by_alias(match["name"], match["alias"])
+        else:
+            version = client.get_model_version(match["name"], match["version"])
+    except MlflowException:
+        raise NotRegistered(f"serve.model={uri}: is not registered: run `hydra-heads promote` first, "
+                         "or name a configuration folder") from None
+    source = str(version.source)
+    if source.startswith("file://"):
+        folder = Path(unquote(urlsplit(source).path))
+        if not folder.is_dir():
+            raise InputError(f"serve.model={uri}: version {version.version} lay in {folder}, which is gone: "
+                             "run `hydra-heads promote` again")
+        return int(version.version), folder
+    from mlflow.artifacts import download_artifacts
+
+    target = download / match["name"] / str(version.version)
+    target.mkdir(parents=True, exist_ok=True)
+    return int(version.version), Path(download_artifacts(artifact_uri=source, dst_path=str(target),
+                                                         tracking_uri=tracking_uri(config)))

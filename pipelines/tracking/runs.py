@@ -1,0 +1,216 @@
+"""Runs of MLflow: one parent run stands for a chain, one child for each stage (and drafter).
+
+Everything goes through `MlflowClient` with explicit run ids: active runs are per process, and stages run in several.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from pipelines.config import RunConfig
+from pipelines.runtime.provenance import HIDDEN, is_secret, shareable_yaml, without_credentials
+from pipelines.tracking.address import tracking_uri
+from pipelines.tracking.client import (
+    Dataset,
+    DatasetInput,
+    InputTag,
+    Metric,
+    MlflowClient,
+    MlflowException,
+    Param,
+    RunTag,
+    get_current_time_millis,
+    open_client,
+)
+
+LONGEST_PARAM = 500
+PARAMS_AT_ONCE = 100
+METRICS_AT_ONCE = 1000
+
+
+class Run:
+    """One MLflow run; a context manager that ends it FINISHED, or FAILED when an exception passes.
+
+    `parent` ends as its last child did: nothing runs in between.
+    """
+
+    def __init__(self, client: MlflowClient, run_id: str, parent: str | None = None) -> None:
+        self._client, self.run_id, self._parent = client, run_id, parent
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.end("FAILED" if kind else "FINISHED")
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Numbers at a step; names may hold letters, digits and . _ - / only."""
+        self.log_curve([(step or 0, metrics)])
+
+    def log_curve(self, points: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+        """Steps with their numbers, as many at a time as a store takes: one call for each step would cost as much as it."""
+        now = get_current_time_millis()
+        entries = [Metric(_clean(name), float(value), now, step) for step, metrics in points for name, value in metrics.items()]
+        for start in range(0, len(entries), METRICS_AT_ONCE):
+            self._client.log_batch(self.run_id, metrics=entries[start:start + METRICS_AT_ONCE])
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Nested values, flattened. Params are immutable: one that stands already is left as it is."""
+        standing = self._client.get_run(self.run_id).data.params
+        entries = [Param(key, value) for key, value in flatten(params).items() if key not in standing]
+        for start in range(0, len(entries), PARAMS_AT_ONCE):
+            self._client.log_batch(self.run_id, params=entries[start:start + PARAMS_AT_ONCE])
+
+    def log_dataset(self, name: str, digest: str, path: str, context: str) -> None:
+        """Record an input by name, digest and where it lies."""
+        dataset = Dataset(name=name, digest=digest[:36], source_type="local", source=path)
+        self._client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
+
+    def log_artifact(self, path: Path | str, artifact_path: str | None = None) -> None:
+        """A file, or a folder's contents under `artifact_path`."""
+        if Path(path).is_dir():
+            self._client.log_artifacts(self.run_id, str(path), artifact_path)
+        else:
+            self._client.log_artifact(self.run_id, str(path), artifact_path)
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        self._client.log_batch(self.run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
+
+    def artifact_uri(self, path: str) -> str:
+        """Where an artifact of this run lies."""
+        return f"{self._client.get_run(self.run_id).info.artifact_uri}/{path}"
+
+    def log_text(self, text: str, file: str) -> None:
+        """An artifact made of a text."""
+        self._client.log_text(self.run_id, text, file)
+
+    def end(self, status: str = "FINISHED") -> None:
+        for run_id in (self.run_id, self._parent):
+            if run_id is not None:
+                self._client.set_terminated(run_id, status)
+
+
+class Tracker:
+    """The driver's view of one chain: its experiment, its parent run, its children."""
+
+    def __init__(self, config: RunConfig, client: MlflowClient, uri: str, experiment_id: str) -> None:
+        self.uri, self.experiment_id = uri, experiment_id
+        self._config, self._client = config, client
+        self._chain = f"{config.name}@{config.storage}"
+
+    @classmethod
+    def open(cls, config: RunConfig) -> Tracker:
+        """Connect. Raises InputError within seconds if the server does not answer."""
+        uri = tracking_uri(config)
+        client = open_client(uri)
+        name = config.tracking.experiment
+        found = client.get_experiment_by_name(name)
+        if found is not None:
+            return cls(config, client, uri, found.experiment_id)
+        location = None
+        if uri.startswith("sqlite:"):  # a relative default would point into whichever folder a worker runs in
+            location = (Path(config.storage) / "mlflow" / "artifacts").as_uri()
+        try:
+            return cls(config, client, uri, client.create_experiment(name, artifact_location=location))
+        except MlflowException:  # made by somebody else meanwhile
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+            return cls(config, client, uri, found.experiment_id)
+
+    def parent(self) -> str:
+        """Run id of the chain's parent run, made on first use and found again by its tag."""
+        quoted = self._chain.replace("'", "")
+        runs = self._client.search_runs([self.experiment_id], max_results=1, filter_string=(
+            f"tags.`hydra_heads.chain` = '{quoted}' and tags.`hydra_heads.stage` = 'chain'"))
+        if runs:
+            return runs[0].info.run_id
+        tags = {"hydra_heads.chain": quoted, "hydra_heads.stage": "chain"}
+        made = self._client.create_run(self.experiment_id, tags=tags, run_name=self._config.name).info.run_id
+        self._client.set_terminated(made)  # it runs while a child does
+        return made
+
+    def start(self, stage: str, part: str | None = None, params: Mapping[str, Any] | None = None,
+              fingerprint: str | None = None) -> Run:
+        """A child run of the parent. An unfinished one of the same stage, part and fingerprint is taken up again.
+
+        Its params are the resolved configuration (and `params`), which is its artifact `config.yaml` too.
+        """
+        parent = self.parent()
+        tags = {"mlflow.parentRunId": parent, "hydra_heads.stage": stage, "hydra_heads.part": part or "-",
+                "hydra_heads.fingerprint": fingerprint or "-", "hydra_heads.chain": self._chain.replace("'", "")}
+        found = self._unfinished(tags) if fingerprint else None
+        if found is None:
+            name = f"{stage}: {part}" if part else stage
+            found = self._client.create_run(self.experiment_id, tags=tags, run_name=name).info.run_id
+        for run_id in (parent, found):
+            self._client.update_run(run_id, status="RUNNING")
+        run = Run(self._client, found, parent)
+        run.log_params(self._config.model_dump(mode="json") | dict(params or {}))
+        run.log_text(shareable_yaml(self._config), "config.yaml")
+        return run
+
+    def history(self, run_id: str, metrics: Sequence[str]) -> dict[int, dict[str, float]]:
+        """Step -> the last part of a metric's name -> its value there."""
+        found: dict[int, dict[str, float]] = {}
+        for name in metrics:
+            for point in self._client.get_metric_history(run_id, _clean(name)):
+                found.setdefault(point.step, {})[name.rpartition(".")[2]] = point.value
+        return found
+
+    def end_parent(self, status: str = "FINISHED") -> None:
+        self._client.set_terminated(self.parent(), status)
+
+    def _unfinished(self, tags: Mapping[str, str]) -> str | None:
+        keys = ("mlflow.parentRunId", "hydra_heads.stage", "hydra_heads.part", "hydra_heads.fingerprint")
+        wanted = " and ".join(f"tags.`{key}` = '{tags[key]}'" for key in keys)
+        runs = self._client.search_runs([self.experiment_id], filter_string=wanted, max_results=10)
+        open_runs = [run for run in runs if run.info.status != "FINISHED"]
+        return open_runs[0].info.run_id if open_runs else None
+
+
+class MetricLogger:
+    """Rank 0's way to log from a Ray worker, where only uri and run id have come along."""
+
+    def __init__(self, uri: str, run_id: str) -> None:
+        self._run = Run(open_client(uri), run_id)
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self._run.log_metrics(metrics, step)
+
+    def log_curve(self, points: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+        self._run.log_curve(points)
+
+
+def metric_logger(uri: str, run_id: str) -> MetricLogger:
+    return MetricLogger(uri, run_id)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested mappings to dotted keys with text values, cut to what every MLflow store takes; secrets are hidden."""
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        name = f"{prefix}{_clean(str(key))}"
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{name}.")
+        elif is_secret(name) and value:
+            flat[name] = HIDDEN
+        else:
+            text = without_credentials(str(value))
+            flat[name] = text if len(text) <= LONGEST_PARAM else text[:LONGEST_PARAM - 3] + "..."
+    return flat
+
+
+def _clean(name: str) -> str:
+    """MLflow's names know no `+`."""
+    return re.sub(r"[^A-Za-z0-9_\-./ ]", "_", name.replace("++", "_pp"))
+
+
+# -- registry ----------------------------------------------------------------------------------------------------------
+
+

@@ -1,0 +1,5 @@
+"""`train`: draft heads on distilled rows; the base stays frozen."""
+
+from lazy_loader import attach_stub
+
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

@@ -1,0 +1,3 @@
+from .stage import run_train
+
+__all__ = ["run_train"]

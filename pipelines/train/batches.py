@@ -1,0 +1,95 @@
+"""The rows of one training run: what each step holds, how it is dealt to ranks, and by what its loss is divided."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hydra_core.heads import DraftVocab, HeadsConfig
+from hydra_core.training.alignment import target_range
+from hydra_core.training.packing import Packed
+from pipelines.rows.feature_store import BatchOrder, share_of
+from pipelines.rows.packed_reader import (
+    RowReader,
+    Share,
+)
+from pipelines.rows.row_index import RowStore
+
+
+def valid_counts(store: RowStore, draft_vocab: DraftVocab, heads: HeadsConfig) -> np.ndarray:
+    """Positions whose loss counts, for each row and head: [rows, K] int64.
+
+    Every rank knows all token ids, so the divisor of a step's loss needs no communication.
+    """
+    index, index_of = store.index, draft_vocab.index_of.numpy()
+    counts = np.zeros((len(store), heads.num_heads), np.int64)
+    for row, (prompt, tokens) in enumerate(zip(index.prompt_tokens, index.lengths, strict=True)):
+        asked = [target_range(head, int(prompt), int(tokens)) for head in range(heads.num_heads)]
+        if heads.reads_teacher:
+            counts[row] = [len(one) for one in asked]
+        else:
+            drafted = index_of[store.token_ids(row)] >= 0
+            counts[row] = [int(drafted[one.start:one.stop].sum()) for one in asked]
+    return counts
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's part of a step, in pieces computed one after the other, and the whole step's valid positions per head
+    [K] int64.
+    """
+
+    step: int
+    pieces: tuple[Packed, ...]
+    counts: Tensor
+
+    @property
+    def padding(self) -> float:
+        """Share of the laid-out tokens that are none."""
+        laid = sum(piece.token_ids.numel() for piece in self.pieces)
+        return 1 - sum(int(piece.spans.lengths.sum()) for piece in self.pieces) / laid
+
+
+class StepBatches:
+    """Batches of steps in order, the next one read while the current one is computed; `accumulate` pieces in each."""
+
+    def __init__(self, reader: RowReader, order: BatchOrder, counts: np.ndarray, share: Share, accumulate: int = 1) -> None:
+        self.reader, self.order, self.counts, self.share, self.accumulate = reader, order, counts, share, accumulate
+
+    def batch(self, step: int) -> Batch:
+        rows, first = self.order.rows(step), self.share.rank * self.accumulate
+        lengths, parts = self.reader.store.index.lengths, self.share.world * self.accumulate
+        pieces = tuple(self.reader.pack(share_of(rows, lengths, first + piece, parts)) for piece in range(self.accumulate))
+        return Batch(step, pieces, torch.from_numpy(self.counts[rows].sum(0)))
+
+    def between(self, start: int, stop: int) -> Iterator[Batch]:
+        """Batches of steps start .. stop - 1."""
+        with ThreadPoolExecutor(1) as pool:
+            ahead: Future[Batch] | None = pool.submit(self.batch, start) if start < stop else None
+            for step in range(start, stop):
+                assert ahead is not None
+                batch = ahead.result()
+                ahead = pool.submit(self.batch, step + 1) if step + 1 < stop else None
+                yield batch
+
+
+def validation_groups(store: RowStore, rows: int, per_batch: int, seed: int,
+                      share: Share) -> list[tuple[np.ndarray, bool]]:
+    """Row numbers of this rank's held-out batches, each with whether it counts; the same at every validation.
+
+    Every rank has as many batches (the last may be a repetition that does not count): collectives stay in step.
+    """
+    chosen = store.sample(rows, seed)
+    mine = share_of(chosen, store.index.lengths, share.rank, share.world)
+    groups = [mine[start:start + per_batch] for start in range(0, len(mine), per_batch)]
+    filler = groups[0] if groups else chosen[:1]
+    largest_share = -(-len(chosen) // share.world)
+    needed = -(-largest_share // per_batch)
+    return [(groups[i], True) if i < len(groups) else (filler, False) for i in range(needed)]
+
+

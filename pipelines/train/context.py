@@ -1,0 +1,64 @@
+"""What a training worker has at hand: its settings, and what it sets up of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from hydra_core.base import BaseVocabulary
+from hydra_core.heads import DraftVocab, HeadsConfig
+from hydra_core.training.model import HeadTraining
+from pipelines.config import TrainSection
+from pipelines.rows.packed_reader import RowReader, Share
+from pipelines.train.ema import WeightAverage
+
+CURVE, HEADS, LAST, LOGGED = "curve.jsonl", "heads", "last", "logged.json"
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """What the driver hands each worker; plain values only, since they are sent over the wire.
+
+    `rows`: folder of the training rows: features, or answers if they are made online; `held_out`: of the features that
+    validation reads.
+    """
+
+    config: dict[str, Any]
+    drafter: str
+    rows: str
+    held_out: str
+    folder: str
+    tracking_uri: str | None
+    run_id: str | None
+    provenance: dict[str, Any]
+
+
+@dataclass
+class Workshop:
+    """Everything a worker has at hand once it is set up."""
+
+    settings: LoopSettings
+    train: TrainSection
+    heads: HeadsConfig
+    share: Share
+    device: torch.device
+    vocabulary: BaseVocabulary
+    draft_vocab: DraftVocab
+    learn: RowReader
+    held_out: RowReader
+    total: int
+    engine: Any
+    average: WeightAverage | None = None
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    next_step: int = 0
+
+    @property
+    def first(self) -> bool:
+        return self.share.rank == 0
+
+    @property
+    def model(self) -> HeadTraining:
+        module: HeadTraining = self.engine.module
+        return module

@@ -1,0 +1,60 @@
+"""When training must not go on: a loss or gradients that are no numbers, or a loss that explodes."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra_core.errors import StoppedError
+from pipelines.runtime.artifacts import write_text
+from pipelines.train.context import HEADS
+
+STOPPED = "stopped.json"
+SUSTAINED, RECENT = 3, 20
+"""Steps that must all be bad, and those before them that say what is usual by now."""
+
+
+def why_stop(curve: Sequence[Mapping[str, Any]], record: Mapping[str, Any], stop_ratio: float) -> str | None:
+    """What is wrong with a step's record, given those before it; None if nothing is. The same on every rank."""
+    if not math.isfinite(record["loss"]):
+        return "the loss is not a number"
+    if not math.isfinite(record.get("gradient", 0.0)):
+        return "the gradients are not numbers"
+    first = curve[0]["loss"] if curve else record["loss"]
+    if record["loss"] > stop_ratio * first:
+        return f"the loss is {record['loss']:.3g}, over {stop_ratio:g} times the first step's {first:.3g}"
+    newest = [*(before["loss"] for before in curve[-(SUSTAINED - 1):]), record["loss"]]
+    if len(curve) >= SUSTAINED - 1 + RECENT:
+        usual = statistics.median(before["loss"] for before in curve[-(SUSTAINED - 1) - RECENT:-(SUSTAINED - 1)])
+        if min(newest) > stop_ratio * usual:  # one bad batch is no explosion
+            return f"the loss is {min(newest):.3g} or more in {SUSTAINED} steps, over {stop_ratio:g} times the {usual:.3g} before"
+    return None
+
+
+def why_not_keep(figures: Mapping[str, float]) -> str | None:
+    """What is wrong with heads that have these held-out figures; None if nothing is."""
+    losses = [value for name, value in figures.items() if name.endswith("_loss")]
+    return None if all(map(math.isfinite, losses)) else "the held-out loss is not a number"
+
+
+def write_stop(folder: Path, why: str, record: Mapping[str, Any]) -> None:
+    """Leave word for the driver: raising in a worker would make Ray try again what must fail again."""
+    write_text(folder / STOPPED, json.dumps({"why": why, "step": record["step"], "lr": record["lr"]}))
+
+
+def raise_if_stopped(folder: Path, name: str, checkpoint: Any) -> None:
+    """Raise StoppedError if the workers left word; `checkpoint`: Ray's last one, made before the trouble, or None."""
+    if not (folder / STOPPED).exists():
+        return
+    found = json.loads((folder / STOPPED).read_text(encoding="utf-8"))
+    good = "no checkpoint was made before"
+    if checkpoint is not None:
+        heads = Path(checkpoint.path) / HEADS
+        step = json.loads((heads / "provenance.json").read_text(encoding="utf-8"))["training"]["step"]
+        good = f"the last good checkpoint, after {step} steps, is {heads}"
+    raise StoppedError(f"train.drafters.{name}: {found['why']} at step {found['step']} (lr {found['lr']:.2e}): {good}; lower "
+                       "train.lr or raise train.warmup_steps, under another name")

@@ -1,0 +1,290 @@
+"""What every training worker runs: the same steps on all ranks, validation and a checkpoint at the same steps.
+
+A step's rows, learning rate and dropout seed are functions of its number, so the only position to save is that number.
+Nothing is logged before the checkpoint that holds it: after a kill, the steps done since the last checkpoint are done
+again from its state, and the curve has every step once.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from hydra_core.base import BaseVocabulary, load_base, load_vocabulary
+from hydra_core.heads import DraftVocab, build_drafter
+from hydra_core.training.metrics import HeadCounts
+from hydra_core.training.model import HeadTraining
+from hydra_core.tree.search import reference_tokens_per_step
+from hydra_core.tree.simulation import RankRows
+from pipelines.config import RunConfig, TrainSection
+from pipelines.rows.feature_store import BatchOrder, FeatureStore
+from pipelines.rows.online_features import OnlineStore
+from pipelines.rows.packed_reader import RowReader, Share, load_normalisers
+from pipelines.rows.row_index import RowStore
+from pipelines.rows.schemas import content_id
+from pipelines.runtime.artifacts import RunPaths
+from pipelines.train.async_eval import DecodeBeside
+from pipelines.train.batches import Batch, StepBatches, valid_counts, validation_groups
+from pipelines.train.context import HEADS, LoopSettings, Workshop
+from pipelines.train.deepspeed_config import deepspeed_settings, learning_rate, prepare_environment
+from pipelines.train.divergence import why_not_keep, why_stop, write_stop
+from pipelines.train.ema import WeightAverage
+from pipelines.train.reporting import Progress, log_curve, read_curve_and_figures, save_curve_and_heads
+from pipelines.train.warm_start import begin_with
+
+STATE_TAG = "state"
+
+
+def train_loop(settings: dict[str, Any]) -> None:
+    """Train one drafter on this rank until its last step, resuming from Ray's checkpoint if there is one."""
+    import ray.train
+
+    context = ray.train.get_context()
+    shop = set_up(LoopSettings(**settings), Share(context.get_world_rank(), context.get_world_size()))
+    restore(shop, ray.train.get_checkpoint())
+    order = BatchOrder.of(shop.learn.store, shop.train.rows_per_step, shop.train.seed, shop.train.cache_mb << 20)
+    batches = StepBatches(shop.learn, order, valid_counts(shop.learn.store, shop.draft_vocab, shop.heads), shop.share,
+                          shop.train.accumulate)
+    progress = Progress(shop)
+    beside = DecodeBeside(shop, progress.say) if shop.first and shop.train.decode_every else None
+    why: str | None = None
+    for batch in batches.between(shop.next_step, shop.total):
+        record = train_step(shop, batch)
+        why = why_stop(shop.curve, record, shop.train.stop_ratio)
+        if why is None:
+            shop.curve.append(record)
+            shop.next_step = batch.step + 1
+            progress.after(record)
+            if shop.next_step % shop.train.validate_every == 0 or shop.next_step == shop.total:
+                why = _validate_and_report(shop, progress, beside)
+        if why is not None:
+            if shop.first:
+                write_stop(Path(shop.settings.folder), why, record)
+            dist.barrier()
+            break  # every rank has seen the same figures and ends
+    if beside is not None:
+        beside.end(wait=why is None)
+
+
+def set_up(settings: LoopSettings, share: Share) -> Workshop:
+    """Load data, vocabulary and heads, and start DeepSpeed in the process group that Ray made."""
+    config = RunConfig.model_validate(settings.config)
+    train, heads = config.train, config.train.drafters[settings.drafter]
+    uses_gpu = train.workers.gpus > 0
+    prepare_environment(uses_gpu)
+    _quieten()
+    torch.set_num_threads(train.workers.threads)
+    device = _device(uses_gpu)
+    learn = RowReader(training_rows(train, Path(settings.rows)))
+    vocabulary = _open_base(config, learn.store, device)
+    held_out = RowReader(FeatureStore.open(Path(settings.held_out), "held_out", cache_bytes=train.cache_mb << 20))
+    counts = learn.store.response_counts(vocabulary.size)
+    draft_vocab = DraftVocab.rank(counts, heads.draft_vocab_size, vocabulary.stop_ids)
+    torch.manual_seed(train.seed)
+    drafter = build_drafter(heads, vocabulary, draft_vocab)
+    begin_with(drafter, config, settings.drafter, vocabulary)
+    model = HeadTraining(drafter, vocabulary, train.plain_losses)
+    engine = start_engine(model, train, share)
+    shop = Workshop(settings, train, heads, share, device, vocabulary, draft_vocab, learn, held_out,
+                    total_steps(train, learn.store), engine, WeightAverage.asked_for(model, train))
+    if heads.reads_teacher and not train.plain_losses:
+        stored = {"train": learn, "held_out": held_out}
+        if train.features == "online":
+            del stored["train"]  # rows come by with their hidden states: a pass over all of them would cost as much again
+        for reader in stored.values():
+            # by the order of the rows too: rows that were distilled again may stand elsewhere
+            rows = content_id(str(vocabulary.identity), settings.provenance["data_digest"], reader.store.index.ids)
+            _know_normalisers(shop, reader, RunPaths.of(config).cache / "normalisers" / f"{rows}.npy")
+    return shop
+
+
+def training_rows(train: TrainSection, folder: Path) -> RowStore:
+    """The rows that heads learn from: stored with their hidden states, or answers alone."""
+    if train.features == "online":
+        return OnlineStore.open(folder, "train", train.share)
+    return FeatureStore.open(folder, "train", cache_bytes=train.cache_mb << 20, share=train.share)
+
+
+def _open_base(config: RunConfig, store: RowStore, device: torch.device) -> BaseVocabulary:
+    """The base's two ends; of a base that runs here where the rows have no hidden states yet."""
+    base, cache = config.base, RunPaths.of(config).cache
+    if not isinstance(store, OnlineStore):
+        return load_vocabulary(base.model, dtype=base.dtype, device=str(device), cache=cache)
+    whole = load_base(base.model, dtype=base.dtype, device=str(device), cache=cache, context_limit=base.context_limit)
+    store.use(whole)
+    return whole.vocabulary
+
+
+def total_steps(train: TrainSection, store: RowStore) -> int:
+    """Optimizer steps of the whole run."""
+    steps = BatchOrder.of(store, train.rows_per_step, train.seed).total_steps(train.epochs)
+    return min(steps, train.max_steps) if train.max_steps else steps
+
+
+def start_engine(model: HeadTraining, train: TrainSection, share: Share) -> Any:
+    """A DeepSpeed engine around the model, with a fused AdamW (one pass over memory, on a CPU too)."""
+    import deepspeed
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=train.learning_rate, betas=train.betas, eps=train.eps,
+                                  weight_decay=train.weight_decay, fused=True)
+    deepspeed.logger.setLevel("WARNING")
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_settings(train, share.world))
+    return engine
+
+
+def train_step(shop: Workshop, batch: Batch) -> dict[str, Any]:
+    """One optimizer step; the record of its curve, equal on every rank but for the time and the padding."""
+    engine, world = shop.engine, shop.share.world
+    # Dropout's draw is a function of the step, so a resumed run needs no generator state.
+    torch.manual_seed((shop.train.seed * 1_000_003 + batch.step) * world + shop.share.rank)
+    rate = learning_rate(shop.train, batch.step, shop.total)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+    engine.train()
+    counts = batch.counts.clamp(min=1).to(shop.device)
+    # Divided by the whole step's counts and summed over pieces and ranks; DeepSpeed averages over both, hence the product.
+    divisors, totals = counts / (world * len(batch.pieces)), torch.zeros(len(counts), dtype=torch.float64, device=shop.device)
+    for piece in batch.pieces:
+        loss, sums = engine(piece.to(shop.device), divisors)
+        engine.backward(loss)
+        engine.step()  # of the optimizer after the last piece alone
+        totals += sums
+    dist.all_reduce(totals)
+    per_head = (totals / counts).tolist()
+    if shop.average is not None:
+        shop.average.update(batch.step)
+    record = {"step": batch.step, "loss": sum(per_head) / len(per_head), "lr": rate,
+              "positions": int(batch.counts.max()), "padding": round(batch.padding, 4), "time": round(time.time(), 3)}
+    norm = engine.get_global_grad_norm()
+    record |= {} if norm is None else {"gradient": float(norm)}
+    return record | {f"head{head}_loss": value for head, value in enumerate(per_head)}
+
+
+@torch.no_grad()
+def validate(shop: Workshop) -> dict[str, float]:
+    """Figures over the held-out rows, counts summed over ranks first; the same on every rank."""
+    shop.engine.eval()
+    train = shop.train
+    groups = validation_groups(shop.held_out.store, train.validation_rows, train.rows_per_step // shop.share.world,
+                               train.seed, shop.share)
+    total = HeadCounts.zeros(shop.heads.num_heads)
+    parts: list[tuple[np.ndarray, tuple[int, ...]]] = []
+    with _judged(shop):
+        for rows, counts_here in groups:
+            counts, ranks = shop.model.evaluate(shop.held_out.pack(rows).to(shop.device))
+            if counts_here:
+                total, parts = total + counts, [*parts, (ranks.ranks.numpy(), ranks.positions)]
+    summed = total.to_tensor().to(shop.device)
+    dist.all_reduce(summed)
+    gathered: list[Any] = [None] * shop.share.world
+    dist.all_gather_object(gathered, parts)
+    everything = RankRows.concatenate(RankRows(torch.from_numpy(ranks), positions)
+                                      for share in gathered for ranks, positions in share)
+    return {"tokens_per_step": reference_tokens_per_step(everything)} | HeadCounts.from_tensor(summed.cpu()).ratios()
+
+
+def restore(shop: Workshop, checkpoint: Any) -> None:
+    """Go on from `checkpoint` (None: from the start)."""
+    if checkpoint is None:
+        return
+    with checkpoint.as_directory() as folder:
+        _, client = shop.engine.load_checkpoint(folder, tag=STATE_TAG)
+        shop.curve, figures = read_curve_and_figures(Path(folder))
+        if shop.average is not None:
+            shop.average.load(Path(folder))
+        dist.barrier()  # inside: the first to leave may delete the folder
+    shop.next_step = int(client["next_step"])
+    if shop.first:
+        log_curve(shop, figures)  # a kill right after the checkpoint left it unlogged
+
+
+def _validate_and_report(shop: Workshop, progress: Progress, beside: DecodeBeside | None) -> str | None:
+    """Validate and make a checkpoint; what is wrong with the heads if they are not worth one."""
+    import ray.train
+
+    figures = validate(shop)
+    if why := why_not_keep(figures):
+        return why
+    metrics = {"step": shop.next_step, "loss": shop.curve[-1]["loss"], **figures}
+    with tempfile.TemporaryDirectory() as folder:
+        shop.engine.save_checkpoint(folder, tag=STATE_TAG, client_state={"next_step": shop.next_step})
+        with _judged(shop):
+            if shop.first:
+                save_curve_and_heads(shop, Path(folder), metrics)
+        if shop.first and shop.average is not None:
+            shop.average.save(Path(folder))
+        if beside is not None:
+            beside.after(shop.next_step, Path(folder) / HEADS)
+        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+    if shop.first:
+        log_curve(shop, figures)
+    progress.validated(figures)
+    return None
+
+
+def _know_normalisers(shop: Workshop, reader: RowReader, kept: Path) -> None:
+    """Compute the base's softmax normalisers once, each rank a part, and keep them for a restart and for other drafters."""
+    found = load_normalisers(kept, len(reader.store.index.tokens))
+    have = torch.tensor(found is not None, dtype=torch.int32, device=shop.device)
+    dist.all_reduce(have, op=dist.ReduceOp.MIN)  # a file that only some ranks see must not split them
+    if found is None or not int(have):
+        found = reader.compute_normalisers(shop.share, shop.vocabulary.head, partial(_sum_over_ranks, shop.device))
+        if shop.first:
+            _save_array(kept, found)
+    reader.normalisers = found
+
+
+def _sum_over_ranks(device: torch.device, part: torch.Tensor) -> torch.Tensor:
+    moved = part.to(device)
+    dist.all_reduce(moved)
+    return moved.cpu()
+
+
+def _save_array(path: Path, values: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:  # trainings may share the place
+        np.save(file, values, allow_pickle=False)
+    Path(file.name).replace(path)
+
+
+def _judged(shop: Workshop) -> AbstractContextManager[Any]:
+    """The weights that are validated and saved: the averaged ones where those are asked for."""
+    return _gathered(shop) if shop.average is None else shop.average.applied()
+
+
+def _gathered(shop: Workshop) -> AbstractContextManager[Any]:
+    """ZeRO-3 keeps parameters apart outside forward: bring them together to read them whole."""
+    if shop.train.zero_stage < 3:
+        return nullcontext()
+    import deepspeed
+
+    gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(list(shop.model.parameters()))
+    return gathered
+
+
+def _quieten() -> None:
+    """Ray Train tells of every report in full, torch of every old call in DeepSpeed: our progress lines would drown."""
+    for name in list(logging.root.manager.loggerDict):  # some of Ray Train's loggers bear the name of their file
+        if name.startswith("ray.train") or "/ray/train/" in name:
+            logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def _device(uses_gpu: bool) -> torch.device:
+    if not uses_gpu:
+        return torch.device("cpu")
+    import ray.train.torch
+
+    device: torch.device = ray.train.torch.get_device()
+    torch.cuda.set_device(device)  # where collectives of plain objects, and DeepSpeed, look
+    return device

@@ -1,0 +1,191 @@
+"""The `train` stage: every drafter on the distilled rows, by Ray Train's TorchTrainer with DeepSpeed ZeRO inside."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, ScalingConfig
+from ray.train import RunConfig as RayRunConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from hydra_core.base import BaseVocabulary, load_vocabulary
+from hydra_core.errors import InputError
+from hydra_core.heads import DraftVocab
+from pipelines.config import RunConfig
+from pipelines.distill.stage import answered, distilled
+from pipelines.rows.feature_store import FeatureStore
+from pipelines.rows.row_index import RowStore
+from pipelines.runtime.artifacts import RunPaths, StageFolder, StageResult, fingerprint, finished, stage_folder
+from pipelines.runtime.provenance import provenance
+from pipelines.runtime.ray_cluster import check_workers, ensure_ray
+from pipelines.tracking import Run, Tracker
+from pipelines.train.context import CURVE, HEADS, LAST, LOGGED, LoopSettings
+from pipelines.train.deepspeed_config import check_toolchain
+from pipelines.train.divergence import STOPPED, raise_if_stopped
+from pipelines.train.loop import total_steps, train_loop, training_rows
+from pipelines.train.untrained import run_dry
+from pipelines.train.warm_start import check_start, start_digest
+
+STAGE = "train"
+STATE = "state"
+"""Folder of Ray's checkpoints inside a drafter's stage folder; removed once its heads stand."""
+HOW = {"drafters", "only", "max_failures", "dry_run", "stop_ratio", "decode_every", "decode_prompts", "decode_tokens",
+       "decode_cpus", "start"}
+"""Settings that change no drafter's outcome, or are told apart by drafter."""
+
+
+def run_train(config: RunConfig) -> StageResult:
+    """Train `train.only` or every drafter of `train.drafters` that is not finished yet.
+
+    Outputs: drafter -> heads folder. Figures: drafter -> tokens per step, top-1 per head, coverage, steps, seconds.
+    Raises InputError for missing or foreign features, a missing toolchain or a cluster that is too small; StoppedError for
+    a loss that is not a number or explodes.
+    """
+    names = [config.train.only] if config.train.only else list(config.train.drafters)
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name):
+            raise InputError(f"train.drafters: {name!r} cannot name a folder: use letters, digits and . _ + -")
+    if config.train.dry_run:
+        return run_dry(config, names)
+    tracker = Tracker.open(config)
+    features, data_digest = distilled(config)
+    rows = features
+    if config.train.features == "online":
+        rows, data_digest = answered(config)
+    results: dict[str, StageResult] = {}
+    todo = []
+    for name in names:
+        done = finished(RunPaths.of(config).stage(STAGE, name), _fingerprint(config, name, data_digest))
+        results |= {name: done} if done else {}
+        todo += [] if done else [name]
+    if todo:
+        check_toolchain(config.train.workers.gpus > 0)
+        vocabulary = _check_data(config, rows, features)
+        for name in todo:
+            check_start(config, name, vocabulary)
+        with ensure_ray(config):
+            check_workers("train.workers", config.train.workers)
+            for name in todo:
+                results[name] = _train_one(config, name, (rows, features), data_digest, vocabulary, tracker)
+    return StageResult(
+        STAGE, tracker.parent(),
+        outputs={name: results[name].outputs[HEADS] for name in names},
+        figures={name: results[name].figures for name in names}, skipped=not todo)
+
+
+def build_trainer(config: RunConfig, settings: LoopSettings, state: Path, name: str) -> TorchTrainer:
+    """An unstarted trainer. `state` is its storage and `name` must tell runs of other settings or data apart: Ray goes
+    on from whatever it finds under the two."""
+    train = config.train
+    uses_gpu = train.workers.gpus > 0
+    resources = {"CPU": train.workers.cpus} | ({"GPU": train.workers.gpus} if uses_gpu else {})
+    return TorchTrainer(
+        train_loop,
+        train_loop_config=asdict(settings),
+        torch_config=TorchConfig(backend="nccl" if uses_gpu else "gloo"),
+        scaling_config=ScalingConfig(num_workers=train.workers.count, use_gpu=uses_gpu, resources_per_worker=resources),
+        run_config=RayRunConfig(
+            name=name, storage_path=str(state),
+            logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]  # typed as the old RunConfig
+            failure_config=FailureConfig(max_failures=train.max_failures),
+            # The best one, and besides it always the last: Ray never deletes what it would resume from.
+            checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="tokens_per_step",
+                                               checkpoint_score_order="max")))
+
+
+def _train_one(config: RunConfig, name: str, data: tuple[Path, Path], data_digest: str, vocabulary: BaseVocabulary,
+               tracker: Tracker) -> StageResult:
+    """Train one drafter; `data`: folders of the training rows and of the features that validation reads."""
+    rows, features = data
+    folder, wanted = RunPaths.of(config).stage(STAGE, name), _fingerprint(config, name, data_digest)
+    with stage_folder(config, STAGE, folder, wanted) as stage:
+        store = training_rows(config.train, rows)
+        coverage = _coverage(config, name, store, vocabulary)
+        with tracker.start(STAGE, part=name, fingerprint=wanted) as run:
+            run.log_dataset("features", data_digest, str(rows), "training")
+            run.log_metrics({"draft_vocab_coverage": coverage})
+            settings = LoopSettings(config.model_dump(mode="json", by_alias=True), name, str(rows), str(features),
+                                    str(folder), tracker.uri, run.run_id, provenance(config) | {
+                                        "data_digest": data_digest, "start_digest": start_digest(config, name)})
+            (folder / STOPPED).unlink(missing_ok=True)
+            result = build_trainer(config, settings, folder / STATE, f"{name}-{wanted[:16]}").fit()
+            raise_if_stopped(folder, name, result.checkpoint)
+            steps = total_steps(config.train, store)
+            learned = int(store.index.lengths.sum() - store.index.prompt_tokens.sum())
+            return _finish(stage, name, result, run, {"coverage": coverage, "steps": steps, "response_tokens": learned})
+
+
+def _finish(stage: StageFolder, name: str, result: Any, run: Run, figures: dict[str, Any]) -> StageResult:
+    """Put the best checkpoint's heads and the last one's heads and curve in place, then the manifest."""
+    folder = stage.folder
+    best, metrics = max(result.best_checkpoints, key=lambda pair: (pair[1]["tokens_per_step"], -pair[1]["step"]))
+    with best.as_directory() as source:
+        _copy_folder(Path(source) / HEADS, folder / HEADS)
+    with result.checkpoint.as_directory() as source:
+        shutil.copyfile(Path(source) / CURVE, folder / CURVE)
+        _copy_folder(Path(source) / HEADS, folder / LAST)
+    heads = sum(1 for key in metrics if re.fullmatch(r"head\d+_top1", key))
+    figures |= {
+        "tokens_per_step": round(metrics["tokens_per_step"], 4),
+        "top1": [round(metrics[f"head{head}_top1"], 4) for head in range(heads)],
+        "best_step": metrics["step"], "seconds": round(time.time() - stage.started, 1)}
+    run.log_metrics({f"best.{key}": float(value) for key, value in metrics.items()})
+    run.log_artifact(folder / HEADS, "heads")
+    run.log_artifact(folder / CURVE)
+    done = StageResult(STAGE, run.run_id, {HEADS: str(folder / HEADS), LAST: str(folder / LAST), "curve": str(folder / CURVE)},
+                       figures)
+    stage.finish(done, [*(folder / HEADS).iterdir(), *(folder / LAST).iterdir(), folder / CURVE])
+    shutil.rmtree(folder / STATE, ignore_errors=True)  # optimizer state: many times the heads, and of no more use
+    (folder / LOGGED).unlink(missing_ok=True)
+    for leftover in folder.glob("decode-*"):  # of a task that died with its machine
+        shutil.rmtree(leftover, ignore_errors=True)
+    return done
+
+
+def _copy_folder(source: Path, target: Path) -> None:
+    """Copy whole or not at all."""
+    temporary = target.with_name(f".{target.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(source, temporary)
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.replace(target)
+
+
+def _settings(config: RunConfig, name: str) -> dict[str, Any]:
+    """What decides the outcome of training one drafter."""
+    train = config.train.model_dump(mode="json", by_alias=True, exclude=HOW)
+    train["workers"] = config.train.workers.count  # logical CPUs and threads change the time, not the heads' worth
+    heads = config.train.drafters[name].model_dump(mode="json")
+    if not heads["recurrent"]:
+        del heads["recurrent"]  # trainings that are older than the field are what they were
+    return {"train": train, "heads": heads,
+            "base": config.base.model_dump(mode="json")}
+
+
+def _fingerprint(config: RunConfig, name: str, data_digest: str) -> str:
+    start = start_digest(config, name)
+    return fingerprint(STAGE, _settings(config, name) | {"drafter": name},
+                       {"distill": data_digest} | ({"start": start} if start else {}))
+
+
+def _check_data(config: RunConfig, rows: Path, features: Path) -> BaseVocabulary:
+    """Both splits are there and made by this very base. Raises InputError before any worker starts."""
+    vocabulary = load_vocabulary(config.base.model, dtype=config.base.dtype, cache=RunPaths.of(config).cache)
+    for folder, store in ((rows, training_rows(config.train, rows)), (features, FeatureStore.open(features, "held_out"))):
+        if store.base != str(vocabulary.identity):
+            raise InputError(f"{folder}: rows were made by base {store.base}, not {vocabulary.identity}: "
+                             "use that base or distill again")
+        if isinstance(store, FeatureStore) and store.width != vocabulary.width:
+            raise InputError(f"{folder}: hidden states are {store.width} wide, the base is {vocabulary.width}")
+    return vocabulary
+
+
+def _coverage(config: RunConfig, name: str, store: RowStore, vocabulary: BaseVocabulary) -> float:
+    counts = store.response_counts(vocabulary.size)
+    size = config.train.drafters[name].draft_vocab_size
+    return round(DraftVocab.rank(counts, size, vocabulary.stop_ids).coverage(counts), 5)

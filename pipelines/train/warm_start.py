@@ -1,0 +1,63 @@
+"""Heads that training goes on from: another run's, or those that come with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from hydra_core.base import BaseVocabulary
+from hydra_core.bundled import SHIPPED
+from hydra_core.errors import InputError
+from hydra_core.heads import HeadsConfig
+from hydra_core.heads.checkpoint import load_checkpoint
+from pipelines.config import RunConfig
+from pipelines.rows.schemas import content_id
+from pipelines.runtime.artifacts import file_digest
+from pipelines.tracking.lookup import shipped_heads
+
+SHAPE = ("kind", "num_heads", "num_blocks", "mlp", "final_norm", "normalise_embeddings", "recurrent")
+"""What must be the same: the rest says how heads learn, or which tokens they draft, and any weights fit that."""
+
+
+def start_folder(config: RunConfig, name: str) -> Path | None:
+    """The heads folder that drafter `name` begins with, or None. Raises InputError where `shipped` stands for none."""
+    given = config.train.start.get(name)
+    if given != SHIPPED:
+        return Path(given) if given else None
+    found = shipped_heads(config)
+    if found is None:
+        raise InputError(f"train.start.{name}={SHIPPED}: no heads for base {config.base.model} come with the package")
+    return Path(found)
+
+
+def start_digest(config: RunConfig, name: str) -> str | None:
+    """Of the weights and the shape that drafter `name` begins with. Raises InputError for a folder that holds no heads."""
+    folder = start_folder(config, name)
+    if folder is None:
+        return None
+    files = [folder / "config.json", folder / "model.safetensors"]
+    if missing := [path for path in files if not path.is_file()]:
+        raise InputError(f"train.start.{name}={folder}: {missing[0].name} is missing: name the folder of a heads checkpoint")
+    return content_id(*map(file_digest, files))
+
+
+def check_start(config: RunConfig, name: str, vocabulary: BaseVocabulary) -> None:
+    """Raise InputError before any worker starts where drafter `name` cannot begin with what it is told to."""
+    if (folder := start_folder(config, name)) is not None:
+        _weights(folder, name, config.train.drafters[name], vocabulary)
+
+
+def begin_with(drafter: nn.Module, config: RunConfig, name: str, vocabulary: BaseVocabulary) -> None:
+    """Give an untrained drafter the weights that it begins with, if any; what it drafts stays its own."""
+    if (folder := start_folder(config, name)) is not None:
+        drafter.load_state_dict(_weights(folder, name, config.train.drafters[name], vocabulary).state_dict())
+
+
+def _weights(folder: Path, name: str, wanted: HeadsConfig, vocabulary: BaseVocabulary) -> nn.Module:
+    loaded = load_checkpoint(folder, vocabulary).drafter
+    for field in SHAPE:
+        if getattr(loaded.config, field) != getattr(wanted, field):
+            raise InputError(f"train.start.{name}={folder}: {field} is {getattr(loaded.config, field)} there and "
+                             f"{getattr(wanted, field)} in train.drafters.{name}")
+    return loaded

@@ -1,0 +1,3 @@
+from .stage import run_tree
+
+__all__ = ["run_tree"]

@@ -1,0 +1,276 @@
+"""The `tree` stage: for each drafter and batch size, the draft tree that pays best on this machine.
+
+    held-out rows -> rank tuples -> trees -> tokens per step          \
+                                                                       > tokens per second -> tree.json, sweep.json
+    this machine  -> verify and draft seconds by size and depth       /
+
+One Ray task measures everything, so that only one thing runs while clocks are read; what it times is kept for the machine.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from hydra_core.base import Base, context_limit, load_base, load_vocabulary
+from hydra_core.decoding import check_heads
+from hydra_core.errors import InputError
+from hydra_core.heads import DraftVocab, HeadDrafter
+from hydra_core.heads.checkpoint import load_checkpoint, restrict_checkpoint
+from hydra_core.training.ranks import rank_rows
+from hydra_core.tree import Tree, TreeSet
+from hydra_core.tree.search import Choice, StepCosts, best_choice, best_of_each_size, candidate_trees, score_trees, typical_trees
+from hydra_core.tree.simulation import RankRows
+from pipelines.config import RunConfig
+from pipelines.distill.stage import distilled
+from pipelines.profiling.cost_cache import fingerprint_of_machine, machine_costs
+from pipelines.profiling.memory_traffic import Reads, reads_of
+from pipelines.profiling.report import draft_grid, markdown, print_grids, verify_grids
+from pipelines.profiling.step_curves import CURVES, run_curves
+from pipelines.rows.feature_store import FeatureStore
+from pipelines.rows.packed_reader import RowReader
+from pipelines.runtime.artifacts import (
+    RunPaths,
+    StageFolder,
+    StageResult,
+    fingerprint,
+    finished,
+    require_manifest,
+    stage_folder,
+    write_text,
+)
+from pipelines.runtime.ray_cluster import ensure_ray, measuring_resources
+from pipelines.tracking import Run, Tracker
+from pipelines.tree.plots import plot_choices, plot_tree
+
+STAGE = "tree"
+HEADS = "heads"
+ROWS_PER_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the task hands back for one drafter."""
+
+    ranks: RankRows
+    costs: StepCosts
+    machine: dict[str, Any] = field(default_factory=dict)
+    draft_vocab: DraftVocab | None = None
+    sizes: dict[int, dict[str, float]] = field(default_factory=dict)
+    """Size of the draft vocabulary -> what was found of it, where several were tried; `draft_vocab`: one kept instead of the
+    heads' own."""
+    reads: Reads | None = None
+
+    @property
+    def kept(self) -> int:
+        """Size of the draft vocabulary that the heads go on with, of those tried."""
+        return max(self.sizes) if self.draft_vocab is None else len(self.draft_vocab)
+
+
+def run_tree(config: RunConfig) -> StageResult:
+    """Fit trees to every trained drafter (or `train.only`) and write a copy of its heads with them; print what steps cost.
+
+    Outputs: drafter -> heads folder, loadable as a checkpoint. Figures: drafter -> batch size -> nodes, depth, expected
+    tokens per step and gain over plain decoding. With `tree.curves` also what `run_curves` makes.
+    Raises InputError if a drafter is not trained yet, or not on this base.
+    """
+    names = [config.train.only] if config.train.only else list(config.train.drafters)
+    tracker = Tracker.open(config)
+    features, data_digest = distilled(config)
+    wanted = {name: _fingerprint(config, name, data_digest) for name in names}
+    results: dict[str, StageResult] = {}
+    for name in names:
+        done = finished(RunPaths.of(config).stage(STAGE, name), wanted[name])
+        results |= {name: done} if done else {}
+    todo = [name for name in names if name not in results]
+    if todo:
+        heads = {name: str(RunPaths.of(config).stage("train", name) / HEADS) for name in todo}
+        _check(config, heads)
+        with ensure_ray(config):
+            task = ray.remote(measure).options(**measuring_resources(config))
+            found = ray.get(task.remote(config.model_dump(mode="json", by_alias=True), heads, str(features)))
+        for name in todo:
+            results[name] = _write_one(config, name, wanted[name], found[name], tracker, (features, data_digest))
+    _show(config, names)
+    curves = run_curves(config, tracker) if config.tree.curves else None
+    return StageResult(
+        STAGE, tracker.parent(),
+        outputs={name: results[name].outputs[HEADS] for name in names} | (curves.outputs if curves else {}),
+        figures={name: results[name].figures for name in names} | ({CURVES: curves.figures} if curves else {}),
+        skipped=not todo and (curves is None or curves.skipped))
+
+
+def _show(config: RunConfig, names: Sequence[str]) -> None:
+    """Print the costs that the trees were chosen by, the base's part once where drafters share it."""
+    shown = None
+    for name in names:
+        text = (RunPaths.of(config).stage(STAGE, name) / "costs.json").read_text(encoding="utf-8")
+        costs = StepCosts.from_json(json.loads(text))
+        base = verify_grids(costs, config.base.dtype)
+        print_grids([*(base if base != shown else []), draft_grid(costs, name)], sys.stderr)
+        shown = base
+
+
+def _check(config: RunConfig, heads: Mapping[str, str]) -> None:
+    """Raise InputError for what the measuring task would find out late: trees that do not fit, heads that do not load."""
+    cache = RunPaths.of(config).cache
+    _check_room(config, context_limit(config.base.model, cache=cache, asked=config.base.context_limit))
+    vocabulary = load_vocabulary(config.base.model, dtype=config.base.dtype, cache=cache)
+    for folder in heads.values():
+        check_heads(folder, vocabulary)
+
+
+def measure(values: dict[str, Any], heads: Mapping[str, str], features: str) -> dict[str, Measured]:
+    """Rank tuples and step costs of every drafter in `heads` (name -> checkpoint folder); runs in one Ray task."""
+    config = RunConfig.model_validate(values)
+    torch.set_num_threads(config.tree.threads)
+    cache = RunPaths.of(config).cache
+    base = load_base(config.base.model, dtype=config.base.dtype, device=config.base.device, cache=cache,
+                     context_limit=config.base.context_limit)
+    _check_room(config, base.context_limit)
+    machine, reader = fingerprint_of_machine(base.device), RowReader(FeatureStore.open(Path(features), "held_out"))
+    found = {}
+    for name, folder in heads.items():
+        drafter = load_checkpoint(Path(folder), base.vocabulary, base.dtype).drafter
+        found[name] = measure_sizes(config, name, drafter, base, reader, machine)
+    return found
+
+
+def measure_sizes(config: RunConfig, name: str, drafter: HeadDrafter, base: Base, reader: RowReader,
+                  machine: dict[str, Any]) -> Measured:
+    """One drafter with its own draft vocabulary and each smaller one that is to be tried: the fastest at the smallest batch."""
+    tried: dict[int, Measured] = {}
+    rates: dict[int, Choice] = {}
+    whole = len(drafter.draft_vocab)
+    for size in (whole, *(size for size in sorted(config.tree.draft_vocab_sizes, reverse=True) if size < whole)):
+        vocab = drafter.draft_vocab if size == whole else drafter.draft_vocab.smaller(size, base.stop_ids)
+        candidate = drafter if size == whole else drafter.with_draft_vocab(vocab)
+        ranks = held_out_ranks(candidate, reader, config.tree.max_rows, config.train.seed)
+        _say(name, f"{ranks.ranks.shape[0]} held-out positions ranked, {len(vocab)} tokens may be drafted")
+        by_depth = typical_trees(candidate_trees(ranks, max(config.tree.node_counts)))
+        costs = machine_costs(base, RunPaths.of(config).cache, candidate, config.tree, by_depth)
+        tried[size] = Measured(ranks, costs, machine, None if size == whole else vocab, reads=reads_of(base, candidate, costs))
+        rates[size] = best_choice(choose_trees(tried[size], config.tree.batch_sizes[:1], max(config.tree.node_counts))[
+            config.tree.batch_sizes[0]])
+    best = max(rates, key=lambda size: rates[size].tokens_per_second)
+    sizes = {size: {key: float(value) for key, value in _row(choice).items()} for size, choice in rates.items()}
+    return replace(tried[best], sizes=sizes if len(sizes) > 1 else {})
+
+
+def held_out_ranks(drafter: HeadDrafter, reader: RowReader, rows: int, seed: int) -> RankRows:
+    """Rank tuples of at most `rows` held-out rows, greedy ones where there are any."""
+    device = drafter.vocabulary.embedding.device
+    chosen = reader.store.sample(rows, seed)
+    return RankRows.concatenate(rank_rows(drafter, reader.pack(chosen[start:start + ROWS_PER_BATCH]).to(device))
+                                for start in range(0, len(chosen), ROWS_PER_BATCH))
+
+
+def choose_trees(measured: Measured, batch_sizes: Sequence[int], max_nodes: int) -> dict[int, list[Choice]]:
+    """For every batch size the best tree of each size, plain decoding first."""
+    scored = score_trees(candidate_trees(measured.ranks, max_nodes), measured.ranks, measured.costs, batch_sizes)
+    return {batch: best_of_each_size(choices) for batch, choices in scored.items()}
+
+
+def _write_one(config: RunConfig, name: str, wanted: str, measured: Measured, tracker: Tracker,
+               features: tuple[Path, str]) -> StageResult:
+    folder = RunPaths.of(config).stage(STAGE, name)
+    source = RunPaths.of(config).stage("train", name) / HEADS
+    scored = choose_trees(measured, config.tree.batch_sizes, max(config.tree.node_counts))
+    best = {batch: best_choice(choices) for batch, choices in scored.items()}
+    with (stage_folder(config, STAGE, folder, wanted) as stage,
+          tracker.start(STAGE, part=name, fingerprint=wanted) as run):
+        run.log_dataset("features", features[1], str(features[0]), STAGE)
+        run.log_dataset(f"{name} heads", _trained(config, name), str(source), STAGE)
+        _write_heads(source, folder / HEADS, TreeSet({batch: choice.tree for batch, choice in best.items()}),
+                     sweep([choice.tree for choice in scored[min(scored)]], config.tree.node_counts), measured.draft_vocab)
+        if measured.sizes:
+            write_text(folder / "draft_vocab.json", json.dumps(measured.sizes, indent=2))
+            for size, row in measured.sizes.items():
+                _say(name, f"{size} tokens may be drafted: {row['tokens_per_step']:.3f} tokens per step, "
+                           f"{row['tokens_per_second']:.1f} tokens/s{', kept' if size == measured.kept else ''}")
+        reads = measured.reads.figures() if measured.reads else {}
+        lines = [", ".join(f"{key}: {value}" for key, value in measured.machine.items())]
+        if measured.reads:
+            _say(name, measured.reads.sentence())
+            run.log_metrics({f"reads.{key}": value for key, value in reads.items()})
+            lines += ["", measured.reads.sentence()]
+        write_text(folder / "costs.json", json.dumps({"machine": measured.machine, "reads": reads} | measured.costs.to_json(),
+                                                     indent=2))
+        write_text(folder / "costs.md", markdown(
+            f"{name}: what a step takes", lines,
+            [*verify_grids(measured.costs, config.base.dtype), draft_grid(measured.costs, name)]))
+        write_text(folder / "scores.json", json.dumps(
+            {str(batch): [_row(choice) for choice in choices] for batch, choices in scored.items()}, indent=2))
+        plot_choices(folder / "tree.png", name, scored, best)
+        plot_tree(folder / "tree_drawn.png", name, best[min(best)])
+        return _finish(stage, run, {str(batch): _row(choice) for batch, choice in best.items()})
+
+
+def _finish(stage: StageFolder, run: Run, figures: dict[str, Any]) -> StageResult:
+    folder = stage.folder
+    files = [folder / file for file in ("costs.json", "costs.md", "scores.json", "tree.png", "tree_drawn.png",
+                                        "draft_vocab.json") if (folder / file).exists()]
+    for path in (*files, folder / HEADS / "tree.json"):
+        run.log_artifact(path)
+    run.log_metrics({f"batch{batch}.{key}": float(value) for batch, row in figures.items()
+                     for key, value in row.items()})
+    result = StageResult(STAGE, run.run_id, {HEADS: str(folder / HEADS), "plot": str(folder / "tree.png")}, figures)
+    return stage.finish(result, [*files, *(folder / HEADS).iterdir()])
+
+
+def sweep(trees: Sequence[Tree], node_counts: Sequence[int]) -> dict[int, Tree]:
+    """Of a tree of each size from plain decoding on, those of the asked sizes, as far as they go."""
+    return {count: trees[count - 1] for count in sorted(set(node_counts)) if 1 < count <= len(trees)}
+
+
+def _write_heads(source: Path, target: Path, trees: TreeSet, sizes: Mapping[int, Tree], draft_vocab: DraftVocab | None) -> None:
+    """A copy of the heads with other trees and the tokens that they may draft, whole or not at all; `sizes` go beside them, for
+    who wants a size of his own."""
+    temporary = target.with_name(f".{target.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(source, temporary)
+    if draft_vocab is not None:
+        restrict_checkpoint(temporary, draft_vocab)
+    write_text(temporary / "tree.json", json.dumps(trees.to_json(), indent=2, sort_keys=True))
+    write_text(temporary / "sweep.json", json.dumps({str(count): tree.paths for count, tree in sizes.items()}))
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.replace(target)
+
+
+def _row(choice: Choice) -> dict[str, float | int]:
+    return {"nodes": choice.tree.size, "depth": choice.tree.depth, "tokens_per_step": round(choice.tokens_per_step, 4),
+            "step_ms": round(1000 * choice.seconds_per_step, 3), "plain_ms": round(1000 * choice.plain_seconds, 3),
+            "tokens_per_second": round(choice.tokens_per_second, 2), "gain": round(choice.gain, 4)}
+
+
+def _check_room(config: RunConfig, limit: int) -> None:
+    """Raise InputError for node counts that leave no room for a token in the base's context."""
+    if limit <= max(config.tree.node_counts):
+        raise InputError(f"tree.node_counts: {max(config.tree.node_counts)} nodes leave no room in a context of "
+                         f"{limit}: use smaller ones")
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    return {"tree": config.tree.model_dump(mode="json", exclude={"curves"}), "base": config.base.model_dump(mode="json")}
+
+
+def _fingerprint(config: RunConfig, name: str, data_digest: str) -> str:
+    return fingerprint(STAGE, _settings(config) | {"drafter": name},
+                       {"distill": data_digest, "train": _trained(config, name)})
+
+
+def _trained(config: RunConfig, name: str) -> str:
+    """Digest of a drafter's heads. Raises InputError if it is not trained yet."""
+    return str(require_manifest(RunPaths.of(config).stage("train", name), "train")["digest"])
+
+
+def _say(subject: str, text: str) -> None:
+    print(f"{STAGE} {subject}: {text}", file=sys.stderr, flush=True)

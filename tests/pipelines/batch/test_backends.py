@@ -1,0 +1,205 @@
+"""Who is asked: a full queue means wait, a bad row comes back as one, and nobody is waited for without end."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray import serve
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError
+
+from hydra_core.errors import InputError
+from pipelines.batch import backends as batch_ask
+from pipelines.batch.backends import Asking, open_asker
+from pipelines.batch.endpoint import ask_endpoint
+from pipelines.batch.reader import BatchRow
+from pipelines.serve.messages import Answer, Generation, Refusal
+
+ANSWER = {"choices": [{"message": {"content": "hello"}, "finish_reason": "stop"}], "usage": {"completion_tokens": 2}}
+
+
+class Handle:
+    """A deployment handle that gives or raises what stands in `script`, then answers."""
+
+    def __init__(self, *script: object) -> None:
+        self.script = list(script)
+        self.asked: list[Generation] = []
+        self.answers = SimpleNamespace(remote=self._remote)
+
+    def _remote(self, generation: Generation) -> Any:
+        self.asked.append(generation)
+
+        def result() -> Any:
+            found = self.script.pop(0) if self.script else [Answer(generation.id, "x", (5, 6), "stop", 3, 1, 1, 1, 0.1)]
+            if isinstance(found, Exception):
+                raise found
+            return found
+
+        return SimpleNamespace(result=result)
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_ask.time, "sleep", lambda _: None)
+
+
+def through(monkeypatch: pytest.MonkeyPatch, handle: Handle) -> batch_ask.Asker:
+    monkeypatch.setattr(serve, "get_deployment_handle", lambda *_: handle)
+    return open_asker(Asking("app", 8, 0.0, 0, app_name="app"))
+
+
+def test_a_full_queue_and_a_dead_replica_mean_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = Handle(Refusal(429, "full"), BackPressureError(num_queued_requests=1, max_queued_requests=1), RayActorError())
+    reply = through(monkeypatch, handle).ask(BatchRow("a", 1, prompt="x"))
+    assert (reply.status, reply.columns["tokens"], reply.body) == (200, 2, None)
+    assert len({generation.id for generation in handle.asked}) == 4  # each under an id of its own
+    assert all(generation.id.startswith("batch-a-") for generation in handle.asked)
+
+
+def test_a_fault_is_tried_again_and_a_failed_replica_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    fault = RayTaskError("answers", "pages", RuntimeError("out of memory"), "title", 1, "ip")
+    handle = Handle(fault, Refusal(503, "its engine has failed"), Refusal(503, "its engine has failed"), fault)
+    assert through(monkeypatch, handle).ask(BatchRow("a", 1, prompt="x")).status == 200
+    handle = Handle(*[fault, Refusal(503, "failed")] * 5)
+    reply = through(monkeypatch, handle).ask(BatchRow("a", 1, prompt="x"))
+    assert reply.status == 500 and "the server failed 3 times" in reply.message and len(handle.asked) == 5
+
+
+def test_a_row_that_breaks_the_server_breaks_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault takes all that is in flight with it; the row that causes it fails, and no other."""
+    lock, flying = threading.Lock(), set[str]()
+    broken: set[str] = set()
+
+    class Server:
+        def remote(self, generation: Generation) -> Any:
+            with lock:
+                flying.add(generation.id)
+                if generation.id.startswith("batch-poison"):
+                    broken.update(flying)
+
+            def result() -> list[Answer]:
+                threading.Event().wait(0.01)
+                with lock:
+                    flying.discard(generation.id)
+                    fails = generation.id in broken
+                if fails:
+                    raise RayTaskError("answers", "pages", RuntimeError("out of memory"), "title", 1, "ip")
+                return [Answer(generation.id, "x", (5, 6), "stop", 3, 1, 1, 1, 0.1)]
+
+            return SimpleNamespace(result=result)
+
+    asker = through(monkeypatch, SimpleNamespace(answers=Server()))  # type: ignore[arg-type]
+    rows = [BatchRow(f"{'poison' if number in (3, 17) else 'row'}-{number}", number, prompt="x") for number in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        replies = list(pool.map(asker.ask, rows))
+    assert [row.row for row, reply in zip(rows, replies, strict=True) if reply.status != 200] == [3, 17]
+
+
+def test_nobody_is_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_ask, "PATIENCE", -1.0)
+    with pytest.raises(InputError, match="the deployment: has answered nothing"):
+        through(monkeypatch, Handle(RayActorError())).ask(BatchRow("a", 1, prompt="x"))
+
+
+def test_openai_rows_through_the_handle(monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = Handle()
+    asker = through(monkeypatch, handle)
+    chat = {"model": "app", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 7, "temperature": 0.5, "stream": True}
+    reply = asker.ask(BatchRow("a", 1, url="/v1/chat/completions", body=chat))
+    assert reply.body is not None and reply.body["choices"][0]["message"]["content"] == "x"
+    asked = handle.asked[0]
+    assert (asked.max_new_tokens, asked.temperature, asked.seed, asked.messages) == (7, 0.5, 0, chat["messages"])
+    reply = asker.ask(BatchRow("b", 2, url="/v1/completions", body={"prompt": "raw"}))
+    assert reply.body is not None and reply.body["choices"][0]["text"] == "x" and handle.asked[1].text == "raw"
+    assert handle.asked[1].max_new_tokens == 8  # what a body leaves out is the job's
+    for url, body, status, word in (("/v1/completions", {"prompt": ""}, 400, "empty"), ("/v1/completions", {}, 400, "prompt"),
+                                    ("/v1/completions", {"prompt": "x", "max_tokens": 0}, 400, "max_tokens"),
+                                    ("/v1/chat/completions", {"messages": [{}]}, 400, "messages"),
+                                    ("/v1/chat/completions", chat | {"model": "gpt"}, 404, "does not exist"),
+                                    ("/v1/chat/completions", chat | {"tools": [{}]}, 400, "tools")):
+        reply = asker.ask(BatchRow("c", 3, url=url, body=body))
+        assert reply.status == status and word in reply.message and reply.body is not None and "error" in reply.body
+    assert len(handle.asked) == 2
+
+
+@contextmanager
+def endpoint(*script: tuple[int, Any]) -> Iterator[tuple[str, list[tuple[str, dict[str, str], Any]]]]:
+    """A server that gives what stands in `script`, then answers; the requests that came."""
+    left, came = list(script), list[tuple[str, dict[str, str], Any]]()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path == "/ready" and left:
+                return self._give(*left.pop(0))
+            self._give(200, {"data": [{"id": "app"}]} if self.path == "/v1/models" else [])
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            came.append((self.path, dict(self.headers), body))
+            self._give(*(left.pop(0) if left else (200, ANSWER)))
+
+        def _give(self, status: int, value: Any) -> None:
+            raw = json.dumps(value).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(raw)))
+            self.send_header("Retry-After", "0")
+            self.end_headers()
+            self.wfile.write(raw)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", came
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_over_http(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BATCH_TEST_KEY", "secret")
+    error = {"error": {"message": "too long"}}
+    with endpoint((429, {}), (503, {}), (200, ANSWER), (400, error), (500, {}), (200, ANSWER), (200, {}), *[(500, {})] * 3) as (
+            address, came):
+        asker = open_asker(Asking("app", 8, 0.0, 3, address=address, key_variable="BATCH_TEST_KEY"))
+        reply = asker.ask(BatchRow("a", 1, prompt="hi"))
+        assert (reply.status, reply.columns["text"], reply.columns["tokens"], reply.columns["steps"]) == (200, "hello", 2, None)
+        path, headers, body = came[-1]
+        assert (path, headers["Authorization"]) == ("/v1/chat/completions", "Bearer secret") and len(came) == 3
+        assert body == {"model": "app", "max_tokens": 8, "temperature": 0.0, "seed": 3,
+                        "messages": [{"role": "user", "content": "hi"}]}
+        reply = asker.ask(BatchRow("b", 2, prompt_ids=[1, 2]))
+        assert (reply.status, reply.message, reply.body) == (400, "too long", error)
+        assert came[-1][0] == "/v1/completions" and came[-1][2]["prompt"] == [1, 2]
+        own = {"messages": [], "model": "other", "seed": 9, "stream": True}
+        assert asker.ask(BatchRow("c", 3, url="/v1/chat/completions", body=own)).status == 200
+        assert came[-1][2] == {"messages": [], "model": "other", "seed": 9, "max_tokens": 8}  # as through the handle
+        assert asker.ask(BatchRow("d", 4, prompt="x")).message == "the endpoint's answer is not in OpenAI's shape"
+        assert asker.ask(BatchRow("e", 5, prompt="x")).status == 500
+
+
+def test_an_endpoint_is_looked_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    with endpoint() as (address, _):
+        assert ask_endpoint(address, "app", {}).base == "app"  # not one of ours: no more is known
+        with pytest.raises(InputError, match="does not serve 'other', only app"):
+            ask_endpoint(address, "other", {})
+    with pytest.raises(InputError, match="no endpoint answers there"):
+        ask_endpoint(address, "app", {})
+    ours = {"base": "b", "context_limit": 9, "configuration": "c"}
+    with endpoint((503, {"status": "starting"}), (200, ours)) as (address, _):
+        with pytest.raises(InputError, match="is not ready"):  # or it would pass for another configuration
+            ask_endpoint(address, "app", {})
+        assert ask_endpoint(address, "app", {}).configuration == "c"
+    monkeypatch.delenv("BATCH_TEST_KEY", raising=False)
+    with pytest.raises(InputError, match="BATCH_TEST_KEY: that environment variable is not set"):
+        open_asker(Asking("app", 8, 0.0, 0, address=address, key_variable="BATCH_TEST_KEY"))

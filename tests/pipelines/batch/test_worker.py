@@ -1,0 +1,96 @@
+"""Rows in flight: as many as asked for, no row lost when something breaks, nothing held but what is in flight."""
+
+from __future__ import annotations
+
+import threading
+import tracemalloc
+from collections.abc import Iterator
+from concurrent.futures import wait
+from pathlib import Path
+
+import pytest
+
+from pipelines.batch import worker as batch_worker
+from pipelines.batch.backends import Asking, Patience, Reply
+from pipelines.batch.reader import BadRow, BatchRow, Reading, ordered
+from pipelines.batch.worker import BatchSettings, BatchWorker
+from pipelines.batch.writer import BATCH, Output, read_batch_rows, settle
+
+
+class Echo:
+    """Answers each row with its prompt, and breaks at the row named `fault`."""
+
+    def __init__(self, fault: str | None = None) -> None:
+        self.patience = Patience("echo")
+        self.fault, self.running, self.most = fault, 0, 0
+        self.lock = threading.Lock()
+
+    def ask(self, row: BatchRow) -> Reply:
+        with self.lock:
+            self.running += 1
+            self.most = max(self.most, self.running)
+        if row.id == self.fault:
+            raise RuntimeError("broken")
+        with self.lock:
+            self.running -= 1
+        return Reply(200, columns={"text": row.prompt, "token_ids": [5], "tokens": 1, "finish_reason": "stop", "steps": 0,
+                                   "drafted": 0, "accepted": 0, "tokens_per_step": 0.0, "latency_seconds": 0.1})
+
+
+def worker(monkeypatch: pytest.MonkeyPatch, folder: Path, asker: Echo, rows_per_file: int = 8) -> BatchWorker:
+    monkeypatch.setattr(batch_worker, "open_asker", lambda _: asker)
+    return BatchWorker(BatchSettings(Output(str(folder), "jsonl", "plain", rows_per_file), Asking("m", 4, 0.0, 0), 3))
+
+
+def test_rows_are_taken_only_as_others_are_answered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asker, taken = Echo(), 0
+
+    def rows() -> Iterator[BatchRow]:
+        nonlocal taken
+        for number in range(50):
+            taken += 1
+            assert taken - work.writer.done <= 6  # 3 asked, and one waiting behind each
+            yield BatchRow(str(number), number, prompt="x")
+
+    work = worker(monkeypatch, tmp_path, asker)
+    work.answer(rows())
+    assert asker.most <= 3 and work.writer.done == 50
+    assert len({row["id"] for row in read_batch_rows(tmp_path / "rows", "jsonl")}) == 50
+
+
+def test_what_was_answered_is_written_when_something_breaks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    work = worker(monkeypatch, tmp_path, Echo(fault="20"))
+    with pytest.raises(RuntimeError, match="broken"):
+        work.answer(BatchRow(str(number), number, prompt="x") for number in range(50))
+    found = settle(tmp_path / "rows", "jsonl", BATCH)
+    assert len(found.ids) == work.writer.done >= 14 and work.asker.patience.over
+
+
+def test_those_done_at_the_same_time_as_a_fault_are_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    work = worker(monkeypatch, tmp_path, Echo(fault="0"))
+    monkeypatch.setattr(batch_worker, "wait", lambda flying, return_when: wait(flying))
+    with pytest.raises(RuntimeError, match="broken"):
+        work.answer(BatchRow(str(number), number, prompt="x") for number in range(3))
+    assert work.writer.done == 2
+
+
+@pytest.mark.slow
+def test_fifty_thousand_rows_of_a_large_file_pass_through_little_memory(monkeypatch: pytest.MonkeyPatch,
+                                                                        tmp_path: Path) -> None:
+    """200 MB of rows; what is held at most is a window, a part and 16 bytes an id."""
+    work = worker(monkeypatch, tmp_path, Echo(), rows_per_file=64)
+    monkeypatch.setattr(work.writer, "_write", lambda *_: [])  # the disk is no part of this
+
+    def refuse(bad: BadRow) -> None:
+        raise AssertionError(bad)
+
+    reading = Reading(refuse)
+    source = (BatchRow(str(number), number, prompt=f"{number:08d}" * 500) for number in range(50_000))
+    tracemalloc.start()
+    try:
+        work.answer(ordered(reading.todo(source, set())))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (reading.rows, work.writer.done) == (50_000, 50_000)
+    assert peak < 40 << 20

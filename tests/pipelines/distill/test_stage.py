@@ -1,0 +1,284 @@
+"""Rows out of a base: templated once, answered as the naive loop answers, resumable, counted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from hydra_core.base import Base
+from hydra_core.decoding import Result, naive_generate
+from hydra_core.errors import InputError
+from hydra_core.heads.checkpoint import save_checkpoint
+from hydra_core.sampling import Request
+from hydra_core.tree import Tree, TreeSet
+from pipelines.config import RunConfig, load_config
+from pipelines.distill.actors import PromptWriter, WorkerSettings
+from pipelines.distill.stage import _block_rows, _prompts, _read_prompts, distill_fingerprint, distilled, run_distill
+from pipelines.rows.parquet_parts import part_files, read_parts, write_part
+from pipelines.rows.schemas import ERRORS, FEATURES, PROMPTS, RESPONSES, check_counts, check_schema, split_of
+from pipelines.tracking import Tracker
+from tests.tiny import save_tiny
+from tests.trained import overfit_heads
+
+pytestmark = pytest.mark.slow
+
+
+def write_prompts(path: Path, count: int) -> Path:
+    path.write_text("".join(json.dumps({"prompt": f"question {i}"}) + "\n" for i in range(count)), encoding="utf-8")
+    return path
+
+
+def config_for(storage: Path, base: Path, prompts: Path, **changes: object) -> RunConfig:
+    values = {"storage": str(storage), "base.model": str(base), "base.dtype": "fp32", "prompts.source": "jsonl",
+              "prompts.path": str(prompts), "distill.max_new_tokens": 20, "distill.running_batch": 4,
+              "distill.rows_per_file": 8, "distill.workers.threads": 1, "distill.held_out": 0.3,
+              "distill.feature_dtype": "fp32", "distill.max_error_share": 0.5}
+    return load_config(None, values | {key.replace("__", "."): value for key, value in changes.items()})
+
+
+def test_rows_are_the_bases_own(local_ray: None, tiny_base_dir: Path, tiny_base: Base, storage: Path) -> None:
+    prompts = write_prompts(storage.parent / "p.jsonl", 15)
+    with prompts.open("a", encoding="utf-8") as handle:
+        handle.write('{"x": 1}\n{"prompt": "question 3"}\n' + json.dumps({"prompt": "long " * 99}) + "\n")
+    result = run_distill(config_for(storage, tiny_base_dir, prompts))
+    folder = storage / "runs" / "default" / "distill"
+    rows = read_parts(folder / "features", FEATURES).to_pylist()
+    assert len(rows) == 30 == len({row["id"] for row in rows})
+    assert {row["split"] for row in rows} == {"train", "held_out"}
+    for row in rows:
+        request = Request("x", tuple(row["prompt_ids"]), 20, row["temperature"], row["seed"])
+        reference = naive_generate(tiny_base, request)
+        assert (tuple(row["response_ids"]), row["finish_reason"]) == (reference.token_ids, reference.finish_reason)
+        assert row["base"] == str(tiny_base.identity) and row["split"] == split_of(row["prompt_id"], 0.3)
+        hidden = np.frombuffer(row["hidden"], dtype="<f4").reshape(row["hidden_tokens"], row["hidden_width"])
+        wanted = tiny_base.hidden_states([row["prompt_ids"] + row["response_ids"]])[0]
+        torch.testing.assert_close(torch.from_numpy(hidden.copy()), wanted, atol=1e-4, rtol=1e-4)
+    assert result.figures["greedy_reproduced"] > 0.99
+    assert "row 16: has no field" in read_parts(folder / "errors" / "prompts", ERRORS)["message"].to_pylist()[0]
+    assert len(read_parts(folder / "errors" / "answers", ERRORS)) == 2  # a prompt too long for both of its answers
+    counts = {"prompts": 16, "prompt_errors": 1, "prompts_skipped": 1, "responses": 30, "errors": 2}
+    assert {name: result.figures[name] for name in counts} == counts
+    for contract, part in ((PROMPTS, "prompts"), (RESPONSES, "responses"), (FEATURES, "features")):
+        for path in part_files(folder / part):
+            check_schema(pq.read_schema(path), contract, str(path))
+    assert run_distill(config_for(storage, tiny_base_dir, prompts)).skipped
+    with pytest.raises(InputError, match="another run"):
+        run_distill(config_for(storage, tiny_base_dir, prompts, distill__max_new_tokens=5))
+
+    # as a kill leaves it: no manifest, half of the answers; what was read still counts
+    (folder / "manifest.json").unlink()
+    stamps = {path: path.stat().st_mtime_ns for path in (folder / "prompts").iterdir()}
+    for path in part_files(folder / "responses")[::2]:
+        path.unlink()
+    again = run_distill(config_for(storage, tiny_base_dir, prompts))
+    assert not again.skipped and {name: again.figures[name] for name in counts} == counts
+    assert len(read_parts(folder / "errors" / "prompts", ERRORS)) == 1
+    assert {path: path.stat().st_mtime_ns for path in (folder / "prompts").iterdir()} == stamps
+
+
+def test_prompts_that_the_base_writes_besides_those_of_a_file(tiny_base_dir: Path, tiny_base: Base, storage: Path,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a random base writes is no text, so its answers are made up here; all around them is real."""
+    prompts = write_prompts(storage.parent / "p.jsonl", 4)
+    config = config_for(storage, tiny_base_dir, prompts, prompts__self_made=3, prompts__starts=("", "In German: "))
+    folder = storage / "runs" / "default" / "distill"
+    given: dict[int, tuple[int, ...]] = {}
+
+    def written(self: PromptWriter, requests: list[Request], what: str) -> Iterator[Result]:
+        for request in requests:
+            given[int(request.id)] = request.prompt_ids
+            text = "question 3" if request.id == "0" else f"word {request.id}"  # the first stands in the file already
+            yield Result(request.id, request.prompt_ids, (*tiny_base.tokenizer(text).input_ids, 2), "stop")
+
+    def in_this_process(config: RunConfig, actor: type, settings: WorkerSettings, blocks: list[pa.Table]) -> dict[str, int]:
+        tables = [actor(settings)(block) for block in blocks]
+        return {"rejected": sum(table["rejected"][0].as_py() for table in tables)}
+
+    monkeypatch.setattr(PromptWriter, "decode", written)
+    monkeypatch.setattr("pipelines.distill.stage._run", in_this_process)
+    _read_prompts(config, folder)
+    assert _prompts(config, folder)["prompts"] == 6  # four, and three of which one was there
+    rows = read_parts(folder / "prompts", PROMPTS).to_pylist()
+    own = {row["source"]: row["prompt"] for row in rows if row["source"].startswith("self/")}
+    assert own == {"self/00000001": "In German: word 1", "self/00000002": "word 2"}
+    start = tuple(tiny_base.tokenizer("In German: ", add_special_tokens=False).input_ids)
+    assert given[1] == given[0] + start and given[2] == given[0]
+    assert _prompts(config, folder)["self_made"] == 3 and not (folder / "candidates").exists()
+    with pytest.raises(InputError, match=r"set prompts\.count"):
+        load_config(None, {"storage": str(storage), "prompts.self_made": 3})
+
+
+def test_what_was_read_is_in_the_tracker(local_ray: None, tiny_base_dir: Path, storage: Path) -> None:
+    prompts = write_prompts(storage.parent / "p.jsonl", 3)
+    config = config_for(storage, tiny_base_dir, prompts)
+    result = run_distill(config)
+    client = MlflowClient(Tracker.open(config).uri)
+    run = client.get_run(result.run_id)
+    (found,) = run.inputs.dataset_inputs
+    assert (found.dataset.name, found.dataset.source, len(found.dataset.digest)) == ("prompts", str(prompts), 32)
+    assert run.data.params["distill.held_out"] == "0.3"
+    assert "config.yaml" in [artifact.path for artifact in client.list_artifacts(result.run_id)]
+    assert client.get_run(Tracker.open(config).parent()).info.status == "FINISHED"
+
+
+@pytest.mark.parametrize("part", ["prompts", "responses", "features", "errors/prompts"])
+def test_a_damaged_output_is_made_again(local_ray: None, tiny_base_dir: Path, storage: Path, part: str) -> None:
+    """And it is the same data to those who build on it, whatever files the rows stand in."""
+    prompts = write_prompts(storage.parent / "p.jsonl", 20)
+    with prompts.open("a", encoding="utf-8") as handle:
+        handle.write('{"x": 1}\n')
+    config = config_for(storage, tiny_base_dir, prompts)
+    first = run_distill(config)
+    before = distilled(config)
+    damaged = part_files(storage / "runs" / "default" / "distill" / part)[0]
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    again = run_distill(config)
+    assert not again.skipped and run_distill(config).skipped
+    for name in ("prompts", "prompt_errors", "responses", "feature_rows", "errors"):
+        assert again.figures[name] == first.figures[name], name
+    assert distilled(config) == before
+
+
+def test_the_fingerprint_knows_the_prompts_and_no_knobs(tiny_base_dir: Path, storage: Path) -> None:
+    prompts = write_prompts(storage.parent / "p.jsonl", 3)
+    wanted = distill_fingerprint(config_for(storage, tiny_base_dir, prompts))
+    assert wanted == distill_fingerprint(config_for(
+        storage, tiny_base_dir, prompts, distill__running_batch=1, distill__rows_per_file=1, distill__max_error_share=1,
+        distill__workers={"count": 2, "cpus": 0.1, "threads": 2}))
+    write_prompts(prompts, 4)
+    assert wanted != distill_fingerprint(config_for(storage, tiny_base_dir, prompts))
+
+
+def test_mistakes_are_told_before_anything_is_claimed(tiny_base_dir: Path, storage: Path) -> None:
+    """No Ray is started for them, and the corrected command is not refused."""
+    prompts = write_prompts(storage.parent / "p.jsonl", 3)
+    silent = save_tiny(storage.parent / "silent")
+    (silent / "chat_template.jinja").unlink()
+    cut = save_tiny(storage.parent / "cut")
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-9])
+    broken = save_tiny(storage.parent / "broken")
+    (broken / "config.json").write_text("{", encoding="utf-8")
+    bad = storage.parent / "bad.jsonl"
+    bad.write_text('{"prompt": "x"}\n{"prompt": 3}\n{"prompt": 4}\n', encoding="utf-8")
+    cases = [(config_for(storage, silent, prompts, prompts__source="self", prompts__path=None), "no chat template"),
+             (config_for(storage, tiny_base_dir, prompts, base__context_limit=300), r"base\.context_limit=300"),
+             (config_for(storage, cut, prompts), r"base\.model=.*cannot be loaded"),
+             (config_for(storage, broken, prompts), r"base\.model=.*cannot be loaded \(config\.json: "),
+             (config_for(storage, tiny_base_dir, bad), r"bad\.jsonl: 2 of 3 rows failed, .*: row 2: prompt: .* mend the file"),
+             (config_for(storage, tiny_base_dir, storage.parent / "none.jsonl"), r"prompts\.path=.*: no such file")]
+    for config, words in cases:
+        with pytest.raises(InputError, match=words):
+            run_distill(config)
+        assert not (storage / "runs").exists(), words
+
+
+def test_killed_job_recomputes_only_what_is_missing(tiny_base_dir: Path, storage: Path, worker_env: dict[str, str]) -> None:
+    prompts = write_prompts(storage.parent / "p.jsonl", 150)
+    command = [sys.executable, "-m", "jobs.distill", f"storage={storage}", f"base.model={tiny_base_dir}", "base.dtype=fp32",
+               "prompts.source=jsonl", f"prompts.path={prompts}", "distill.max_new_tokens=200", "distill.running_batch=2",
+               "distill.rows_per_file=4", "distill.workers.threads=1"]
+    environment = {**os.environ, **worker_env}
+    parts = storage / "runs" / "default" / "distill" / "responses"
+    process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(part_files(parts)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = {path.name: path.stat().st_mtime_ns for path in part_files(parts)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    figures = json.loads(done.stdout)
+    assert 12 <= 4 * len(before) <= figures["resumed"] < figures["responses"] == 300
+    assert all((parts / name).stat().st_mtime_ns == stamp for name, stamp in before.items())
+    assert len({row["id"] for row in read_parts(parts, RESPONSES, ["id"]).to_pylist()}) == 300
+
+
+def test_bad_prompt_files_and_bases(tiny_base_dir: Path, storage: Path) -> None:
+    storage.mkdir()
+    empty = storage / "empty.jsonl"
+    empty.write_text("", encoding="utf-8")
+    with pytest.raises(InputError, match="no such folder"):
+        run_distill(config_for(storage, storage / "nobase", empty))
+    (storage / "pickled").mkdir()
+    (storage / "pickled" / "config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(InputError, match="safetensors"):
+        run_distill(config_for(storage, storage / "pickled", empty))
+
+
+def test_empty_prompt_file_leaves_nothing_behind(local_ray: None, tiny_base_dir: Path, storage: Path) -> None:
+    storage.mkdir()
+    empty = storage / "empty.jsonl"
+    empty.write_text("", encoding="utf-8")
+    with pytest.raises(InputError, match="is empty"):
+        run_distill(config_for(storage, tiny_base_dir, empty))
+    assert not (storage / "runs").exists()
+    write_prompts(empty, 2)
+    assert run_distill(config_for(storage, tiny_base_dir, empty)).figures["responses"] == 4
+
+
+def test_workers_that_never_fit_are_told(local_ray: None, tiny_base_dir: Path, storage: Path) -> None:
+    prompts = write_prompts(storage.parent / "p.jsonl", 2)
+    with pytest.raises(InputError, match=r"distill\.workers: 1 x 64\.0 CPU are asked for, the cluster has 2"):
+        run_distill(config_for(storage, tiny_base_dir, prompts, distill__workers={"cpus": 64}))
+    assert not run_distill(config_for(storage, tiny_base_dir, prompts)).skipped
+
+
+def test_heads_make_the_same_rows_sooner(local_ray: None, tiny_base_dir: Path, tiny_base: Base, storage: Path) -> None:
+    """Greedy and sampled answers, token for token; the fingerprint is the same, since the rows are."""
+    prompts = write_prompts(storage.parent / "p.jsonl", 10)
+    known = [tuple(tiny_base.encode_prompt(f"question {i}")) for i in range(10)]
+    heads = storage.parent / "heads"
+    save_checkpoint(heads, overfit_heads(tiny_base, "hydra++", known, tokens=20), tiny_base.identity,
+                    TreeSet({1: Tree(((0,), (1,), (0, 0)))}), {})
+    plain = config_for(storage, tiny_base_dir, prompts, name="plain")
+    sooner = config_for(storage, tiny_base_dir, prompts, name="sooner", distill__heads=str(heads))
+    assert distill_fingerprint(plain) == distill_fingerprint(sooner)
+    rows = []
+    for config in (plain, sooner):
+        run_distill(config)
+        found = read_parts(storage / "runs" / config.name / "distill" / "responses", RESPONSES).to_pylist()
+        rows.append({row["id"]: row for row in found})
+    assert rows[0] == rows[1] and len(rows[0]) == 20
+    other = save_tiny(storage.parent / "other", seed=1)
+    with pytest.raises(InputError, match="these heads belong to base"):
+        run_distill(config_for(storage, other, prompts, name="foreign", distill__heads=str(heads)))
+    assert not (storage / "runs" / "foreign").exists()
+
+
+@pytest.mark.parametrize(("rows", "workers", "wanted"), [
+    (40, 1, 32), (20, 1, 32), (7000, 6, 32), (200, 6, 9), (60, 6, 4), (10, 6, 2), (0, 6, 1), (8, 2, 4)])
+def test_blocks_are_large_for_one_worker_and_shared_out_among_many(rows: int, workers: int, wanted: int) -> None:
+    distill = load_config(overrides={"distill.workers.count": workers, "distill.running_batch": 4}).distill
+    assert _block_rows(rows, distill) == wanted
+
+
+def test_lost_rows_are_our_fault_and_failed_ones_are_told() -> None:
+    check_counts("x", 10, 8, 1, 1, 0.1)
+    with pytest.raises(RuntimeError, match="10 rows"):
+        check_counts("x", 10, 8, 1, 0, 0.5)
+    with pytest.raises(InputError, match="2 of 10"):
+        check_counts("x", 10, 8, 2, 0, 0.1)
+
+
+def test_parts_refuse_another_schema(tmp_path: Path) -> None:
+    write_part(tmp_path, [{"id": "a", "stage": "s", "message": "m"}], ERRORS)
+    with pytest.raises(InputError, match=r"part-.*column prompt_id is missing"):
+        read_parts(tmp_path, PROMPTS)
+    part_files(tmp_path)[0].write_bytes(b"PAR1")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_parts(tmp_path, ERRORS)

@@ -1,0 +1,58 @@
+"""What the quickstart does around its stages; the chain itself is run in tests/e2e."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from pipelines.config import RunConfig, load_config
+from pipelines.quickstart import stage as quickstart
+from pipelines.runtime.artifacts import RunPaths, StageResult, stage_folder, write_text
+from pipelines.tracking import Tracker
+
+STAGES = ("distill", "train/medusa", "train/hydra", "tree/medusa", "bench", "promote", "batch")
+
+
+def finish_all(config: RunConfig) -> dict[str, Path]:
+    """Every stage finished, with one output each."""
+    outputs = {}
+    for name in STAGES:
+        folder = RunPaths.of(config).run / name
+        with stage_folder(config, name, folder, "f") as stage:
+            outputs[name] = folder / "output"
+            write_text(outputs[name], name)
+            stage.finish(StageResult(name, None, {}, {}), [outputs[name]])
+    return outputs
+
+
+@pytest.mark.parametrize(("changed", "gone"), [
+    ("train/hydra", {"tree/medusa", "bench", "promote", "batch"}), ("bench", {"promote", "batch"}),
+    ("distill", set()), ("promote", set()), ("batch", set()), (None, set())])
+def test_what_was_built_on_a_changed_stage_goes(storage: Path, changed: str | None, gone: set[str]) -> None:
+    config = load_config(None, {"storage": str(storage)})
+    outputs = finish_all(config)
+    if changed:
+        outputs[changed].write_text("other", encoding="utf-8")
+    quickstart._drop_stale(config)
+    assert {name for name, path in outputs.items() if not path.exists()} == gone
+
+
+@pytest.mark.slow
+def test_a_chain_that_fails_does_not_go_on_running(local_ray: None, tiny_base_dir: Path, storage: Path,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(None, {"storage": str(storage), "base.model": str(tiny_base_dir), "serve.port": 0})
+
+    def good(config: RunConfig) -> StageResult:
+        with Tracker.open(config).start("distill") as run:
+            return StageResult("distill", run.run_id, {}, {})
+
+    def bad(config: RunConfig) -> StageResult:
+        raise RuntimeError("before its run was started")
+
+    monkeypatch.setattr(quickstart, "CHAIN", (("distill", good), ("train", bad)))
+    with pytest.raises(RuntimeError, match="before its run"):
+        quickstart.run_quickstart(config)
+    tracker = Tracker.open(config)
+    assert MlflowClient(tracker.uri).get_run(tracker.parent()).info.status == "FAILED"

@@ -1,0 +1,153 @@
+"""When a stage is done, when it is not, and whose folder it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hydra_core.errors import InputError
+from pipelines.config import RunConfig, load_config
+from pipelines.runtime.artifacts import (
+    StageResult,
+    damaged,
+    fingerprint,
+    finished,
+    read_manifest,
+    require_manifest,
+    stage_folder,
+    write_text,
+)
+
+WANTED = fingerprint("distill", {"a": 1}, {"base": "x"})
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    return load_config(None, {"storage": str(tmp_path / "storage")})
+
+
+def work(config: RunConfig, folder: Path, wanted: str = WANTED) -> StageResult:
+    with stage_folder(config, "distill", folder, wanted) as stage:
+        write_text(folder / "deep" / "rows", "rows")
+        return stage.finish(StageResult("distill", "run", {"rows": str(folder / "deep" / "rows")}, {"n": 1}),
+                            [folder / "deep" / "rows"])
+
+
+def test_done_means_same_work_and_whole_files(config: RunConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    assert finished(folder, WANTED) is None
+    result = work(config, folder)
+    again = finished(folder, WANTED)
+    assert again is not None and again.skipped and again.figures == result.figures and again.outputs == result.outputs
+    assert finished(folder, fingerprint("distill", {"a": 2}, {"base": "x"})) is None
+    assert finished(folder, fingerprint("distill", {"a": 1}, {"base": "y"})) is None
+    (folder / "deep" / "rows").write_text("rowz", encoding="utf-8")  # same size: only the digest tells
+    assert finished(folder, WANTED) is None
+    (folder / "deep" / "rows").unlink()
+    assert finished(folder, WANTED) is None
+    work(config, folder)
+    assert finished(folder, WANTED) is not None
+    assert load_config(str(folder / "config.yaml"), {}) == config
+
+
+def test_not_done_without_a_manifest(config: RunConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    with pytest.raises(RuntimeError), stage_folder(config, "distill", folder, WANTED):
+        raise RuntimeError("killed")
+    assert finished(folder, WANTED) is None
+    with pytest.raises(InputError, match=r"no finished `distill` here: run `hydra-heads distill`"):
+        require_manifest(folder, "distill")
+    work(config, folder)  # the claim is our own: go on
+    assert require_manifest(folder, "distill")["fingerprint"] == WANTED
+
+
+def test_a_folder_of_another_run_is_never_touched(config: RunConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    work(config, folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match="another run"):
+        work(config, folder, fingerprint("distill", {"a": 2}, {}))
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(InputError, match="not empty"):
+        work(config, foreign)
+    assert [path.name for path in foreign.iterdir()] == ["thesis.txt"]
+
+
+def test_a_mistake_leaves_nothing_that_refuses_the_corrected_command(config: RunConfig) -> None:
+    root = Path(config.storage)
+    folder = root / "runs" / "default" / "distill"
+
+    def mistaken(write: bool, error: BaseException | None = None) -> None:
+        with pytest.raises((InputError, KeyboardInterrupt)), stage_folder(config, "distill", folder, "0" * 64):
+            (folder / "prompts").mkdir(exist_ok=True)
+            if write:
+                write_text(folder / "prompts" / "rows", "rows")
+            raise error or InputError("row 3")
+
+    mistaken(write=False)
+    assert not (root / "runs").exists()
+    mistaken(write=False, error=KeyboardInterrupt())
+    assert not (root / "runs").exists()
+    work(config, folder)  # other settings: not refused
+    neighbour = root / "runs" / "default" / "train"
+    folder = root / "runs" / "default" / "bench"
+    neighbour.mkdir()
+    mistaken(write=False)
+    assert not folder.exists() and neighbour.exists()
+    mistaken(write=True)  # rows stand: they are this run's, and it may go on
+    with pytest.raises(InputError, match="another run"):
+        work(config, folder)
+    mistaken(write=False)
+    assert (folder / "prompts" / "rows").exists()
+
+
+def test_changed_outputs_go_and_the_others_stay(config: RunConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    with stage_folder(config, "distill", folder, WANTED) as stage:
+        for name in ("a", "b"):
+            write_text(folder / name, name)
+        stage.finish(StageResult("distill", None, {}, {}), [folder / "a", folder / "b"])
+    assert damaged(folder) == []
+    (folder / "b").write_text("c", encoding="utf-8")
+    assert damaged(folder) == [folder / "b"] and finished(folder, WANTED) is None
+    with stage_folder(config, "distill", folder, WANTED):
+        assert sorted(path.name for path in folder.iterdir()) == ["a", "claim.json", "config.yaml", "provenance.json"]
+
+
+def test_figures_are_names_of_the_line(config: RunConfig) -> None:
+    line = json.loads(StageResult("bench", "r", {"report": "/x"}, {"methods": {"plain": {"rows": 3}}, "stage": "mine"}).to_json())
+    assert line == {"stage": "bench", "run_id": "r", "outputs": {"report": "/x"}, "skipped": False,
+                    "methods": {"plain": {"rows": 3}}}
+
+
+def test_saved_settings_hold_no_credentials(config: RunConfig, tmp_path: Path) -> None:
+    secret = load_config(None, {"storage": config.storage, "tracking.uri": "postgresql://me:hunter2@db/x"})
+    work(secret, tmp_path / "out")
+    assert not any("hunter2" in path.read_text(encoding="utf-8") for path in (tmp_path / "out").rglob("*") if path.is_file())
+
+
+def test_broken_manifests_are_told(config: RunConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    work(config, folder)
+    manifest = folder / "manifest.json"
+    values = json.loads(manifest.read_text(encoding="utf-8"))
+    manifest.write_text("{", encoding="utf-8")
+    with pytest.raises(InputError, match="not a readable manifest"):
+        read_manifest(folder)
+    manifest.write_text(json.dumps(values | {"schema_version": 99}), encoding="utf-8")
+    with pytest.raises(InputError, match="schema_version 99"):
+        read_manifest(folder)
+
+
+def test_files_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    write_text(path, "old")
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_text(path, "new")
+    assert path.read_text(encoding="utf-8") == "old" and list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,52 @@
+"""One run at a time: an overlapping one is told who is there, and a dead one is in nobody's way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hydra_core.errors import InputError
+from pipelines.runtime.lock import only_run
+from tests.conftest import ROOT
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from pipelines.runtime.lock import only_run
+with only_run(Path(sys.argv[1]), Path(sys.argv[2])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_an_overlapping_run_is_told_and_a_dead_one_is_taken_over(storage: Path) -> None:
+    folder = storage / "runs" / "default" / "batch"
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(folder), str(storage)], cwd=ROOT, stdout=subprocess.PIPE)
+    assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+    try:
+        with pytest.raises(InputError, match=rf"another run is at it \(process {holder.pid} on ") as caught, \
+                only_run(folder, storage):
+            pass
+        assert "\n" not in str(caught.value)
+    finally:
+        os.kill(holder.pid, signal.SIGKILL)
+        holder.wait()
+    assert (folder.parent / ".batch.lock").exists()  # left behind, and worth nothing
+    with only_run(folder, storage), pytest.raises(InputError, match=f"process {os.getpid()}"), only_run(folder, storage):
+        pass
+    assert storage.exists() and not (storage / "runs").exists()
+
+
+def test_folders_that_hold_something_stay(storage: Path) -> None:
+    with only_run(storage / "runs" / "a" / "batch", storage):
+        (storage / "runs" / "kept").write_text("", encoding="utf-8")
+    assert [path.name for path in (storage / "runs").iterdir()] == ["kept"]
+    outside = storage.parent / "out" / "2026-01-31"
+    with only_run(outside, storage):
+        pass
+    assert outside.parent.exists()

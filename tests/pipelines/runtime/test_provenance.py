@@ -1,0 +1,74 @@
+"""What is written down beside every output, and what is not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.metadata import PathDistribution
+from pathlib import Path
+
+import pytest
+
+from pipelines.config import load_config
+from pipelines.runtime.provenance import HIDDEN, _installed_from, provenance, redacted, shareable_yaml, without_credentials
+
+
+def test_config_code_versions_machine(tmp_path: Path) -> None:
+    found = provenance(load_config(None, {"storage": str(tmp_path), "train.lr": 0.5}))
+    assert found["config"]["train"]["lr"] == 0.5 and found["config"]["bench"]["max_new_tokens"] == 64  # defaults too
+    assert found["versions"]["torch"] and found["versions"]["ray"] and found["cpus"]
+    assert found["git"] is None or len(found["git"]["commit"]) == 40
+    json.dumps(found)
+
+
+def git(folder: Path, *arguments: str) -> str:
+    return subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=folder, check=True,
+                          capture_output=True, text=True).stdout.strip()
+
+
+def test_an_installed_package_names_its_commit(tmp_path: Path) -> None:
+    source, site = tmp_path / "source", tmp_path / "site"
+    notes = site / "thing-1.dist-info"
+    for folder in (source, site):
+        (folder / "thing").mkdir(parents=True)
+        (folder / "thing" / "code.py").write_text("a = 1\n", encoding="utf-8")
+    notes.mkdir()
+    (notes / "RECORD").write_text("thing/code.py,,\n", encoding="utf-8")
+    package = PathDistribution(notes)
+    assert _installed_from(package, site) is None  # from a registry
+
+    git(source, "init", "-q")
+    git(source, "add", ".")
+    git(source, "commit", "-qm", "one")
+    (notes / "direct_url.json").write_text(json.dumps({"url": source.as_uri(), "dir_info": {}}), encoding="utf-8")
+    assert _installed_from(package, site) == {"commit": git(source, "rev-parse", "HEAD"), "changed": False}
+    assert _installed_from(package, tmp_path) is None  # other code than pip's, such as Ray's copy of a working directory
+    (source / "thing" / "code.py").write_text("a = 2\n", encoding="utf-8")
+    git(source, "commit", "-qam", "two")  # after the installation
+    assert _installed_from(package, site) == {"commit": git(source, "rev-parse", "HEAD"), "changed": True}
+
+    (notes / "direct_url.json").write_text(
+        json.dumps({"url": "https://host/thing", "vcs_info": {"vcs": "git", "commit_id": "c" * 40}}), encoding="utf-8")
+    assert _installed_from(package, site) == {"commit": "c" * 40, "changed": False}
+
+
+def test_secrets_stay_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["hydra-heads", "tracking.password=hunter2", "tracking.uri=http://me:hunter2@host/",
+                                      "bench.max_new_tokens=5"])
+    config = load_config(None, {"storage": str(tmp_path), "tracking.uri": "http://me:hunter2@host:5000"})
+    text = json.dumps(provenance(config))
+    assert "hunter2" not in text and "http://host:5000" in text and "bench.max_new_tokens=5" in text
+    path = tmp_path / "config.yaml"
+    path.write_text(shareable_yaml(config), encoding="utf-8")
+    assert "hunter2" not in path.read_text(encoding="utf-8")
+    assert load_config(str(path)).tracking.uri == "http://host:5000"
+
+
+def test_what_counts_as_a_secret() -> None:
+    values = {"api_key": "k", "hf_token": "t", "max_new_tokens": 5, "nested": [{"password": "p"}], "secret": ""}
+    assert redacted(values) == {"api_key": HIDDEN, "hf_token": HIDDEN, "max_new_tokens": 5,
+                                "nested": [{"password": HIDDEN}], "secret": ""}
+    assert without_credentials("postgresql://u:p@db/x and http://a@b") == "postgresql://db/x and http://b"
+    assert without_credentials("postgresql://db/x?user=u&password=p&sslmode=on") == (
+        f"postgresql://db/x?user=u&password={HIDDEN}&sslmode=on")

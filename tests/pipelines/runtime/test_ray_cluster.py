@@ -1,0 +1,43 @@
+"""Actors' mistakes come out as they went in."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pytest
+
+from hydra_core.errors import InputError
+from pipelines.config import Workers
+from pipelines.runtime.ray_cluster import check_workers, run_blocks
+
+pytestmark = pytest.mark.slow
+
+
+class Counter:
+    """Counts rows; mistaken as it starts, or about one block."""
+
+    def __init__(self, fault: str) -> None:
+        if fault == "start":
+            raise InputError("base.model=/x: cannot be loaded")
+        self.fault = fault
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        if self.fault == "block" and 3 in block["n"].to_pylist():
+            raise InputError("row 3: is wrong")
+        return pa.table({"ok": [len(block)]})
+
+
+def test_a_mistake_of_an_actor_is_one_line(local_ray: None) -> None:
+    blocks = [pa.table({"n": [start, start + 1]}) for start in range(0, 8, 2)]
+    assert run_blocks(Counter, "none", blocks, actors=1, cpus=0.2) == {"ok": 8}
+    for fault, words in (("start", "base.model=/x: cannot be loaded"), ("block", "row 3: is wrong")):
+        with pytest.raises(InputError) as caught:
+            run_blocks(Counter, fault, blocks, actors=1, cpus=0.2)
+        assert str(caught.value) == words
+
+
+def test_workers_that_never_fit(local_ray: None) -> None:
+    check_workers("x.workers", Workers(count=2, cpus=1))
+    with pytest.raises(InputError, match=r"x\.workers: 3 x 1\.0 CPU are asked for, the cluster has 2: lower x\.workers\.count"):
+        check_workers("x.workers", Workers(count=1, cpus=1), 3)
+    with pytest.raises(InputError, match=r"x\.workers: 1 x 1\.0 GPU"):
+        check_workers("x.workers", Workers(cpus=0, gpus=1))

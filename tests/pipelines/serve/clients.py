@@ -1,0 +1,54 @@
+"""What tests of a running application share: its key, what it answers, what it logs and counts."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import ray
+
+from hydra_core.base import Base
+from hydra_core.decoding import naive_generate
+from hydra_core.sampling import Request
+
+KEY = "a-key-of-this-test-0123456789"
+MODEL = "hydra-heads"
+LONG = {"model": MODEL, "prompt": "hello", "max_tokens": 200, "temperature": 1.0, "seed": 3}
+REJECTED, CANCELLED = "ray_hydra_heads_rejected_total", "ray_hydra_answers_cancelled_total"
+
+
+def expected(base: Base, prompt: str, tokens: int, **settings: Any) -> str:
+    ids = tuple(base.tokenizer(prompt).input_ids)
+    return base.decode(naive_generate(base, Request("x", ids, tokens, **settings)).token_ids)
+
+
+def until(true: Callable[[], bool], what: str) -> None:
+    for _ in range(300):
+        if true():
+            return
+        time.sleep(0.1)
+    pytest.fail(what)
+
+
+def log_lines() -> list[dict[str, Any]]:
+    folder = Path(ray._private.worker._global_node.get_logs_dir_path()) / "serve"
+    return [json.loads(line) for path in folder.glob("replica_hydra-heads_*.log") for line in path.read_text().splitlines()]
+
+
+def scraped(names: set[str]) -> None:
+    """Wait until Ray's exporter tells every one of `names`, whole."""
+    node = ray.nodes()[0]
+    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    absent = names
+    for _ in range(60):
+        told = {re.split(r"[{ ]", line, maxsplit=1)[0] for line in httpx.get(address, timeout=60).text.splitlines()}
+        if not (absent := names - told):
+            return
+        time.sleep(0.5)
+    pytest.fail(f"not told: {sorted(absent)}")
