@@ -45,8 +45,8 @@ class TransformersDecoder:
     Layers with a sliding window keep all keys and are masked instead, as a tree's nodes share slots with nobody.
     """
 
-    branching = True
-    packs = False
+    supports_tree = True
+    ragged = False
 
     def __init__(self, model: Any) -> None:
         config = model.config.get_text_config()

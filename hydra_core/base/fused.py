@@ -28,7 +28,7 @@ class FusedDecoder:
     whether steps may run compiled: by a library of our own on a CPU, between the matrix products by Triton on a GPU.
     """
 
-    branching = True
+    supports_tree = True
 
     def __init__(self, model: Any, codes: Mapping[str, Q4Matrix] | None = None, native: bool = False) -> None:
         config = model.config
@@ -45,7 +45,7 @@ class FusedDecoder:
         rotary = model.model.rotary_emb
         self.rotary = Rotary(rotary.inv_freq, rotary.attention_scaling, self.embedding.dtype)
         self.native = native_decoder(self.layers, self.heads, self.kv_heads, self.head_width, self.eps) if native else None
-        self.packs = self.native is not None
+        self.ragged = self.native is not None
         self.kernels = native and reason_unavailable(self.embedding.device, self.embedding.dtype, self.embedding.shape[1],
                                                      self.head_width) is None
 

@@ -20,12 +20,12 @@ PREFILL_CHUNK = 512  # tokens of a prompt in one forward: bounds the mask and th
 class Decoder(Protocol):
     """What runs the layers: `fused.FusedDecoder`, `fallback.TransformersDecoder` or `sequential.SequentialDecoder`.
 
-    `branching`: whether its cache can hold a tree, share beginnings and take a prompt in pieces; `packs`: whether nodes that
+    `supports_tree`: whether its cache can hold a tree, share beginnings and take a prompt in pieces; `ragged`: whether nodes that
     are not real cost nothing.
     """
 
-    branching: bool
-    packs: bool
+    supports_tree: bool
+    ragged: bool
 
     def allocate(self, rows: int, slots: int) -> Any: ...
 
@@ -69,14 +69,14 @@ class Base:
         return self.vocabulary.size
 
     @property
-    def branching(self) -> bool:
+    def supports_tree(self) -> bool:
         """Whether a draft tree can be verified; else only plain decoding is possible."""
-        return self.decoder.branching
+        return self.decoder.supports_tree
 
     @property
-    def packs(self) -> bool:
+    def ragged(self) -> bool:
         """Whether a forward costs no more for nodes that are not real, so that rows may have as many as each is worth."""
-        return self.decoder.packs
+        return self.decoder.ragged
 
     def allocate(self, rows: int, slots: int) -> KVCache:
         """A cache for `rows` sequences of at most `slots` tokens, draft nodes included."""
@@ -98,9 +98,9 @@ class Base:
         """[..., D] to [..., V] float32."""
         return self.vocabulary.head(hidden)
 
-    def likeliest(self, hidden: Tensor) -> Tensor:
+    def argmax(self, hidden: Tensor) -> Tensor:
         """[..., D] to the likeliest token [...] int64, of equals the first."""
-        return self.vocabulary.head.likeliest(hidden)
+        return self.vocabulary.head.argmax(hidden)
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Sequence[int]], cache: KVCache, rows: tuple[int, int]) -> Tensor:
@@ -116,7 +116,7 @@ class Base:
         counts = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
         cache.clear_rows(rows)
         pieces = []
-        size = PREFILL_CHUNK if self.decoder.branching else longest
+        size = PREFILL_CHUNK if self.decoder.supports_tree else longest
         for start in range(0, longest, size):
             chunk = ids[:, start:start + size]
             real = (counts - start).clamp(0, chunk.shape[1])

@@ -45,8 +45,8 @@ class SequentialCache:
 class SequentialDecoder:
     """The transformers model over a cache of its own for every row."""
 
-    branching = False
-    packs = False
+    supports_tree = False
+    ragged = False
 
     def __init__(self, model: Any) -> None:
         self.model = model.get_decoder()

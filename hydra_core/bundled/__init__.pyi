@@ -1,3 +1,3 @@
-from .folders import FOLDER, SHIPPED, shipped_configuration
+from .folders import BUNDLED, FOLDER, bundled_configuration
 
-__all__ = ["FOLDER", "SHIPPED", "shipped_configuration"]
+__all__ = ["BUNDLED", "FOLDER", "bundled_configuration"]

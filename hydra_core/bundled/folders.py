@@ -11,12 +11,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-SHIPPED = "shipped"
+BUNDLED = "shipped"
 """Stands for such a folder wherever heads or a configuration may be named."""
 FOLDER = Path(__file__).parent
 
 
-def shipped_configuration(digest: str) -> Path | None:
+def bundled_configuration(digest: str) -> Path | None:
     """The configuration folder for the base with this digest, or None."""
     for folder in sorted(path.parent for path in FOLDER.glob("*/configuration.json")):
         if json.loads((folder / "configuration.json").read_text(encoding="utf-8"))["base"]["digest"] == digest:

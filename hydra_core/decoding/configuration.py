@@ -17,7 +17,7 @@ from typing import Literal
 
 from hydra_core.base.model import Base
 from hydra_core.base.vocabulary import BaseIdentity, BaseVocabulary
-from hydra_core.bundled import SHIPPED, shipped_configuration
+from hydra_core.bundled import BUNDLED, bundled_configuration
 from hydra_core.errors import InputError
 from hydra_core.heads import HeadDrafter
 from hydra_core.heads.checkpoint import load_checkpoint
@@ -109,10 +109,10 @@ def check_heads(folder: str | Path, vocabulary: BaseVocabulary) -> None:
 
 def find_heads(folder: str | Path, identity: BaseIdentity) -> Path:
     """`folder`, or the one that `shipped` stands for. Raises InputError where none comes with the package for this base."""
-    if str(folder) != SHIPPED:
+    if str(folder) != BUNDLED:
         return Path(folder)
-    if (found := shipped_configuration(identity.digest)) is None:
-        raise InputError(f"{SHIPPED}: no heads come with the package for {identity.name} ({identity.digest[:16]}): train some")
+    if (found := bundled_configuration(identity.digest)) is None:
+        raise InputError(f"{BUNDLED}: no heads come with the package for {identity.name} ({identity.digest[:16]}): train some")
     return found
 
 

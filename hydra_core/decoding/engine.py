@@ -25,9 +25,9 @@ from hydra_core.errors import InputError
 from hydra_core.heads import HeadDrafter
 from hydra_core.proposers import Drafter
 from hydra_core.proposers.base import Accepted, Proposal, StepTimes
-from hydra_core.proposers.registry import open_session, spare_slots
+from hydra_core.proposers.registry import lookahead_slots, open_proposer
 from hydra_core.sampling.request import Request, TokenLogprob
-from hydra_core.sampling.sampler import Chooser, choose, token_logprob
+from hydra_core.sampling.sampler import Sampler, sample, token_logprob
 from hydra_core.tree.topology import PLAIN, TreeSet, chain, default_trees
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class Engine:
                 raise InputError(f"{name}={value}: must be at least 1")
         self.base, self.max_batch = base, max_batch
         self.context_limit = min(context_limit or base.context_limit, base.context_limit)
-        if drafter is not None and not base.branching:
+        if drafter is not None and not base.supports_tree:
             log.warning("the base keeps a state that cannot be taken back: decoding plainly, without the drafter")
             drafter = None
         if not isinstance(drafter, HeadDrafter):
@@ -64,15 +64,15 @@ class Engine:
             trees = default_trees()
         if isinstance(drafter, HeadDrafter):
             _check_trees(trees, drafter)
-        spare = spare_slots(drafter, trees)
-        slots = self.context_limit + spare
-        check_memory(base, drafter, max_batch, slots, spare)
+        num_lookahead_slots = lookahead_slots(drafter, trees)
+        slots = self.context_limit + num_lookahead_slots
+        check_memory(base, drafter, max_batch, slots, num_lookahead_slots)
         self.cache = base.allocate(max_batch, slots)
-        self.forward = step_forward(base, self.cache, spare, graphs)
-        self.session = open_session(drafter, trees, max_batch, slots, shared_noise, base.device, graphs, base.packs)
+        self.forward = step_forward(base, self.cache, num_lookahead_slots, graphs)
+        self.proposer = open_proposer(drafter, trees, max_batch, slots, shared_noise, base.device, graphs, base.ragged)
         self.roots = torch.zeros(max_batch, dtype=torch.int64, device=base.device)
-        self.scheduler = Scheduler(max_batch, self.context_limit, base.branching)
-        self.choosers: dict[str, Chooser] = {}  # by request id, for the rows that run
+        self.scheduler = Scheduler(max_batch, self.context_limit, base.supports_tree)
+        self.samplers: dict[str, Sampler] = {}  # by request id, for the rows that run
         self.clock = Clock()
         self._last_hidden = EMPTY  # [P, D]: of the prompts going in, where their last token is reached
 
@@ -131,7 +131,7 @@ class Engine:
         with phase("commit"):
             outputs += self._commit(proposal, hidden, accepted, whole)
         if whole:
-            self.session.timed(self.times - before)
+            self.proposer.timed(self.times - before)
         return outputs
 
     def generate(self, requests: Sequence[Request]) -> list[Result]:
@@ -188,7 +188,7 @@ class Engine:
         roots, plain = self.roots[:len(rows)], [not row.request.speculate for row in rows]
         if all(plain):
             return Proposal(roots[:, None], chain(1))
-        proposal = self.session.propose(roots, _root_positions(rows), self._choosers(rows))
+        proposal = self.proposer.propose(roots, _root_positions(rows), self._samplers(rows))
         if any(plain):
             proposal.tokens[plain, 1:] = -1
         return proposal
@@ -198,12 +198,12 @@ class Engine:
         choose by, else logits [M, V] float32; and which nodes those M are, [B, N] bool, None for all."""
         rows, tokens = self.scheduler.decoding, proposal.tokens
         # a device runs them all, and would have to be asked
-        counts = (tokens >= 0).sum(-1) if self.base.packs else None
+        counts = (tokens >= 0).sum(-1) if self.base.ragged else None
         real = real_nodes(counts, tokens.shape[1])
         hidden = self.forward(tokens.clamp(min=0), proposal.forest, max(_root_positions(rows)), counts)
         asked = hidden.flatten(0, 1) if real is None else hidden[real]
-        if all(chooser.simple for chooser in self._choosers(rows)):
-            return hidden, self.base.likeliest(asked), real
+        if all(sampler.simple for sampler in self._samplers(rows)):
+            return hidden, self.base.argmax(asked), real
         return hidden, self.base.logits(asked), real
 
     def _accept(self, proposal: Proposal, choices: Tensor, real: Tensor | None) -> Accepted:
@@ -217,19 +217,19 @@ class Engine:
             choices, lines = choices.view(*tokens.shape, -1), None
         else:
             lines = (real.flatten().cumsum(0) - 1).view_as(tokens).tolist()
-        return accept_walking(tokens, proposal.forest, choices, _root_positions(rows), self._choosers(rows), lines)
+        return accept_walking(tokens, proposal.forest, choices, _root_positions(rows), self._samplers(rows), lines)
 
-    def _choosers(self, rows: Sequence[Row]) -> list[Chooser]:
-        return [self.choosers[row.request.id] for row in rows]
+    def _samplers(self, rows: Sequence[Row]) -> list[Sampler]:
+        return [self.samplers[row.request.id] for row in rows]
 
     def _commit(self, proposal: Proposal, hidden: Tensor, accepted: Accepted, whole: bool) -> list[StepOutput]:
         rows = self.scheduler.decoding
         span = (0, len(rows))
         self.cache.commit(span, accepted.path, accepted.counts)
         if whole:  # else drafts were taken away, and that they fell says nothing
-            self.session.learn(proposal, accepted)
+            self.proposer.learn(proposal, accepted)
         batch = torch.arange(len(rows), device=hidden.device)[:, None]
-        self.session.observe(span, hidden[batch, accepted.path], accepted.counts)
+        self.proposer.observe(span, hidden[batch, accepted.path], accepted.counts)
         for row, drafts, tokens in zip(rows, (proposal.tokens[:, 1:] >= 0).sum(-1).tolist(), accepted.emitted,
                                        strict=True):
             row.drafted += drafts
@@ -248,7 +248,7 @@ class Engine:
         if group is None:
             return []
         if not group.complete:
-            self._forward_chunk(group, group.chunk(bool(self.scheduler.decoding), self.base.branching))
+            self._forward_chunk(group, group.chunk(bool(self.scheduler.decoding), self.base.supports_tree))
         return self._close_group(group) if group.complete else []
 
     def _open_group(self, starts: list[Start]) -> None:
@@ -256,10 +256,10 @@ class Engine:
         first, now = len(self.scheduler.decoding), time.perf_counter()
         for row, start in enumerate(starts, start=first):
             self.cache.clear_rows((row, row + 1))
-            self.session.admit(row, start.request.prompt_ids)
+            self.proposer.admit(row, start.request.prompt_ids)
             if start.shared:
                 self.cache.copy_beginning(start.donor, row, start.shared)
-                self.session.copy_beginning(start.donor, row, start.shared)
+                self.proposer.copy_beginning(start.donor, row, start.shared)
         self.scheduler.group = Group(starts, [self._row(start.request, now) for start in starts])
         width = self.base.vocabulary.width
         self._last_hidden = torch.zeros(len(starts), width, dtype=self.base.dtype, device=self.base.device)
@@ -267,7 +267,7 @@ class Engine:
     def _row(self, request: Request, now: float) -> Row:
         stops = self.base.stop_ids if request.stop_ids is None else request.stop_ids
         text = TextStream(self.base.decode, request.stop) if request.stop else None
-        self.choosers[request.id] = Chooser(request, self.base.vocab_size, self.base.device)
+        self.samplers[request.id] = Sampler(request, self.base.vocab_size, self.base.device)
         return Row(request, frozenset(stops), text, now)
 
     def _forward_chunk(self, group: Group, width: int) -> None:
@@ -283,7 +283,7 @@ class Engine:
         counts = left.clamp(0, width)
         hidden = self.base.forward(ids.to(self.base.device), self.cache, rows, chain(width), counts)
         self.cache.lengths[rows[0]:rows[1]] += counts
-        self.session.observe(rows, hidden, counts)
+        self.proposer.observe(rows, hidden, counts)
         ends = (left > 0) & (left <= width)
         batch = torch.arange(len(group.rows), device=hidden.device)
         last = hidden[batch, (left - 1).clamp(0, width - 1)]
@@ -295,12 +295,12 @@ class Engine:
         first, now = len(self.scheduler.decoding), time.perf_counter()
         logits = self.base.logits(self._last_hidden)
         positions = [len(row.request.prompt_ids) for row in group.rows]
-        choosers = self._choosers(group.rows)
-        tokens = choose(logits, positions, choosers)
+        samplers = self._samplers(group.rows)
+        tokens = sample(logits, positions, samplers)
         logprobs: list[list[TokenLogprob]] = []
-        for index, (row, chooser, token) in enumerate(zip(group.rows, choosers, tokens, strict=True)):
+        for index, (row, sampler, token) in enumerate(zip(group.rows, samplers, tokens, strict=True)):
             row.first_token = now
-            chooser.record(token)
+            sampler.record(token)
             asked = row.request.logprobs
             logprobs.append([] if asked is None else [token_logprob(logits[index], token, asked)])
         self.scheduler.decoding += group.rows
@@ -321,7 +321,7 @@ class Engine:
             row.tokens += kept
             said = tuple(logprobs[offset][:len(kept)]) if row.request.logprobs is not None else None
             row.logprobs += said or ()
-            self.session.emit(index, kept)
+            self.proposer.emit(index, kept)
             result = self._finish(index, reason) if reason else None
             outputs.append(StepOutput(row.request.id, tuple(kept), result, said))
         return outputs[::-1]
@@ -336,12 +336,12 @@ class Engine:
 
     def _forget(self, row: Row) -> None:
         self.scheduler.forget(row.request)
-        del self.choosers[row.request.id]
+        del self.samplers[row.request.id]
 
     def _move(self, moves: list[tuple[int, int]]) -> None:
         for source, target in moves:
             self.cache.move_row(source, target)
-            self.session.move(source, target)
+            self.proposer.move(source, target)
             self.roots[target] = self.roots[source]
 
     @torch.inference_mode()

@@ -8,7 +8,7 @@ from hydra_core.base.model import Base
 from hydra_core.decoding.records import FinishReason, Result
 from hydra_core.decoding.text import TextStream
 from hydra_core.sampling.request import Request, TokenLogprob
-from hydra_core.sampling.sampler import Chooser, choose, token_logprob
+from hydra_core.sampling.sampler import Sampler, sample, token_logprob
 from hydra_core.tree.topology import chain
 
 
@@ -18,7 +18,7 @@ def naive_generate(base: Base, request: Request, context_limit: int | None = Non
     limit = min(context_limit or base.context_limit, base.context_limit)
     request.check(base.vocab_size, limit, texts=base.tokenizer is not None)
     stops = base.stop_ids if request.stop_ids is None else request.stop_ids
-    chooser = Chooser(request, base.vocab_size, base.device)
+    sampler = Sampler(request, base.vocab_size, base.device)
     text = TextStream(base.decode, request.stop)
     cache = base.allocate(1, limit)
     hidden = base.prefill([request.prompt_ids], cache, (0, 1))[:, -1:]
@@ -27,8 +27,8 @@ def naive_generate(base: Base, request: Request, context_limit: int | None = Non
     reason: FinishReason | None = None
     while reason is None:
         logits = base.logits(hidden)[:, 0]
-        tokens += choose(logits, [len(request.prompt_ids) + len(tokens)], [chooser])
-        chooser.record(tokens[-1])
+        tokens += sample(logits, [len(request.prompt_ids) + len(tokens)], [sampler])
+        sampler.record(tokens[-1])
         if request.logprobs is not None:
             logprobs.append(token_logprob(logits[0], tokens[-1], request.logprobs))
         if request.stop:

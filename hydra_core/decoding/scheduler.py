@@ -69,10 +69,10 @@ class Group:
     def longest(self) -> int:
         return max(start.left for start in self.starts)
 
-    def chunk(self, busy: bool, branching: bool = True) -> int:
+    def chunk(self, busy: bool, supports_tree: bool = True) -> int:
         """Tokens of each prompt in the next forward: at least one, at most what the step may take, and all of them
         where a prompt cannot be taken in pieces."""
-        if not branching:
+        if not supports_tree:
             return self.longest
         budget = (BUSY_TOKENS if busy else IDLE_TOKENS) // len(self.rows)
         return min(max(1, budget), CHUNK, self.longest - self.done)
@@ -86,11 +86,11 @@ class Group:
 class Scheduler:
     """The state above and the decisions about it.
 
-    `max_batch`: rows of all kinds; `context_limit`: tokens of one; `branching`: see `Decoder`.
+    `max_batch`: rows of all kinds; `context_limit`: tokens of one; `supports_tree`: see `Decoder`.
     """
 
-    def __init__(self, max_batch: int, context_limit: int, branching: bool = True) -> None:
-        self.max_batch, self.context_limit, self.branching = max_batch, context_limit, branching
+    def __init__(self, max_batch: int, context_limit: int, supports_tree: bool = True) -> None:
+        self.max_batch, self.context_limit, self.supports_tree = max_batch, context_limit, supports_tree
         self.waiting: deque[Request] = deque()
         self.decoding: list[Row] = []
         self.group: Group | None = None
@@ -143,7 +143,7 @@ class Scheduler:
         best = Start(request)
         for donor, row in enumerate(self.decoding):
             shared = _common(request.prompt_ids[:-1], row.request.prompt_ids)
-            if self.branching and shared >= SHARED_TOKENS and shared > best.shared:
+            if self.supports_tree and shared >= SHARED_TOKENS and shared > best.shared:
                 best = Start(request, shared, donor)
         return best
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hydra_core.proposers.base import Accepted
 from hydra_core.sampling.request import TokenLogprob, Typical
-from hydra_core.sampling.sampler import Chooser, choose, token_logprob
+from hydra_core.sampling.sampler import Sampler, sample, token_logprob
 from hydra_core.tree.forest import Forest
 
 
@@ -67,7 +67,7 @@ def _padded(paths: Sequence[Sequence[int]]) -> Tensor:
     return torch.tensor([[*path, *[path[-1]] * (longest - len(path))] for path in paths])
 
 
-def accept_walking(tokens: Tensor, forest: Forest, logits: Tensor, positions: Sequence[int], choosers: Sequence[Chooser],
+def accept_walking(tokens: Tensor, forest: Forest, logits: Tensor, positions: Sequence[int], samplers: Sequence[Sampler],
                    lines: Sequence[Sequence[int]] | None = None) -> Accepted:
     """The same, choosing depth by depth at the nodes that are reached.
 
@@ -79,26 +79,26 @@ def accept_walking(tokens: Tensor, forest: Forest, logits: Tensor, positions: Se
         lines, logits = torch.arange(tokens.numel()).view_as(tokens).tolist(), logits.flatten(0, 1)
     drafted = tokens.tolist()
     children = [_children(parents) for parents in forest.parents.tolist()]
-    children = children * len(choosers) if len(children) == 1 else children
-    paths = [[0] for _ in choosers]
-    emitted: list[list[int]] = [[] for _ in choosers]
-    logprobs: list[list[TokenLogprob]] = [[] for _ in choosers]
-    active = list(range(len(choosers)))
+    children = children * len(samplers) if len(children) == 1 else children
+    paths = [[0] for _ in samplers]
+    emitted: list[list[int]] = [[] for _ in samplers]
+    logprobs: list[list[TokenLogprob]] = [[] for _ in samplers]
+    active = list(range(len(samplers)))
     while active:
         at = [paths[row][-1] for row in active]
         where_at = [lines[row][node] for row, node in zip(active, at, strict=True)]
         reached = logits if len(where_at) == len(logits) else logits[where_at]  # a copy of 128 rows costs as much as their draw
         where = [positions[row] + len(paths[row]) for row in active]
-        picked = choose(reached, where, [choosers[row] for row in active])
+        picked = sample(reached, where, [samplers[row] for row in active])
         going = []
         for place, (row, node, token) in enumerate(zip(active, at, picked, strict=True)):
-            request = choosers[row].request
+            request = samplers[row].request
             child = _child(children[row][node], drafted[row], token)
             if request.lossy_typical is not None and (other := _typical_child(
-                    choosers[row], request.lossy_typical, reached[place], children[row][node], drafted[row])) is not None:
+                    samplers[row], request.lossy_typical, reached[place], children[row][node], drafted[row])) is not None:
                 child, token = other, drafted[row][other]
             emitted[row].append(token)
-            choosers[row].record(token)
+            samplers[row].record(token)
             if request.logprobs is not None:
                 logprobs[row].append(token_logprob(reached[place], token, request.logprobs))
             if child is not None:
@@ -121,13 +121,13 @@ def _child(children: Sequence[int], drafted: Sequence[int], token: int) -> int |
     return next((child for child in children if drafted[child] == token), None)
 
 
-def _typical_child(chooser: Chooser, typical: Typical, logits: Tensor, children: Sequence[int],
+def _typical_child(sampler: Sampler, typical: Typical, logits: Tensor, children: Sequence[int],
                    drafted: Sequence[int]) -> int | None:
     """The likeliest child that typical acceptance lets stand, or None."""
     filled = [child for child in children if drafted[child] >= 0]
     if not filled:
         return None
-    log_p = torch.log_softmax(chooser.process(logits), dim=-1)
+    log_p = torch.log_softmax(sampler.process(logits), dim=-1)
     p = log_p.exp()
     entropy = -torch.where(p > 0, p * log_p, 0.0).sum()
     bound = torch.clamp(typical.alpha * torch.exp(-entropy), max=typical.threshold)

@@ -32,7 +32,7 @@ REQUEST_TRIALS = 6.0
 """The same for a request's own ratio."""
 
 
-class Rates:
+class AcceptanceEstimator:
     """Learned rates of `heads` depths, and a ratio for each of `rows`: how its drafts fare against the common rate.
 
     Kinds are numbered: drafts of head d by probability, copied tokens by depth and agreement, and copied tokens that a

@@ -13,7 +13,7 @@ from hydra_core.base.graphs import NODES, ROWS, SPANS, Recorder, Run, rounded
 from hydra_core.heads import HeadDrafter
 from hydra_core.proposers.head_features import HeadFeatures
 from hydra_core.sampling.request import TokenLogprob
-from hydra_core.sampling.sampler import Chooser, rank_scores
+from hydra_core.sampling.sampler import Sampler, rank_scores
 from hydra_core.tree.forest import Forest
 from hydra_core.tree.topology import Tree, TreeSet, chain
 
@@ -64,7 +64,7 @@ class Proposal:
     seconds: float = 0.0
 
 
-class Session(Protocol):
+class Proposer(Protocol):
     """A drafter's memory of the running rows. Rows are 0..B-1 without holes; `move` fills a hole from the end."""
 
     max_nodes: int
@@ -77,8 +77,8 @@ class Session(Protocol):
 
     def emit(self, row: int, tokens: Sequence[int]) -> None: ...
 
-    def propose(self, roots: Tensor, positions: Sequence[int], choosers: Sequence[Chooser]) -> Proposal:
-        """`roots`: [B] tokens; `positions`: [B] where they stand; `choosers`: how each row will choose."""
+    def propose(self, roots: Tensor, positions: Sequence[int], samplers: Sequence[Sampler]) -> Proposal:
+        """`roots`: [B] tokens; `positions`: [B] where they stand; `samplers`: how each row will choose."""
         ...
 
     def learn(self, proposal: Proposal, accepted: Accepted) -> None:
@@ -96,7 +96,7 @@ class Session(Protocol):
         ...
 
 
-class PlainSession:
+class PlainProposer:
     """No drafts: the root alone."""
 
     max_nodes = 1
@@ -110,7 +110,7 @@ class PlainSession:
     def emit(self, row: int, tokens: Sequence[int]) -> None:
         """Nothing to remember."""
 
-    def propose(self, roots: Tensor, positions: Sequence[int], choosers: Sequence[Chooser]) -> Proposal:
+    def propose(self, roots: Tensor, positions: Sequence[int], samplers: Sequence[Sampler]) -> Proposal:
         return Proposal(roots[:, None], chain(1))
 
     def learn(self, proposal: Proposal, accepted: Accepted) -> None:
@@ -147,7 +147,7 @@ class DeviceLevel:
             for depth, level in enumerate(tree.levels, start=1))
 
 
-class HeadSession(PlainSession):
+class HeadProposer(PlainProposer):
     """Trained heads and a tree that is fixed for each batch size.
 
     `recorder`: where greedy rows are drafted for by recorded steps, see `RecordedDrafts`.
@@ -175,19 +175,19 @@ class HeadSession(PlainSession):
     def observe(self, rows: tuple[int, int], hidden: Tensor, counts: Tensor) -> None:
         self.inputs.observe(rows, hidden, counts)
 
-    def propose(self, roots: Tensor, positions: Sequence[int], choosers: Sequence[Chooser]) -> Proposal:
+    def propose(self, roots: Tensor, positions: Sequence[int], samplers: Sequence[Sampler]) -> Proposal:
         tree = self.trees.for_batch(len(roots))
-        noisy = self.shared_noise and any(chooser.request.temperature for chooser in choosers)
+        noisy = self.shared_noise and any(sampler.request.temperature for sampler in samplers)
         if tree.levels and self.recorded is not None and not noisy:
             return Proposal(self.recorded(tree, roots, max(positions)), tree.topology.forest)
         if tree.levels:
             self.inputs.catch_up()
         tokens = roots.new_full((len(roots), tree.size), -1)
         tokens[:, 0] = roots
-        self.fill(tree, tokens, positions, choosers if noisy else ())
+        self.fill(tree, tokens, positions, samplers if noisy else ())
         return Proposal(tokens, tree.topology.forest)
 
-    def fill(self, tree: Tree, tokens: Tensor, positions: Sequence[int], noisy: Sequence[Chooser]) -> None:
+    def fill(self, tree: Tree, tokens: Tensor, positions: Sequence[int], noisy: Sequence[Sampler]) -> None:
         """Candidates for all nodes but the root, into `tokens` [B, N]; `noisy`: how rows choose whose noise counts, or none."""
         for depth, level in enumerate(self._on_device(tree)):
             ranked = self._ranked(level, depth, tokens, positions, noisy)
@@ -199,7 +199,7 @@ class HeadSession(PlainSession):
         return self._levels[tree]
 
     def _ranked(self, level: DeviceLevel, depth: int, tokens: Tensor, positions: Sequence[int],
-                noisy: Sequence[Chooser]) -> Tensor:
+                noisy: Sequence[Sampler]) -> Tensor:
         """Candidate tokens [B, sources, width] below the nodes of `depth` that have children, best first."""
         batch = len(tokens)
         if self.drafter.config.sequential:
@@ -227,9 +227,9 @@ class RecordedDrafts:
     A row beyond the decoding ones has nothing waiting, or is nobody's: what is written past its end is never looked at.
     """
 
-    def __init__(self, session: HeadSession, rows: int, recorder: Recorder) -> None:
-        self.session, self.rows, self.recorder = session, rows, recorder
-        self.roots = torch.zeros(rows, dtype=torch.int64, device=session.draft_ids.device)
+    def __init__(self, proposer: HeadProposer, rows: int, recorder: Recorder) -> None:
+        self.proposer, self.rows, self.recorder = proposer, rows, recorder
+        self.roots = torch.zeros(rows, dtype=torch.int64, device=proposer.draft_ids.device)
         self.recorded: dict[tuple[int, Tree, int, int], Run] = {}
         self._tables: list[tuple[Tensor, ...]] = []
 
@@ -237,7 +237,7 @@ class RecordedDrafts:
     def __call__(self, tree: Tree, roots: Tensor, longest: int) -> Tensor:
         """Tokens [B, N] of `tree` below `roots` [B]; they last until the next call. `longest`: committed tokens of the longest
         row."""
-        inputs, batch = self.session.inputs, len(roots)
+        inputs, batch = self.proposer.inputs, len(roots)
         rows = rounded(batch, ROWS, self.rows)
         width = rounded(inputs.most, NODES, inputs.waiting.shape[1]) if inputs.most else 0
         span = rounded(longest + width, SPANS, inputs.cache.slots) if inputs.cache is not None and width else 0
@@ -249,14 +249,14 @@ class RecordedDrafts:
         return run()[:batch]
 
     def _record(self, rows: int, tree: Tree, width: int, span: int) -> Run:
-        session, inputs = self.session, self.session.inputs
+        proposer, inputs = self.proposer, self.proposer.inputs
 
         def draft() -> Tensor:
             if width:
                 inputs.read_waiting(rows, width, span)
             tokens = self.roots.new_full((rows, tree.size), -1)
             tokens[:, 0] = self.roots[:rows]
-            session.fill(tree, tokens, (), ())
+            proposer.fill(tree, tokens, (), ())
             return tokens
 
         run = self.recorder(draft)

@@ -39,7 +39,7 @@ class Factors:
         return cls(ratio, ratio, _variances(AT_FIRST * ratio))
 
 
-class Pace:
+class CostCalibrator:
     """Factors for each rough batch size, and one for drafting with heads."""
 
     def __init__(self) -> None:

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from hydra_core.heads import HeadDrafter
 from hydra_core.proposers import AdaptiveDrafter, NgramIndex
-from hydra_core.proposers.acceptance import Bools, Floats, Ints, Rates, match_class
-from hydra_core.proposers.base import Accepted, PlainSession, Proposal, StepTimes
-from hydra_core.proposers.calibration import Pace
+from hydra_core.proposers.acceptance import AcceptanceEstimator, Bools, Floats, Ints, match_class
+from hydra_core.proposers.base import Accepted, PlainProposer, Proposal, StepTimes
+from hydra_core.proposers.calibration import CostCalibrator
 from hydra_core.proposers.growth import Candidates, Copied, Worth, add_copied, select, weigh_apart, weigh_together
 from hydra_core.proposers.head_features import HeadFeatures
-from hydra_core.sampling.sampler import Chooser, rank_scores
+from hydra_core.sampling.sampler import Sampler, rank_scores
 
 WIDTH = 6
 """Candidates taken from a node."""
@@ -63,16 +63,16 @@ class Foretold:
     drafting: float
 
 
-class AdaptiveSession(PlainSession):
+class DynamicTreeProposer(PlainProposer):
     """Trees grown by learned chances and measured costs; see `growth` and `rates`.
 
     Heads run where the base does; what is made of their candidates is decided on the host, in small arrays that a GPU would
-    only wait for. `packs`: see `Base.packs`.
+    only wait for. `ragged`: see `Base.ragged`.
     """
 
     def __init__(self, drafter: AdaptiveDrafter, rows: int, slots: int, shared_noise: bool = True,
-                 device: torch.device | str = "cpu", packs: bool = False) -> None:
-        self.drafter, self.shared_noise, self.packs = drafter, shared_noise, packs
+                 device: torch.device | str = "cpu", ragged: bool = False) -> None:
+        self.drafter, self.shared_noise, self.ragged = drafter, shared_noise, ragged
         self.max_nodes = most_nodes(drafter)
         heads = drafter.heads
         self.depths = heads.num_heads if heads is not None else 0
@@ -82,10 +82,10 @@ class AdaptiveSession(PlainSession):
             heads.pack()
             self.inputs = HeadFeatures(heads, rows, slots)
             self.draft_ids = heads.draft_vocab.ids.to(self.device)
-        self.rates = Rates(self.depths, rows)
+        self.rates = AcceptanceEstimator(self.depths, rows)
         self._seconds: dict[tuple[int, int], Floats] = {}
         self._gains: dict[tuple[int, int], float] = {}  # speed of steps with heads over those without, see `_note`
-        self.pace = Pace()
+        self.pace = CostCalibrator()
         self._foretold: Foretold | None = None  # of the step that is being taken
         self._drafted: dict[int, float] = {}    # by rough batch size: share of the way to the next plain step, see `CLEAR`
         self._idle = 0              # steps since heads were used
@@ -147,8 +147,8 @@ class AdaptiveSession(PlainSession):
 
     # -- one draft -----------------------------------------------------------------------------------------------------
 
-    def propose(self, roots: Tensor, positions: Sequence[int], choosers: Sequence[Chooser]) -> Proposal:
-        sampled = np.array([chooser.request.temperature > 0 for chooser in choosers])
+    def propose(self, roots: Tensor, positions: Sequence[int], samplers: Sequence[Sampler]) -> Proposal:
+        sampled = np.array([sampler.request.temperature > 0 for sampler in samplers])
         batch, drafting, roots_alone = len(positions), 0.0, Candidates.roots(roots.cpu().numpy())
         if self._drafted.get(batch.bit_length(), 0.0) >= 1:
             return self._proposal(roots_alone, self._nothing(positions), positions, 0.0)
@@ -157,7 +157,7 @@ class AdaptiveSession(PlainSession):
         worth = self._weigh(candidates, positions, self.drafter.costs.draft_seconds(batch, 0))
         if self.drafter.heads is not None and self._heads_pay(batch, worth):
             alone = worth
-            candidates, drafting = self._grow(self.drafter.heads, roots_alone, positions, choosers, sampled, alone)
+            candidates, drafting = self._grow(self.drafter.heads, roots_alone, positions, samplers, sampled, alone)
             if copied is not None:
                 candidates = add_copied(candidates, copied, self.rates, sampled)
             worth = self._weigh(candidates, positions, drafting)
@@ -195,7 +195,7 @@ class AdaptiveSession(PlainSession):
         tokens = np.array([match.tokens or (-1,) * length for match in found])
         return Copied(tokens, np.array([match_class(match.matched) for match in found]))
 
-    def _grow(self, heads: HeadDrafter, known: Candidates, positions: Sequence[int], choosers: Sequence[Chooser],
+    def _grow(self, heads: HeadDrafter, known: Candidates, positions: Sequence[int], samplers: Sequence[Sampler],
               sampled: Bools, copied: Worth) -> tuple[Candidates, float]:
         """Candidates of every head, the likeliest nodes of a depth drafted on, and what drafting them is foretold to take.
 
@@ -212,7 +212,7 @@ class AdaptiveSession(PlainSession):
         first, columns = 1, []
         for depth in range(self.depths):
             whose = going.nonzero()[0]
-            tokens, given = self._candidates(heads, depth, features, path, whose, positions, choosers)
+            tokens, given = self._candidates(heads, depth, features, path, whose, positions, samplers)
             kinds = self.rates.head_kinds(depth, given, sampled[whose])         # [P, width]
             made = [np.full((*going.shape, kinds.shape[1]), -1) for _ in range(2)]
             made[0][going], made[1][going] = tokens, kinds
@@ -243,7 +243,7 @@ class AdaptiveSession(PlainSession):
         return heads.embed(torch.tensor(tokens, device=self.device))[:, None]
 
     def _candidates(self, heads: HeadDrafter, depth: int, features: Tensor, path: Tensor, whose: Ints,
-                    positions: Sequence[int], choosers: Sequence[Chooser]) -> tuple[Ints, Floats]:
+                    positions: Sequence[int], samplers: Sequence[Sampler]) -> tuple[Ints, Floats]:
         """Tokens [P, width] and the head's probabilities of them, on the host, below paths [P, depth + 1, D] of rows `whose`
         [P]."""
         batch = len(features)
@@ -252,11 +252,11 @@ class AdaptiveSession(PlainSession):
             path = features.new_zeros(batch, depth + 1, 0)
         elif len(whose) != batch or depth:
             features = features[torch.tensor(whose, device=self.device)]
-        if not self.shared_noise or not any(chooser.request.temperature for chooser in choosers):
+        if not self.shared_noise or not any(sampler.request.temperature for sampler in samplers):
             indices, values = heads.candidates(depth, features, path[:, None], WIDTH)
         else:
             standing = [position + depth + 1 for position in positions]
-            logits = rank_scores(heads.candidate_logits(depth, features, path[:, None]), standing, choosers, self.draft_ids,
+            logits = rank_scores(heads.candidate_logits(depth, features, path[:, None]), standing, samplers, self.draft_ids,
                                  torch.tensor(whose, device=self.device))
             values, indices = logits.softmax(-1).topk(min(WIDTH, logits.shape[-1]), dim=-1)
         tokens, chances = self.draft_ids[indices[:, 0]].cpu().numpy(), values[:, 0].cpu().double().numpy()
@@ -267,7 +267,7 @@ class AdaptiveSession(PlainSession):
     def _weigh(self, candidates: Candidates, positions: Sequence[int], drafting: float) -> Worth:
         """What of them pays, where drafting takes so many seconds by the table."""
         seconds = self._base_seconds(positions) + drafting * self.pace.drafting
-        return weigh_apart(candidates, seconds, self.max_nodes) if self.packs else weigh_together(candidates, seconds)
+        return weigh_apart(candidates, seconds, self.max_nodes) if self.ragged else weigh_together(candidates, seconds)
 
     def _base_seconds(self, positions: Sequence[int]) -> Floats:
         """As `_verify_seconds`, at the pace that steps go."""
@@ -276,7 +276,7 @@ class AdaptiveSession(PlainSession):
 
     def _foretell(self, positions: Sequence[int], worth: Worth, drafting: float) -> Foretold:
         seconds, kept = self._verify_seconds(positions), worth.kept.sum(1)
-        most = int(kept.sum()) - len(kept) if self.packs else int(kept.max()) - 1
+        most = int(kept.sum()) - len(kept) if self.ragged else int(kept.max()) - 1
         return Foretold(len(positions), float(seconds[0]), float(seconds[most] - seconds[0]), drafting)
 
     def _verify_seconds(self, positions: Sequence[int]) -> Floats:
@@ -287,7 +287,7 @@ class AdaptiveSession(PlainSession):
         if known is None:
             # more nodes never take less, whatever the noise of a table says
             known = np.maximum.accumulate(self.drafter.costs.verify_curve(batch, self.max_nodes, context))
-            if self.packs:  # the costs are straight between whole nodes a row
+            if self.ragged:  # the costs are straight between whole nodes a row
                 nodes = 1 + np.arange(batch * (self.max_nodes - 1) + 1) / batch
                 known = np.interp(nodes, np.arange(1, self.max_nodes + 1), known)
             self._seconds[batch, context] = known
@@ -295,10 +295,10 @@ class AdaptiveSession(PlainSession):
 
     def _seconds_of_a_node(self, positions: Sequence[int]) -> float:
         """What a node of one row adds to a step, where larger trees make it cheapest."""
-        seconds, rows = self._base_seconds(positions), len(positions) if self.packs else 1
+        seconds, rows = self._base_seconds(positions), len(positions) if self.ragged else 1
         more = (seconds - seconds[0])[(SOME_NODES - 1) * rows:]
         each = more / ((SOME_NODES - 1) * rows + np.arange(len(more)))
-        return max(float(each.min(initial=np.inf)), 0.0) / (1 if self.packs else len(positions))
+        return max(float(each.min(initial=np.inf)), 0.0) / (1 if self.ragged else len(positions))
 
     def _heads_pay(self, batch: int, worth: Worth) -> bool:
         """Whether heads were faster than what is copied alone when that was as sure as now; now and then simply tried."""

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hydra_core.proposers.acceptance import Bools, Floats, Ints, Rates
+from hydra_core.proposers.acceptance import AcceptanceEstimator, Bools, Floats, Ints
 from hydra_core.tree.forest import Forest
 from hydra_core.tree.topology import chain
 
@@ -55,7 +55,7 @@ class Copied:
     matches: Ints
 
 
-def add_copied(known: Candidates, copied: Copied, rates: Rates, sampled: Bools) -> Candidates:
+def add_copied(known: Candidates, copied: Copied, rates: AcceptanceEstimator, sampled: Bools) -> Candidates:
     """`known` with the copied chains in it. Where a chain runs along nodes that stand already they become likelier."""
     length, size = copied.tokens.shape[1], known.tokens.shape[1]
     fresh = copied.tokens >= 0

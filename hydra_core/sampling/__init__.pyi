@@ -1,4 +1,4 @@
 from .request import Request, TokenLogprob, Typical, choices
-from .sampler import Chooser, choose
+from .sampler import Sampler, sample
 
-__all__ = ["Chooser", "Request", "TokenLogprob", "Typical", "choices", "choose"]
+__all__ = ["Request", "Sampler", "TokenLogprob", "Typical", "choices", "sample"]

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hydra_core.base.vocabulary import likeliest
+from hydra_core.base.vocabulary import argmax
 from hydra_core.kernels.library import load_library
 from hydra_core.sampling.noise import gumbel, position_key
 from hydra_core.sampling.request import Request, TokenLogprob
 
 
-class Chooser:
+class Sampler:
     """How one row draws: its request's settings, and the token counts that penalties need.
 
     `simple`: the choice is the argmax of the base's logits and nothing more is asked.
@@ -67,49 +67,49 @@ def _nucleus(scores: Tensor, mass: float) -> Tensor:
     return torch.full_like(scores, -math.inf).index_copy_(0, kept, scores[kept])
 
 
-def choose(logits: Tensor, positions: Sequence[int], choosers: Sequence[Chooser]) -> list[int]:
+def sample(logits: Tensor, positions: Sequence[int], samplers: Sequence[Sampler]) -> list[int]:
     """The token of each of R rows from `logits` [R, V] float32; `positions`: where the tokens will stand."""
-    scores = _processed(logits, choosers)
-    drawing = [chooser.request.temperature > 0 for chooser in choosers]
+    scores = _processed(logits, samplers)
+    drawing = [sampler.request.temperature > 0 for sampler in samplers]
     if not any(drawing):
-        greedy: list[int] = likeliest(scores).tolist()
+        greedy: list[int] = argmax(scores).tolist()
         return greedy
-    keys = [_key(chooser, position) for chooser, position in zip(choosers, positions, strict=True)]
+    keys = [_key(sampler, position) for sampler, position in zip(samplers, positions, strict=True)]
     if scores.device.type == "cpu" and load_library():
         words = torch.tensor(keys, dtype=torch.int32)
         drawn: list[int] = torch.ops.hydra_heads.draw(scores, words, torch.tensor(drawing)).tolist()
         return drawn
     noise = gumbel(keys, torch.arange(scores.shape[1], device=scores.device))
     warm = torch.tensor(drawing, device=scores.device)[:, None]
-    everything: list[int] = likeliest(scores + torch.where(warm, noise, 0.0)).tolist()
+    everything: list[int] = argmax(scores + torch.where(warm, noise, 0.0)).tolist()
     return everything
 
 
-def _processed(logits: Tensor, choosers: Sequence[Chooser]) -> Tensor:
+def _processed(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
     """What each row chooses by: [R, V]. Rows that only have a temperature are divided by it together."""
-    requests = [chooser.request for chooser in choosers]
+    requests = [sampler.request for sampler in samplers]
     if any(request.penalised or request.truncated for request in requests):
-        return torch.stack([chooser.process(row) for row, chooser in zip(logits, choosers, strict=True)])
+        return torch.stack([sampler.process(row) for row, sampler in zip(logits, samplers, strict=True)])
     if any(request.temperature not in (0.0, 1.0) for request in requests):
         return logits / torch.tensor([request.temperature or 1.0 for request in requests], device=logits.device)[:, None]
     return logits
 
 
-def _key(chooser: Chooser, position: int) -> tuple[int, int]:
-    return position_key(chooser.request.seed, position, chooser.request.choice)
+def _key(sampler: Sampler, position: int) -> tuple[int, int]:
+    return position_key(sampler.request.seed, position, sampler.request.choice)
 
 
-def rank_scores(logits: Tensor, positions: Sequence[int], choosers: Sequence[Chooser], ids: Tensor,
+def rank_scores(logits: Tensor, positions: Sequence[int], samplers: Sequence[Sampler], ids: Tensor,
                 whose: Tensor | None = None) -> Tensor:
     """What drafters rank candidates by: logits / temperature + the noise of the draw to come; greedy rows keep logits.
 
     `logits`: [B, S, n] over token `ids` [n]; `positions`: [B], where a row's candidates would stand; `whose`: [P] int64 rows of
     `logits` [P, S, n], where it has more or fewer for some of them than one.
     """
-    temperatures = [chooser.request.temperature for chooser in choosers]
+    temperatures = [sampler.request.temperature for sampler in samplers]
     if not any(temperatures):
         return logits
-    noise = gumbel([_key(chooser, position) for chooser, position in zip(choosers, positions, strict=True)], ids)
+    noise = gumbel([_key(sampler, position) for sampler, position in zip(samplers, positions, strict=True)], ids)
     warm = torch.tensor([temperature > 0 for temperature in temperatures], device=logits.device)[:, None]
     scale = torch.tensor([temperature or 1.0 for temperature in temperatures], device=logits.device)[:, None, None]
     noise = torch.where(warm, noise, 0.0)

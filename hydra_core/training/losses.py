@@ -180,7 +180,7 @@ def _overlap_value_and_slope(p: Tensor, q: Tensor, crossed: Tensor | None, decay
     return loss, slope.add_(q.mul_((share * p.sum(dim=-1))[:, None])).sub_(p.mul_(share[:, None]))
 
 
-def log_normalisers(hidden: Tensor, vocabulary_logits: Project, chunk: int | None = None) -> Tensor:
+def log_partition(hidden: Tensor, vocabulary_logits: Project, chunk: int | None = None) -> Tensor:
     """Log of the base's softmax denominator over its FULL vocabulary at hidden [M, D]: [M] float32.
 
     Four bytes a token that cost a whole vocabulary projection: worth keeping when rows are seen more than once.
@@ -194,14 +194,14 @@ def log_normalisers(hidden: Tensor, vocabulary_logits: Project, chunk: int | Non
     return found
 
 
-def teacher_probabilities(hidden: Tensor, draft_logits: Project, normalisers: Tensor, chunk: int | None = None) -> Tensor:
+def teacher_probabilities(hidden: Tensor, draft_logits: Project, log_partitions: Tensor, chunk: int | None = None) -> Tensor:
     """The base's probabilities at hidden [M, D] for the draft vocabulary: [M, Vd] float32, rows sum to at most 1.
 
-    `draft_logits`: the base's own head restricted to the draft vocabulary; `normalisers`: [M] from `log_normalisers`.
+    `draft_logits`: the base's own head restricted to the draft vocabulary; `log_partitions`: [M] from `log_partition`.
     """
     parts, chunk = [], chunk or rows_at_once(hidden)
     with torch.no_grad():
         for start in range(0, hidden.shape[0], chunk):
             logits = draft_logits(hidden[start:start + chunk])
-            parts.append(logits.sub_(normalisers[start:start + chunk, None]).exp_())
+            parts.append(logits.sub_(log_partitions[start:start + chunk, None]).exp_())
     return torch.cat(parts) if parts else draft_logits(hidden)

@@ -16,7 +16,7 @@ from hydra_core.training.losses import (
     TeacherTarget,
     chunked_loss,
     chunked_loss_and_best,
-    log_normalisers,
+    log_partition,
     reference_loss,
     teacher_probabilities,
 )
@@ -109,9 +109,9 @@ class HeadTraining(nn.Module):
             return None
         at = teacher_positions(packed.spans)
         hidden = packed.hidden.flatten(0, 1)[at]
-        known = packed.normalisers
-        normalisers = log_normalisers(hidden, self.vocabulary.head) if known is None else known.flatten()[at]
-        table = teacher_probabilities(hidden, self.drafter.draft_logits, normalisers)
+        known = packed.log_partitions
+        log_partitions = log_partition(hidden, self.vocabulary.head) if known is None else known.flatten()[at]
+        table = teacher_probabilities(hidden, self.drafter.draft_logits, log_partitions)
         row_of = torch.full((packed.token_ids.numel(),), -1, dtype=torch.int64, device=at.device)
         row_of[at] = torch.arange(len(at), device=at.device)
         return TeacherTable(table, row_of)

@@ -18,13 +18,13 @@ from torch import Tensor
 @dataclass(frozen=True)
 class FeatureRow:
     """One answered prompt: `token_ids` [T] int64 (prompt, then response), `hidden` [T, D] after the base's final norm,
-    `normalisers` [T] float32 of the base's softmax at each position where they are known already.
+    `log_partitions` [T] float32 of the base's softmax at each position where they are known already.
     """
 
     token_ids: Tensor
     prompt_tokens: int
     hidden: Tensor
-    normalisers: Tensor | None = None
+    log_partitions: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.hidden.ndim != 2 or self.hidden.shape[0] != self.token_ids.shape[0]:
@@ -57,13 +57,13 @@ class Packed:
     positions: Tensor
     mask: Tensor
     spans: Spans
-    normalisers: Tensor | None = None
+    log_partitions: Tensor | None = None
 
     def to(self, device: torch.device) -> Packed:
         """The same batch on another device."""
         at = self.spans
         spans = Spans(at.starts.to(device), at.lengths.to(device), at.prompt_lengths.to(device))
-        known = None if self.normalisers is None else self.normalisers.to(device)
+        known = None if self.log_partitions is None else self.log_partitions.to(device)
         return Packed(self.token_ids.to(device), self.hidden.to(device), self.positions.to(device),
                       self.mask.to(device), spans, known)
 
@@ -105,8 +105,8 @@ def pack_rows(rows: Sequence[FeatureRow], width: int | None = None) -> Packed:
     positions = torch.zeros(shape, dtype=torch.int64)
     segments = torch.full(shape, -1, dtype=torch.int64)
     hidden = torch.zeros(*shape, rows[0].hidden.shape[1], dtype=rows[0].hidden.dtype)
-    known = all(row.normalisers is not None for row in rows)
-    normalisers = torch.zeros(shape) if known else None
+    known = all(row.log_partitions is not None for row in rows)
+    log_partitions = torch.zeros(shape) if known else None
     starts = [0] * len(rows)
     for number, line in enumerate(lines):
         column = 0
@@ -116,13 +116,13 @@ def pack_rows(rows: Sequence[FeatureRow], width: int | None = None) -> Packed:
             positions[number, here] = torch.arange(lengths[row])
             segments[number, here] = row
             hidden[number, here] = rows[row].hidden
-            values = rows[row].normalisers
-            if normalisers is not None and values is not None:
-                normalisers[number, here] = values
+            values = rows[row].log_partitions
+            if log_partitions is not None and values is not None:
+                log_partitions[number, here] = values
             starts[row] = number * columns + column
             column += lengths[row]
     return Packed(token_ids, hidden, positions, row_mask(segments), Spans(
-        torch.tensor(starts), torch.tensor(lengths), torch.tensor([row.prompt_tokens for row in rows])), normalisers)
+        torch.tensor(starts), torch.tensor(lengths), torch.tensor([row.prompt_tokens for row in rows])), log_partitions)
 
 
 def row_mask(segments: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ BUSY = (429, 502, 503, 504)
 
 
 @dataclass(frozen=True)
-class Asking:
+class RequestSettings:
     """How rows are asked; plain values. One of `app_name`, `address` and `embedded` says whom; `model`: the name asked for;
     `most_choices`: answers that one row may ask for."""
 
@@ -57,7 +57,7 @@ class Asking:
 
 
 @dataclass(frozen=True)
-class Reply:
+class Response:
     """What came of one row. `status` 200: `columns` are the answer's; else `message` says why there is none. `body`: the
     response or error in OpenAI's shape, for a row that was in it."""
 
@@ -67,23 +67,23 @@ class Reply:
     body: dict[str, Any] | None = None
 
 
-class Asker(Protocol):
+class Backend(Protocol):
     """Answers one row; many threads ask at once."""
 
-    patience: Patience
+    retry_policy: RetryPolicy
 
-    def ask(self, row: BatchRow) -> Reply: ...
+    def ask(self, row: BatchRow) -> Response: ...
 
 
 Answers = Callable[[Generation], list[Answer] | Refusal]
 """All answers to one request, or why there are none."""
 
 
-class Fault(Exception):
+class ServerError(Exception):
     """The server itself failed at this row, or at another one beside it."""
 
 
-class Busy(Exception):
+class Overloaded(Exception):
     """Not now: wait `seconds`, or as long as the one who waits thinks fit."""
 
     def __init__(self, why: str, seconds: float | None = None) -> None:
@@ -91,34 +91,34 @@ class Busy(Exception):
         self.seconds = seconds
 
 
-def open_asker(asking: Asking) -> Asker:
-    """The asker that `asking` names. Raises InputError for an API key that is not there."""
-    if asking.address:
-        return HttpAsker(asking)
-    return GenerationAsker(asking, _embedded(asking.embedded) if asking.embedded else _deployment(str(asking.app_name)))
+def open_backend(settings: RequestSettings) -> Backend:
+    """The asker that `settings` names. Raises InputError for an API key that is not there."""
+    if settings.address:
+        return HttpBackend(settings)
+    return DeploymentBackend(settings, _embedded(settings.embedded) if settings.embedded else _deployment(str(settings.app_name)))
 
 
-class GenerationAsker:
+class DeploymentBackend:
     """Asks something that takes a `Generation`."""
 
-    def __init__(self, asking: Asking, answers: Answers) -> None:
-        self.asking, self.answers = asking, answers
-        self.patience = Patience("the deployment")
+    def __init__(self, settings: RequestSettings, answers: Answers) -> None:
+        self.settings, self.answers = settings, answers
+        self.retry_policy = RetryPolicy("the deployment")
         self._suspect = threading.Lock()
 
-    def ask(self, row: BatchRow) -> Reply:
-        asking = self.asking
+    def ask(self, row: BatchRow) -> Response:
+        settings = self.settings
         try:
-            generation = generation_of(row, asking.model, asking.max_new_tokens, asking.temperature, asking.seed,
-                                       asking.most_choices)
+            generation = generation_of(row, settings.model, settings.max_new_tokens, settings.temperature, settings.seed,
+                                       settings.most_choices)
         except ApiError as error:
-            return Reply(error.status, error.message, body=error.body())
+            return Response(error.status, error.message, body=error.body())
         found = self._patiently(generation)
         if isinstance(found, Refusal):
-            return Reply(found.status, found.message, body=ApiError(found.status, found.message).body())
+            return Response(found.status, found.message, body=ApiError(found.status, found.message).body())
         kind = CHAT if row.url == URLS[0] else TEXT
-        body = response(kind, asking.model, generation, found) if row.body is not None else None
-        return Reply(200, columns=_answer_columns(found[0]), body=body)
+        body = response(kind, settings.model, generation, found) if row.body is not None else None
+        return Response(200, columns=_answer_columns(found[0]), body=body)
 
     def _patiently(self, generation: Generation) -> list[Answer] | Refusal:
         """Through full queues and dying replicas, but not through a fault at this very row again and again.
@@ -128,26 +128,26 @@ class GenerationAsker:
         """
         try:
             return self._answers(generation)
-        except Fault as error:
+        except ServerError as error:
             why = str(error)
         with self._suspect:
             for tried in range(1, TRIES):
                 time.sleep(tried)
                 try:
                     return self._answers(generation)
-                except Fault as error:
+                except ServerError as error:
                     why = str(error)
         return Refusal(500, f"the server failed {TRIES} times: {why}")
 
     def _answers(self, generation: Generation) -> list[Answer] | Refusal:
-        found: list[Answer] | Refusal = self.patience.wait(lambda: self._once(generation))
+        found: list[Answer] | Refusal = self.retry_policy.wait(lambda: self._once(generation))
         return found
 
     def _once(self, generation: Generation) -> list[Answer] | Refusal:
         # a killed job's request may still be decoding, and this one is asked again when a replica dies
         found = self.answers(replace(generation, id=f"{generation.id}-{uuid.uuid4().hex}"))
         if isinstance(found, Refusal) and found.status in (429, 503):
-            raise Busy(found.message)
+            raise Overloaded(found.message)
         return found
 
 
@@ -165,9 +165,9 @@ def _deployment(app_name: str) -> Answers:
             found: list[Answer] | Refusal = handle.answers.remote(generation).result()
             return found
         except (BackPressureError, RayActorError, DeploymentUnavailableError) as error:
-            raise Busy(_first_line(error)) from None
+            raise Overloaded(_first_line(error)) from None
         except RayTaskError as error:
-            raise Fault(_first_line(error.cause or error)) from None
+            raise ServerError(_first_line(error.cause or error)) from None
 
     return answers
 
@@ -188,48 +188,48 @@ def _embedded(args: AppArgs) -> Answers:
         try:
             found: list[Answer] | Refusal = run(server.answers(generation))
         except RuntimeError as error:
-            raise Fault(_first_line(error)) from None
+            raise ServerError(_first_line(error)) from None
         return found
 
     run(server.reconfigure(heads_of(args)))
     return answers
 
 
-class HttpAsker:
+class HttpBackend:
     """Asks an OpenAI-compatible endpoint; a row that is in that shape already is sent as it is."""
 
-    def __init__(self, asking: Asking) -> None:
-        self.asking = asking
-        self.headers = {"Content-Type": "application/json"} | api_key(asking.key_variable)
-        self.patience = Patience(f"batch.address={asking.address}")
+    def __init__(self, settings: RequestSettings) -> None:
+        self.settings = settings
+        self.headers = {"Content-Type": "application/json"} | api_key(settings.key_variable)
+        self.retry_policy = RetryPolicy(f"batch.address={settings.address}")
 
-    def ask(self, row: BatchRow) -> Reply:
-        asking = self.asking
-        url, body = request_of(row, asking.model, asking.max_new_tokens, asking.temperature, asking.seed)
+    def ask(self, row: BatchRow) -> Response:
+        settings = self.settings
+        url, body = request_of(row, settings.model, settings.max_new_tokens, settings.temperature, settings.seed)
         started = time.perf_counter()
         for tried in range(TRIES):
-            status, found = self.patience.wait(lambda: self._once(url, body))
+            status, found = self.retry_policy.wait(lambda: self._once(url, body))
             if status < 500:
                 break
             time.sleep(1 + tried)
         if status != 200:
-            return Reply(status, _error_message(found), body=found)
+            return Response(status, _error_message(found), body=found)
         try:
-            return Reply(200, columns=_columns(found, time.perf_counter() - started), body=found)
+            return Response(200, columns=_columns(found, time.perf_counter() - started), body=found)
         except (KeyError, IndexError, TypeError):
-            return Reply(500, "the endpoint's answer is not in OpenAI's shape", body=found)
+            return Response(500, "the endpoint's answer is not in OpenAI's shape", body=found)
 
     def _once(self, url: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        request = urllib.request.Request(f"{str(self.asking.address).rstrip('/')}{url}", json.dumps(body).encode(), self.headers)
+        request = urllib.request.Request(f"{str(self.settings.address).rstrip('/')}{url}", json.dumps(body).encode(), self.headers)
         try:
             with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
                 return 200, _object(answer.read())
         except urllib.error.HTTPError as error:
             if error.code in BUSY:
-                raise Busy(str(error), _seconds(error.headers.get("Retry-After"))) from None
+                raise Overloaded(str(error), _seconds(error.headers.get("Retry-After"))) from None
             return error.code, _object(error.read())
         except (OSError, http.client.HTTPException) as error:
-            raise Busy(_first_line(error)) from None
+            raise Overloaded(_first_line(error)) from None
 
 
 def api_key(variable: str | None) -> dict[str, str]:
@@ -241,7 +241,7 @@ def api_key(variable: str | None) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
-class Patience:
+class RetryPolicy:
     """Waits for someone who is busy, for all threads together; `over`: nobody is to wait any longer."""
 
     def __init__(self, whom: str) -> None:
@@ -255,7 +255,7 @@ class Patience:
                 found = ask()
                 self.heard = time.monotonic()
                 return found
-            except Busy as busy:
+            except Overloaded as busy:
                 if self.over or time.monotonic() - self.heard > PATIENCE:
                     raise InputError(f"{self.whom}: has answered nothing for {PATIENCE:.0f} s ({busy}): run again when it does"
                                      ) from None

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.batch.writer import Settled
+from pipelines.batch.writer import OutputTotals
 
 
-def report(rows: Settled, errors: Settled, before: Settled, skipped: int, seconds: float, label: str) -> dict[str, Any]:
+def report(rows: OutputTotals, errors: OutputTotals, before: OutputTotals, skipped: int, seconds: float,
+           label: str) -> dict[str, Any]:
     """Figures of the whole output; throughput is that of the rows this run has answered, `before` those that stood.
 
     `acceptance`: accepted drafts of those that were made; `tokens_per_step` leaves out the first token of an answer, which

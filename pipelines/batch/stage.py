@@ -18,12 +18,12 @@ import pyarrow as pa
 from ray import serve
 
 from hydra_core.errors import InputError
-from pipelines.batch.backends import Asking, api_key
+from pipelines.batch.backends import RequestSettings, api_key
 from pipelines.batch.endpoint import ask_endpoint
 from pipelines.batch.reader import Reading, ordered, output_kind, read_rows, remove_blocks, write_blocks
 from pipelines.batch.report import report
 from pipelines.batch.worker import BatchSettings, BatchWorker
-from pipelines.batch.writer import BATCH, BATCH_ERRORS, Output, Settled, Writer, parts, settle
+from pipelines.batch.writer import BATCH, BATCH_ERRORS, Output, OutputTotals, Writer, deduplicate, parts
 from pipelines.config import RunConfig
 from pipelines.rows.parquet_parts import sweep
 from pipelines.rows.prompt_reader import prompt_files
@@ -130,29 +130,29 @@ def _answer_all(config: RunConfig, folder: Path, args: AppArgs | None, serving: 
         sweep(folder / part)
     for path in parts(folder / "errors", kind):  # failed rows are tried again
         path.unlink()
-    before = settle(folder / "rows", kind, BATCH)
+    before = deduplicate(folder / "rows", kind, BATCH)
     print(f"batch: {len(before.ids)} rows stood already", file=sys.stderr)
-    asking = Asking(config.serve.app_name, section.max_new_tokens, section.temperature, section.seed,
+    request_settings = RequestSettings(config.serve.app_name, section.max_new_tokens, section.temperature, section.seed,
                     config.serve.max_batch)
-    with _answerers(config, args, serving, asking) as (asking, label):
+    with _answerers(config, args, serving, request_settings) as (request_settings, label):
         output = Output(str(folder), kind, label, section.rows_per_file)
         started = time.perf_counter()
-        reading = _stream(config, folder, before, BatchSettings(output, asking, in_flight(config)))
+        reading = _stream(config, folder, before, BatchSettings(output, request_settings, in_flight(config)))
         seconds = time.perf_counter() - started
-    rows = settle(folder / "rows", kind, BATCH)
-    errors = settle(folder / "errors", kind, BATCH_ERRORS, elsewhere=rows.ids)
+    rows = deduplicate(folder / "rows", kind, BATCH)
+    errors = deduplicate(folder / "errors", kind, BATCH_ERRORS, elsewhere=rows.ids)
     counted = len(rows.ids), len(errors.ids), reading.skipped
     print(f"batch: {reading.rows} rows = {counted[0]} ok + {counted[1]} errors + {counted[2]} skipped", file=sys.stderr)
     return report(rows, errors, before, reading.skipped, seconds, label), reading.rows
 
 
-def _stream(config: RunConfig, folder: Path, before: Settled, settings: BatchSettings) -> Reading:
+def _stream(config: RunConfig, folder: Path, before: OutputTotals, settings: BatchSettings) -> Reading:
     """Rows from the input to whoever answers: from here, or through files to actors that hold engines."""
     refused = Writer(settings.output)
     reading = Reading(refused.refuse)
     rows = ordered(reading.todo(read_rows(config), before.ids))
     try:
-        if settings.asking.embedded is None:
+        if settings.requests.embedded is None:
             BatchWorker(settings).answer(rows)
             return reading
         size = max(config.batch.rows_per_file, 8 * settings.concurrency)
@@ -174,19 +174,20 @@ def in_flight(config: RunConfig) -> int:
 
 
 @contextmanager
-def _answerers(config: RunConfig, args: AppArgs | None, serving: Serving, asking: Asking) -> Iterator[tuple[Asking, str]]:
+def _answerers(config: RunConfig, args: AppArgs | None, serving: Serving,
+               settings: RequestSettings) -> Iterator[tuple[RequestSettings, str]]:
     """Whom to ask, and the label of what answers; a Ray or an application started for it ends with the block."""
     section = config.batch
     if args is None:
-        yield replace(asking, address=section.address, key_variable=section.key_variable), str(serving.base)
+        yield replace(settings, address=section.address, key_variable=section.key_variable), str(serving.base)
         return
     with ensure_ray(config):
         if section.engine == "embedded":
             check_workers("serve.workers", config.serve.workers, config.serve.replicas)
-            yield replace(asking, embedded=replace(args, max_queued=in_flight(config))), args.label
+            yield replace(settings, embedded=replace(args, max_queued=in_flight(config))), args.label
             return
         with _application(config, args, serving) as (name, label):
-            yield replace(asking, app_name=name), label
+            yield replace(settings, app_name=name), label
 
 
 @contextmanager

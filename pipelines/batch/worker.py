@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipelines.batch.backends import Asking, Reply, open_asker
+from pipelines.batch.backends import RequestSettings, Response, open_backend
 from pipelines.batch.reader import BatchRow, read_block
 from pipelines.batch.writer import Output, Writer
 from pipelines.distill.actors import counts
@@ -25,7 +25,7 @@ class BatchSettings:
     """What a worker is given; plain values. `concurrency`: rows in flight."""
 
     output: Output
-    asking: Asking
+    requests: RequestSettings
     concurrency: int
 
 
@@ -34,7 +34,7 @@ class BatchWorker:
 
     def __init__(self, settings: BatchSettings) -> None:
         self.settings = settings
-        self.asker = open_asker(settings.asking)
+        self.backend = open_backend(settings.requests)
         self.writer = Writer(settings.output)
         self._told = time.monotonic()
 
@@ -47,23 +47,23 @@ class BatchWorker:
 
     def answer(self, rows: Iterable[BatchRow]) -> None:
         """Answer all rows. Whatever is raised, rows that were answered are written."""
-        flying: dict[Future[Reply], BatchRow] = {}
+        flying: dict[Future[Response], BatchRow] = {}
         pool = ThreadPoolExecutor(self.settings.concurrency)
         try:
             for row in rows:
-                flying[pool.submit(self.asker.ask, row)] = row
+                flying[pool.submit(self.backend.ask, row)] = row
                 if len(flying) >= 2 * self.settings.concurrency:  # one row waits behind each that is asked
                     self._take(flying)
             while flying:
                 self._take(flying)
         except BaseException:
-            self.asker.patience.over = True  # threads that wait for a server would hold the process
+            self.backend.retry_policy.over = True  # threads that wait for a server would hold the process
             raise
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
             self.writer.flush()
 
-    def _take(self, flying: dict[Future[Reply], BatchRow]) -> None:
+    def _take(self, flying: dict[Future[Response], BatchRow]) -> None:
         """Write those that are done; wait for one at least."""
         done = wait(flying, return_when=FIRST_COMPLETED).done
         for future in sorted(done, key=lambda one: one.exception() is not None):  # what was answered before what raises

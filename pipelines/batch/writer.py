@@ -1,7 +1,7 @@
 """What `batch` writes: parts of answers and parts of errors, in Parquet, JSONL or the lines of OpenAI's Batch output.
 
 A part is written under a temporary name and renamed. A job that was killed may leave one more part behind after the next
-has begun, and an actor that starts a block again writes rows twice: `settle` leaves each row in one place.
+has begun, and an actor that starts a block again writes rows twice: `deduplicate` leaves each row in one place.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.batch.backends import Reply
+from pipelines.batch.backends import Response
 from pipelines.batch.openai_format import output_line
 from pipelines.batch.reader import BadRow, BatchRow, digest
 from pipelines.rows.parquet_parts import part_files, write_part
@@ -62,7 +62,7 @@ class Writer:
         self._errors: list[dict[str, Any]] = []
         self.done = self.failed = 0
 
-    def add(self, row: BatchRow, reply: Reply) -> None:
+    def add(self, row: BatchRow, reply: Response) -> None:
         """One row and what came of it."""
         if reply.status != 200:
             kind = "failed" if reply.status >= 500 else "refused"
@@ -100,7 +100,7 @@ class Writer:
 
 
 @dataclass
-class Settled:
+class OutputTotals:
     """What the parts of a folder hold, each row once. `ids`: digests; `latencies`: seconds, those that are known."""
 
     ids: set[bytes] = field(default_factory=set)
@@ -130,9 +130,9 @@ class Settled:
             self.kinds[row["kind"]] += 1
 
 
-def settle(folder: Path, kind: str, schema: pa.Schema, elsewhere: set[bytes] | None = None) -> Settled:
+def deduplicate(folder: Path, kind: str, schema: pa.Schema, elsewhere: set[bytes] | None = None) -> OutputTotals:
     """Read every part, one at a time, and take out rows that an earlier one holds, or that stand `elsewhere`."""
-    found = Settled()
+    found = OutputTotals()
     taken = elsewhere or set()
     rewritten: set[Path] = set()
     for path in parts(folder, kind):

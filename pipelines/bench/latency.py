@@ -124,7 +124,7 @@ def make_contenders(plan: BenchPlan, base: Base, room: int) -> dict[str, Contend
 def _fixed_step(plan: BenchPlan, base: Base, drafter: Drafter | None, trees: TreeSet | None) -> Callable[[int], float] | None:
     """Seconds that this machine's costs foretell for a step over so many tokens of context, where every step has the same
     tree; None where trees are grown, for which the engine itself keeps what was foretold."""
-    if not base.branching or isinstance(drafter, AdaptiveDrafter):
+    if not base.supports_tree or isinstance(drafter, AdaptiveDrafter):
         return None
     tree = trees.for_batch(1) if trees else PLAIN_TREE
     heads = drafter if isinstance(drafter, HeadDrafter) and tree.depth else None

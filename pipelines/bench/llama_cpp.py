@@ -49,7 +49,7 @@ def llama_contender(plan: BenchPlan, base: Base, room: int) -> Callable[[tuple[i
         raise InputError(f"bench.methods: {LLAMA}: {file} has {size} tokens, the base {base.vocab_size}")
     stops = set(base.stop_ids)
 
-    def choose() -> int:
+    def sample() -> int:
         """The likeliest token after what was evaluated last; of equals the first, as everywhere."""
         logits = llama_cpp.llama_get_logits_ith(llm.ctx, -1)
         return int(np.ctypeslib.as_array(logits, shape=(base.vocab_size,)).argmax())
@@ -58,11 +58,11 @@ def llama_contender(plan: BenchPlan, base: Base, room: int) -> Callable[[tuple[i
         started = time.perf_counter()
         llm.reset()  # `eval` then drops the keys and values of the last prompt
         llm.eval(prompt_ids)
-        tokens = [choose()]
+        tokens = [sample()]
         first = time.perf_counter()
         while tokens[-1] not in stops and len(tokens) < max_new_tokens:
             llm.eval(tokens[-1:])
-            tokens.append(choose())
+            tokens.append(sample())
         return Outcome(token_ids=tuple(tokens), steps=len(tokens) - 1, prefill_seconds=first - started,
                        decode_seconds=time.perf_counter() - first)
 

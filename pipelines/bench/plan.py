@@ -11,7 +11,7 @@ from typing import Any
 
 from hydra_core.base import Base, resolve_base
 from hydra_core.base.formats import DTYPES
-from hydra_core.bundled import SHIPPED
+from hydra_core.bundled import BUNDLED
 from hydra_core.errors import InputError
 from hydra_core.heads.checkpoint import load_checkpoint
 from hydra_core.proposers import AdaptiveDrafter, Drafter, NgramDrafter
@@ -26,7 +26,7 @@ LOOKUP = "transformers-lookup"
 """transformers' own prompt lookup."""
 COMBINED = "combined"
 """The last of the heads and copied text, in trees grown at each step."""
-GROWN = (COMBINED, SHIPPED)
+GROWN = (COMBINED, BUNDLED)
 """`shipped` is the same with the heads that come with the package."""
 LLAMA = "llama.cpp"
 """On the base's own GGUF file, where llama-cpp-python is installed."""
@@ -171,7 +171,7 @@ def combined_heads(heads: Mapping[str, str]) -> str:
 
 def own_heads(heads: Mapping[str, str]) -> list[str]:
     """Checkpoint folders of the run itself, without the package's."""
-    return [folder for name, folder in heads.items() if name != SHIPPED]
+    return [folder for name, folder in heads.items() if name != BUNDLED]
 
 
 def split_sweep(method: str, heads: Mapping[str, str]) -> tuple[str, int | None]:

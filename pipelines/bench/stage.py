@@ -10,7 +10,7 @@ from typing import Any
 import ray
 
 from hydra_core.base import load_vocabulary, resolve_base
-from hydra_core.bundled import SHIPPED
+from hydra_core.bundled import BUNDLED
 from hydra_core.decoding import check_heads
 from hydra_core.errors import InputError
 from pipelines.bench.concurrency import read_load, summarise_load
@@ -63,7 +63,7 @@ from pipelines.runtime.ray_cluster import ensure_ray, measuring_resources
 from pipelines.serve.model_identity import serving_of
 from pipelines.serve.stage import find_args, resolve_args
 from pipelines.tracking import Tracker
-from pipelines.tracking.lookup import shipped_heads
+from pipelines.tracking.lookup import bundled_heads
 
 ERRORS = "errors.jsonl"
 MEMORY = "memory.json"
@@ -182,10 +182,10 @@ def _inputs(config: RunConfig, heads: dict[str, str]) -> dict[str, tuple[str, st
 def find_heads(config: RunConfig) -> dict[str, str]:
     """Drafter name -> checkpoint folder: `bench.heads`, else what `tree` (or `train`) left in this run; and `shipped` where
     heads for this base come with the package."""
-    packaged = shipped_heads(config)
-    last = {} if packaged is None else {SHIPPED: packaged}
+    packaged = bundled_heads(config)
+    last = {} if packaged is None else {BUNDLED: packaged}
     if config.bench.heads:
-        folder = Path(packaged) if config.bench.heads == SHIPPED and packaged else Path(config.bench.heads)
+        folder = Path(packaged) if config.bench.heads == BUNDLED and packaged else Path(config.bench.heads)
         try:
             kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["heads"]["kind"]
         except (OSError, ValueError, KeyError, TypeError):

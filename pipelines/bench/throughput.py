@@ -18,9 +18,9 @@ from hydra_core.base import Base, load_base
 from hydra_core.decoding import Engine, load_heads
 from hydra_core.sampling import Request
 from pipelines.batch import reader as batch_rows
-from pipelines.batch.backends import Asking
+from pipelines.batch.backends import RequestSettings
 from pipelines.batch.worker import BatchSettings, BatchWorker
-from pipelines.batch.writer import BATCH, Output, settle
+from pipelines.batch.writer import BATCH, Output, deduplicate
 from pipelines.bench.plan import (
     LLAMA,
     LOOKUP,
@@ -117,8 +117,9 @@ def _batch_contenders(plan: BenchPlan, app: AppArgs, base: Base,
     costs = partial(machine_costs, base, Path(plan.cache))
     heads = load_heads(app.configuration, base, costs) if app.configuration else (None, None)
     engine = Engine(base, *heads, max_batch=plan.running_batch, context_limit=limit)
-    asking = Asking("bench", plan.max_new_tokens, 0.0, 0, embedded=app)
-    worker = BatchWorker(BatchSettings(Output(tempfile.gettempdir(), "openai", app.label, 64), asking, 2 * plan.running_batch))
+    request_settings = RequestSettings("bench", plan.max_new_tokens, 0.0, 0, embedded=app)
+    output = Output(tempfile.gettempdir(), "openai", app.label, 64)
+    worker = BatchWorker(BatchSettings(output, request_settings, 2 * plan.running_batch))
     return {ENGINE: lambda requests: sum(len(result.token_ids) for result in engine.generate(requests)),
             BATCH_JOB: partial(_as_batch, worker)}
 
@@ -132,7 +133,7 @@ def _as_batch(worker: BatchWorker, requests: list[Request]) -> int:
         output = replace(worker.settings.output, folder=folder)
         worker.writer.output = output
         worker.answer(batch_rows.ordered(rows))
-        found = settle(output.rows, output.kind, BATCH)
+        found = deduplicate(output.rows, output.kind, BATCH)
         if len(found.ids) != len(requests):
             raise RuntimeError(f"bench: batch answered {len(found.ids)} of {len(requests)} rows")
         return found.tokens

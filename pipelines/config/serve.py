@@ -7,6 +7,9 @@ from pydantic import Field, model_validator
 from pipelines.config.base import Workers
 from pipelines.config.section import Section
 
+PLAIN = "plain"
+"""What `serve.model` says for decoding without a drafter."""
+
 
 class ServeSection(Section):
     """The OpenAI-compatible endpoint."""

@@ -36,7 +36,7 @@ from hydra_core.errors import InputError
 from pipelines.config import DistillSection, RunConfig
 from pipelines.distill.actors import FeatureWriter, PromptWriter, ResponseWriter, WorkerSettings
 from pipelines.distill.prompts import file_prompts, source_digest
-from pipelines.rows.parquet_parts import known_ids, part_files, read_parts, sweep, write_part
+from pipelines.rows.parquet_parts import finished_ids, part_files, read_parts, sweep, write_part
 from pipelines.rows.prompt_reader import count_rows
 from pipelines.rows.schemas import ERRORS, FEATURES, PROMPTS, RESPONSES, check_counts, content_id
 from pipelines.runtime.artifacts import RunPaths, StageResult, fingerprint, finished, require_manifest, stage_folder, write_text
@@ -117,7 +117,7 @@ def answered(config: RunConfig) -> tuple[Path, str]:
     """Answers folder and digest of this run's finished `distill`, for training that makes features itself."""
     folder = RunPaths.of(config).stage("distill")
     manifest = require_manifest(folder, "distill")
-    return folder / "responses", content_id(manifest["fingerprint"], sorted(known_ids(folder / "responses", RESPONSES)))
+    return folder / "responses", content_id(manifest["fingerprint"], sorted(finished_ids(folder / "responses", RESPONSES)))
 
 
 def distilled(config: RunConfig) -> tuple[Path, str]:
@@ -127,7 +127,7 @@ def distilled(config: RunConfig) -> tuple[Path, str]:
     """
     folder = RunPaths.of(config).stage("distill")
     manifest = require_manifest(folder, "distill")
-    ids = known_ids(folder / "features", FEATURES)
+    ids = finished_ids(folder / "features", FEATURES)
     return folder / "features", content_id(manifest["fingerprint"], sorted(ids))
 
 
@@ -264,7 +264,7 @@ def _tasks(config: RunConfig, folder: Path) -> Iterator[dict[str, Any]]:
 
 def _responses(config: RunConfig, folder: Path) -> dict[str, Any]:
     tasks = list(_tasks(config, folder))
-    known = known_ids(folder / "responses", RESPONSES)
+    known = finished_ids(folder / "responses", RESPONSES)
     missing = [task for task in tasks if task["id"] not in known]
     table = pa.Table.from_pylist(missing, schema=RESPONSES.remove_metadata())
     settings = _settings(config, folder, config.distill.max_new_tokens)
@@ -296,7 +296,7 @@ def _tokens(rows: pa.Table) -> int:
 
 
 def _features(config: RunConfig, folder: Path) -> dict[str, Any]:
-    known = known_ids(folder / "features", FEATURES)
+    known = finished_ids(folder / "features", FEATURES)
     rows = read_parts(folder / "responses", RESPONSES)
     if config.distill.features == "held_out":
         rows = rows.filter(pa.compute.equal(rows["split"], "held_out"))

@@ -14,10 +14,10 @@ from hydra_core.decoding.memory import free_bytes, workspace_bytes
 from hydra_core.decoding.verify import accept
 from hydra_core.heads import HeadDrafter
 from hydra_core.proposers import AdaptiveDrafter
-from hydra_core.proposers.base import HeadSession
-from hydra_core.proposers.dynamic import MOST_NODES, AdaptiveSession
+from hydra_core.proposers.base import HeadProposer
+from hydra_core.proposers.dynamic import MOST_NODES, DynamicTreeProposer
 from hydra_core.sampling.request import Request
-from hydra_core.sampling.sampler import Chooser
+from hydra_core.sampling.sampler import Sampler
 from hydra_core.tree.costs import StepCosts
 from hydra_core.tree.topology import Topology, Tree, TreeSet, chain
 
@@ -69,7 +69,7 @@ def verify_seconds(base: Base, points: Sequence[Point], repeats: int,
         def run() -> None:
             cache.lengths[:] = context
             hidden = forwards[batch](tokens, forest, context)
-            accepted = accept(tokens, forest, base.likeliest(hidden))
+            accepted = accept(tokens, forest, base.argmax(hidden))
             cache.commit((0, batch), accepted.path, accepted.counts)
 
         return run
@@ -86,19 +86,19 @@ def draft_seconds(base: Base, heads: HeadDrafter, trees: Mapping[int, Tree] | No
     0 of them from copied text alone.
     """
     def job(batch: int, depth: int) -> Job:
-        session = _growing(base, heads, batch, depth, context) if trees is None else HeadSession(
+        proposer = _growing(base, heads, batch, depth, context) if trees is None else HeadProposer(
             heads, TreeSet({1: trees[depth]}), batch, context + MOST_NODES, recorder=recorder_for(base.device))
-        inputs = session.inputs if depth else None
+        inputs = proposer.inputs if depth else None
         roots = torch.full((batch,), 5, dtype=torch.int64, device=base.device)
         positions, counts = [context] * batch, torch.full_like(roots, depth + 1)
         hidden = torch.zeros(batch, depth + 1, heads.vocabulary.width, dtype=base.dtype, device=base.device)
-        choosers = [Chooser(Request("greedy", (0,), 1), base.vocab_size)] * batch
+        samplers = [Sampler(Request("greedy", (0,), 1), base.vocab_size)] * batch
 
         def run() -> None:
             if inputs is not None and inputs.cache is not None:
                 inputs.cache.lengths[:] = context
-            session.observe((0, batch), hidden, counts)
-            session.propose(roots, positions, choosers)
+            proposer.observe((0, batch), hidden, counts)
+            proposer.propose(roots, positions, samplers)
 
         return run
 
@@ -108,16 +108,16 @@ def draft_seconds(base: Base, heads: HeadDrafter, trees: Mapping[int, Tree] | No
                    before=lambda: base.forward(token, cache, (0, 1), chain(1)))
 
 
-def _growing(base: Base, heads: HeadDrafter, batch: int, depth: int, context: int) -> AdaptiveSession:
+def _growing(base: Base, heads: HeadDrafter, batch: int, depth: int, context: int) -> DynamicTreeProposer:
     """A session that grows trees with `depth` heads whatever they cost, over text that repeats itself: there is something
     to copy."""
     free = StepCosts({1: {1: 1.0, MOST_NODES: 1.0}}, {1: {0: 0.0}})
-    session = AdaptiveSession(AdaptiveDrafter(heads if depth else None, costs=free), batch, context + MOST_NODES,
+    proposer = DynamicTreeProposer(AdaptiveDrafter(heads if depth else None, costs=free), batch, context + MOST_NODES,
                               device=base.device)
-    session.depths = depth
+    proposer.depths = depth
     for row in range(batch):
-        session.admit(row, [5 + place % 7 for place in range(context)])
-    return session
+        proposer.admit(row, [5 + place % 7 for place in range(context)])
+    return proposer
 
 
 @torch.inference_mode()

@@ -51,7 +51,7 @@ def resolve_format(config: RunConfig, stage: str) -> RunConfig:
     with FileLock(path.with_name(f".{FILE}.lock")):  # two stages at once choose once
         kept = _read(path)
         if kept is None or kept["base"] != digest:
-            dtype, times = choose(_candidates(config))
+            dtype, times = sample(_candidates(config))
             kept = {"base": digest, "dtype": dtype, "milliseconds": times}
             write_text(path, json.dumps(kept, indent=2))
     timed = ", ".join(f"{name} {value:.1f} ms" for name, value in kept["milliseconds"].items())
@@ -59,7 +59,7 @@ def resolve_format(config: RunConfig, stage: str) -> RunConfig:
                     "the one format that holds the checkpoint's own values")
 
 
-def choose(seconds: dict[str, float | None]) -> tuple[str, dict[str, float]]:
+def sample(seconds: dict[str, float | None]) -> tuple[str, dict[str, float]]:
     """The format with the shortest plain step, and the milliseconds of those timed. `seconds`: None where nothing was
     timed, which is where there is one format alone."""
     times = {name: value * 1e3 for name, value in seconds.items() if value is not None}

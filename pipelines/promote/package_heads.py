@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 
 from hydra_core.base import load_vocabulary
-from hydra_core.bundled import FOLDER, SHIPPED
+from hydra_core.bundled import BUNDLED, FOLDER
 from hydra_core.decoding import DecodingConfiguration, save_configuration
 from hydra_core.decoding.configuration import ANY_FORMAT
 from hydra_core.errors import InputError
@@ -95,7 +95,7 @@ def trainings_of(config: RunConfig, drafter: str, folder: Path) -> list[Training
     """Every training that made the heads in `folder`, the first one first: those whose heads each other began with
     (`train.start`) stand before it. Raises InputError where one of them left heads alone."""
     start = start_folder(config, drafter)
-    shipped = config.train.start.get(drafter) == SHIPPED
+    shipped = config.train.start.get(drafter) == BUNDLED
     earlier = [] if start is None else _shipped_trainings(start.parent) if shipped else _trainings_behind(start)
     kept = config.model_dump(mode="json", by_alias=True, exclude={"storage": True, "train": {"start"}}, exclude_defaults=True)
     return [*earlier, (yaml.safe_dump(without_places(kept), sort_keys=False), learning_curve(config, drafter, folder))]

@@ -12,23 +12,23 @@ import torch
 from torch import Tensor
 
 from hydra_core.base.vocabulary import VocabHead
-from hydra_core.training.losses import log_normalisers
+from hydra_core.training.losses import log_partition
 from hydra_core.training.packing import FeatureRow, Packed, pack_rows
 from pipelines.rows.row_index import RowStore, disk_array
 
 ROW_TOKENS, LEAST_PROMPT = 1024, 32  # of a row longer than that the last are learned from, and so many of its prompt
-NORMALISER_ROWS = 512  # positions whose logits are held at a time
+LOG_PARTITION_ROWS = 512  # positions whose logits are held at a time
 ROWS_AT_ONCE = 1024  # rows whose normalisers are computed between two exchanges
 LINE_TOKENS = 256
 """Width of a packed line unless a row is longer: attention over a line costs its square."""
 
 
 @dataclass(frozen=True)
-class Share:
+class ProcessGroup:
     """Which rank of how many."""
 
     rank: int
-    world: int
+    world_size: int
 
 
 def cropped(row: FeatureRow) -> FeatureRow:
@@ -37,7 +37,7 @@ def cropped(row: FeatureRow) -> FeatureRow:
     cut = min(len(row.token_ids) - ROW_TOKENS, row.prompt_tokens - LEAST_PROMPT)
     if cut <= 0:
         return row
-    known = None if row.normalisers is None else row.normalisers[cut:]
+    known = None if row.log_partitions is None else row.log_partitions[cut:]
     return FeatureRow(row.token_ids[cut:], row.prompt_tokens - cut, row.hidden[cut:], known)
 
 
@@ -46,22 +46,22 @@ class RowReader:
 
     def __init__(self, store: RowStore) -> None:
         self.store = store
-        self.normalisers: np.ndarray | None = None  # [tokens of the store] float32
+        self.log_partitions: np.ndarray | None = None  # [tokens of the store] float32
 
     def pack(self, rows: Sequence[int] | np.ndarray) -> Packed:
         """Rows by number, packed into lines."""
         numbers = [int(row) for row in rows]
-        read = [cropped(self._with_normalisers(*pair)) for pair in zip(numbers, self.store.read_rows(numbers), strict=True)]
+        read = [cropped(self._with_log_partitions(*pair)) for pair in zip(numbers, self.store.read_rows(numbers), strict=True)]
         return pack_rows(read, max(LINE_TOKENS, *(row.token_ids.shape[0] for row in read)))
 
-    def _with_normalisers(self, row: int, found: FeatureRow) -> FeatureRow:
-        if self.normalisers is None:
+    def _with_log_partitions(self, row: int, found: FeatureRow) -> FeatureRow:
+        if self.log_partitions is None:
             return found
         offsets = self.store.index.offsets
-        known = torch.from_numpy(np.array(self.normalisers[offsets[row]:offsets[row + 1]]))
+        known = torch.from_numpy(np.array(self.log_partitions[offsets[row]:offsets[row + 1]]))
         return FeatureRow(found.token_ids, found.prompt_tokens, found.hidden, known)
 
-    def compute_normalisers(self, share: Share, head: VocabHead, add_up: Callable[[Tensor], Tensor]) -> np.ndarray:
+    def compute_log_partitions(self, group: ProcessGroup, head: VocabHead, add_up: Callable[[Tensor], Tensor]) -> np.ndarray:
         """Normalisers of all tokens, [sum] float32 mapped from a file: each rank computes its share, `add_up` sums them.
 
         A stretch of rows at a time, so that memory does not grow with the data.
@@ -74,7 +74,7 @@ class RowReader:
             stop = min(start + ROWS_AT_ONCE, len(self.store))
             found = torch.zeros(int(offsets[stop] - offsets[start]), dtype=torch.float32)
             places, parts = [], []
-            for row in range(start + share.rank, stop, share.world):
+            for row in range(start + group.rank, stop, group.world_size):
                 (read,) = self.store.read_rows([row])
                 begin = max(read.prompt_tokens - 1, 0)  # earlier positions teach no head
                 first = int(offsets[row] - offsets[start])
@@ -82,12 +82,12 @@ class RowReader:
                 parts.append(read.hidden[begin:].clone())  # of its own: else the whole row stays with it
             if parts:  # together: a projection of few rows takes as long as one of many to turn the vocabulary's matrix
                 hidden = torch.cat(parts).to(head.weight.device)
-                found[torch.cat(places)] = log_normalisers(hidden, head, NORMALISER_ROWS).cpu()
+                found[torch.cat(places)] = log_partition(hidden, head, LOG_PARTITION_ROWS).cpu()
             whole[offsets[start]:offsets[stop]] = add_up(found).numpy()
         return whole
 
 
-def load_normalisers(path: Path, tokens: int) -> np.ndarray | None:
+def load_log_partitions(path: Path, tokens: int) -> np.ndarray | None:
     """What an earlier start of the same run kept, or None."""
     if not path.exists():
         return None

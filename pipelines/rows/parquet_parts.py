@@ -58,7 +58,7 @@ def read_parts(folder: Path, contract: pa.Schema, columns: Iterable[str] | None 
     return pa.concat_tables([table.replace_schema_metadata(None) for table in tables]) if tables else empty
 
 
-def known_ids(folder: Path, contract: pa.Schema, key: str = "id") -> set[str]:
+def finished_ids(folder: Path, contract: pa.Schema, key: str = "id") -> set[str]:
     """Ids that finished parts hold."""
     return set(read_parts(folder, contract, [key])[key].to_pylist())
 

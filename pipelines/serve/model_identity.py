@@ -7,11 +7,10 @@ from pathlib import Path
 
 from hydra_core.base import BaseIdentity, context_limit, resolve_base
 from hydra_core.errors import InputError
+from pipelines.config.serve import PLAIN
 from pipelines.rows.schemas import content_id
 from pipelines.runtime.artifacts import file_digest
 from pipelines.serve.messages import AppArgs
-
-PLAIN = "plain"
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hydra_core.base import resolve_base
-from hydra_core.bundled import SHIPPED, shipped_configuration
+from hydra_core.bundled import BUNDLED, bundled_configuration
 from hydra_core.errors import InputError
 from pipelines.config import RunConfig
+from pipelines.config.serve import PLAIN
 from pipelines.runtime.artifacts import RunPaths
-from pipelines.serve.model_identity import PLAIN
 from pipelines.tracking import NotRegistered, resolve
 
 
@@ -31,7 +31,7 @@ def find_model(config: RunConfig, asked: str | None) -> Model:
     """
     if asked == PLAIN:
         return Model(None, PLAIN)
-    if asked == SHIPPED:
+    if asked == BUNDLED:
         return _shipped(config)
     if asked is not None and not asked.startswith("models:/"):
         return Model(Path(asked), asked)
@@ -46,7 +46,7 @@ def find_model(config: RunConfig, asked: str | None) -> Model:
     return Model(folder, label, version)
 
 
-def shipped_heads(config: RunConfig) -> str | None:
+def bundled_heads(config: RunConfig) -> str | None:
     """The checkpoint folder that comes with the package for this base, or None."""
     found = _of_this_base(config)
     return None if found is None else str(found / "heads")
@@ -54,7 +54,7 @@ def shipped_heads(config: RunConfig) -> str | None:
 
 def _shipped(config: RunConfig) -> Model:
     if (found := _of_this_base(config)) is None:
-        raise InputError(f"{SHIPPED}: no heads come with the package for base.model={config.base.model}: train some, or decode "
+        raise InputError(f"{BUNDLED}: no heads come with the package for base.model={config.base.model}: train some, or decode "
                          f"with `{PLAIN}`")
     return _packaged(found)
 
@@ -64,4 +64,4 @@ def _packaged(folder: Path) -> Model:
 
 
 def _of_this_base(config: RunConfig) -> Path | None:
-    return shipped_configuration(resolve_base(config.base.model, RunPaths.of(config).cache).digest)
+    return bundled_configuration(resolve_base(config.base.model, RunPaths.of(config).cache).digest)

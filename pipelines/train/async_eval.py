@@ -24,7 +24,7 @@ from pipelines.runtime.logs import speak
 from pipelines.tracking import metric_logger
 
 if TYPE_CHECKING:
-    from pipelines.train.context import Workshop
+    from pipelines.train.context import TrainContext
 
 METRIC = "decoded.tokens_per_step"
 LONGEST_WAIT = 300.0
@@ -60,18 +60,18 @@ def decode(job: DecodeJob) -> float:
     return sum(len(result.token_ids) - 1 for result in results) / max(sum(result.steps for result in results), 1)
 
 
-class DecodeBeside:
+class AsyncEvaluator:
     """The tasks of one training run, started and read on its first rank."""
 
-    def __init__(self, shop: Workshop, say: Callable[[str], None]) -> None:
-        self.shop, self.say, self.running = shop, say, dict[Any, int]()
-        self.task = ray.remote(decode).options(num_cpus=shop.train.decode_cpus, max_retries=0)
+    def __init__(self, context: TrainContext, say: Callable[[str], None]) -> None:
+        self.context, self.say, self.running = context, say, dict[Any, int]()
+        self.task = ray.remote(decode).options(num_cpus=context.train.decode_cpus, max_retries=0)
 
     def after(self, step: int, heads: Path) -> None:
         """Collect what is done; at every `decode_every` steps start another, with a copy of `heads`."""
         self.collect(0.0)
-        every = self.shop.train.decode_every
-        if not every or step // every == (step - self.shop.train.validate_every) // every:
+        every = self.context.train.decode_every
+        if not every or step // every == (step - self.context.train.validate_every) // every:
             return
         copy = self._copy(step)
         shutil.rmtree(copy, ignore_errors=True)
@@ -100,17 +100,17 @@ class DecodeBeside:
                 self.say(f"decoding beside it at step {step} failed: {str(error).strip().splitlines()[-1]}")
 
     def _copy(self, step: int) -> Path:
-        return Path(self.shop.settings.folder) / f"decode-{step}"
+        return Path(self.context.settings.folder) / f"decode-{step}"
 
     def _job(self, heads: Path) -> DecodeJob:
-        config, store = RunConfig.model_validate(self.shop.settings.config), self.shop.held_out.store
-        rows = store.sample(self.shop.train.decode_prompts, self.shop.train.seed)
+        config, store = RunConfig.model_validate(self.context.settings.config), self.context.held_out.store
+        rows = store.sample(self.context.train.decode_prompts, self.context.train.seed)
         prompts = tuple(tuple(store.token_ids(int(row))[:store.index.prompt_tokens[row]].tolist()) for row in rows)
-        return DecodeJob(config.base, str(RunPaths.of(config).cache), str(heads), prompts, self.shop.train.decode_tokens,
-                         self.shop.train.workers.threads)
+        return DecodeJob(config.base, str(RunPaths.of(config).cache), str(heads), prompts, self.context.train.decode_tokens,
+                         self.context.train.workers.threads)
 
     def _log(self, step: int, value: float) -> None:
-        settings = self.shop.settings
+        settings = self.context.settings
         if settings.tracking_uri is not None and settings.run_id is not None:
             metric_logger(settings.tracking_uri, settings.run_id).log({METRIC: value}, step)
         self.say(f"decoded for real at step {step}: {value:.3f} tokens per step")

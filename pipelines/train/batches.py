@@ -15,8 +15,8 @@ from hydra_core.training.alignment import target_range
 from hydra_core.training.packing import Packed
 from pipelines.rows.feature_store import BatchOrder, share_of
 from pipelines.rows.packed_reader import (
+    ProcessGroup,
     RowReader,
-    Share,
 )
 from pipelines.rows.row_index import RowStore
 
@@ -58,12 +58,13 @@ class Batch:
 class StepBatches:
     """Batches of steps in order, the next one read while the current one is computed; `accumulate` pieces in each."""
 
-    def __init__(self, reader: RowReader, order: BatchOrder, counts: np.ndarray, share: Share, accumulate: int = 1) -> None:
-        self.reader, self.order, self.counts, self.share, self.accumulate = reader, order, counts, share, accumulate
+    def __init__(self, reader: RowReader, order: BatchOrder, counts: np.ndarray, group: ProcessGroup,
+                 accumulate: int = 1) -> None:
+        self.reader, self.order, self.counts, self.group, self.accumulate = reader, order, counts, group, accumulate
 
     def batch(self, step: int) -> Batch:
-        rows, first = self.order.rows(step), self.share.rank * self.accumulate
-        lengths, parts = self.reader.store.index.lengths, self.share.world * self.accumulate
+        rows, first = self.order.rows(step), self.group.rank * self.accumulate
+        lengths, parts = self.reader.store.index.lengths, self.group.world_size * self.accumulate
         pieces = tuple(self.reader.pack(share_of(rows, lengths, first + piece, parts)) for piece in range(self.accumulate))
         return Batch(step, pieces, torch.from_numpy(self.counts[rows].sum(0)))
 
@@ -79,16 +80,16 @@ class StepBatches:
 
 
 def validation_groups(store: RowStore, rows: int, per_batch: int, seed: int,
-                      share: Share) -> list[tuple[np.ndarray, bool]]:
+                      group: ProcessGroup) -> list[tuple[np.ndarray, bool]]:
     """Row numbers of this rank's held-out batches, each with whether it counts; the same at every validation.
 
     Every rank has as many batches (the last may be a repetition that does not count): collectives stay in step.
     """
     chosen = store.sample(rows, seed)
-    mine = share_of(chosen, store.index.lengths, share.rank, share.world)
+    mine = share_of(chosen, store.index.lengths, group.rank, group.world_size)
     groups = [mine[start:start + per_batch] for start in range(0, len(mine), per_batch)]
     filler = groups[0] if groups else chosen[:1]
-    largest_share = -(-len(chosen) // share.world)
+    largest_share = -(-len(chosen) // group.world_size)
     needed = -(-largest_share // per_batch)
     return [(groups[i], True) if i < len(groups) else (filler, False) for i in range(needed)]
 

@@ -11,7 +11,7 @@ from hydra_core.base import BaseVocabulary
 from hydra_core.heads import DraftVocab, HeadsConfig
 from hydra_core.training.model import HeadTraining
 from pipelines.config import TrainSection
-from pipelines.rows.packed_reader import RowReader, Share
+from pipelines.rows.packed_reader import ProcessGroup, RowReader
 from pipelines.train.ema import WeightAverage
 
 CURVE, HEADS, LAST, LOGGED = "curve.jsonl", "heads", "last", "logged.json"
@@ -36,13 +36,13 @@ class LoopSettings:
 
 
 @dataclass
-class Workshop:
+class TrainContext:
     """Everything a worker has at hand once it is set up."""
 
     settings: LoopSettings
     train: TrainSection
     heads: HeadsConfig
-    share: Share
+    group: ProcessGroup
     device: torch.device
     vocabulary: BaseVocabulary
     draft_vocab: DraftVocab
@@ -56,7 +56,7 @@ class Workshop:
 
     @property
     def first(self) -> bool:
-        return self.share.rank == 0
+        return self.group.rank == 0
 
     @property
     def model(self) -> HeadTraining:

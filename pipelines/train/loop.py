@@ -29,13 +29,13 @@ from hydra_core.tree.simulation import RankRows
 from pipelines.config import RunConfig, TrainSection
 from pipelines.rows.feature_store import BatchOrder, FeatureStore
 from pipelines.rows.online_features import OnlineStore
-from pipelines.rows.packed_reader import RowReader, Share, load_normalisers
+from pipelines.rows.packed_reader import ProcessGroup, RowReader, load_log_partitions
 from pipelines.rows.row_index import RowStore
 from pipelines.rows.schemas import content_id
 from pipelines.runtime.artifacts import RunPaths
-from pipelines.train.async_eval import DecodeBeside
+from pipelines.train.async_eval import AsyncEvaluator
 from pipelines.train.batches import Batch, StepBatches, valid_counts, validation_groups
-from pipelines.train.context import HEADS, LoopSettings, Workshop
+from pipelines.train.context import HEADS, LoopSettings, TrainContext
 from pipelines.train.deepspeed_config import deepspeed_settings, learning_rate, prepare_environment
 from pipelines.train.divergence import why_not_keep, why_stop, write_stop
 from pipelines.train.ema import WeightAverage
@@ -49,34 +49,34 @@ def train_loop(settings: dict[str, Any]) -> None:
     """Train one drafter on this rank until its last step, resuming from Ray's checkpoint if there is one."""
     import ray.train
 
-    context = ray.train.get_context()
-    shop = set_up(LoopSettings(**settings), Share(context.get_world_rank(), context.get_world_size()))
-    restore(shop, ray.train.get_checkpoint())
-    order = BatchOrder.of(shop.learn.store, shop.train.rows_per_step, shop.train.seed, shop.train.cache_mb << 20)
-    batches = StepBatches(shop.learn, order, valid_counts(shop.learn.store, shop.draft_vocab, shop.heads), shop.share,
-                          shop.train.accumulate)
-    progress = Progress(shop)
-    beside = DecodeBeside(shop, progress.say) if shop.first and shop.train.decode_every else None
+    worker = ray.train.get_context()
+    context = set_up(LoopSettings(**settings), ProcessGroup(worker.get_world_rank(), worker.get_world_size()))
+    restore(context, ray.train.get_checkpoint())
+    order = BatchOrder.of(context.learn.store, context.train.rows_per_step, context.train.seed, context.train.cache_mb << 20)
+    counts = valid_counts(context.learn.store, context.draft_vocab, context.heads)
+    batches = StepBatches(context.learn, order, counts, context.group, context.train.accumulate)
+    progress = Progress(context)
+    evaluator = AsyncEvaluator(context, progress.say) if context.first and context.train.decode_every else None
     why: str | None = None
-    for batch in batches.between(shop.next_step, shop.total):
-        record = train_step(shop, batch)
-        why = why_stop(shop.curve, record, shop.train.stop_ratio)
+    for batch in batches.between(context.next_step, context.total):
+        record = train_step(context, batch)
+        why = why_stop(context.curve, record, context.train.stop_ratio)
         if why is None:
-            shop.curve.append(record)
-            shop.next_step = batch.step + 1
+            context.curve.append(record)
+            context.next_step = batch.step + 1
             progress.after(record)
-            if shop.next_step % shop.train.validate_every == 0 or shop.next_step == shop.total:
-                why = _validate_and_report(shop, progress, beside)
+            if context.next_step % context.train.validate_every == 0 or context.next_step == context.total:
+                why = _validate_and_report(context, progress, evaluator)
         if why is not None:
-            if shop.first:
-                write_stop(Path(shop.settings.folder), why, record)
+            if context.first:
+                write_stop(Path(context.settings.folder), why, record)
             dist.barrier()
             break  # every rank has seen the same figures and ends
-    if beside is not None:
-        beside.end(wait=why is None)
+    if evaluator is not None:
+        evaluator.end(wait=why is None)
 
 
-def set_up(settings: LoopSettings, share: Share) -> Workshop:
+def set_up(settings: LoopSettings, group: ProcessGroup) -> TrainContext:
     """Load data, vocabulary and heads, and start DeepSpeed in the process group that Ray made."""
     config = RunConfig.model_validate(settings.config)
     train, heads = config.train, config.train.drafters[settings.drafter]
@@ -94,8 +94,8 @@ def set_up(settings: LoopSettings, share: Share) -> Workshop:
     drafter = build_drafter(heads, vocabulary, draft_vocab)
     begin_with(drafter, config, settings.drafter, vocabulary)
     model = HeadTraining(drafter, vocabulary, train.plain_losses)
-    engine = start_engine(model, train, share)
-    shop = Workshop(settings, train, heads, share, device, vocabulary, draft_vocab, learn, held_out,
+    engine = start_engine(model, train, group)
+    context = TrainContext(settings, train, heads, group, device, vocabulary, draft_vocab, learn, held_out,
                     total_steps(train, learn.store), engine, WeightAverage.asked_for(model, train))
     if heads.reads_teacher and not train.plain_losses:
         stored = {"train": learn, "held_out": held_out}
@@ -104,8 +104,8 @@ def set_up(settings: LoopSettings, share: Share) -> Workshop:
         for reader in stored.values():
             # by the order of the rows too: rows that were distilled again may stand elsewhere
             rows = content_id(str(vocabulary.identity), settings.provenance["data_digest"], reader.store.index.ids)
-            _know_normalisers(shop, reader, RunPaths.of(config).cache / "normalisers" / f"{rows}.npy")
-    return shop
+            _ensure_log_partitions(context, reader, RunPaths.of(config).cache / "normalisers" / f"{rows}.npy")
+    return context
 
 
 def training_rows(train: TrainSection, folder: Path) -> RowStore:
@@ -131,38 +131,38 @@ def total_steps(train: TrainSection, store: RowStore) -> int:
     return min(steps, train.max_steps) if train.max_steps else steps
 
 
-def start_engine(model: HeadTraining, train: TrainSection, share: Share) -> Any:
+def start_engine(model: HeadTraining, train: TrainSection, group: ProcessGroup) -> Any:
     """A DeepSpeed engine around the model, with a fused AdamW (one pass over memory, on a CPU too)."""
     import deepspeed
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=train.learning_rate, betas=train.betas, eps=train.eps,
                                   weight_decay=train.weight_decay, fused=True)
     deepspeed.logger.setLevel("WARNING")
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_settings(train, share.world))
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_settings(train, group.world_size))
     return engine
 
 
-def train_step(shop: Workshop, batch: Batch) -> dict[str, Any]:
+def train_step(context: TrainContext, batch: Batch) -> dict[str, Any]:
     """One optimizer step; the record of its curve, equal on every rank but for the time and the padding."""
-    engine, world = shop.engine, shop.share.world
+    engine, world = context.engine, context.group.world_size
     # Dropout's draw is a function of the step, so a resumed run needs no generator state.
-    torch.manual_seed((shop.train.seed * 1_000_003 + batch.step) * world + shop.share.rank)
-    rate = learning_rate(shop.train, batch.step, shop.total)
+    torch.manual_seed((context.train.seed * 1_000_003 + batch.step) * world + context.group.rank)
+    rate = learning_rate(context.train, batch.step, context.total)
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
     engine.train()
-    counts = batch.counts.clamp(min=1).to(shop.device)
+    counts = batch.counts.clamp(min=1).to(context.device)
     # Divided by the whole step's counts and summed over pieces and ranks; DeepSpeed averages over both, hence the product.
-    divisors, totals = counts / (world * len(batch.pieces)), torch.zeros(len(counts), dtype=torch.float64, device=shop.device)
+    divisors, totals = counts / (world * len(batch.pieces)), torch.zeros(len(counts), dtype=torch.float64, device=context.device)
     for piece in batch.pieces:
-        loss, sums = engine(piece.to(shop.device), divisors)
+        loss, sums = engine(piece.to(context.device), divisors)
         engine.backward(loss)
         engine.step()  # of the optimizer after the last piece alone
         totals += sums
     dist.all_reduce(totals)
     per_head = (totals / counts).tolist()
-    if shop.average is not None:
-        shop.average.update(batch.step)
+    if context.average is not None:
+        context.average.update(batch.step)
     record = {"step": batch.step, "loss": sum(per_head) / len(per_head), "lr": rate,
               "positions": int(batch.counts.max()), "padding": round(batch.padding, 4), "time": round(time.time(), 3)}
     norm = engine.get_global_grad_norm()
@@ -171,77 +171,77 @@ def train_step(shop: Workshop, batch: Batch) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def validate(shop: Workshop) -> dict[str, float]:
+def validate(context: TrainContext) -> dict[str, float]:
     """Figures over the held-out rows, counts summed over ranks first; the same on every rank."""
-    shop.engine.eval()
-    train = shop.train
-    groups = validation_groups(shop.held_out.store, train.validation_rows, train.rows_per_step // shop.share.world,
-                               train.seed, shop.share)
-    total = HeadCounts.zeros(shop.heads.num_heads)
+    context.engine.eval()
+    train = context.train
+    groups = validation_groups(context.held_out.store, train.validation_rows, train.rows_per_step // context.group.world_size,
+                               train.seed, context.group)
+    total = HeadCounts.zeros(context.heads.num_heads)
     parts: list[tuple[np.ndarray, tuple[int, ...]]] = []
-    with _judged(shop):
+    with _eval_weights(context):
         for rows, counts_here in groups:
-            counts, ranks = shop.model.evaluate(shop.held_out.pack(rows).to(shop.device))
+            counts, ranks = context.model.evaluate(context.held_out.pack(rows).to(context.device))
             if counts_here:
                 total, parts = total + counts, [*parts, (ranks.ranks.numpy(), ranks.positions)]
-    summed = total.to_tensor().to(shop.device)
+    summed = total.to_tensor().to(context.device)
     dist.all_reduce(summed)
-    gathered: list[Any] = [None] * shop.share.world
+    gathered: list[Any] = [None] * context.group.world_size
     dist.all_gather_object(gathered, parts)
     everything = RankRows.concatenate(RankRows(torch.from_numpy(ranks), positions)
-                                      for share in gathered for ranks, positions in share)
+                                      for found in gathered for ranks, positions in found)
     return {"tokens_per_step": reference_tokens_per_step(everything)} | HeadCounts.from_tensor(summed.cpu()).ratios()
 
 
-def restore(shop: Workshop, checkpoint: Any) -> None:
+def restore(context: TrainContext, checkpoint: Any) -> None:
     """Go on from `checkpoint` (None: from the start)."""
     if checkpoint is None:
         return
     with checkpoint.as_directory() as folder:
-        _, client = shop.engine.load_checkpoint(folder, tag=STATE_TAG)
-        shop.curve, figures = read_curve_and_figures(Path(folder))
-        if shop.average is not None:
-            shop.average.load(Path(folder))
+        _, client = context.engine.load_checkpoint(folder, tag=STATE_TAG)
+        context.curve, figures = read_curve_and_figures(Path(folder))
+        if context.average is not None:
+            context.average.load(Path(folder))
         dist.barrier()  # inside: the first to leave may delete the folder
-    shop.next_step = int(client["next_step"])
-    if shop.first:
-        log_curve(shop, figures)  # a kill right after the checkpoint left it unlogged
+    context.next_step = int(client["next_step"])
+    if context.first:
+        log_curve(context, figures)  # a kill right after the checkpoint left it unlogged
 
 
-def _validate_and_report(shop: Workshop, progress: Progress, beside: DecodeBeside | None) -> str | None:
+def _validate_and_report(context: TrainContext, progress: Progress, evaluator: AsyncEvaluator | None) -> str | None:
     """Validate and make a checkpoint; what is wrong with the heads if they are not worth one."""
     import ray.train
 
-    figures = validate(shop)
+    figures = validate(context)
     if why := why_not_keep(figures):
         return why
-    metrics = {"step": shop.next_step, "loss": shop.curve[-1]["loss"], **figures}
+    metrics = {"step": context.next_step, "loss": context.curve[-1]["loss"], **figures}
     with tempfile.TemporaryDirectory() as folder:
-        shop.engine.save_checkpoint(folder, tag=STATE_TAG, client_state={"next_step": shop.next_step})
-        with _judged(shop):
-            if shop.first:
-                save_curve_and_heads(shop, Path(folder), metrics)
-        if shop.first and shop.average is not None:
-            shop.average.save(Path(folder))
-        if beside is not None:
-            beside.after(shop.next_step, Path(folder) / HEADS)
+        context.engine.save_checkpoint(folder, tag=STATE_TAG, client_state={"next_step": context.next_step})
+        with _eval_weights(context):
+            if context.first:
+                save_curve_and_heads(context, Path(folder), metrics)
+        if context.first and context.average is not None:
+            context.average.save(Path(folder))
+        if evaluator is not None:
+            evaluator.after(context.next_step, Path(folder) / HEADS)
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
-    if shop.first:
-        log_curve(shop, figures)
+    if context.first:
+        log_curve(context, figures)
     progress.validated(figures)
     return None
 
 
-def _know_normalisers(shop: Workshop, reader: RowReader, kept: Path) -> None:
+def _ensure_log_partitions(context: TrainContext, reader: RowReader, kept: Path) -> None:
     """Compute the base's softmax normalisers once, each rank a part, and keep them for a restart and for other drafters."""
-    found = load_normalisers(kept, len(reader.store.index.tokens))
-    have = torch.tensor(found is not None, dtype=torch.int32, device=shop.device)
+    found = load_log_partitions(kept, len(reader.store.index.tokens))
+    have = torch.tensor(found is not None, dtype=torch.int32, device=context.device)
     dist.all_reduce(have, op=dist.ReduceOp.MIN)  # a file that only some ranks see must not split them
     if found is None or not int(have):
-        found = reader.compute_normalisers(shop.share, shop.vocabulary.head, partial(_sum_over_ranks, shop.device))
-        if shop.first:
+        found = reader.compute_log_partitions(context.group, context.vocabulary.head, partial(_sum_over_ranks, context.device))
+        if context.first:
             _save_array(kept, found)
-    reader.normalisers = found
+    reader.log_partitions = found
 
 
 def _sum_over_ranks(device: torch.device, part: torch.Tensor) -> torch.Tensor:
@@ -257,18 +257,18 @@ def _save_array(path: Path, values: np.ndarray) -> None:
     Path(file.name).replace(path)
 
 
-def _judged(shop: Workshop) -> AbstractContextManager[Any]:
+def _eval_weights(context: TrainContext) -> AbstractContextManager[Any]:
     """The weights that are validated and saved: the averaged ones where those are asked for."""
-    return _gathered(shop) if shop.average is None else shop.average.applied()
+    return _gathered(context) if context.average is None else context.average.applied()
 
 
-def _gathered(shop: Workshop) -> AbstractContextManager[Any]:
+def _gathered(context: TrainContext) -> AbstractContextManager[Any]:
     """ZeRO-3 keeps parameters apart outside forward: bring them together to read them whole."""
-    if shop.train.zero_stage < 3:
+    if context.train.zero_stage < 3:
         return nullcontext()
     import deepspeed
 
-    gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(list(shop.model.parameters()))
+    gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(list(context.model.parameters()))
     return gathered
 
 

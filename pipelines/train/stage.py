@@ -34,8 +34,8 @@ from pipelines.train.warm_start import check_start, start_digest
 STAGE = "train"
 STATE = "state"
 """Folder of Ray's checkpoints inside a drafter's stage folder; removed once its heads stand."""
-HOW = {"drafters", "only", "max_failures", "dry_run", "stop_ratio", "decode_every", "decode_prompts", "decode_tokens",
-       "decode_cpus", "start"}
+EXECUTION_FIELDS = {"drafters", "only", "max_failures", "dry_run", "stop_ratio", "decode_every",
+                    "decode_prompts", "decode_tokens", "decode_cpus", "start"}
 """Settings that change no drafter's outcome, or are told apart by drafter."""
 
 
@@ -158,7 +158,7 @@ def _copy_folder(source: Path, target: Path) -> None:
 
 def _settings(config: RunConfig, name: str) -> dict[str, Any]:
     """What decides the outcome of training one drafter."""
-    train = config.train.model_dump(mode="json", by_alias=True, exclude=HOW)
+    train = config.train.model_dump(mode="json", by_alias=True, exclude=EXECUTION_FIELDS)
     train["workers"] = config.train.workers.count  # logical CPUs and threads change the time, not the heads' worth
     heads = config.train.drafters[name].model_dump(mode="json")
     if not heads["recurrent"]:

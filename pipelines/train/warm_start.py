@@ -7,14 +7,14 @@ from pathlib import Path
 from torch import nn
 
 from hydra_core.base import BaseVocabulary
-from hydra_core.bundled import SHIPPED
+from hydra_core.bundled import BUNDLED
 from hydra_core.errors import InputError
 from hydra_core.heads import HeadsConfig
 from hydra_core.heads.checkpoint import load_checkpoint
 from pipelines.config import RunConfig
 from pipelines.rows.schemas import content_id
 from pipelines.runtime.artifacts import file_digest
-from pipelines.tracking.lookup import shipped_heads
+from pipelines.tracking.lookup import bundled_heads
 
 SHAPE = ("kind", "num_heads", "num_blocks", "mlp", "final_norm", "normalise_embeddings", "recurrent")
 """What must be the same: the rest says how heads learn, or which tokens they draft, and any weights fit that."""
@@ -23,11 +23,11 @@ SHAPE = ("kind", "num_heads", "num_blocks", "mlp", "final_norm", "normalise_embe
 def start_folder(config: RunConfig, name: str) -> Path | None:
     """The heads folder that drafter `name` begins with, or None. Raises InputError where `shipped` stands for none."""
     given = config.train.start.get(name)
-    if given != SHIPPED:
+    if given != BUNDLED:
         return Path(given) if given else None
-    found = shipped_heads(config)
+    found = bundled_heads(config)
     if found is None:
-        raise InputError(f"train.start.{name}={SHIPPED}: no heads for base {config.base.model} come with the package")
+        raise InputError(f"train.start.{name}={BUNDLED}: no heads for base {config.base.model} come with the package")
     return Path(found)
 
 

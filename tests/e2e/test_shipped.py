@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from hydra_core import Engine, Request, load_base, load_heads, naive_generate
 from hydra_core.base import EMBEDDED_BASE
-from hydra_core.bundled import FOLDER, shipped_configuration
+from hydra_core.bundled import FOLDER, bundled_configuration
 from hydra_core.decoding import read_configuration
 from hydra_core.decoding.configuration import ANY_FORMAT
 from hydra_core.proposers import AdaptiveDrafter
@@ -45,7 +45,7 @@ def test_what_is_shipped_says_how_it_came_to_be(folder: Path) -> None:
 @pytest.mark.slow
 def test_they_draft_for_the_embedded_base_and_change_nothing(tmp_path: Path) -> None:
     base = load_base(EMBEDDED_BASE, dtype="fp32", cache=tmp_path)
-    assert shipped_configuration(base.identity.digest) == FOLDER / "smollm2_135m"
+    assert bundled_configuration(base.identity.digest) == FOLDER / "smollm2_135m"
     drafter, _ = load_heads("shipped", base)
     assert isinstance(drafter, AdaptiveDrafter) and drafter.heads is not None
     requests = [Request(str(i), tuple(base.encode_prompt(text)), 48) for i, text in enumerate(QUESTIONS)]

@@ -205,7 +205,7 @@ def test_models_without_keys_and_values_decode_plainly(kind: str, tmp_path: Path
                                      use_mamba_kernels=False, pad_token_id=0)).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     base = load(folder, context_limit=64)
-    assert "decodes plainly" in caplog.text and not base.branching
+    assert "decodes plainly" in caplog.text and not base.supports_tree
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     requests = [Request(f"r{i}", prompt, 8, stop_ids=()) for i, prompt in enumerate(random_prompts(5, seed=2))]
     engine = Engine(base, NgramDrafter(), max_batch=2)

@@ -27,9 +27,9 @@ from hydra_core.decoding import Engine, Result, naive_generate
 from hydra_core.errors import InputError
 from hydra_core.heads import HeadDrafter
 from hydra_core.proposers import AdaptiveDrafter, Drafter, NgramDrafter
-from hydra_core.proposers.base import HeadSession
-from hydra_core.proposers.dynamic import AdaptiveSession
-from hydra_core.proposers.registry import open_session
+from hydra_core.proposers.base import HeadProposer
+from hydra_core.proposers.dynamic import DynamicTreeProposer
+from hydra_core.proposers.registry import open_proposer
 from hydra_core.sampling import Request
 from hydra_core.tree import PLAIN, Forest, Tree, TreeSet
 from hydra_core.tree.topology import chain
@@ -106,8 +106,8 @@ def recordings(engine: Engine) -> dict[tuple[int, int, int], Run]:
 
 def drafts(engine: Engine) -> dict[tuple[int, Tree, int, int], Run]:
     """What fixed trees have recorded of their drafting."""
-    session = engine.session
-    return session.recorded.recorded if isinstance(session, HeadSession) and session.recorded is not None else {}
+    proposer = engine.proposer
+    return proposer.recorded.recorded if isinstance(proposer, HeadProposer) and proposer.recorded is not None else {}
 
 
 def mixed_requests(seed: int, count: int) -> list[Request]:
@@ -274,9 +274,9 @@ def test_who_records(tiny_base: Base) -> None:
 
 def test_devices_follow_the_base() -> None:
     """Trees are grown on the host for the device that decodes; one that stays the same goes there once."""
-    session = open_session(NgramDrafter(), TreeSet({1: PLAIN}), 2, 64, device="meta")
-    assert isinstance(session, AdaptiveSession)
-    assert session.device.type == "meta" and isinstance(session.rates.edges, np.ndarray)
+    proposer = open_proposer(NgramDrafter(), TreeSet({1: PLAIN}), 2, 64, device="meta")
+    assert isinstance(proposer, DynamicTreeProposer)
+    assert proposer.device.type == "meta" and isinstance(proposer.rates.edges, np.ndarray)
     forest, meta = TREES.trees[1].topology.forest, torch.device("meta")
     assert forest.to(meta) is forest.to(meta) and forest.to(meta).parents.device == meta
     assert forest.to(torch.device("cpu")) is forest

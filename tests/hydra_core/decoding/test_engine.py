@@ -17,7 +17,7 @@ from hydra_core.decoding import Engine, Result, naive_generate
 from hydra_core.errors import InputError
 from hydra_core.heads import HeadDrafter
 from hydra_core.proposers import AdaptiveDrafter, NgramDrafter
-from hydra_core.sampling import Chooser, Request, Typical, choices
+from hydra_core.sampling import Request, Sampler, Typical, choices
 from hydra_core.sampling.noise import gumbel, position_key
 from hydra_core.tree import PLAIN, Tree, TreeSet, default_trees
 from tests.trained import overfit_heads, random_heads, random_prompts
@@ -118,11 +118,11 @@ def parted_at_near_tie(exact: Base, request: Request, reference: Result, other: 
     """Whether the two tokens where the answers part score within 1e-4 of the best one, logits in float64, same noise."""
     index = next(i for i, (a, b) in enumerate(zip(reference.token_ids, other.token_ids, strict=False)) if a != b)
     logits = exact.logits(exact.hidden_states([[*request.prompt_ids, *reference.token_ids[:index]]])[0][-1:])
-    chooser = Chooser(request, exact.vocab_size)
+    sampler = Sampler(request, exact.vocab_size)
     for token in reference.token_ids[:index]:
-        chooser.record(token)
+        sampler.record(token)
     noise = gumbel([position_key(request.seed, len(request.prompt_ids) + index, request.choice)], torch.arange(exact.vocab_size))
-    scores = chooser.process(logits[0].float()).double() + noise[0]
+    scores = sampler.process(logits[0].float()).double() + noise[0]
     return bool(scores.max() - scores[[reference.token_ids[index], other.token_ids[index]]].min() < 1e-4)
 
 
@@ -330,7 +330,7 @@ def test_features_while_decoding_equal_features_in_training(tiny_base: Base, tra
             for output in engine.step():
                 tokens += output.token_ids
             if engine.running:
-                seen.append((len(tokens), engine.session.features[0].clone()))  # type: ignore[attr-defined]
+                seen.append((len(tokens), engine.proposer.features[0].clone()))  # type: ignore[attr-defined]
         hidden = tiny_base.hidden_states([tokens])[0]
         length = len(tokens)
         mask = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
@@ -382,10 +382,10 @@ def test_memory_is_flat_over_two_thousand_requests(make_engine: Callable[..., En
         gc.collect()
         return len(gc.get_objects())
 
-    objects, places = serve(prompts[:200]), [engine.cache.keys.data_ptr(), engine.session.features.data_ptr()]  # type: ignore[attr-defined]
+    objects, places = serve(prompts[:200]), [engine.cache.keys.data_ptr(), engine.proposer.features.data_ptr()]  # type: ignore[attr-defined]
     resident = psutil.Process().memory_info().rss
     assert serve(prompts[200:]) <= objects + 50
-    assert [engine.cache.keys.data_ptr(), engine.session.features.data_ptr()] == places  # type: ignore[attr-defined]
+    assert [engine.cache.keys.data_ptr(), engine.proposer.features.data_ptr()] == places  # type: ignore[attr-defined]
     assert psutil.Process().memory_info().rss - resident < 32 * 2**20
     assert engine.running == engine.waiting == 0 and not engine.scheduler.ids
 

@@ -12,7 +12,7 @@ from hydra_core.decoding import Engine, Result, naive_generate
 from hydra_core.errors import InputError
 from hydra_core.heads import HeadDrafter
 from hydra_core.proposers import AdaptiveDrafter, NgramDrafter
-from hydra_core.proposers.dynamic import AdaptiveSession
+from hydra_core.proposers.dynamic import DynamicTreeProposer
 from hydra_core.sampling import Request
 from hydra_core.tree import Tree, TreeSet
 from tests.trained import overfit_heads, random_heads, random_prompts
@@ -69,7 +69,7 @@ def test_cancelling_frees_a_row_at_once(tiny_base: Base, heads: HeadDrafter) -> 
     assert (engine.running, engine.waiting) == (2, 1)
     engine.cancel("a")
     ended = [output.id for output in engine.step() if output.result]
-    assert ended == ["a"] and (engine.running, engine.waiting) == (2, 0) and set(engine.choosers) == {"b", "c"}
+    assert ended == ["a"] and (engine.running, engine.waiting) == (2, 0) and set(engine.samplers) == {"b", "c"}
 
 
 @pytest.mark.parametrize("kind", ["fixed", "adaptive"])
@@ -82,7 +82,7 @@ def test_what_the_drafter_remembers_survives_everything(tiny_base: Base, heads: 
     """
     dice, coin = random.Random(3), random.Random(4)
     used = []
-    monkeypatch.setattr(AdaptiveSession, "_heads_pay", lambda *_: used.append(coin.random() < 0.3) or used[-1])
+    monkeypatch.setattr(DynamicTreeProposer, "_heads_pay", lambda *_: used.append(coin.random() < 0.3) or used[-1])
     common = tuple(range(3, 40))
     prompts = {f"r{i}": (common + (50 + i,) * dice.randint(1, 30)) if i % 2 else tuple(
         dice.randrange(3, 259) for _ in range(dice.randint(1, 60))) for i in range(24)}
@@ -106,7 +106,7 @@ def test_what_the_drafter_remembers_survives_everything(tiny_base: Base, heads: 
             hidden = tiny_base.hidden_states([ids])[0][None]
             mask = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()[None, None]
             wanted = heads.features(hidden, torch.arange(len(ids))[None], mask)[0, -2]  # the newest token is the root
-            torch.testing.assert_close(engine.session.features[index], wanted, atol=1e-4, rtol=1e-4)  # type: ignore[attr-defined]
+            torch.testing.assert_close(engine.proposer.features[index], wanted, atol=1e-4, rtol=1e-4)  # type: ignore[attr-defined]
             compared += 1
     assert compared > (100 if kind == "fixed" else 30) and copied > 0
     assert kind == "fixed" or {True, False} <= set(used)
@@ -137,7 +137,7 @@ def test_an_abandoned_stream_leaves_nothing_running(tiny_base: Base) -> None:
     stream = engine.stream(requests)
     assert next(stream).id == "0"
     stream.close()
-    assert not engine.has_work and engine.running == engine.waiting == 0 and not engine.choosers
+    assert not engine.has_work and engine.running == engine.waiting == 0 and not engine.samplers
     with pytest.raises(InputError, match="request bad: prompt: is empty"):
         list(engine.stream([requests[3], Request("bad", (), 3)]))
     assert not engine.has_work

@@ -71,7 +71,7 @@ def test_what_is_never_copied() -> None:
     same = scheduler._start(request("same", tuple(range(3, 103))))
     assert (same.shared, same.left) == (99, 1)  # the last token's hidden state is needed
     assert scheduler._start(request("short", tuple(range(3, 2 + SHARED_TOKENS)))).shared == 0
-    plain = Scheduler(4, LIMIT, branching=False)
+    plain = Scheduler(4, LIMIT, supports_tree=False)
     plain.decoding.append(row(request("donor", tuple(range(3, 103)))))
     assert plain._start(request("same", tuple(range(3, 103)))).shared == 0
 
@@ -90,7 +90,7 @@ def test_chunks() -> None:
                   [row(request("a", prompt(1200))), row(request("b", prompt(700)))])
     assert group.chunk(busy=False) == CHUNK and group.chunk(busy=True) == BUSY_TOKENS // 2
     group.done = 1190
-    assert group.chunk(busy=False) == 10 and group.chunk(busy=True, branching=False) == 1200
+    assert group.chunk(busy=False) == 10 and group.chunk(busy=True, supports_tree=False) == 1200
 
 
 def test_rows_have_no_holes() -> None:

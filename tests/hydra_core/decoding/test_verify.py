@@ -9,7 +9,7 @@ import torch
 
 from hydra_core.decoding import accept, accept_walking
 from hydra_core.decoding.verify import accept_on_device, accept_on_host
-from hydra_core.sampling import Chooser, Request, Typical
+from hydra_core.sampling import Request, Sampler, Typical
 from hydra_core.tree import Topology, chain
 
 BRANCHED = Topology((-1, 0, 0, 1, 1, 3)).forest
@@ -62,7 +62,7 @@ def test_equals_a_plain_walk() -> None:
         assert longest == len(path) and bool((other.path[:, longest:] == path[-1]).all())
         assert other.emitted == found.emitted
         logits = torch.nn.functional.one_hot(torch.tensor([chosen]), 4).float()
-        walked = accept_walking(torch.tensor([tokens]), sorted_topology.forest, logits, [7], [Chooser(Request("r", (1,), 9), 4)])
+        walked = accept_walking(torch.tensor([tokens]), sorted_topology.forest, logits, [7], [Sampler(Request("r", (1,), 9), 4)])
         assert torch.equal(walked.path, found.path) and torch.equal(walked.counts, found.counts)
         assert walked.emitted == found.emitted
 
@@ -79,9 +79,9 @@ def test_typical_acceptance_follows_the_likeliest_child_above_the_bound() -> Non
     forest = Topology((-1, 0, 0)).forest
     for drafted, stands in (((1, 3), 1), ((3, 1), 2), ((3, -1), 0), ((1, 2), 1)):
         tokens = torch.tensor([[0, *drafted]])
-        lossy = Chooser(Request("r", (1,), 9, lossy_typical=Typical(threshold=0.2, alpha=0.9)), 4)
+        lossy = Sampler(Request("r", (1,), 9, lossy_typical=Typical(threshold=0.2, alpha=0.9)), 4)
         found = accept_walking(tokens, forest, logits, [0], [lossy])
         assert int(found.path[0, -1]) == stands
         assert found.emitted[0] == ([drafted[stands - 1], 0] if stands else [0])
-        exact = accept_walking(tokens, forest, logits, [0], [Chooser(Request("r", (1,), 9), 4)])
+        exact = accept_walking(tokens, forest, logits, [0], [Sampler(Request("r", (1,), 9), 4)])
         assert exact.counts.tolist() == [1] and exact.emitted == [[0]]

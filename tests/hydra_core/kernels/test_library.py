@@ -63,7 +63,7 @@ def test_steps_are_the_same(folder: Path, rows: int) -> None:
 def test_nodes_that_are_not_real_cost_and_change_nothing(folder: Path) -> None:
     """Rows of their own sizes against the whole tree for each: real nodes are the same, of the others nothing is written."""
     base = load_base(str(folder), dtype="fp32", cache=folder.parent)
-    assert base.packs and not load_base(str(folder), dtype="fp32", cache=folder.parent, native=False).packs
+    assert base.ragged and not load_base(str(folder), dtype="fp32", cache=folder.parent, native=False).ragged
     prompts = [list(prompt) for prompt in random_prompts(3, seed=8)]
     tokens = torch.randint(3, 259, (3, TREE.size), generator=torch.Generator().manual_seed(1))
     counts, made = torch.tensor([1, TREE.size, 3]), []

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hydra_core.base import native
 from hydra_core.base.layer import LayerWeights
 from hydra_core.base.linear import FrozenLinear
-from hydra_core.base.vocabulary import VocabHead, likeliest
+from hydra_core.base.vocabulary import VocabHead, argmax
 from hydra_core.kernels.library import load_library, rows_available
 
 pytestmark = pytest.mark.skipif(not load_library() or not torch.ops.hydra_heads.rows_available(),
@@ -52,9 +52,9 @@ def test_the_largest_is_the_one_of_the_products(rows: int, threads: int) -> None
     for matrix, added in ((weight, None), (weight, bias), (fine, None)):
         packed = torch.ops.hydra_heads.rows_pack(matrix)
         products = torch.ops.hydra_heads.rows_linear(x, packed, added)
-        assert torch.equal(torch.ops.hydra_heads.rows_largest(x, packed, added), likeliest(products.float()))
+        assert torch.equal(torch.ops.hydra_heads.rows_largest(x, packed, added), argmax(products.float()))
         head = VocabHead(matrix, added).for_decoding()
-        assert torch.equal(head.likeliest(x[None]), likeliest(head(x[None])))
+        assert torch.equal(head.argmax(x[None]), argmax(head(x[None])))
 
 
 @pytest.mark.parametrize("width", [48, 576])

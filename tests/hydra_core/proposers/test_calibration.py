@@ -10,16 +10,16 @@ import torch
 from hydra_core.base import Base
 from hydra_core.proposers import AdaptiveDrafter, NgramDrafter
 from hydra_core.proposers.base import StepTimes
-from hydra_core.proposers.calibration import APART, Pace
-from hydra_core.proposers.dynamic import AdaptiveSession
+from hydra_core.proposers.calibration import APART, CostCalibrator
+from hydra_core.proposers.dynamic import DynamicTreeProposer
 from hydra_core.sampling.request import Request
-from hydra_core.sampling.sampler import Chooser
+from hydra_core.sampling.sampler import Sampler
 from hydra_core.tree.costs import StepCosts
 
 
-def taught(plain: float, nodes: float, steps: int, noise: float = 0.1, seed: int = 0) -> Pace:
+def taught(plain: float, nodes: float, steps: int, noise: float = 0.1, seed: int = 0) -> CostCalibrator:
     """After so many steps of four rows, between 0 and 1.5 plain steps of nodes in each, that took so many times as long."""
-    dice, pace = random.Random(seed), Pace()
+    dice, pace = random.Random(seed), CostCalibrator()
     for _ in range(steps):
         share = dice.choice((0.0, 0.2, 0.5, 1.5))
         pace.learn(4, 0.02, 0.02 * share, 0.02 * (plain + nodes * share) * dice.uniform(1 - noise, 1 + noise))
@@ -33,7 +33,7 @@ def test_both_factors_are_found(plain: float, nodes: float) -> None:
 
 
 def test_until_sizes_tell_them_apart_they_move_together() -> None:
-    pace = Pace()
+    pace = CostCalibrator()
     assert pace.factors(1) == (1.0, 1.0)
     for _ in range(100):
         pace.learn(4, 0.02, 0.01, 0.06)
@@ -64,28 +64,28 @@ def test_sizes_of_batches_learn_apart_and_new_ones_begin_with_what_is_known() ->
 
 
 def test_factors_stay_within_reason_whatever_comes() -> None:
-    dice, pace = random.Random(3), Pace()
+    dice, pace = random.Random(3), CostCalibrator()
     for _ in range(3000):
         pace.learn(1, 10 ** dice.uniform(-4, 0), dice.choice((0.0, 10 ** dice.uniform(-6, 1))), 10 ** dice.uniform(-5, 2))
         plain, nodes = pace.factors(1)
         assert 0 < plain < 1e8 and plain / APART * 0.999 <= nodes <= plain * APART * 1.001
 
 
-@pytest.mark.parametrize("packs", [True, False])
-def test_nodes_that_turn_out_dear_are_no_longer_drafted(tiny_base: Base, packs: bool) -> None:
+@pytest.mark.parametrize("ragged", [True, False])
+def test_nodes_that_turn_out_dear_are_no_longer_drafted(tiny_base: Base, ragged: bool) -> None:
     """The table says that nodes cost half a step each; here they cost two, and later half a one again. There is
     always something to copy: what a plain step takes is learned all the same."""
     costs = StepCosts({1: {1: 1.0, 16: 8.5}}, {1: {0: 0.0}}, 16)
-    session = AdaptiveSession(AdaptiveDrafter(None, NgramDrafter(), costs), 1, 400, packs=packs)
-    session.admit(0, [5, 6, 7, 8] * 8)
-    greedy = [Chooser(Request("greedy", (0,), 1), tiny_base.vocab_size)]
+    proposer = DynamicTreeProposer(AdaptiveDrafter(None, NgramDrafter(), costs), 1, 400, ragged=ragged)
+    proposer.admit(0, [5, 6, 7, 8] * 8)
+    greedy = [Sampler(Request("greedy", (0,), 1), tiny_base.vocab_size)]
 
     def sizes(price: float) -> float:
         """Mean nodes of the last steps."""
         seen = []
         for _ in range(900):
-            nodes = session.propose(torch.tensor([5]), [12], greedy).tokens.shape[1]
-            session.timed(StepTimes(steps=1, verify=0.01 * (1 + price * (nodes - 1))))
+            nodes = proposer.propose(torch.tensor([5]), [12], greedy).tokens.shape[1]
+            proposer.timed(StepTimes(steps=1, verify=0.01 * (1 + price * (nodes - 1))))
             seen.append(nodes)
         return sum(seen[-100:]) / 100
 

@@ -11,11 +11,11 @@ import torch
 from hydra_core.base import Base
 from hydra_core.decoding import Engine
 from hydra_core.proposers import AdaptiveDrafter, NgramDrafter
-from hydra_core.proposers.acceptance import MATCHES, Floats, Rates, match_class
-from hydra_core.proposers.dynamic import AdaptiveSession
+from hydra_core.proposers.acceptance import MATCHES, AcceptanceEstimator, Floats, match_class
+from hydra_core.proposers.dynamic import DynamicTreeProposer
 from hydra_core.proposers.growth import Candidates, Copied, Grown, Worth, add_copied, select, weigh_apart, weigh_together
 from hydra_core.sampling import Request
-from hydra_core.sampling.sampler import Chooser, rank_scores
+from hydra_core.sampling.sampler import Sampler, rank_scores
 from hydra_core.tree.costs import StepCosts
 from tests.trained import overfit_heads, random_prompts
 
@@ -95,7 +95,7 @@ def test_alone_a_row_gets_the_same_either_way() -> None:
 
 
 def test_a_copied_chain_runs_along_what_stands_and_then_leaves_it() -> None:
-    rates = Rates(2, 1)
+    rates = AcceptanceEstimator(2, 1)
     kinds = rates.head_kinds(0, np.array([[0.4, 0.3]]), GREEDY)
     known = Candidates.roots(np.array([9])).joined(np.array([[5, 6]]), np.array([[0, 0]]), kinds,
                                                        np.array([[0.4, 0.3]]), 1)
@@ -109,7 +109,7 @@ def test_a_copied_chain_runs_along_what_stands_and_then_leaves_it() -> None:
 
 
 def test_a_short_chain_beside_a_long_one() -> None:
-    rates = Rates(0, 2)
+    rates = AcceptanceEstimator(0, 2)
     known = Candidates.roots(np.array([9, 9]))
     sampled = np.array([False, True])
     copied = add_copied(known, Copied(np.array([[5, 6], [-1, -1]]), np.array([0, 0])), rates, sampled)
@@ -119,7 +119,7 @@ def test_a_short_chain_beside_a_long_one() -> None:
 
 def test_rates_are_learned_by_kind_and_by_request() -> None:
     """What always comes true goes up, what never does goes down; a request's own luck moves its row alone."""
-    rates = Rates(1, 2)
+    rates = AcceptanceEstimator(1, 2)
     kinds = np.stack([rates.copied_kinds(2, np.array([match, match]), np.array([False, False]))[:, depth]
                          for depth, match in ((0, 0), (1, 2))], 1)
     before = rates.chances(kinds)
@@ -140,7 +140,7 @@ def test_rates_are_learned_by_kind_and_by_request() -> None:
 
 
 def test_every_kind_has_a_number_of_its_own() -> None:
-    rates = Rates(3, 1)
+    rates = AcceptanceEstimator(3, 1)
     seen = set()
     for sampled in (np.array([False]), np.array([True])):
         for depth in range(3):
@@ -169,12 +169,12 @@ def test_nothing_is_drafted_where_it_does_not_pay(tiny_base: Base) -> None:
 def test_rows_of_long_texts_are_priced_as_such(tiny_base: Base) -> None:
     """Where only long contexts make nodes dear, short rows draft as before and long ones do not."""
     dear = StepCosts({1: {1: 1.0, 32: 1.0}}, {1: {0: 0.0}}, 16, {128: {1: {1: 1.0, 32: 900.0}}})
-    session = AdaptiveSession(AdaptiveDrafter(None, NgramDrafter(), dear), 1, 240)
-    session.admit(0, [5, 6, 7, 8] * 8)
-    greedy = [Chooser(Request("greedy", (0,), 1), tiny_base.vocab_size)]
-    sizes = {position: session.propose(torch.tensor([5]), [position], greedy).tokens.shape[1] for position in (12, 100, 200)}
+    proposer = DynamicTreeProposer(AdaptiveDrafter(None, NgramDrafter(), dear), 1, 240)
+    proposer.admit(0, [5, 6, 7, 8] * 8)
+    greedy = [Sampler(Request("greedy", (0,), 1), tiny_base.vocab_size)]
+    sizes = {position: proposer.propose(torch.tensor([5]), [position], greedy).tokens.shape[1] for position in (12, 100, 200)}
     assert sizes[12] > 1 and sizes[100] == sizes[200] == 1
-    assert {context for _, context in session._seconds} == {16, 128, 256}  # as few as there are lengths to tell apart
+    assert {context for _, context in proposer._seconds} == {16, 128, 256}  # as few as there are lengths to tell apart
 
 
 @pytest.mark.parametrize(("price", "least", "most"), [(0.0, 4, 4), (0.12, 1, 3)])
@@ -204,8 +204,8 @@ def test_paths_of_a_row_share_its_noise() -> None:
     """Scores of paths, some rows having several: each as of its row alone."""
     logits, ids = torch.randn(5, 1, 40), torch.arange(100, 140)
     requests = [Request(str(row), (0,), 1, temperature=temperature, seed=row) for row, temperature in enumerate((0.0, 0.7, 1.3))]
-    choosers, positions, whose = [Chooser(request, 200) for request in requests], [7, 8, 9], [0, 1, 1, 2, 2]
-    together = rank_scores(logits, positions, choosers, ids, torch.tensor(whose))
+    samplers, positions, whose = [Sampler(request, 200) for request in requests], [7, 8, 9], [0, 1, 1, 2, 2]
+    together = rank_scores(logits, positions, samplers, ids, torch.tensor(whose))
     for path, row in enumerate(whose):
-        alone = rank_scores(logits[path:path + 1], positions[row:row + 1], choosers[row:row + 1], ids)
+        alone = rank_scores(logits[path:path + 1], positions[row:row + 1], samplers[row:row + 1], ids)
         torch.testing.assert_close(together[path:path + 1], alone)

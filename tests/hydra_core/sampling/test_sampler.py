@@ -15,8 +15,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from hydra_core.base.vocabulary import likeliest
-from hydra_core.sampling import Chooser, Request, choose
+from hydra_core.base.vocabulary import argmax
+from hydra_core.sampling import Request, Sampler, sample
 from hydra_core.sampling.noise import gumbel, position_key
 from hydra_core.sampling.sampler import rank_scores, token_logprob
 
@@ -24,8 +24,8 @@ VOCAB = 400
 PROMPT = (3, 4, 5, 5)
 
 
-def chooser(**settings: Any) -> Chooser:
-    return Chooser(Request("r", PROMPT, 9, **settings), VOCAB)
+def sampler(**settings: Any) -> Sampler:
+    return Sampler(Request("r", PROMPT, 9, **settings), VOCAB)
 
 
 def random_logits(rows: int, seed: int = 0) -> torch.Tensor:
@@ -39,7 +39,7 @@ def random_logits(rows: int, seed: int = 0) -> torch.Tensor:
     {"temperature": 0.8, "top_k": 20, "repetition_penalty": 1.4},
 ])
 def test_processors_are_transformers_own(settings: dict[str, Any]) -> None:
-    own = chooser(**settings)
+    own = sampler(**settings)
     logits = random_logits(20)
     for token in (9, 9, 17):
         own.record(token)
@@ -57,7 +57,7 @@ def test_processors_are_transformers_own(settings: dict[str, Any]) -> None:
 
 
 def test_presence_and_frequency_count_the_answer_alone() -> None:
-    own = chooser(presence_penalty=0.5, frequency_penalty=0.25)
+    own = sampler(presence_penalty=0.5, frequency_penalty=0.25)
     logits = random_logits(1)[0]
     torch.testing.assert_close(own.process(logits), logits)  # the prompt does not count
     for token in (8, 8, 3):
@@ -72,11 +72,11 @@ def test_presence_and_frequency_count_the_answer_alone() -> None:
 def test_few_tokens_need_their_noise(temperature: float) -> None:
     """The draw equals the argmax over logits / T + the noise of the whole vocabulary."""
     logits = random_logits(300, seed=5)
-    choosers = [chooser(temperature=temperature, seed=row % 7, choice=row % 2) for row in range(300)]
+    samplers = [sampler(temperature=temperature, seed=row % 7, choice=row % 2) for row in range(300)]
     positions = [row // 7 for row in range(300)]
     keys = [position_key(row % 7, row // 7, row % 2) for row in range(300)]
     wanted = (logits / temperature + gumbel(keys, torch.arange(VOCAB))).argmax(-1)
-    assert choose(logits, positions, choosers) == wanted.tolist()
+    assert sample(logits, positions, samplers) == wanted.tolist()
 
 
 @pytest.mark.parametrize("spread", [0.01, 1.0, 30.0])
@@ -84,11 +84,11 @@ def test_flat_and_sharp_draws_are_the_same_alone_and_together(spread: float) -> 
     """However many tokens can win, and whatever settings the rows beside ask for."""
     logits = spread * torch.randn(12, 5000, generator=torch.Generator().manual_seed(1))
     settings: list[dict[str, Any]] = [{"temperature": 1.0}, {"temperature": 0.7}, {"temperature": 1.0, "top_k": 5}, {}]
-    choosers = [Chooser(Request("r", (0,), 9, seed=row, **settings[row % 4]), 5000) for row in range(12)]
-    together = choose(logits, range(12), choosers)
-    assert together == [choose(logits[row:row + 1], [row], [choosers[row]])[0] for row in range(12)]
+    samplers = [Sampler(Request("r", (0,), 9, seed=row, **settings[row % 4]), 5000) for row in range(12)]
+    together = sample(logits, range(12), samplers)
+    assert together == [sample(logits[row:row + 1], [row], [samplers[row]])[0] for row in range(12)]
     for row in (0, 1, 4, 5):
-        scores = logits[row] / torch.tensor([choosers[row].request.temperature])
+        scores = logits[row] / torch.tensor([samplers[row].request.temperature])
         assert together[row] == int((scores + gumbel([position_key(row, row)], torch.arange(5000))[0]).argmax())
 
 
@@ -97,8 +97,8 @@ def test_draws_follow_the_softmax() -> None:
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5, 1.5])
     draws = 20_000
     for temperature in (0.7, 1.4):
-        own = Chooser(Request("r", (0,), 9, temperature=temperature, seed=11), 6)
-        drawn = torch.tensor(choose(logits.expand(draws, 6), range(draws), [own] * draws))
+        own = Sampler(Request("r", (0,), 9, temperature=temperature, seed=11), 6)
+        drawn = torch.tensor(sample(logits.expand(draws, 6), range(draws), [own] * draws))
         expected = torch.softmax(logits / temperature, 0) * draws
         chi = float(((torch.bincount(drawn, minlength=6) - expected) ** 2 / expected).sum())
         assert chi < 20.5  # 5 degrees of freedom, p = 0.001
@@ -106,11 +106,11 @@ def test_draws_follow_the_softmax() -> None:
 
 def test_rows_do_not_touch_each_other() -> None:
     logits = random_logits(6)
-    choosers = [chooser(), chooser(temperature=1.0, seed=2), chooser(temperature=0.5, top_p=0.7, seed=3),
-                chooser(repetition_penalty=2.0), chooser(logprobs=2), chooser(temperature=1.0, min_p=0.3, seed=4)]
+    samplers = [sampler(), sampler(temperature=1.0, seed=2), sampler(temperature=0.5, top_p=0.7, seed=3),
+                sampler(repetition_penalty=2.0), sampler(logprobs=2), sampler(temperature=1.0, min_p=0.3, seed=4)]
     positions = [4, 5, 4, 9, 9, 1]
-    together = choose(logits, positions, choosers)
-    alone = [choose(logits[row:row + 1], positions[row:row + 1], choosers[row:row + 1])[0] for row in range(6)]
+    together = sample(logits, positions, samplers)
+    alone = [sample(logits[row:row + 1], positions[row:row + 1], samplers[row:row + 1])[0] for row in range(6)]
     assert together == alone
     assert together[0] == together[0] == int(logits[0].argmax()) and together[4] == int(logits[4].argmax())
 
@@ -118,12 +118,12 @@ def test_rows_do_not_touch_each_other() -> None:
 def test_drafters_rank_by_the_draw_to_come() -> None:
     """A drafter that knows the base's logits ranks first what the base will draw."""
     logits = random_logits(4)
-    choosers = [chooser(temperature=t, seed=row) for row, t in enumerate((0.0, 0.5, 1.0, 2.0))]
-    ranked = rank_scores(logits[:, None], [8] * 4, choosers, torch.arange(VOCAB))[:, 0].argmax(-1).tolist()
-    assert ranked == choose(logits, [8] * 4, choosers)
+    samplers = [sampler(temperature=t, seed=row) for row, t in enumerate((0.0, 0.5, 1.0, 2.0))]
+    ranked = rank_scores(logits[:, None], [8] * 4, samplers, torch.arange(VOCAB))[:, 0].argmax(-1).tolist()
+    assert ranked == sample(logits, [8] * 4, samplers)
     part = torch.arange(50, 90)
-    some = rank_scores(logits[:, None, 50:90], [8] * 4, choosers, part)
-    torch.testing.assert_close(some, rank_scores(logits[:, None], [8] * 4, choosers, torch.arange(VOCAB))[..., 50:90])
+    some = rank_scores(logits[:, None, 50:90], [8] * 4, samplers, part)
+    torch.testing.assert_close(some, rank_scores(logits[:, None], [8] * 4, samplers, torch.arange(VOCAB))[..., 50:90])
 
 
 def test_logprobs() -> None:
@@ -139,5 +139,5 @@ def test_logprobs() -> None:
 def test_the_first_of_equals_is_the_likeliest() -> None:
     logits = torch.randint(0, 4, (3, 5, 1000), generator=torch.Generator().manual_seed(0)).float()
     logits[0, 0], logits[1, 1, 7] = 0.0, torch.inf
-    assert torch.equal(likeliest(logits), logits.argmax(-1)) and int(likeliest(logits)[0, 0]) == 0
-    assert torch.equal(likeliest(logits[0, :, ::2]), logits[0, :, ::2].argmax(-1))
+    assert torch.equal(argmax(logits), logits.argmax(-1)) and int(argmax(logits)[0, 0]) == 0
+    assert torch.equal(argmax(logits[0, :, ::2]), logits[0, :, ::2].argmax(-1))

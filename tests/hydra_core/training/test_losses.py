@@ -16,7 +16,7 @@ from hydra_core.training.losses import (
     TeacherTarget,
     chunked_loss,
     chunked_loss_and_best,
-    log_normalisers,
+    log_partition,
     reference_loss,
     teacher_probabilities,
 )
@@ -154,7 +154,7 @@ def test_targets_outside_the_draft_vocabulary_do_not_count(head: VocabHead) -> N
 def test_teacher_is_the_full_softmax_gathered(head: VocabHead, chunk: int) -> None:
     hidden, ids = torch.randn(N, D), torch.randperm(V)[:VD]
     wanted = torch.softmax(head(hidden), -1)[:, ids]
-    got = teacher_probabilities(hidden, head.restrict(ids), log_normalisers(hidden, head, chunk), chunk)
+    got = teacher_probabilities(hidden, head.restrict(ids), log_partition(hidden, head, chunk), chunk)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
     assert got.sum(-1).max() < 1.0  # not renormalised
 

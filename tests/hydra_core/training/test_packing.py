@@ -96,7 +96,7 @@ def test_bad_rows_are_refused() -> None:
 
 def test_normalisers_are_packed_when_every_row_has_them() -> None:
     rows = numbered_rows()
-    assert pack_rows(rows).normalisers is None
+    assert pack_rows(rows).log_partitions is None
     known = [FeatureRow(r.token_ids, r.prompt_tokens, r.hidden, r.token_ids.float()) for r in rows]
     packed = pack_rows(known, 16)
-    assert packed.normalisers is not None and torch.equal(packed.normalisers, packed.token_ids.float())
+    assert packed.log_partitions is not None and torch.equal(packed.log_partitions, packed.token_ids.float())

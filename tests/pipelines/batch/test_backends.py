@@ -18,7 +18,7 @@ from ray.serve.exceptions import BackPressureError
 
 from hydra_core.errors import InputError
 from pipelines.batch import backends as batch_ask
-from pipelines.batch.backends import Asking, open_asker
+from pipelines.batch.backends import RequestSettings, open_backend
 from pipelines.batch.endpoint import ask_endpoint
 from pipelines.batch.reader import BatchRow
 from pipelines.serve.messages import Answer, Generation, Refusal
@@ -51,9 +51,9 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_ask.time, "sleep", lambda _: None)
 
 
-def through(monkeypatch: pytest.MonkeyPatch, handle: Handle) -> batch_ask.Asker:
+def through(monkeypatch: pytest.MonkeyPatch, handle: Handle) -> batch_ask.Backend:
     monkeypatch.setattr(serve, "get_deployment_handle", lambda *_: handle)
-    return open_asker(Asking("app", 8, 0.0, 0, app_name="app"))
+    return open_backend(RequestSettings("app", 8, 0.0, 0, app_name="app"))
 
 
 def test_a_full_queue_and_a_dead_replica_mean_wait(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,10 +96,10 @@ def test_a_row_that_breaks_the_server_breaks_nobody_elses(monkeypatch: pytest.Mo
 
             return SimpleNamespace(result=result)
 
-    asker = through(monkeypatch, SimpleNamespace(answers=Server()))  # type: ignore[arg-type]
+    backend = through(monkeypatch, SimpleNamespace(answers=Server()))  # type: ignore[arg-type]
     rows = [BatchRow(f"{'poison' if number in (3, 17) else 'row'}-{number}", number, prompt="x") for number in range(40)]
     with ThreadPoolExecutor(8) as pool:
-        replies = list(pool.map(asker.ask, rows))
+        replies = list(pool.map(backend.ask, rows))
     assert [row.row for row, reply in zip(rows, replies, strict=True) if reply.status != 200] == [3, 17]
 
 
@@ -111,13 +111,13 @@ def test_nobody_is_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_openai_rows_through_the_handle(monkeypatch: pytest.MonkeyPatch) -> None:
     handle = Handle()
-    asker = through(monkeypatch, handle)
+    backend = through(monkeypatch, handle)
     chat = {"model": "app", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 7, "temperature": 0.5, "stream": True}
-    reply = asker.ask(BatchRow("a", 1, url="/v1/chat/completions", body=chat))
+    reply = backend.ask(BatchRow("a", 1, url="/v1/chat/completions", body=chat))
     assert reply.body is not None and reply.body["choices"][0]["message"]["content"] == "x"
     asked = handle.asked[0]
     assert (asked.max_new_tokens, asked.temperature, asked.seed, asked.messages) == (7, 0.5, 0, chat["messages"])
-    reply = asker.ask(BatchRow("b", 2, url="/v1/completions", body={"prompt": "raw"}))
+    reply = backend.ask(BatchRow("b", 2, url="/v1/completions", body={"prompt": "raw"}))
     assert reply.body is not None and reply.body["choices"][0]["text"] == "x" and handle.asked[1].text == "raw"
     assert handle.asked[1].max_new_tokens == 8  # what a body leaves out is the job's
     for url, body, status, word in (("/v1/completions", {"prompt": ""}, 400, "empty"), ("/v1/completions", {}, 400, "prompt"),
@@ -125,7 +125,7 @@ def test_openai_rows_through_the_handle(monkeypatch: pytest.MonkeyPatch) -> None
                                     ("/v1/chat/completions", {"messages": [{}]}, 400, "messages"),
                                     ("/v1/chat/completions", chat | {"model": "gpt"}, 404, "does not exist"),
                                     ("/v1/chat/completions", chat | {"tools": [{}]}, 400, "tools")):
-        reply = asker.ask(BatchRow("c", 3, url=url, body=body))
+        reply = backend.ask(BatchRow("c", 3, url=url, body=body))
         assert reply.status == status and word in reply.message and reply.body is not None and "error" in reply.body
     assert len(handle.asked) == 2
 
@@ -171,21 +171,21 @@ def test_over_http(monkeypatch: pytest.MonkeyPatch) -> None:
     error = {"error": {"message": "too long"}}
     with endpoint((429, {}), (503, {}), (200, ANSWER), (400, error), (500, {}), (200, ANSWER), (200, {}), *[(500, {})] * 3) as (
             address, came):
-        asker = open_asker(Asking("app", 8, 0.0, 3, address=address, key_variable="BATCH_TEST_KEY"))
-        reply = asker.ask(BatchRow("a", 1, prompt="hi"))
+        backend = open_backend(RequestSettings("app", 8, 0.0, 3, address=address, key_variable="BATCH_TEST_KEY"))
+        reply = backend.ask(BatchRow("a", 1, prompt="hi"))
         assert (reply.status, reply.columns["text"], reply.columns["tokens"], reply.columns["steps"]) == (200, "hello", 2, None)
         path, headers, body = came[-1]
         assert (path, headers["Authorization"]) == ("/v1/chat/completions", "Bearer secret") and len(came) == 3
         assert body == {"model": "app", "max_tokens": 8, "temperature": 0.0, "seed": 3,
                         "messages": [{"role": "user", "content": "hi"}]}
-        reply = asker.ask(BatchRow("b", 2, prompt_ids=[1, 2]))
+        reply = backend.ask(BatchRow("b", 2, prompt_ids=[1, 2]))
         assert (reply.status, reply.message, reply.body) == (400, "too long", error)
         assert came[-1][0] == "/v1/completions" and came[-1][2]["prompt"] == [1, 2]
         own = {"messages": [], "model": "other", "seed": 9, "stream": True}
-        assert asker.ask(BatchRow("c", 3, url="/v1/chat/completions", body=own)).status == 200
+        assert backend.ask(BatchRow("c", 3, url="/v1/chat/completions", body=own)).status == 200
         assert came[-1][2] == {"messages": [], "model": "other", "seed": 9, "max_tokens": 8}  # as through the handle
-        assert asker.ask(BatchRow("d", 4, prompt="x")).message == "the endpoint's answer is not in OpenAI's shape"
-        assert asker.ask(BatchRow("e", 5, prompt="x")).status == 500
+        assert backend.ask(BatchRow("d", 4, prompt="x")).message == "the endpoint's answer is not in OpenAI's shape"
+        assert backend.ask(BatchRow("e", 5, prompt="x")).status == 500
 
 
 def test_an_endpoint_is_looked_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,4 +202,4 @@ def test_an_endpoint_is_looked_at_first(monkeypatch: pytest.MonkeyPatch) -> None
         assert ask_endpoint(address, "app", {}).configuration == "c"
     monkeypatch.delenv("BATCH_TEST_KEY", raising=False)
     with pytest.raises(InputError, match="BATCH_TEST_KEY: that environment variable is not set"):
-        open_asker(Asking("app", 8, 0.0, 0, address=address, key_variable="BATCH_TEST_KEY"))
+        open_backend(RequestSettings("app", 8, 0.0, 0, address=address, key_variable="BATCH_TEST_KEY"))

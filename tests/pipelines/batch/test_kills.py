@@ -23,7 +23,7 @@ from hydra_core.base import Base
 from hydra_core.decoding import Engine, StepOutput, naive_generate
 from hydra_core.sampling import Request
 from pipelines.batch import backends as batch_ask
-from pipelines.batch.backends import Asking
+from pipelines.batch.backends import RequestSettings
 from pipelines.batch.reader import BatchRow
 from pipelines.batch.stage import run_batch
 from pipelines.batch.worker import BatchSettings, BatchWorker
@@ -174,8 +174,8 @@ def test_an_embedded_engine_that_fails_is_made_again(tiny_base_dir: Path, tiny_b
     monkeypatch.setattr(Engine, "step", failing)
     base = config_for(storage, tiny_base_dir).base.model_dump()
     app = AppArgs(base, str(storage / "cache"), None, "plain", max_batch=4, max_queued=8, threads=1)
-    output, asking = Output(str(storage / "out"), "jsonl", "plain", 8), Asking("m", 9, 0.0, 0, embedded=app)
-    worker = BatchWorker(BatchSettings(output, asking, 8))
+    output, request_settings = Output(str(storage / "out"), "jsonl", "plain", 8), RequestSettings("m", 9, 0.0, 0, embedded=app)
+    worker = BatchWorker(BatchSettings(output, request_settings, 8))
     worker.answer(BatchRow("poison" if number == 5 else f"r{number}", number, prompt=f"question {number - 1}")
                   for number in range(1, 31))
     assert (worker.writer.done, worker.writer.failed) == (29, 1) and len(broken) == 3

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipelines.batch.writer import BATCH, settle
+from pipelines.batch.writer import BATCH, deduplicate
 
 ROWS, WARM = 50_000, 5_000
 CAP = 100 << 20
@@ -56,7 +56,7 @@ def test_a_large_file_is_answered_under_a_cap(tiny_base_dir: Path, storage: Path
     assert process.stdout is not None
     result = json.loads(process.stdout.read())
     assert (result["rows"], result["errors"], result["rows_skipped"]) == (ROWS, 0, 0)
-    assert len(settle(output / "rows", "jsonl", BATCH).ids) == ROWS
+    assert len(deduplicate(output / "rows", "jsonl", BATCH).ids) == ROWS
     assert early.keys() == {"driver", "engine"} and path.stat().st_size > 4 * CAP
     grown = {role: most[role] - early[role] for role in early}
     assert max(grown.values()) < CAP, grown

@@ -11,21 +11,21 @@ from pathlib import Path
 import pytest
 
 from pipelines.batch import worker as batch_worker
-from pipelines.batch.backends import Asking, Patience, Reply
+from pipelines.batch.backends import RequestSettings, Response, RetryPolicy
 from pipelines.batch.reader import BadRow, BatchRow, Reading, ordered
 from pipelines.batch.worker import BatchSettings, BatchWorker
-from pipelines.batch.writer import BATCH, Output, read_batch_rows, settle
+from pipelines.batch.writer import BATCH, Output, deduplicate, read_batch_rows
 
 
 class Echo:
     """Answers each row with its prompt, and breaks at the row named `fault`."""
 
     def __init__(self, fault: str | None = None) -> None:
-        self.patience = Patience("echo")
+        self.retry_policy = RetryPolicy("echo")
         self.fault, self.running, self.most = fault, 0, 0
         self.lock = threading.Lock()
 
-    def ask(self, row: BatchRow) -> Reply:
+    def ask(self, row: BatchRow) -> Response:
         with self.lock:
             self.running += 1
             self.most = max(self.most, self.running)
@@ -33,17 +33,17 @@ class Echo:
             raise RuntimeError("broken")
         with self.lock:
             self.running -= 1
-        return Reply(200, columns={"text": row.prompt, "token_ids": [5], "tokens": 1, "finish_reason": "stop", "steps": 0,
+        return Response(200, columns={"text": row.prompt, "token_ids": [5], "tokens": 1, "finish_reason": "stop", "steps": 0,
                                    "drafted": 0, "accepted": 0, "tokens_per_step": 0.0, "latency_seconds": 0.1})
 
 
-def worker(monkeypatch: pytest.MonkeyPatch, folder: Path, asker: Echo, rows_per_file: int = 8) -> BatchWorker:
-    monkeypatch.setattr(batch_worker, "open_asker", lambda _: asker)
-    return BatchWorker(BatchSettings(Output(str(folder), "jsonl", "plain", rows_per_file), Asking("m", 4, 0.0, 0), 3))
+def worker(monkeypatch: pytest.MonkeyPatch, folder: Path, backend: Echo, rows_per_file: int = 8) -> BatchWorker:
+    monkeypatch.setattr(batch_worker, "open_backend", lambda _: backend)
+    return BatchWorker(BatchSettings(Output(str(folder), "jsonl", "plain", rows_per_file), RequestSettings("m", 4, 0.0, 0), 3))
 
 
 def test_rows_are_taken_only_as_others_are_answered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    asker, taken = Echo(), 0
+    backend, taken = Echo(), 0
 
     def rows() -> Iterator[BatchRow]:
         nonlocal taken
@@ -52,9 +52,9 @@ def test_rows_are_taken_only_as_others_are_answered(monkeypatch: pytest.MonkeyPa
             assert taken - work.writer.done <= 6  # 3 asked, and one waiting behind each
             yield BatchRow(str(number), number, prompt="x")
 
-    work = worker(monkeypatch, tmp_path, asker)
+    work = worker(monkeypatch, tmp_path, backend)
     work.answer(rows())
-    assert asker.most <= 3 and work.writer.done == 50
+    assert backend.most <= 3 and work.writer.done == 50
     assert len({row["id"] for row in read_batch_rows(tmp_path / "rows", "jsonl")}) == 50
 
 
@@ -62,8 +62,8 @@ def test_what_was_answered_is_written_when_something_breaks(monkeypatch: pytest.
     work = worker(monkeypatch, tmp_path, Echo(fault="20"))
     with pytest.raises(RuntimeError, match="broken"):
         work.answer(BatchRow(str(number), number, prompt="x") for number in range(50))
-    found = settle(tmp_path / "rows", "jsonl", BATCH)
-    assert len(found.ids) == work.writer.done >= 14 and work.asker.patience.over
+    found = deduplicate(tmp_path / "rows", "jsonl", BATCH)
+    assert len(found.ids) == work.writer.done >= 14 and work.backend.retry_policy.over
 
 
 def test_those_done_at_the_same_time_as_a_fault_are_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

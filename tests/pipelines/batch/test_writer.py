@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
-from pipelines.batch.backends import Reply
+from pipelines.batch.backends import Response
 from pipelines.batch.reader import BadRow, BatchRow, digest
 from pipelines.batch.report import report
-from pipelines.batch.writer import BATCH, BATCH_ERRORS, Output, Settled, Writer, parts, read_batch_rows, settle
+from pipelines.batch.writer import BATCH, BATCH_ERRORS, Output, OutputTotals, Writer, deduplicate, parts, read_batch_rows
 
 BODY: dict[str, Any] = {"usage": {"completion_tokens": 3, "speculative": {"steps": 1, "drafted": 4, "accepted": 1}}}
 
 
-def reply(text: str = "x") -> Reply:
-    return Reply(200, columns={"text": text, "token_ids": [5, 6, 7], "tokens": 3, "finish_reason": "stop", "steps": 1,
+def reply(text: str = "x") -> Response:
+    return Response(200, columns={"text": text, "token_ids": [5, 6, 7], "tokens": 3, "finish_reason": "stop", "steps": 1,
                                "drafted": 4, "accepted": 1, "tokens_per_step": 2.0, "latency_seconds": 0.5}, body=BODY)
 
 
@@ -44,12 +44,12 @@ def test_rows_written_twice_are_left_in_one_place(tmp_path: Path, kind: str) -> 
     output = written(tmp_path, kind, "a", "b", "c", "d")
     written(tmp_path, kind, "b", "c", "e")  # other parts, of a job that was killed or a block begun again
     written(tmp_path, kind, "a", rows_per_file=1)
-    found = settle(output.rows, kind, BATCH)
+    found = deduplicate(output.rows, kind, BATCH)
     names = [str(row.get("custom_id", row.get("id"))) for row in read_batch_rows(output.rows, kind)]
     assert sorted(names) == list("abcde") and found.ids == {digest(name) for name in "abcde"}
     assert (found.tokens, found.steps, found.drafted, found.accepted) == (15, 5, 20, 5)
-    again = settle(output.rows, kind, BATCH)
-    assert again.ids == found.ids and not settle(output.rows, kind, BATCH, elsewhere=found.ids).ids
+    again = deduplicate(output.rows, kind, BATCH)
+    assert again.ids == found.ids and not deduplicate(output.rows, kind, BATCH, elsewhere=found.ids).ids
     assert not parts(output.rows, kind)
 
 
@@ -66,7 +66,7 @@ def test_a_part_that_takes_another_ones_name_is_kept(tmp_path: Path) -> None:
             break
     else:
         raise AssertionError("no such names")
-    found = settle(output.rows, "jsonl", BATCH)
+    found = deduplicate(output.rows, "jsonl", BATCH)
     stand = [row["id"] for row in read_batch_rows(output.rows, "jsonl")]
     assert sorted(stand) == [a, b, c] and found.ids == {digest(name) for name in (a, b, c)}
 
@@ -76,14 +76,14 @@ def test_errors_by_kind(tmp_path: Path, kind: str) -> None:
     writer = Writer(Output(str(tmp_path), kind, "plain", 2))
     writer.refuse(BadRow("row-1", 1, "row 1: is not JSON"))
     error = {"error": {"message": "too long"}}
-    writer.add(BatchRow("a", 2), Reply(400, "too long", body=error))
-    writer.add(BatchRow("b", 3), Reply(500, "failed"))
+    writer.add(BatchRow("a", 2), Response(400, "too long", body=error))
+    writer.add(BatchRow("b", 3), Response(500, "failed"))
     writer.add(BatchRow("c", 4), reply())
     writer.flush()
-    found = settle(writer.output.errors, kind, BATCH_ERRORS)
+    found = deduplicate(writer.output.errors, kind, BATCH_ERRORS)
     assert found.kinds == {"input": 1, "refused": 1, "failed": 1} and len(parts(writer.output.rows, kind)) == 1
-    rows = settle(writer.output.rows, kind, BATCH)
-    figures = report(rows, found, Settled(), 0, 2.0, "plain")
+    rows = deduplicate(writer.output.rows, kind, BATCH)
+    figures = report(rows, found, OutputTotals(), 0, 2.0, "plain")
     assert (figures["errors"], figures["errors_refused"], figures["tokens"]) == (3, 1, 3)
     assert (figures["acceptance"], figures["tokens_per_step"], figures["tokens_per_second"]) == (0.25, 2.0, 1.5)
 
@@ -91,7 +91,7 @@ def test_errors_by_kind(tmp_path: Path, kind: str) -> None:
 def test_openai_lines_have_its_shape(tmp_path: Path) -> None:
     writer = Writer(Output(str(tmp_path), "openai", "plain", 9))
     writer.add(BatchRow("a", 1), reply())
-    writer.add(BatchRow("b", 2), Reply(400, "too long", body={"error": {"message": "too long"}}))
+    writer.add(BatchRow("b", 2), Response(400, "too long", body={"error": {"message": "too long"}}))
     writer.refuse(BadRow("row-3", 3, "row 3: is not JSON"))
     writer.flush()
     (good,) = [json.loads(line) for path in parts(tmp_path / "rows", "openai") for line in path.open()]

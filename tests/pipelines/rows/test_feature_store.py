@@ -17,7 +17,7 @@ from hydra_core.heads import DraftVocab, HeadsConfig, build_drafter
 from hydra_core.training.model import HeadTraining
 from hydra_core.training.packing import FeatureRow
 from pipelines.rows.feature_store import BatchOrder, FeatureStore, share_of
-from pipelines.rows.packed_reader import LEAST_PROMPT, ROW_TOKENS, RowReader, Share, cropped
+from pipelines.rows.packed_reader import LEAST_PROMPT, ROW_TOKENS, ProcessGroup, RowReader, cropped
 from pipelines.train.batches import StepBatches, valid_counts, validation_groups
 from tests.pipelines.synthetic import feature_row, write_shard
 
@@ -137,7 +137,7 @@ def test_shares_part_a_step_evenly() -> None:
 def test_validation_gives_every_rank_as_many_batches(folder: Path) -> None:
     store = FeatureStore.open(folder, "held_out")
     for wanted in (1, 2, 3, 5, 99):
-        groups = [validation_groups(store, wanted, 2, 0, Share(rank, 2)) for rank in range(2)]
+        groups = [validation_groups(store, wanted, 2, 0, ProcessGroup(rank, 2)) for rank in range(2)]
         assert len(groups[0]) == len(groups[1]) > 0
         counted = [int(row) for share in groups for rows, counts in share if counts for row in rows]
         assert sorted(counted) == sorted(store.sample(wanted, 0).tolist())
@@ -158,7 +158,7 @@ def test_gradients_do_not_depend_on_ranks_and_pieces(tiny_base: Base, folder: Pa
     def gradients(world: int, accumulate: int) -> list[torch.Tensor]:
         parts, totals = world * accumulate, [torch.zeros_like(parameter) for parameter in model.parameters()]
         for rank in range(world):
-            batches = StepBatches(RowReader(store), BatchOrder.of(store, 8, 3), counts, Share(rank, world), accumulate)
+            batches = StepBatches(RowReader(store), BatchOrder.of(store, 8, 3), counts, ProcessGroup(rank, world), accumulate)
             batch = batches.batch(2)
             for piece in batch.pieces:
                 loss, _ = model(piece, batch.counts / parts)
@@ -184,4 +184,4 @@ def test_long_prompts_lose_their_beginning() -> None:
         assert found.prompt_tokens == kept and len(found.token_ids) == kept + answer
         first = prompt - kept
         assert int(found.token_ids[0]) == int(found.hidden[0, 0]) == first
-        assert found.normalisers is not None and int(found.normalisers[0]) == first
+        assert found.log_partitions is not None and int(found.log_partitions[0]) == first

@@ -13,7 +13,7 @@ import pytest
 
 from hydra_core.heads import DraftVocab, HeadsConfig
 from pipelines.rows.feature_store import BatchOrder, FeatureStore
-from pipelines.rows.packed_reader import RowReader, Share
+from pipelines.rows.packed_reader import ProcessGroup, RowReader
 from pipelines.rows.schemas import content_id
 from pipelines.train.batches import StepBatches, valid_counts
 from tests.conftest import ROOT
@@ -51,7 +51,7 @@ def read_an_epoch(folder: Path) -> None:
     vocab = DraftVocab.rank(store.response_counts(1000), 500)
     heads = HeadsConfig(kind="hydra", num_heads=2)
     order = BatchOrder.of(store, 8, 0, CACHE)
-    batches = StepBatches(RowReader(store), order, valid_counts(store, vocab, heads), Share(0, 1))
+    batches = StepBatches(RowReader(store), order, valid_counts(store, vocab, heads), ProcessGroup(0, 1))
     rows = 0
     for batch in batches.between(0, order.total_steps(1)):
         rows, most = rows + batch.pieces[0].spans.rows, max(most, anonymous())
@@ -83,7 +83,7 @@ def test_lines_of_usual_answers_hold_little_padding(tmp_path: Path) -> None:
                      "hidden_width": 4, "hidden_layer": "last"})
     write_shard(tmp_path / "part-0.parquet", rows)
     store = FeatureStore.open(tmp_path, "train")
-    batches = StepBatches(RowReader(store), BatchOrder.of(store, 16, 0), np.ones((64, 1), np.int64), Share(0, 1))
+    batches = StepBatches(RowReader(store), BatchOrder.of(store, 16, 0), np.ones((64, 1), np.int64), ProcessGroup(0, 1))
     found = [batch.padding for batch in batches.between(0, 4)]
     packed = batches.batch(0).pieces[0]
     assert found[0] == 1 - int(packed.spans.lengths.sum()) / packed.token_ids.numel()

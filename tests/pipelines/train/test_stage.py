@@ -235,16 +235,16 @@ def test_steps_that_a_kill_kept_from_the_tracker_are_logged_on_resuming(storage:
     (checkpoint / "curve.jsonl").write_text("".join(json.dumps({"step": n, "time": 0.0, "loss": 2.0 - n}) + "\n" for n in (0, 1)))
     figures = {"step": 2, "loss": 1.0, "tokens_per_step": 1.5}
     (checkpoint / "heads" / "provenance.json").write_text(json.dumps({"training": figures}))
-    shop: Any = SimpleNamespace(
+    context: Any = SimpleNamespace(
         engine=SimpleNamespace(load_checkpoint=lambda folder, tag: (folder, {"next_step": 2})), first=True, curve=[], next_step=0,
         average=None,
         settings=SimpleNamespace(run_id=run.run_id, tracking_uri=tracker.uri, folder=str(tmp_path)))
     for _ in range(2):  # what is logged already is not logged twice
-        restore(shop, SimpleNamespace(as_directory=lambda: contextlib.nullcontext(str(checkpoint))))
+        restore(context, SimpleNamespace(as_directory=lambda: contextlib.nullcontext(str(checkpoint))))
     client = MlflowClient(tracker.uri)
     assert [(m.step, m.value) for m in client.get_metric_history(run.run_id, "train.loss")] == [(0, 2.0), (1, 1.0)]
     assert [(m.step, m.value) for m in client.get_metric_history(run.run_id, "held_out.tokens_per_step")] == [(2, 1.5)]
-    assert shop.next_step == 2 and len(shop.curve) == 2
+    assert context.next_step == 2 and len(context.curve) == 2
 
 
 @pytest.mark.slow

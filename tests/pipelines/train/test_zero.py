@@ -20,7 +20,7 @@ from hydra_core.heads import DraftVocab, HeadsConfig, build_drafter
 from hydra_core.training.model import HeadTraining
 from pipelines.config import TrainSection, TrainWorkers
 from pipelines.rows.feature_store import BatchOrder, FeatureStore
-from pipelines.rows.packed_reader import RowReader, Share
+from pipelines.rows.packed_reader import ProcessGroup, RowReader
 from pipelines.train.batches import StepBatches, valid_counts
 from pipelines.train.deepspeed_config import prepare_environment
 from pipelines.train.loop import STATE_TAG, start_engine, train_step, validate
@@ -37,16 +37,16 @@ def workshop(folder: Path, base: Base, stage: int, precision: str, accumulate: i
     heads = HeadsConfig(kind="hydra++", draft_vocab_size=64, dropout=0.1, num_heads=2)
     learn, held_out = (RowReader(FeatureStore.open(folder, split)) for split in ("train", "held_out"))
     vocab = DraftVocab.rank(learn.store.response_counts(base.vocab_size), 64, base.stop_ids)
-    share = Share(dist.get_rank(), dist.get_world_size())
+    group = ProcessGroup(dist.get_rank(), dist.get_world_size())
     torch.manual_seed(0)
     model = HeadTraining(build_drafter(heads, base.vocabulary, vocab), base.vocabulary)
-    batches = StepBatches(learn, BatchOrder.of(learn.store, 8, 0), valid_counts(learn.store, vocab, heads), share, accumulate)
-    return SimpleNamespace(engine=start_engine(model, train, share), train=train, heads=heads, share=share, model=model,
+    batches = StepBatches(learn, BatchOrder.of(learn.store, 8, 0), valid_counts(learn.store, vocab, heads), group, accumulate)
+    return SimpleNamespace(engine=start_engine(model, train, group), train=train, heads=heads, group=group, model=model,
                            held_out=held_out, device=torch.device("cpu"), total=6, average=None, batches=batches)
 
 
-def steps(shop: Any, first: int, last: int) -> list[float]:
-    return [train_step(shop, batch)["loss"] for batch in shop.batches.between(first, last)]
+def steps(context: Any, first: int, last: int) -> list[float]:
+    return [train_step(context, batch)["loss"] for batch in context.batches.between(first, last)]
 
 
 def worker(folder: Path) -> None:
@@ -56,11 +56,11 @@ def worker(folder: Path) -> None:
     dist.init_process_group("gloo")
     base = load_base(str(folder / "base"), dtype="fp32", cache=folder / "cache")
     for stage, precision, accumulate in CASES:
-        shop = workshop(folder / "features", base, stage, precision, accumulate)
-        losses, saved = steps(shop, 0, 3), folder / f"{stage}-{precision}"
-        shop.engine.save_checkpoint(str(saved), tag=STATE_TAG, client_state={"next_step": 3})
-        losses += steps(shop, 3, 6)
-        figures = validate(shop)
+        context = workshop(folder / "features", base, stage, precision, accumulate)
+        losses, saved = steps(context, 0, 3), folder / f"{stage}-{precision}"
+        context.engine.save_checkpoint(str(saved), tag=STATE_TAG, client_state={"next_step": 3})
+        losses += steps(context, 3, 6)
+        figures = validate(context)
         again = workshop(folder / "features", base, stage, precision, accumulate)
         again.engine.load_checkpoint(str(saved), tag=STATE_TAG)
         resumed = steps(again, 3, 6)
