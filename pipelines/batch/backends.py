@@ -220,7 +220,8 @@ class HttpBackend:
             return Response(500, "the endpoint's answer is not in OpenAI's shape", body=found)
 
     def _once(self, url: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        request = urllib.request.Request(f"{str(self.settings.address).rstrip('/')}{url}", json.dumps(body).encode(), self.headers)
+        address = str(self.settings.address).rstrip("/")
+        request = urllib.request.Request(f"{address}{url}", json.dumps(body).encode(), self.headers)
         try:
             with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
                 return 200, _object(answer.read())

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from hydra_core.base.embedded import EMBEDDED_BASE
 from pipelines.config.section import Section
+
+if TYPE_CHECKING:
+    from hydra_core.base import Base
 
 
 class BaseSection(Section):
@@ -20,6 +24,16 @@ class BaseSection(Section):
                             "codes made of any other base, which change its answers")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     context_limit: int | None = Field(None, ge=2, description="tokens of prompt + answer; default: the model's own")
+
+    def load(self, cache: Path | str, **changes: Any) -> Base:
+        """Load the base with these settings; `cache`: folder for what is unpacked; `changes`: other arguments of `load_base`.
+
+        Raises InputError for a base that cannot be loaded.
+        """
+        from hydra_core.base import load_base  # torch and transformers, which whoever reads settings alone does without
+
+        wanted = {"dtype": self.dtype, "device": self.device, "context_limit": self.context_limit, "cache": Path(cache)}
+        return load_base(self.model, **{**wanted, **changes})
 
 
 class Workers(Section):

@@ -1,0 +1,41 @@
+"""The one way of showing figures in rows and columns: as Markdown in a report, as a table on a terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+WIDTH = 130
+"""Characters of a line where stderr is no terminal."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Named columns and rows of text, one cell a column. Raises ValueError for a row of another length."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    title: str = ""
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise ValueError(f"table {self.title!r}: {len(row)} cells do not fit {len(self.columns)} columns")
+
+    def markdown(self) -> str:
+        """A Markdown table, without the title; ends with a line break."""
+        lines = [self.columns, ["---"] * len(self.columns), *self.rows]
+        text = ["| " + " | ".join(cells) + " |" for cells in lines]
+        text[1] = "|" + "|".join(lines[1]) + "|"
+        return "\n".join(text) + "\n"
+
+    def show(self) -> None:
+        """Print it to stderr."""
+        from rich.console import Console
+        from rich.table import Table as RichTable
+
+        table = RichTable(*self.columns, title=self.title or None)
+        for row in self.rows:
+            table.add_row(*row)
+        Console(file=sys.stderr, width=None if sys.stderr.isatty() else WIDTH).print(table)
