@@ -71,7 +71,7 @@ def run_natively(decoder: Any, hidden: Tensor, cache: KVCache, step: Step, cos: 
 
 def native_head(blocks: Sequence[Sequence[FrozenLinear]], widens: Sequence[bool], norm: Tensor | None, eps: float,
                 rows: FrozenLinear, scale: float, softcap: float | None) -> Any | None:
-    """A draft head as an object with the C++ `logits` and `argmax`, or None where it cannot be had: in another dtype than
+    """A draft head as an object with the C++ `logits` and `top_k`, or None where it cannot be had: in another dtype than
     bfloat16, off the CPU, without a compiler.
 
     `blocks`: the one or two matrices of each, as the source has them; `widens`: whether its input is wider than its output;

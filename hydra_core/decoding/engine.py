@@ -38,7 +38,7 @@ class Engine:
     """Decodes requests together and never changes a token, whatever runs beside a row or drafts for it.
 
     `drafter`: heads, an `NgramDrafter`, an `AdaptiveDrafter` of both, or None for plain decoding; `trees`: the draft tree
-    for each batch size (heads alone; a small default when not given); `max_batch`: rows that run at once;
+    for each batch size (heads alone; a small default when not given); `max_batch_size`: rows that run at once;
     `context_limit`: prompt and answer together, at most the base's own; `shared_noise`: drafters rank by the noise of the
     draw to come (False only shows what that is worth); `graphs`: replay steps as CUDA graphs (None: where that is
     possible). All memory is taken here and none later, but for the recording of graphs. Not thread safe: one thread
@@ -48,12 +48,12 @@ class Engine:
     """
 
     def __init__(self, base: Base, drafter: Drafter | None = None, trees: TreeSet | None = None, *,
-                 max_batch: int = 8, context_limit: int | None = None, shared_noise: bool = True,
+                 max_batch_size: int = 8, context_limit: int | None = None, shared_noise: bool = True,
                  graphs: bool | None = None) -> None:
-        for name, value in (("max_batch", max_batch), ("context_limit", context_limit)):
+        for name, value in (("max_batch_size", max_batch_size), ("context_limit", context_limit)):
             if value is not None and value < 1:
                 raise InputError(f"{name}={value}: must be at least 1")
-        self.base, self.max_batch = base, max_batch
+        self.base, self.max_batch_size = base, max_batch_size
         self.context_limit = min(context_limit or base.context_limit, base.context_limit)
         if drafter is not None and not base.supports_tree:
             log.warning("the base keeps a state that cannot be taken back: decoding plainly, without the drafter")
@@ -66,12 +66,12 @@ class Engine:
             _check_trees(trees, drafter)
         num_lookahead_slots = lookahead_slots(drafter, trees)
         slots = self.context_limit + num_lookahead_slots
-        check_memory(base, drafter, max_batch, slots, num_lookahead_slots)
-        self.cache = base.allocate(max_batch, slots)
+        check_memory(base, drafter, max_batch_size, slots, num_lookahead_slots)
+        self.cache = base.allocate(max_batch_size, slots)
         self.forward = step_forward(base, self.cache, num_lookahead_slots, graphs)
-        self.proposer = open_proposer(drafter, trees, max_batch, slots, shared_noise, base.device, graphs, base.ragged)
-        self.roots = torch.zeros(max_batch, dtype=torch.int64, device=base.device)
-        self.scheduler = Scheduler(max_batch, self.context_limit, base.supports_tree)
+        self.proposer = open_proposer(drafter, trees, max_batch_size, slots, shared_noise, base.device, graphs, base.ragged)
+        self.roots = torch.zeros(max_batch_size, dtype=torch.int64, device=base.device)
+        self.scheduler = Scheduler(max_batch_size, self.context_limit, base.supports_tree)
         self.samplers: dict[str, Sampler] = {}  # by request id, for the rows that run
         self.clock = Clock()
         self._last_hidden = EMPTY  # [P, D]: of the prompts going in, where their last token is reached
@@ -167,7 +167,7 @@ class Engine:
         source, mine = iter(requests), set[str]()
         try:
             while True:
-                while self.running + self.waiting < self.max_batch and (request := next(source, None)) is not None:
+                while self.running + self.waiting < self.max_batch_size and (request := next(source, None)) is not None:
                     self.add(request)
                     mine.add(request.id)
                 if not self.has_work:

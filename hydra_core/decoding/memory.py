@@ -60,5 +60,5 @@ def check_memory(base: Base, drafter: Drafter | None, rows: int, slots: int, nod
     log.info("keys and values of %d rows x %d tokens: %.2f GiB, a step: %.2f GiB, of %.2f GiB free", rows, slots,
              kept / GIB, passing / GIB, free / GIB)
     if kept + passing > free:
-        raise InputError(f"max_batch={rows}, context_limit={slots}: keys and values need {kept / GIB:.1f} GiB and a step "
+        raise InputError(f"max_batch_size={rows}, context_limit={slots}: keys and values need {kept / GIB:.1f} GiB and a step "
                          f"{passing / GIB:.1f} GiB, {free / GIB:.1f} GiB are free on {base.device}: lower one of the two")

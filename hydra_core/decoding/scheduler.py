@@ -86,11 +86,11 @@ class Group:
 class Scheduler:
     """The state above and the decisions about it.
 
-    `max_batch`: rows of all kinds; `context_limit`: tokens of one; `supports_tree`: see `Decoder`.
+    `max_batch_size`: rows of all kinds; `context_limit`: tokens of one; `supports_tree`: see `Decoder`.
     """
 
-    def __init__(self, max_batch: int, context_limit: int, supports_tree: bool = True) -> None:
-        self.max_batch, self.context_limit, self.supports_tree = max_batch, context_limit, supports_tree
+    def __init__(self, max_batch_size: int, context_limit: int, supports_tree: bool = True) -> None:
+        self.max_batch_size, self.context_limit, self.supports_tree = max_batch_size, context_limit, supports_tree
         self.waiting: deque[Request] = deque()
         self.decoding: list[Row] = []
         self.group: Group | None = None
@@ -122,7 +122,7 @@ class Scheduler:
         they are of similar length, so that little padding is computed, unless they share a long beginning with a
         member: they wait for the next group and copy it.
         """
-        free = self.max_batch - len(self.decoding)
+        free = self.max_batch_size - len(self.decoding)
         if self.group is not None or free == 0:
             return []
         taken: list[Start] = []

@@ -226,7 +226,7 @@ class HeadDrafter(nn.Module):
         """The `count` likeliest of those, or all there are, best first: indices [B, W, count] int64 into the draft vocabulary
         and probabilities float32."""
         if (compiled := self._head(i).compiled) is not None:
-            indices, values = compiled.argmax(features, self._heard(path), count)
+            indices, values = compiled.top_k(features, self._heard(path), count)
             return indices, values
         logits = self.candidate_logits(i, features, path)
         best = logits.softmax(-1).topk(min(count, logits.shape[-1]), dim=-1)

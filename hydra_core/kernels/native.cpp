@@ -314,8 +314,8 @@ struct Head : torch::CustomClassHolder {
     return (*rows)(x);
   }
 
-  // The `count` likeliest of each path, best first: indices [B, W, count] int64 and their probabilities float32.
-  std::tuple<Tensor, Tensor> likeliest(Tensor features, Tensor path, int64_t count) const {
+  // The `count` top_k of each path, best first: indices [B, W, count] int64 and their probabilities float32.
+  std::tuple<Tensor, Tensor> top_k(Tensor features, Tensor path, int64_t count) const {
 #ifdef HYDRA_ROWS
     if (scale == 1.0 && softcap == 0.0) return likeliest_of(products(features, path), path, count);
 #endif
@@ -342,7 +342,7 @@ struct Head : torch::CustomClassHolder {
     float* chance = chances.data_ptr<float>();
     at::parallel_for(0, lines, 1, [&](int64_t begin, int64_t end) {
       for (int64_t line = begin; line < end; ++line)
-        few::likeliest(from + line * size, size, count, index + line * count, chance + line * count);
+        few::top_k(from + line * size, size, count, index + line * count, chance + line * count);
     });
     return {indices, chances};
   }
@@ -430,7 +430,7 @@ TORCH_LIBRARY(hydra_heads, library) {
       .def("add", &Head::add)
       .def("end", &Head::end)
       .def("logits", &Head::logits)
-      .def("likeliest", &Head::likeliest);
+      .def("top_k", &Head::top_k);
   library.class_<Decoder>("Decoder")
       .def(torch::init<int64_t, int64_t, int64_t, double, double>())
       .def("add", &Decoder::add)

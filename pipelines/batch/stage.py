@@ -133,7 +133,7 @@ def _answer_all(config: RunConfig, folder: Path, args: AppArgs | None, serving: 
     before = deduplicate(folder / "rows", kind, BATCH)
     print(f"batch: {len(before.ids)} rows stood already", file=sys.stderr)
     request_settings = RequestSettings(config.serve.app_name, section.max_new_tokens, section.temperature, section.seed,
-                    config.serve.max_batch)
+                    config.serve.max_batch_size)
     with _answerers(config, args, serving, request_settings) as (request_settings, label):
         output = Output(str(folder), kind, label, section.rows_per_file)
         started = time.perf_counter()
@@ -170,7 +170,7 @@ def in_flight(config: RunConfig) -> int:
     the next request comes, few enough that those behind others can go where there is room."""
     serve, section = config.serve, config.batch
     replicas = 1 if section.engine == "embedded" else max(serve.replicas, serve.max_replicas or 0)
-    return section.concurrency or 2 * serve.max_batch * replicas
+    return section.concurrency or 2 * serve.max_batch_size * replicas
 
 
 @contextmanager

@@ -79,7 +79,7 @@ def check_load(plan: BenchPlan, questions: Sequence[Question]) -> None:
         return
     base = _load_base(plan)
     for method in _methods(plan):
-        _engine(method, max(plan.load), make_drafter(method, plan, base, measured=False), plan, base, questions)
+        _engine(method, max(plan.concurrency), make_drafter(method, plan, base, measured=False), plan, base, questions)
         _let_go(base)
 
 
@@ -94,7 +94,7 @@ def measure_load(plan: BenchPlan, questions: Sequence[Question]) -> None:
     base = _load_base(plan)
     drafters = {method: make_drafter(method, plan, base) for method in _methods(plan)}
     for number, level, method in todo:
-        requests = make_requests(questions, plan.load_requests or _usual_requests(level), plan)
+        requests = make_requests(questions, plan.concurrency_requests or _usual_requests(level), plan)
         row = LoadRow(number, level, method, *_measure(_engine(method, level, drafters[method], plan, base, questions),
                                                        requests, level))
         _let_go(base)
@@ -189,7 +189,7 @@ def _methods(plan: BenchPlan) -> tuple[str, ...]:
 def _todo(plan: BenchPlan) -> list[tuple[int, int, str]]:
     """(Round, level, method) still to be run; contenders take turns at being first."""
     done = {(row.round, row.level, row.method) for row in read_load(Path(plan.load_file))}
-    methods, levels = _methods(plan), tuple(dict.fromkeys(plan.load))
+    methods, levels = _methods(plan), tuple(dict.fromkeys(plan.concurrency))
     turns = [(number, level, (number + place) % len(methods)) for number in range(plan.rounds)
              for place, level in enumerate(levels)]
     return [(number, level, method) for number, level, shift in turns for method in methods[shift:] + methods[:shift]
@@ -210,9 +210,9 @@ def _engine(method: str, level: int, drafter: tuple[Drafter | None, TreeSet | No
     """An engine of `level` rows. Raises InputError when it does not fit the memory."""
     limit = room_for(base, plan.max_new_tokens, questions)
     try:
-        return Engine(base, *drafter, max_batch=level, context_limit=limit, shared_noise=plan.shared_noise)
+        return Engine(base, *drafter, max_batch_size=level, context_limit=limit, shared_noise=plan.shared_noise)
     except InputError as error:
-        raise InputError(f"bench.load: {level} requests at once with {method}: {error}") from None
+        raise InputError(f"bench.concurrency: {level} requests at once with {method}: {error}") from None
 
 
 def _let_go(base: Base) -> None:

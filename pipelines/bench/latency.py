@@ -116,7 +116,7 @@ def make_contenders(plan: BenchPlan, base: Base, room: int) -> dict[str, Contend
             made[method] = _transformers(plan, base, plan.ngram[2] if method == LOOKUP else None)
         else:
             drafter, trees = make_drafter(method, plan, base)
-            engine = Engine(base, drafter, trees, max_batch=1, context_limit=room, shared_noise=plan.shared_noise)
+            engine = Engine(base, drafter, trees, max_batch_size=1, context_limit=room, shared_noise=plan.shared_noise)
             made[method] = _engine(engine, plan.temperature, _fixed_step(plan, base, drafter, trees))
     return made
 

@@ -89,7 +89,7 @@ def _check_format(plan: BenchPlan, questions: list[Question], dtype: str) -> Non
         _say(f"{dtype} identity, naive loop, prompt {count}/{len(requests)}")
     exact: Base | None = None
     for method, rows in todo:
-        engine = Engine(base, *drafter_of(method, plan, base, measured=False), max_batch=rows, context_limit=limit)
+        engine = Engine(base, *drafter_of(method, plan, base, measured=False), max_batch_size=rows, context_limit=limit)
         differing = 0
         for request_id, answer in _answers(engine, requests, rows):
             if (request_id, method, rows) in done:

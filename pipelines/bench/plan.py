@@ -68,11 +68,11 @@ class BenchPlan:
     identity_batch: int
     identity_formats: tuple[str, ...]
     batch_prompts: int
-    running_batch: int
+    max_batch_size: int
     batch_limits: tuple[str, ...]
     batch_app: AppArgs | None
-    load: tuple[int, ...]
-    load_requests: int
+    concurrency: tuple[int, ...]
+    concurrency_requests: int
     temperature: float
     shared_noise: bool
     threads: int

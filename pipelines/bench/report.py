@@ -227,7 +227,7 @@ def batch_markdown(batches: dict[str, Any], plan: BenchPlan) -> str:
     if not batches:
         return ""
     prompts = max(figures["prompts"] for methods in batches.values() for figures in methods.values())
-    lines = ["", f"## {prompts} prompts, {plan.running_batch} rows", "",
+    lines = ["", f"## {prompts} prompts, {plan.max_batch_size} rows", "",
              "| limits | method | tokens/s | vs transformers | range over rounds | vs the engine called directly |",
              "|---|---|---|---|---|---|"]
     for workload, methods in batches.items():

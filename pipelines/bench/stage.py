@@ -115,9 +115,9 @@ def _plan(config: RunConfig, folder: Path, methods: tuple[str, ...], heads: dict
         turns=bench.turns, single=bench.single,
         identity_prompts=0 if bench.temperature else bench.identity_prompts, identity_batch=bench.identity_batch,
         identity_formats=bench.identity_formats,
-        batch_prompts=bench.batch_prompts, running_batch=bench.running_batch,
-        batch_limits=bench.batch_limits, batch_app=resolve_args(config) if bench.batch_job else None, load=bench.load,
-        load_requests=bench.load_requests, temperature=bench.temperature,
+        batch_prompts=bench.batch_prompts, max_batch_size=bench.max_batch_size,
+        batch_limits=bench.batch_limits, batch_app=resolve_args(config) if bench.batch_job else None,
+        concurrency=bench.concurrency, concurrency_requests=bench.concurrency_requests, temperature=bench.temperature,
         shared_noise=bench.shared_noise, threads=bench.threads)
 
 

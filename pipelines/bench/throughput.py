@@ -75,7 +75,7 @@ def measure_batches(plan: BenchPlan, questions: list[Question]) -> None:
     contenders = {method: _contender(method, plan, base, chosen) for method in methods}
     contenders |= {} if plan.batch_app is None else _batch_contenders(plan, plan.batch_app, base, chosen)
     for run in contenders.values():
-        run([Request(question.id, question.prompt_ids, 4) for question in chosen[:plan.running_batch]])
+        run([Request(question.id, question.prompt_ids, 4) for question in chosen[:plan.max_batch_size]])
     for number, workload, method in todo:
         requests = make_requests(chosen, workload, plan.max_new_tokens, base.context_limit)
         began = time.perf_counter()
@@ -104,7 +104,7 @@ def _contender(method: str, plan: BenchPlan, base: Base, questions: list[Questio
     if method == TRANSFORMERS:
         return _transformers(plan, base)
     limit = room_for(base, max(plan.max_new_tokens, LIMITS[1]), questions)
-    engine = Engine(base, *make_drafter(method, plan, base), max_batch=plan.running_batch, context_limit=limit)
+    engine = Engine(base, *make_drafter(method, plan, base), max_batch_size=plan.max_batch_size, context_limit=limit)
     return lambda requests: sum(len(result.token_ids) for result in engine.generate(requests))
 
 
@@ -112,14 +112,14 @@ def _batch_contenders(plan: BenchPlan, app: AppArgs, base: Base,
                       questions: list[Question]) -> dict[str, Callable[[list[Request]], int]]:
     """The same configuration twice: its engine called directly, and driven by the worker of `batch`."""
     limit = room_for(base, max(plan.max_new_tokens, LIMITS[1]), questions)
-    app = replace(app, base=app.base | {"context_limit": limit}, max_batch=plan.running_batch,
-                  max_queued=2 * plan.running_batch, threads=plan.threads)
+    app = replace(app, base=app.base | {"context_limit": limit}, max_batch_size=plan.max_batch_size,
+                  max_queued=2 * plan.max_batch_size, threads=plan.threads)
     costs = partial(machine_costs, base, Path(plan.cache))
     heads = load_heads(app.configuration, base, costs) if app.configuration else (None, None)
-    engine = Engine(base, *heads, max_batch=plan.running_batch, context_limit=limit)
+    engine = Engine(base, *heads, max_batch_size=plan.max_batch_size, context_limit=limit)
     request_settings = RequestSettings("bench", plan.max_new_tokens, 0.0, 0, embedded=app)
     output = Output(tempfile.gettempdir(), "openai", app.label, 64)
-    worker = BatchWorker(BatchSettings(output, request_settings, 2 * plan.running_batch))
+    worker = BatchWorker(BatchSettings(output, request_settings, 2 * plan.max_batch_size))
     return {ENGINE: lambda requests: sum(len(result.token_ids) for result in engine.generate(requests)),
             BATCH_JOB: partial(_as_batch, worker)}
 
@@ -146,8 +146,8 @@ def _transformers(plan: BenchPlan, base: Base) -> Callable[[list[Request]], int]
 
     def run(requests: list[Request]) -> int:
         tokens = 0
-        for start in range(0, len(requests), plan.running_batch):
-            batch = requests[start:start + plan.running_batch]
+        for start in range(0, len(requests), plan.max_batch_size):
+            batch = requests[start:start + plan.max_batch_size]
             longest = max(len(request.prompt_ids) for request in batch)
             ids = torch.zeros(len(batch), longest, dtype=torch.int64)
             mask = torch.zeros_like(ids)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -40,12 +40,14 @@ class PromptsSection(Section):
 class DistillSection(Section):
     """Prompts in; the base's own answers and hidden states out."""
 
+    renamed: ClassVar[dict[str, str]] = {"running_batch": "max_batch_size"}
+
     temperatures: tuple[float, ...] = Field((0.0, 1.0), min_length=1, description="one answer per prompt for each")
     max_new_tokens: int = Field(128, ge=1)
     seed: int = 0
     held_out: float = Field(0.1, gt=0, lt=1, description="share of prompts kept for validation, by prompt_id")
     workers: Workers = Workers()
-    running_batch: int = Field(32, ge=1, description="rows decoded together by one worker")
+    max_batch_size: int = Field(32, ge=1, description="rows decoded together by one worker")
     heads: str | None = Field(
         None, description="heads or configuration folder, or `shipped`, to decode with: the same rows, sooner")
     rows_per_file: int = Field(64, ge=1, description="rows a part file holds: what a kill can cost")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field, model_validator
 
 from pipelines.config.base import Workers
@@ -14,6 +16,8 @@ PLAIN = "plain"
 class ServeSection(Section):
     """The OpenAI-compatible endpoint."""
 
+    renamed: ClassVar[dict[str, str]] = {"max_batch": "max_batch_size"}
+
     model: str | None = Field(
         None, description="models:/NAME@alias, a folder, `shipped` or `plain`; default: champion, else the package's own heads")
     app_name: str = "hydra-heads"
@@ -21,7 +25,7 @@ class ServeSection(Section):
     port: int = Field(8000, ge=0, le=65535)
     replicas: int = Field(1, ge=1, description="at least so many")
     max_replicas: int | None = Field(None, ge=1, description="at most so many, as answers in flight ask for; default: replicas")
-    max_batch: int = Field(8, ge=1, description="rows one replica decodes together")
+    max_batch_size: int = Field(8, ge=1, description="rows one replica decodes together")
     max_queued: int = Field(256, ge=0, description="answers waiting for a row of a replica before 429")
     max_new_tokens: int = Field(1024, ge=1, description="most a request may ask for")
     max_prompt_tokens: int | None = Field(None, ge=1, description="longest prompt; default: what the context leaves room for")

@@ -36,7 +36,7 @@ class WorkerSettings:
     cache: str
     folder: str
     threads: int
-    running_batch: int
+    max_batch_size: int
     rows_per_file: int
     max_new_tokens: int
     temperature: float
@@ -69,9 +69,9 @@ class _Decoder:
     def engine(self, requests: list[Request]) -> Engine:
         """A running batch no larger than the work, and slots no longer than it can need."""
         longest = max(len(request.prompt_ids) + request.max_new_tokens for request in requests)
-        rows = min(self.settings.running_batch, len(requests))
+        rows = min(self.settings.max_batch_size, len(requests))
         limit = min(longest, self.base.context_limit)
-        return Engine(self.base, self.drafter, self.trees, max_batch=rows, context_limit=limit)
+        return Engine(self.base, self.drafter, self.trees, max_batch_size=rows, context_limit=limit)
 
     def decode(self, requests: Iterable[Request], what: str) -> Iterator[Result]:
         wanted = list(requests)

@@ -50,7 +50,7 @@ LEAST_AGREEMENT = {"fp32": 0.99, "bf16": 0.9, "int4": 0.9}  # share of greedy to
 MOST_WAVES = 6
 COUNTS = "prompts.json"
 PARTS = ("prompts", "responses", "features", "errors/prompts", "errors/answers")
-HOW = {"workers", "heads", "running_batch", "rows_per_file", "max_error_share", "features"}
+HOW = {"workers", "heads", "max_batch_size", "rows_per_file", "max_error_share", "features"}
 """Settings that change no row: a run that failed goes on with others, and one without all features is added to."""
 
 
@@ -134,7 +134,7 @@ def distilled(config: RunConfig) -> tuple[Path, str]:
 def _settings(config: RunConfig, folder: Path, max_new_tokens: int, temperature: float = 0.0) -> WorkerSettings:
     distill = config.distill
     return WorkerSettings(config.base, str(RunPaths.of(config).cache), str(folder), distill.workers.threads,
-                          distill.running_batch, distill.rows_per_file, max_new_tokens, temperature, distill.held_out,
+                          distill.max_batch_size, distill.rows_per_file, max_new_tokens, temperature, distill.held_out,
                           distill.feature_dtype, distill.heads)
 
 
@@ -201,7 +201,7 @@ def _self_made(config: RunConfig, folder: Path) -> dict[str, int]:
         seeds = [seed for seed in range(first + tried, first + tried + size) if seed not in known]
         tried += size
         table = pa.table({"index": pa.array(seeds, pa.int64())})
-        block = min(config.distill.running_batch * BLOCK_BATCHES, 256)
+        block = min(config.distill.max_batch_size * BLOCK_BATCHES, 256)
         rejected += _run(config, PromptWriter, settings, _blocks(table, block)).get("rejected", 0)
     rows = _distinct(folder, wanted)
     if len(rows) < wanted:
@@ -283,11 +283,11 @@ def _responses(config: RunConfig, folder: Path) -> dict[str, Any]:
 def _block_rows(rows: int, distill: DistillSection) -> int:
     """Rows of one block of answers: several running batches; of many workers each has several blocks of a batch or more, or at
     least one of whatever there is."""
-    workers, most = distill.workers.count, distill.running_batch * BLOCK_BATCHES
+    workers, most = distill.workers.count, distill.max_batch_size * BLOCK_BATCHES
     if workers == 1:
         return most
     fair, share = (max(1, -(-rows // parts)) for parts in (workers * BLOCKS_EACH, workers))
-    return min(most, max(distill.running_batch, fair), share)
+    return min(most, max(distill.max_batch_size, fair), share)
 
 
 def _tokens(rows: pa.Table) -> int:

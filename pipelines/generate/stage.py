@@ -39,7 +39,7 @@ def run_generate(config: RunConfig) -> StageResult:
         request.check(base.vocab_size, base.context_limit)
     drafter, trees = load_heads(model.folder, base, partial(machine_costs, base, cache)) if model.folder else (None, None)
     room = min(base.context_limit, max(len(request.prompt_ids) for request in requests) + section.max_new_tokens)
-    engine = Engine(base, drafter, trees, max_batch=1, context_limit=room)
+    engine = Engine(base, drafter, trees, max_batch_size=1, context_limit=room)
     print(f"generate: {model.label} drafts for {base.identity}", file=sys.stderr, flush=True)
     answers = [_answer(engine, request) for request in requests]
     return StageResult("generate", None, {}, {"answers": answers, "model": model.label})

@@ -108,7 +108,7 @@ def _endpoint(config: RunConfig, serves: Serving) -> Iterator[tuple[Target, str]
 
 def _capacity(config: RunConfig, target: Target, prompts: list[str]) -> dict[str, float]:
     """Requests and tokens a second with a full batch always in flight, after a first one that nobody counts."""
-    section, slots = config.load, config.serve.max_batch * config.serve.replicas
+    section, slots = config.load, config.serve.max_batch_size * config.serve.replicas
     warm = run(closed_loop(target, prompts, slots, slots))
     sent = run(closed_loop(target, prompts, max(section.capacity_requests, slots), slots))
     if wrong := next((one for one in (*warm, *sent) if one.outcome != OK), None):

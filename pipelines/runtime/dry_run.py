@@ -72,7 +72,7 @@ def _bench(config: RunConfig) -> list[str]:
     return [f"plain against {methods}: {bench.limit or 'all'} of {prompts}, at most {bench.max_new_tokens} tokens "
             f"each, {bench.rounds} round(s) -> {folder / 'rows.jsonl'}",
             f"fp32 identity with the naive loop on {bench.identity_prompts} prompts -> {folder / 'report.json'}",
-            *(f"{level} requests in flight -> {folder / 'load.jsonl'}" for level in bench.load)]
+            *(f"{level} requests in flight -> {folder / 'load.jsonl'}" for level in bench.concurrency)]
 
 
 def _promote(config: RunConfig) -> list[str]:
@@ -82,7 +82,7 @@ def _promote(config: RunConfig) -> list[str]:
 
 def _serve(config: RunConfig) -> list[str]:
     model = config.serve.model or f"models:/{config.promote.model_name}@{config.promote.alias}"
-    return [f"{model}, {config.serve.replicas} replica(s) of {config.serve.max_batch} rows "
+    return [f"{model}, {config.serve.replicas} replica(s) of {config.serve.max_batch_size} rows "
             f"-> http://{config.serve.host}:{config.serve.port}"]
 
 

@@ -36,10 +36,10 @@ def build(args: AppArgs) -> serve.Application:
     fixed = without_heads(args)
     most = max(args.replicas, args.max_replicas or 0)
     scale = {"num_replicas": args.replicas} if most == args.replicas else {"autoscaling_config": AutoscalingConfig(
-        min_replicas=args.replicas, max_replicas=most, target_ongoing_requests=args.max_batch)}
+        min_replicas=args.replicas, max_replicas=most, target_ongoing_requests=args.max_batch_size)}
     outer = BackpressureConfig(status_code=429, retry_after_s=RETRY_SECONDS)
     server = serve.deployment(DecodeServer).options(
-        name="DecodeServer", **scale, max_ongoing_requests=BEHIND * args.max_batch, user_config=heads_of(args),
+        name="DecodeServer", **scale, max_ongoing_requests=BEHIND * args.max_batch_size, user_config=heads_of(args),
         ray_actor_options={"num_cpus": args.cpus, "num_gpus": args.gpus}, graceful_shutdown_timeout_s=args.drain_seconds,
         health_check_period_s=HEALTH_SECONDS, logging_config=LOGS)
     front = serve.deployment(Ingress).options(

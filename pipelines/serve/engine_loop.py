@@ -187,4 +187,4 @@ def load_of(engines: list[Engine]) -> Load:
     held = sum(len(row.request.prompt_ids) + len(row.tokens) for row in rows)
     newest = engines[-1]
     return Load(sum(engine.running for engine in engines), sum(engine.waiting for engine in engines),
-                held / (newest.max_batch * newest.context_limit))
+                held / (newest.max_batch_size * newest.context_limit))

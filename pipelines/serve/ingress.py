@@ -170,7 +170,7 @@ class Ingress:
             raise ApiError(404, f"model {body.model[:60]!r} does not exist; {self.args.app_name!r} does", "model",
                            "model_not_found")
         body.refuse_unsupported()
-        return body.generation(prefix, self.args.max_new_tokens, default, self.args.max_batch)
+        return body.generation(prefix, self.args.max_new_tokens, default, self.args.max_batch_size)
 
     @contextlib.contextmanager
     def _place(self, count: int) -> Iterator[None]:

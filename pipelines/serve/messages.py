@@ -111,7 +111,7 @@ class AppArgs:
     configuration: str | None
     label: str
     app_name: str = "hydra-heads"
-    max_batch: int = 8
+    max_batch_size: int = 8
     max_queued: int = 256
     max_new_tokens: int = 1024
     replicas: int = 1
@@ -129,4 +129,4 @@ class AppArgs:
     @property
     def room(self) -> int:
         """Answers that one replica takes at once: those that decode and those that wait for a row."""
-        return self.max_batch + self.max_queued
+        return self.max_batch_size + self.max_queued

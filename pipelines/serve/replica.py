@@ -192,7 +192,7 @@ class DecodeServer:
         """What serves, with which arguments, how busy it is, and which heads were turned away last."""
         assert self.heads is not None and self.serving is not None and self.host is not None
         return {"label": self.heads.label, "version": self.heads.version, **asdict(self.serving),
-                "in_flight": self.in_flight, "running": self.host.running, "slots": self.args.max_batch,
+                "in_flight": self.in_flight, "running": self.host.running, "slots": self.args.max_batch_size,
                 "failed": self.failed, "rejected": self.rejected}
 
     async def running_args(self) -> AppArgs:

@@ -57,8 +57,8 @@ def find_args(config: RunConfig) -> AppArgs:
     """
     section, model = config.serve, find_model(config, config.serve.model)
     return AppArgs(config.base.model_dump(), str(RunPaths.of(config).cache), None if model.folder is None else str(model.folder),
-                   model.label, section.app_name, section.max_batch, section.max_queued, section.max_new_tokens, section.replicas,
-                   section.workers.cpus, section.workers.gpus, section.workers.threads, model.version,
+                   model.label, section.app_name, section.max_batch_size, section.max_queued, section.max_new_tokens,
+                   section.replicas, section.workers.cpus, section.workers.gpus, section.workers.threads, model.version,
                    max_replicas=section.max_replicas, max_prompt_tokens=section.max_prompt_tokens,
                    max_body_bytes=section.max_body_bytes, api_key_digests=key_digests(section.api_keys_file),
                    drain_seconds=section.drain_seconds)

@@ -66,4 +66,4 @@ def make_engine(heads: Heads, base: Base, args: AppArgs, timing: bool = True) ->
     drafter, trees = load_heads(heads.configuration, base, costs) if heads.configuration else (None, None)
     if heads.check_digest() != digest:
         raise InputError(f"{heads.configuration}: its files changed while they were loaded: promote again")
-    return Engine(base, drafter, trees, max_batch=args.max_batch), digest
+    return Engine(base, drafter, trees, max_batch_size=args.max_batch_size), digest

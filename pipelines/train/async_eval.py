@@ -53,7 +53,7 @@ def decode(job: DecodeJob) -> float:
         requests = [Request(str(number), prompt, min(job.max_new_tokens, base.context_limit - len(prompt)))
                     for number, prompt in enumerate(job.prompts) if len(prompt) < base.context_limit]
         room = max(len(request.prompt_ids) + request.max_new_tokens for request in requests)
-        engine = Engine(base, *load_heads(job.heads, base), max_batch=1, context_limit=room)
+        engine = Engine(base, *load_heads(job.heads, base), max_batch_size=1, context_limit=room)
         results = engine.generate(requests)
     finally:
         shutil.rmtree(job.heads, ignore_errors=True)

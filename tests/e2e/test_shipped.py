@@ -49,7 +49,7 @@ def test_they_draft_for_the_embedded_base_and_change_nothing(tmp_path: Path) -> 
     drafter, _ = load_heads("shipped", base)
     assert isinstance(drafter, AdaptiveDrafter) and drafter.heads is not None
     requests = [Request(str(i), tuple(base.encode_prompt(text)), 48) for i, text in enumerate(QUESTIONS)]
-    results = Engine(base, drafter, max_batch=1).generate(requests)
+    results = Engine(base, drafter, max_batch_size=1).generate(requests)
     for request, result in zip(requests, results, strict=True):
         assert result.token_ids == naive_generate(base, request).token_ids
     assert sum(len(result.token_ids) - 1 for result in results) > 1.4 * sum(result.steps for result in results)

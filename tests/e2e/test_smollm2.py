@@ -77,7 +77,7 @@ def test_fp32_answers_are_the_naive_loops(base: Base, cache: Path, requests: lis
     drafter: Drafter | None = heads.get(kind) or (NgramDrafter() if kind == "ngram" else None)
     if kind == "combined":
         drafter = AdaptiveDrafter(heads["hydra++"], NgramDrafter())
-    engine = Engine(base, drafter, TreeSet({1: TREE}) if kind in heads else None, max_batch=rows, context_limit=256)
+    engine = Engine(base, drafter, TreeSet({1: TREE}) if kind in heads else None, max_batch_size=rows, context_limit=256)
     waiting, results, steps = list(requests), [], 0
     while waiting or engine.has_work:
         if waiting and engine.running + engine.waiting < rows and steps % 3 == 0:
@@ -107,13 +107,13 @@ def test_the_checkpoints_own_codes(base: Base, cache: Path, requests: list[Reque
     exact = load_base(EMBEDDED_BASE, dtype="int4", cache=cache, widen=True)
     for request in requests:
         reference = naive_generate(packed, request)
-        result = Engine(packed, NgramDrafter(length=7), max_batch=1, context_limit=256).generate([request])[0]
+        result = Engine(packed, NgramDrafter(length=7), max_batch_size=1, context_limit=256).generate([request])[0]
         assert compare(exact, request.prompt_ids, reference.token_ids, result.token_ids).verdict != "different"
 
 
 def test_base_is_what_it_says(base: Base) -> None:
     assert base.context_limit == 8192 and base.vocab_size == 49152 and base.stop_ids == (2,)
-    assert "Paris" in Engine(base, max_batch=1).answer(["What is the capital of France?"], max_new_tokens=24)[0]
+    assert "Paris" in Engine(base, max_batch_size=1).answer(["What is the capital of France?"], max_new_tokens=24)[0]
 
 
 def test_development_questions_are_read(shared_data: Path, cache: Path, tmp_path: Path) -> None:

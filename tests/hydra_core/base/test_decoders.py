@@ -137,7 +137,7 @@ def test_drafts_may_overshoot_the_context(saved: tuple[Path, type]) -> None:
     folder, _ = saved
     base = load(folder, context_limit=128)
     request = Request("long", tuple([9, 8] * 58), 100, stop_ids=())
-    result = Engine(base, NgramDrafter(min_match=1), max_batch=1).generate([request])[0]
+    result = Engine(base, NgramDrafter(min_match=1), max_batch_size=1).generate([request])[0]
     assert result.finish_reason == "context" and result.token_ids == naive_generate(base, request).token_ids
 
 
@@ -208,7 +208,7 @@ def test_models_without_keys_and_values_decode_plainly(kind: str, tmp_path: Path
     assert "decodes plainly" in caplog.text and not base.supports_tree
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     requests = [Request(f"r{i}", prompt, 8, stop_ids=()) for i, prompt in enumerate(random_prompts(5, seed=2))]
-    engine = Engine(base, NgramDrafter(), max_batch=2)
+    engine = Engine(base, NgramDrafter(), max_batch_size=2)
     assert "without the drafter" in caplog.text
     for result, request in zip(engine.generate(requests), requests, strict=True):
         wanted = model.generate(torch.tensor([request.prompt_ids]), max_new_tokens=8, do_sample=False, eos_token_id=None,

@@ -122,7 +122,7 @@ def test_lossy_answers_are_the_naive_loops(tmp_path: Path) -> None:
     prompts = [prompt for prompt in random_prompts(24, seed=1) if len(prompt) > MOST_ROWS][:8]
     requests = [Request(str(i), prompt, 24) for i, prompt in enumerate(prompts)]
     for batch in (1, 8):
-        for result, request in zip(Engine(base, NgramDrafter(min_match=1), max_batch=batch).generate(requests), requests,
+        for result, request in zip(Engine(base, NgramDrafter(min_match=1), max_batch_size=batch).generate(requests), requests,
                                    strict=True):
             found = compare(exact, request.prompt_ids, naive_generate(base, request).token_ids, result.token_ids)
             assert found.verdict in ("identical", "near-tie"), found

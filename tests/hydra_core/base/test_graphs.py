@@ -135,36 +135,37 @@ def serve(engine: Engine, requests: list[Request], dice: random.Random, cancelle
 
 
 @pytest.mark.parametrize("name", DRAFTERS)
-@pytest.mark.parametrize("max_batch", [1, 5])
+@pytest.mark.parametrize("max_batch_size", [1, 5])
 def test_a_running_batch_equals_naive(tiny_base: Base, make_engine: Callable[..., Engine], small_steps: None, name: str,
-                                      max_batch: int) -> None:
+                                      max_batch_size: int) -> None:
     """Rows join, leave and are cancelled while prompts go in beside them; contexts grow over several rounded sizes."""
-    requests = mixed_requests(seed=max_batch, count=4 + 4 * max_batch)
+    requests = mixed_requests(seed=max_batch_size, count=4 + 4 * max_batch_size)
     cancelled = {request.id for request in requests[3::5]}
-    engine = make_engine(name, max_batch=max_batch)
+    engine = make_engine(name, max_batch_size=max_batch_size)
     results = serve(engine, requests, random.Random(7), cancelled)
     for request in requests:
         if results[request.id].finish_reason != "cancelled":
             assert results[request.id].token_ids == naive_generate(tiny_base, request).token_ids, request.id
     recorded = recordings(engine)
     assert len({span for _, _, span in recorded}) >= 2
-    assert {rows for rows, _, _ in recorded} == ({1} if max_batch == 1 else {1, 2, 4, 5})
+    assert {rows for rows, _, _ in recorded} == ({1} if max_batch_size == 1 else {1, 2, 4, 5})
     assert max(result.accepted for result in results.values()) > 0 or name == "plain"
 
 
 @pytest.mark.parametrize("name", ["hydra", "hydra++"])
-@pytest.mark.parametrize("max_batch", [1, 5])
+@pytest.mark.parametrize("max_batch_size", [1, 5])
 def test_recorded_drafts_are_those_that_were_not(tiny_base: Base, trained: dict[str, HeadDrafter], small_steps: None,
-                                                 make_engine: Callable[..., Engine], name: str, max_batch: int) -> None:
+                                                 make_engine: Callable[..., Engine], name: str, max_batch_size: int) -> None:
     """Step for step, with prompts going in beside them and rows leaving, as many tokens stand as without recording."""
-    requests = [replace(request, temperature=0.0) for request in mixed_requests(seed=max_batch, count=4 + 4 * max_batch)]
-    engine = make_engine(name, max_batch=max_batch)
-    plain = Engine(tiny_base, drafters(trained)[name], TREES, max_batch=max_batch, graphs=False)
+    mixed = mixed_requests(seed=max_batch_size, count=4 + 4 * max_batch_size)
+    requests = [replace(request, temperature=0.0) for request in mixed]
+    engine = make_engine(name, max_batch_size=max_batch_size)
+    plain = Engine(tiny_base, drafters(trained)[name], TREES, max_batch_size=max_batch_size, graphs=False)
     results, wanted = (serve(which, requests, random.Random(7), {"r3", "r8"}) for which in (engine, plain))
     for request in requests:
         ours, theirs = results[request.id], wanted[request.id]
         assert (ours.token_ids, ours.steps, ours.accepted_lengths) == (theirs.token_ids, theirs.steps, theirs.accepted_lengths)
-    assert {rows for rows, *_ in drafts(engine)} == ({1} if max_batch == 1 else {1, 2}) and not drafts(plain)
+    assert {rows for rows, *_ in drafts(engine)} == ({1} if max_batch_size == 1 else {1, 2}) and not drafts(plain)
     assert len({width for *_, width, _ in drafts(engine)}) > (name == "hydra++"), "prompts that waited were read too"
 
 
@@ -175,7 +176,7 @@ def test_the_context_limit_is_reached_beside_others(tiny_base: Base, make_engine
     prompts that end one short of it go in beside trees."""
     prompts = [((9, 8, 7) * 10 + (i,))[i % 7 * 2:] if i % 3 else random_prompts(1, seed=i, longest=3)[0] for i in range(24)]
     requests = [Request(f"c{i}", prompt, (100, 3, 9)[i % 3], stop_ids=()) for i, prompt in enumerate(prompts)]
-    engine = make_engine(name, max_batch=4, context_limit=32)
+    engine = make_engine(name, max_batch_size=4, context_limit=32)
     results = engine.generate(requests)
     for request, result in zip(requests, results, strict=True):
         wanted = naive_generate(tiny_base, request, 32)
@@ -185,7 +186,7 @@ def test_the_context_limit_is_reached_beside_others(tiny_base: Base, make_engine
 
 def test_recordings_are_bounded_and_ask_nothing(make_engine: Callable[..., Engine]) -> None:
     """A second load finds all it needs, or records sizes that were not met; nothing in a recording waits for the host."""
-    engine = make_engine("hydra++", max_batch=5)
+    engine = make_engine("hydra++", max_batch_size=5)
     serve(engine, mixed_requests(1, 20), random.Random(1), set())
     first, drafted = dict(recordings(engine)), dict(drafts(engine))
     serve(engine, mixed_requests(1, 20), random.Random(1), set())
@@ -302,7 +303,7 @@ def test_cuda_graphs_equal_naive(tiny_base_dir: Path, tmp_path: Path, trained: d
     heads = {kind: random_heads(base, kind) for kind in trained}
     for kind, there in heads.items():
         there.load_state_dict(trained[kind].state_dict())
-    engine = Engine(base, drafters(heads)[name], TREES, max_batch=5)
+    engine = Engine(base, drafters(heads)[name], TREES, max_batch_size=5)
     for seed in (1, 2):
         requests = mixed_requests(seed, 24)
         results = serve(engine, requests, random.Random(seed), set())

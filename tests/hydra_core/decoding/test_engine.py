@@ -40,17 +40,17 @@ def exact_base(tiny_base_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module")
 def make_engine(tiny_base: Base, trained: dict[str, HeadDrafter]) -> Callable[..., Engine]:
-    def make(name: str, weights: str = "trained", max_batch: int = 1, tree: Tree = BUSHY, **changes: int) -> Engine:
+    def make(name: str, weights: str = "trained", max_batch_size: int = 1, tree: Tree = BUSHY, **changes: int) -> Engine:
         if name == "plain":
-            return Engine(tiny_base, max_batch=max_batch, **changes)
+            return Engine(tiny_base, max_batch_size=max_batch_size, **changes)
         if name == "ngram":
-            return Engine(tiny_base, NgramDrafter(min_match=1), max_batch=max_batch, **changes)
+            return Engine(tiny_base, NgramDrafter(min_match=1), max_batch_size=max_batch_size, **changes)
         if name == "adaptive":
             heads = trained["hydra++"] if weights == "trained" else random_heads(tiny_base, "hydra++")
             drafter = AdaptiveDrafter(heads, NgramDrafter(min_match=1))
-            return Engine(tiny_base, drafter, max_batch=max_batch, **changes)
+            return Engine(tiny_base, drafter, max_batch_size=max_batch_size, **changes)
         heads = trained[name] if weights == "trained" else random_heads(tiny_base, name)
-        return Engine(tiny_base, heads, TreeSet({1: tree}), max_batch=max_batch, **changes)
+        return Engine(tiny_base, heads, TreeSet({1: tree}), max_batch_size=max_batch_size, **changes)
 
     return make
 
@@ -66,12 +66,12 @@ def same(base: Base, results: list[Result], requests: list[Request], context_lim
 
 
 @pytest.mark.parametrize("weights", ["random", "trained"])
-@pytest.mark.parametrize("max_batch", [1, 5])
+@pytest.mark.parametrize("max_batch_size", [1, 5])
 @pytest.mark.parametrize("name", DRAFTERS)
-def test_greedy_equals_naive(tiny_base: Base, make_engine: Callable[..., Engine], name: str, max_batch: int,
+def test_greedy_equals_naive(tiny_base: Base, make_engine: Callable[..., Engine], name: str, max_batch_size: int,
                              weights: str) -> None:
     requests = requests_for(random_prompts(11, seed=2) + random_prompts(3, seed=1))
-    same(tiny_base, make_engine(name, weights, max_batch).generate(requests), requests)
+    same(tiny_base, make_engine(name, weights, max_batch_size).generate(requests), requests)
 
 
 @pytest.mark.parametrize("name", DRAFTERS)
@@ -79,7 +79,7 @@ def test_sampling_equals_naive(tiny_base: Base, make_engine: Callable[..., Engin
     prompts = random_prompts(9, seed=3)
     requests = [Request(f"r{i}", prompt, 25, temperature=(0.0, 0.6, 1.3)[i % 3], seed=i)
                 for i, prompt in enumerate(prompts)]
-    same(tiny_base, make_engine(name, max_batch=4).generate(requests), requests)
+    same(tiny_base, make_engine(name, max_batch_size=4).generate(requests), requests)
 
 
 PROCESSORS: list[dict[str, object]] = [
@@ -101,7 +101,7 @@ def test_every_processor_equals_plain_with_the_same_seed(tiny_base: Base, exact_
     near_ties = 0
     for name, part in (("plain", slice(0, 100)), ("ngram", slice(100, 300)), ("medusa", slice(300, 450)),
                        ("hydra", slice(450, 600)), ("hydra++", slice(600, 800)), ("adaptive", slice(800, 1000))):
-        results = make_engine(name, max_batch=7).generate(requests[part])
+        results = make_engine(name, max_batch_size=7).generate(requests[part])
         for request, result, reference in zip(requests[part], results, wanted[part], strict=True):
             if result.token_ids != reference.token_ids and parted_at_near_tie(exact_base, request, reference, result):
                 near_ties += 1
@@ -138,7 +138,7 @@ def test_noise_shared_with_the_drafters_is_accepted_more(make_engine: Callable[.
 def test_choices_share_their_prompt(tiny_base: Base, make_engine: Callable[..., Engine], name: str) -> None:
     """Several answers to one long prompt: different, each as if alone, and the prompt computed once."""
     requests = choices(Request("r", tuple(range(3, 203)), 12, temperature=1.0, seed=5, stop_ids=()), 4)
-    engine = make_engine(name, max_batch=4)
+    engine = make_engine(name, max_batch_size=4)
     computed = []
     forward = engine.base.forward
 
@@ -161,7 +161,7 @@ def test_stop_strings_end_an_answer_where_they_are_complete(tiny_base: Base, mak
                 for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)) if text[5:7].isprintable() and text[5:7]]
     assert len(requests) >= 3
     for name in DRAFTERS:
-        results = make_engine(name, max_batch=3).generate(requests)
+        results = make_engine(name, max_batch_size=3).generate(requests)
         same(tiny_base, results, requests)
         for result, request in zip(results, requests, strict=True):
             assert request.stop[0] in tiny_base.decode(result.token_ids) and result.finish_reason == "stop"
@@ -181,7 +181,7 @@ def test_prompts_go_in_beside_decoding_rows(tiny_base: Base, make_engine: Callab
                                             monkeypatch: pytest.MonkeyPatch) -> None:
     """A long prompt is taken in pieces, and rows that decode get a token at every step meanwhile."""
     monkeypatch.setattr("hydra_core.decoding.scheduler.BUSY_TOKENS", 16)
-    engine = make_engine(name, max_batch=3)
+    engine = make_engine(name, max_batch_size=3)
     first = Request("first", (7, 8, 9), 100, stop_ids=())
     late = [Request("long", tuple(range(3, 203)), 6, stop_ids=()), Request("short", (4, 5), 6, stop_ids=())]
     engine.add(first)
@@ -204,7 +204,7 @@ def test_cancelled_while_going_in(tiny_base: Base, make_engine: Callable[..., En
     monkeypatch.setattr("hydra_core.decoding.scheduler.BUSY_TOKENS", 30)
     requests = [Request("runs", (7, 8, 9), 12, stop_ids=()), Request("ends", (7, 8), 3, stop_ids=())]
     late = [Request(f"late{i}", tuple(range(3 + i, 93 + i)), 8, stop_ids=()) for i in range(3)]
-    engine = make_engine("hydra++", max_batch=5)
+    engine = make_engine("hydra++", max_batch_size=5)
     for request in requests:
         engine.add(request)
     results = {o.id: o.result for o in engine.step() if o.result}
@@ -221,10 +221,10 @@ def test_cancelled_while_going_in(tiny_base: Base, make_engine: Callable[..., En
 
 def test_caches_that_do_not_fit_are_refused(tiny_base: Base, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "hydra_core"):
-        Engine(tiny_base, max_batch=4, context_limit=100)
+        Engine(tiny_base, max_batch_size=4, context_limit=100)
     assert "4 rows x 101 tokens: 0.00 GiB, a step: 0.00 GiB" in caplog.text
-    with pytest.raises(InputError, match=r"max_batch=1000000000.*lower one"):
-        Engine(tiny_base, max_batch=10**9)
+    with pytest.raises(InputError, match=r"max_batch_size=1000000000.*lower one"):
+        Engine(tiny_base, max_batch_size=10**9)
 
 
 @pytest.mark.parametrize("name", ["hydra", "hydra++"])
@@ -242,7 +242,7 @@ def test_stop_inside_an_accepted_path(tiny_base: Base, make_engine: Callable[...
     prompt = random_prompts(6, seed=1)[2]
     answer = naive_generate(tiny_base, Request("a", prompt, 30)).token_ids
     requests = [Request(f"s{token}", prompt, 30, stop_ids=(token,)) for token in sorted(set(answer))]
-    results = make_engine(name, max_batch=3).generate(requests)
+    results = make_engine(name, max_batch_size=3).generate(requests)
     same(tiny_base, results, requests)
     assert all(result.finish_reason == "stop" and result.token_ids[-1] == int(result.id[1:]) for result in results)
 
@@ -253,7 +253,7 @@ def test_limits(tiny_base: Base, make_engine: Callable[..., Engine], name: str) 
     assert len(one.token_ids) == 1 and one.steps == 0 and one.finish_reason == "length"
     assert one.tokens_per_step == 0.0
     requests = [Request(f"c{length}", tuple(range(5, 5 + length)), 100, stop_ids=()) for length in (1, 2, 17, 30, 31)]
-    results = make_engine(name, max_batch=2, context_limit=32).generate(requests)
+    results = make_engine(name, max_batch_size=2, context_limit=32).generate(requests)
     same(tiny_base, results, requests, context_limit=32)
     assert all(r.finish_reason == "context" and len(r.prompt_ids) + len(r.token_ids) == 32 for r in results)
 
@@ -270,7 +270,7 @@ def test_rows_join_and_leave_at_any_step(tiny_base: Base, make_engine: Callable[
     dice = random.Random(5)
     requests = [Request(f"r{i}", prompt, dice.randint(1, 25), temperature=dice.choice((0.0, 0.0, 1.0)), seed=i)
                 for i, prompt in enumerate(random_prompts(20, seed=6))]
-    engine = make_engine(name, max_batch=4)
+    engine = make_engine(name, max_batch_size=4)
     waiting, results, streamed = list(requests), {}, {r.id: [] for r in requests}
     while waiting or engine.has_work:
         for _ in range(dice.randint(0, 3)):
@@ -286,7 +286,7 @@ def test_rows_join_and_leave_at_any_step(tiny_base: Base, make_engine: Callable[
 
 def test_cancel_frees_the_row_and_harms_nobody(tiny_base: Base, make_engine: Callable[..., Engine]) -> None:
     requests = requests_for(random_prompts(6, seed=8), tokens=40, stop_ids=())
-    engine = make_engine("hydra++", max_batch=3)
+    engine = make_engine("hydra++", max_batch_size=3)
     for request in requests:
         engine.add(request)
     results = {}
@@ -308,7 +308,7 @@ def test_cancel_frees_the_row_and_harms_nobody(tiny_base: Base, make_engine: Cal
 def test_any_tree(tiny_base: Base, make_engine: Callable[..., Engine], tree: Tree) -> None:
     requests = requests_for(random_prompts(5, seed=9))
     for name in ("medusa", "hydra", "hydra++"):
-        same(tiny_base, make_engine(name, max_batch=2, tree=tree).generate(requests), requests)
+        same(tiny_base, make_engine(name, max_batch_size=2, tree=tree).generate(requests), requests)
 
 
 def test_restricted_draft_vocabulary_changes_nothing(tiny_base: Base) -> None:
@@ -316,13 +316,13 @@ def test_restricted_draft_vocabulary_changes_nothing(tiny_base: Base) -> None:
     for size in (3, 40):
         heads = random_heads(tiny_base, "hydra++", draft_vocab_size=size)
         trees = TreeSet({1: Tree(((0,), (1,), (0, 0))), 2: Tree(((0,),)), 3: PLAIN})
-        same(tiny_base, Engine(tiny_base, heads, trees, max_batch=4).generate(requests), requests)
+        same(tiny_base, Engine(tiny_base, heads, trees, max_batch_size=4).generate(requests), requests)
 
 
 def test_features_while_decoding_equal_features_in_training(tiny_base: Base, trained: dict[str, HeadDrafter]) -> None:
     """What a head reads at the accepted path is what it read teacher forced: no unrolled training is needed."""
     for kind, heads in trained.items():
-        engine = Engine(tiny_base, heads, TreeSet({1: BUSHY}), max_batch=1)
+        engine = Engine(tiny_base, heads, TreeSet({1: BUSHY}), max_batch_size=1)
         request = Request("f", random_prompts(6, seed=1)[3], 30, stop_ids=())
         engine.add(request)
         tokens, seen = list(request.prompt_ids), []
@@ -341,7 +341,7 @@ def test_features_while_decoding_equal_features_in_training(tiny_base: Base, tra
 
 
 def test_bad_requests_are_refused_alone(tiny_base: Base, make_engine: Callable[..., Engine]) -> None:
-    engine = make_engine("hydra", max_batch=2)
+    engine = make_engine("hydra", max_batch_size=2)
     good = Request("good", (5, 6), 5)
     engine.add(good)
     bad = [(Request("x", (), 5), "empty"), (Request("x", (5, 288), 5), "outside"), (Request("x", (-1,), 5), "outside"),
@@ -373,7 +373,7 @@ def test_trees_deeper_than_the_heads_are_refused(tiny_base: Base) -> None:
 
 def test_memory_is_flat_over_two_thousand_requests(make_engine: Callable[..., Engine]) -> None:
     """No tensor is replaced and nothing is kept of a request that is done."""
-    engine = make_engine("hydra++", max_batch=4, context_limit=64)
+    engine = make_engine("hydra++", max_batch_size=4, context_limit=64)
     prompts = random_prompts(2200, seed=13, longest=20)
 
     def serve(part: list[tuple[int, ...]]) -> int:
@@ -391,8 +391,8 @@ def test_memory_is_flat_over_two_thousand_requests(make_engine: Callable[..., En
 
 
 def test_answers_as_text(tiny_base: Base, make_engine: Callable[..., Engine]) -> None:
-    plain = Engine(tiny_base, max_batch=2).answer(["one", "two", "three"], max_new_tokens=12)
-    assert make_engine("hydra++", max_batch=2).answer(["one", "two", "three"], max_new_tokens=12) == plain
+    plain = Engine(tiny_base, max_batch_size=2).answer(["one", "two", "three"], max_new_tokens=12)
+    assert make_engine("hydra++", max_batch_size=2).answer(["one", "two", "three"], max_new_tokens=12) == plain
     ids = tuple(tiny_base.encode_prompt("two"))
     assert plain[1] == tiny_base.decode(naive_generate(tiny_base, Request("x", ids, 12)).token_ids)
     stop = plain[1][3:5]
@@ -403,7 +403,7 @@ def test_answers_as_text(tiny_base: Base, make_engine: Callable[..., Engine]) ->
 
 @pytest.mark.parametrize("name", ["plain", "ngram", "hydra", "adaptive"])
 def test_times_and_accepted_lengths_add_up(make_engine: Callable[..., Engine], name: str) -> None:
-    engine = make_engine(name, max_batch=3)
+    engine = make_engine(name, max_batch_size=3)
     results = engine.generate(requests_for(random_prompts(6)))
     for result in results:
         assert sum(result.accepted_lengths) == result.steps
@@ -421,7 +421,7 @@ def test_rows_without_drafts_beside_rows_with_them(tiny_base: Base, make_engine:
     requests = [Request(f"r{i}", prompt, 30, temperature=i % 3 / 2, seed=i, speculate=i % 2 == 0)
                 for i, prompt in enumerate(random_prompts(6, seed=1))]
     for asked in (requests, [replace(request, speculate=False) for request in requests], requests):
-        results = make_engine(name, max_batch=4).generate(asked)
+        results = make_engine(name, max_batch_size=4).generate(asked)
         same(tiny_base, results, asked)
         for request, result in zip(asked, results, strict=True):
             assert request.speculate or (result.drafted, result.steps) == (0, len(result.token_ids) - 1)

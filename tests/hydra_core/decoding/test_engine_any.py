@@ -87,7 +87,7 @@ def run_batch(tiny_base: Base, heads: dict[str, HeadDrafter], data: st.DataObjec
     if kind == "adaptive":
         drafter = data.draw(adaptive(heads))
     chosen = TreeSet({1: data.draw(trees()), 3: data.draw(trees())}) if kind in KINDS else None
-    engine = Engine(tiny_base, drafter, chosen, max_batch=batch, context_limit=80)
+    engine = Engine(tiny_base, drafter, chosen, max_batch_size=batch, context_limit=80)
     waiting = data.draw(requests())
     everything, cancelled = {request.id: request for request in waiting}, set()
     streamed: dict[str, list[int]] = {name: [] for name in everything}

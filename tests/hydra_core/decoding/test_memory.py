@@ -14,7 +14,7 @@ from tests.trained import random_heads
 def test_caches_take_what_was_said(tiny_base: Base) -> None:
     heads = random_heads(tiny_base, "hydra++")
     for drafter in (None, NgramDrafter(), AdaptiveDrafter(heads)):
-        engine = Engine(tiny_base, drafter, max_batch=3, context_limit=50)
+        engine = Engine(tiny_base, drafter, max_batch_size=3, context_limit=50)
         prefix = engine.proposer.inputs.cache.nbytes if isinstance(drafter, AdaptiveDrafter) else 0  # type: ignore[attr-defined]
         assert engine.cache.nbytes + prefix == cache_bytes(tiny_base, drafter, 3, engine.cache.slots)
 

@@ -109,7 +109,7 @@ def test_answers_equal_naive(tiny_base: Base, kind: str, name: str) -> None:
     wanted = [naive_generate(tiny_base, request).token_ids for request in requests]
     choices: list[tuple[Drafter, TreeSet | None]] = [(heads, TREES), (AdaptiveDrafter(heads, NgramDrafter(min_match=1)), None)]
     for drafter, trees in choices:
-        results = Engine(tiny_base, drafter, *([trees] if trees else []), max_batch=3).generate(requests)
+        results = Engine(tiny_base, drafter, *([trees] if trees else []), max_batch_size=3).generate(requests)
         assert [result.token_ids for result in results] == wanted
         assert sum(result.accepted for result in results) > 0
 

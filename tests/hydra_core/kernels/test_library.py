@@ -111,8 +111,8 @@ def test_without_a_compiler_answers_are_the_same(tiny_base: Base, tiny_base_dir:
     base = load_base(str(tiny_base_dir), dtype="fp32", cache=tmp_path)
     assert base.decoder.native is None and "no C++ compiler" in caplog.text
     requests = [Request(str(i), prompt, 20) for i, prompt in enumerate(random_prompts(6, seed=2))]
-    ours = Engine(base, NgramDrafter(min_match=1), max_batch=3).generate(requests)
-    assert [r.token_ids for r in ours] == [r.token_ids for r in Engine(tiny_base, max_batch=3).generate(requests)]
+    ours = Engine(base, NgramDrafter(min_match=1), max_batch_size=3).generate(requests)
+    assert [r.token_ids for r in ours] == [r.token_ids for r in Engine(tiny_base, max_batch_size=3).generate(requests)]
     library.load_library.cache_clear()
 
 

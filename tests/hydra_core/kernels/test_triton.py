@@ -57,6 +57,6 @@ def test_bf16_is_as_close_to_the_truth(folder: Path) -> None:  # noqa: F811
 def test_answers_equal_naive(folder: Path) -> None:  # noqa: F811
     base = load_base(str(folder), dtype="fp32", device="cuda", cache=folder.parent)
     requests = [Request(str(i), prompt, 24, stop_ids=()) for i, prompt in enumerate(random_prompts(9, seed=4))]
-    results = Engine(base, NgramDrafter(min_match=1), max_batch=4).generate(requests)
+    results = Engine(base, NgramDrafter(min_match=1), max_batch_size=4).generate(requests)
     for request, result in zip(requests, results, strict=True):
         assert result.token_ids == naive_generate(base, request).token_ids

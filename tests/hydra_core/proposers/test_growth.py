@@ -159,9 +159,9 @@ def test_nothing_is_drafted_where_it_does_not_pay(tiny_base: Base) -> None:
     prompts = random_prompts(4, seed=1)
     heads = overfit_heads(tiny_base, "hydra", prompts)
     requests = [Request(str(i), prompt, 30, stop_ids=()) for i, prompt in enumerate(prompts)]
-    dear = Engine(tiny_base, AdaptiveDrafter(heads, NgramDrafter(), DEAR), max_batch=1).generate(requests)
+    dear = Engine(tiny_base, AdaptiveDrafter(heads, NgramDrafter(), DEAR), max_batch_size=1).generate(requests)
     assert all(result.drafted == 0 and result.steps == 29 for result in dear)
-    free = Engine(tiny_base, AdaptiveDrafter(heads, NgramDrafter(), FREE), max_batch=1).generate(requests)
+    free = Engine(tiny_base, AdaptiveDrafter(heads, NgramDrafter(), FREE), max_batch_size=1).generate(requests)
     assert [r.token_ids for r in free] == [r.token_ids for r in dear]
     assert sum(r.steps for r in free) < 0.75 * sum(r.steps for r in dear)
 
@@ -194,7 +194,7 @@ def test_only_paths_that_could_be_verified_are_drafted_on(tiny_base: Base, monke
     monkeypatch.setattr(type(heads), "candidates", counted)
     costs = StepCosts({1: {1: 1.0, 32: 1.0 + 31 * price}, 3: {1: 1.0, 32: 1.0 + 93 * price}}, {1: {0: 0.0, 4: 0.0}})
     requests = [Request(str(i), prompt, 30, stop_ids=()) for i, prompt in enumerate(prompts)]
-    Engine(tiny_base, AdaptiveDrafter(heads, None, costs), max_batch=3).generate(requests)
+    Engine(tiny_base, AdaptiveDrafter(heads, None, costs), max_batch_size=3).generate(requests)
     first = [paths for depth, paths in asked if depth == 0]
     deeper = [paths for depth, paths in asked if depth == 1]
     assert max(first) == 3 and least <= max(deeper) / 3 <= most

@@ -67,7 +67,7 @@ def test_a_walk_is_the_engines_own_steps(tiny_base: Base, kind: str, tree: str) 
     drafter = build_drafter(HeadsConfig(kind=kind), base.vocabulary, DraftVocab.rank(torch.ones(base.vocab_size), 0))  # type: ignore[arg-type]
     _memorise(base, drafter, plain)
     drafter.eval().requires_grad_(False)
-    results = Engine(base, drafter, TreeSet({1: TREES[tree]}), max_batch=3).generate(requests)
+    results = Engine(base, drafter, TreeSet({1: TREES[tree]}), max_batch_size=3).generate(requests)
 
     features = base.hidden_states([[*r.prompt_ids, *r.token_ids] for r in results])
     rows = [FeatureRow(torch.tensor([*r.prompt_ids, *r.token_ids]), len(r.prompt_ids), hidden.clone())

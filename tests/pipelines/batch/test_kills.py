@@ -173,7 +173,7 @@ def test_an_embedded_engine_that_fails_is_made_again(tiny_base_dir: Path, tiny_b
 
     monkeypatch.setattr(Engine, "step", failing)
     base = config_for(storage, tiny_base_dir).base.model_dump()
-    app = AppArgs(base, str(storage / "cache"), None, "plain", max_batch=4, max_queued=8, threads=1)
+    app = AppArgs(base, str(storage / "cache"), None, "plain", max_batch_size=4, max_queued=8, threads=1)
     output, request_settings = Output(str(storage / "out"), "jsonl", "plain", 8), RequestSettings("m", 9, 0.0, 0, embedded=app)
     worker = BatchWorker(BatchSettings(output, request_settings, 8))
     worker.answer(BatchRow("poison" if number == 5 else f"r{number}", number, prompt=f"question {number - 1}")

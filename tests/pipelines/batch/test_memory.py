@@ -38,7 +38,7 @@ def test_a_large_file_is_answered_under_a_cap(tiny_base_dir: Path, storage: Path
     with path.open("w", encoding="utf-8") as lines:
         lines.writelines(json.dumps({"prompt": f"q {number}", "note": f"{number:09d} " * 1000}) + "\n" for number in range(ROWS))
     command = [sys.executable, "-m", "jobs.batch", f"storage={storage}", f"base.model={tiny_base_dir}", "base.dtype=fp32",
-               "base.context_limit=64", "serve.model=plain", "serve.max_batch=64", "serve.workers.threads=1",
+               "base.context_limit=64", "serve.model=plain", "serve.max_batch_size=64", "serve.workers.threads=1",
                f"batch.input={path}", f"batch.output={output}",
                "batch.engine=embedded", "batch.max_new_tokens=1", "batch.rows_per_file=1000"]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | worker_env

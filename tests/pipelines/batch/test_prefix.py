@@ -21,7 +21,7 @@ def rows() -> list[BatchRow]:
 
 def decode(base: Base, wanted: list[BatchRow], monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, tuple[int, ...]], int]:
     """Answers by id, and prompt tokens that were copied instead of computed."""
-    engine, copied = Engine(base, max_batch=2), [0]
+    engine, copied = Engine(base, max_batch_size=2), [0]
     copy = engine.cache.copy_beginning
 
     def counting(source: int, target: int, count: int) -> None:

@@ -42,7 +42,7 @@ def heads(tiny_base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config_for(base_dir: Path, folder: Path, heads: Path, **changes: object) -> RunConfig:
     values = {"storage": str(folder), "base.model": str(base_dir), "base.dtype": "fp32", "base.context_limit": 120,
               "bench.heads": str(heads), "bench.max_new_tokens": 12, "bench.identity_prompts": 0, "bench.single": False,
-              "bench.threads": 1, "bench.load": [1, 3]}
+              "bench.threads": 1, "bench.concurrency": [1, 3]}
     return load_config(None, values | {key.replace("__", "."): value for key, value in changes.items()})
 
 
@@ -149,10 +149,10 @@ def test_questions_from_all_over_the_list_and_again_where_they_are_few(plan: Ben
 
 
 def test_fewer_requests_than_are_to_be_in_flight(tiny_base_dir: Path, tmp_path: Path, heads: Path) -> None:
-    with pytest.raises(InputError, match=r"bench\.load_requests=2 is fewer than the 3 of bench\.load"):
+    with pytest.raises(InputError, match=r"bench\.concurrency_requests=2 is fewer than the 3 of bench\.concurrency"):
         config_for(tiny_base_dir, tmp_path, heads, bench__load_requests=2)
-    with pytest.raises(InputError, match=r"bench\.load\.1"):
-        config_for(tiny_base_dir, tmp_path, heads, bench__load=[1, 0])
+    with pytest.raises(InputError, match=r"bench\.concurrency\.1"):
+        config_for(tiny_base_dir, tmp_path, heads, bench__concurrency=[1, 0])
 
 
 # -- on a tiny base ----------------------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ def test_fewer_requests_than_are_to_be_in_flight(tiny_base_dir: Path, tmp_path: 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("level", [1, 3])
 def test_answers_are_those_of_requests_alone(plan: BenchPlan, tiny_base: Base, method: str, level: int) -> None:
-    engine = Engine(tiny_base, *make_drafter(method, plan, tiny_base, measured=False), max_batch=level, context_limit=120)
+    engine = Engine(tiny_base, *make_drafter(method, plan, tiny_base, measured=False), max_batch_size=level, context_limit=120)
     requests = make_requests(QUESTIONS, 8, plan)
     seen = drive(engine, requests, level)
     assert len(seen.first_token) == len(seen.results) == 8 and seen.seconds > 0 and min(seen.between) > 0
@@ -192,8 +192,8 @@ def test_stopped_and_gone_on_with(plan: BenchPlan, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_load_that_does_not_fit_is_told_before_anything_is_timed(plan: BenchPlan) -> None:
-    plan = replace(plan, single=True, load=(1, 10_000_000))
-    with pytest.raises(InputError, match=r"bench\.load: 10000000 requests at once with plain: .* GiB are free on cpu") as told:
+    plan = replace(plan, single=True, concurrency=(1, 10_000_000))
+    with pytest.raises(InputError, match=r"bench\.concurrency: 10000000 requests at once with plain: .* GiB are free on cpu") as told:
         measure(plan, QUESTIONS)
     assert "\n" not in str(told.value)
     assert not Path(plan.rows_file).exists() and not Path(plan.load_file).exists()

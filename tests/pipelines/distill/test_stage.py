@@ -43,7 +43,7 @@ def write_prompts(path: Path, count: int) -> Path:
 
 def config_for(storage: Path, base: Path, prompts: Path, **changes: object) -> RunConfig:
     values = {"storage": str(storage), "base.model": str(base), "base.dtype": "fp32", "prompts.source": "jsonl",
-              "prompts.path": str(prompts), "distill.max_new_tokens": 20, "distill.running_batch": 4,
+              "prompts.path": str(prompts), "distill.max_new_tokens": 20, "distill.max_batch_size": 4,
               "distill.rows_per_file": 8, "distill.workers.threads": 1, "distill.held_out": 0.3,
               "distill.feature_dtype": "fp32", "distill.max_error_share": 0.5}
     return load_config(None, values | {key.replace("__", "."): value for key, value in changes.items()})
@@ -188,7 +188,7 @@ def test_mistakes_are_told_before_anything_is_claimed(tiny_base_dir: Path, stora
 def test_killed_job_recomputes_only_what_is_missing(tiny_base_dir: Path, storage: Path, worker_env: dict[str, str]) -> None:
     prompts = write_prompts(storage.parent / "p.jsonl", 150)
     command = [sys.executable, "-m", "jobs.distill", f"storage={storage}", f"base.model={tiny_base_dir}", "base.dtype=fp32",
-               "prompts.source=jsonl", f"prompts.path={prompts}", "distill.max_new_tokens=200", "distill.running_batch=2",
+               "prompts.source=jsonl", f"prompts.path={prompts}", "distill.max_new_tokens=200", "distill.max_batch_size=2",
                "distill.rows_per_file=4", "distill.workers.threads=1"]
     environment = {**os.environ, **worker_env}
     parts = storage / "runs" / "default" / "distill" / "responses"
@@ -263,7 +263,7 @@ def test_heads_make_the_same_rows_sooner(local_ray: None, tiny_base_dir: Path, t
 @pytest.mark.parametrize(("rows", "workers", "wanted"), [
     (40, 1, 32), (20, 1, 32), (7000, 6, 32), (200, 6, 9), (60, 6, 4), (10, 6, 2), (0, 6, 1), (8, 2, 4)])
 def test_blocks_are_large_for_one_worker_and_shared_out_among_many(rows: int, workers: int, wanted: int) -> None:
-    distill = load_config(overrides={"distill.workers.count": workers, "distill.running_batch": 4}).distill
+    distill = load_config(overrides={"distill.workers.count": workers, "distill.max_batch_size": 4}).distill
     assert _block_rows(rows, distill) == wanted
 
 

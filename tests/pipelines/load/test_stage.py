@@ -19,7 +19,7 @@ from tests.pipelines.serve.test_stage import free_port
 
 def config_for(storage: Path, base: Path, prompts: Path, **changes: object) -> RunConfig:
     values = {"storage": str(storage), "base.model": str(base), "base.dtype": "fp32", "serve.model": "plain",
-              "serve.port": free_port(), "serve.max_batch": 2, "serve.max_queued": 3, "load.prompts": str(prompts),
+              "serve.port": free_port(), "serve.max_batch_size": 2, "serve.max_queued": 3, "load.prompts": str(prompts),
               "load.seconds": 2.0, "load.max_new_tokens": 12, "load.capacity_requests": 8, "load.rates": [0.5, 4.0]}
     return load_config(None, values | {key.replace("__", "."): value for key, value in changes.items()})
 

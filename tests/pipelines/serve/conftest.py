@@ -37,7 +37,7 @@ def config(tiny_base_dir: Path, configuration: Path, tmp_path_factory: pytest.Te
     keys.write_text(f"# of this test\n{KEY}\n", encoding="utf-8")
     return load_config(None, {
         "storage": str(tmp_path_factory.mktemp("storage")), "base.model": str(tiny_base_dir), "base.dtype": "fp32",
-        "serve.model": str(configuration), "serve.port": free_port(), "serve.max_batch": 4, "serve.max_queued": 60,
+        "serve.model": str(configuration), "serve.port": free_port(), "serve.max_batch_size": 4, "serve.max_queued": 60,
         "serve.max_new_tokens": 200, "serve.max_body_bytes": 50_000, "serve.max_prompt_tokens": 190,
         "serve.api_keys_file": str(keys),
         "serve.workers.threads": 1})

@@ -26,7 +26,7 @@ def test_a_second_replica_comes_while_rows_are_short(local_ray: None, tiny_base_
                                                      storage: Path) -> None:
     app = start_app(load_config(None, {
         "storage": str(storage), "base.model": str(tiny_base_dir), "base.dtype": "fp32", "serve.model": "plain",
-        "serve.port": free_port(), "serve.max_batch": 2, "serve.max_replicas": 2, "serve.workers.cpus": 0.25,
+        "serve.port": free_port(), "serve.max_batch_size": 2, "serve.max_replicas": 2, "serve.workers.cpus": 0.25,
         "serve.workers.threads": 1}))
     enough, answers = threading.Event(), dict[int, set[str]]()
 

@@ -53,7 +53,7 @@ def configuration(tiny_base: Base, tmp_path_factory: pytest.TempPathFactory) -> 
 def config(tiny_base_dir: Path, configuration: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     return load_config(None, {
         "storage": str(tmp_path_factory.mktemp("storage")), "base.model": str(tiny_base_dir), "base.dtype": "fp32",
-        "serve.model": str(configuration), "serve.port": free_port(), "serve.max_batch": 4, "serve.max_queued": 6,
+        "serve.model": str(configuration), "serve.port": free_port(), "serve.max_batch_size": 4, "serve.max_queued": 6,
         "serve.max_new_tokens": 200, "serve.workers.threads": 1})
 
 
@@ -235,7 +235,7 @@ def test_the_command_serves_until_told_to_stop(tiny_base_dir: Path, storage: Pat
     seen = MlflowClient(f"sqlite:///{storage}/mlflow/mlflow.db").get_run(result["run_id"])
     assert seen.info.status == "FINISHED" and seen.data.tags["hydra_heads.stage"] == "serve"
     assert (seen.data.params["serves.label"], seen.data.params["serves.configuration"]) == ("plain", "plain")
-    assert seen.data.params["base.dtype"] == "fp32" and seen.data.params["serve.max_batch"] == "8"
+    assert seen.data.params["base.dtype"] == "fp32" and seen.data.params["serve.max_batch_size"] == "8"
 
 
 def test_told_to_stop_while_it_starts(tiny_base_dir: Path, storage: Path, tmp_path: Path, worker_env: dict[str, str]) -> None:

@@ -196,13 +196,13 @@ def test_only_heads_are_no_part_of_the_version(args: AppArgs, ngram: dict[str, A
     def versions(asked: AppArgs) -> tuple[Any, Any]:
         front = build(asked)._bound_deployment
         server = front.init_args[0]._bound_deployment
-        assert server.max_ongoing_requests == 2 * asked.max_batch  # all others wait where any replica can take them
+        assert server.max_ongoing_requests == 2 * asked.max_batch_size  # all others wait where any replica can take them
         assert front._deployment_config.backpressure_config.status_code == 429
         assert front.max_ongoing_requests > asked.room  # the front itself tells of a full queue, in OpenAI's shape
         assert Heads.of(server.user_config) == Heads.of(heads_of(asked))
         return front._version, server._version
 
-    assert versions(args) == versions(replace(args, **ngram)) != versions(replace(args, max_batch=2))
+    assert versions(args) == versions(replace(args, **ngram)) != versions(replace(args, max_batch_size=2))
     assert without_heads(replace(args, **ngram)) == without_heads(args)
 
 
@@ -213,6 +213,6 @@ def test_replicas_scale_with_answers_in_flight(args: AppArgs) -> None:
     fixed, scaled = server(replace(args, replicas=2)), server(replace(args, replicas=2, max_replicas=5))
     assert fixed.num_replicas == 2 and fixed._deployment_config.autoscaling_config is None
     found = scaled._deployment_config.autoscaling_config
-    assert (found.min_replicas, found.max_replicas, found.target_ongoing_requests) == (2, 5, args.max_batch)
+    assert (found.min_replicas, found.max_replicas, found.target_ongoing_requests) == (2, 5, args.max_batch_size)
     with pytest.raises(InputError, match=r"serve\.max_replicas=1"):
         load_config(None, {"serve.replicas": 2, "serve.max_replicas": 1})

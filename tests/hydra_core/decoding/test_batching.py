@@ -44,7 +44,7 @@ def finish(engine: Engine) -> dict[str, Result]:
 def test_a_group_closes_though_its_longest_is_cancelled(tiny_base: Base, small_steps: None) -> None:
     """Cancelled when all of the shorter prompts are in the cache already: the others decode, and the next go in."""
     for steps in range(1, 12):
-        engine = Engine(tiny_base, max_batch=5)
+        engine = Engine(tiny_base, max_batch_size=5)
         engine.add(Request("runs", (7, 8, 9), 60, stop_ids=()))
         engine.step()
         group = [Request(f"g{i}", tuple(range(3 + i, 3 + i + length)), 4, stop_ids=())
@@ -62,7 +62,7 @@ def test_a_group_closes_though_its_longest_is_cancelled(tiny_base: Base, small_s
 
 
 def test_cancelling_frees_a_row_at_once(tiny_base: Base, heads: HeadDrafter) -> None:
-    engine = Engine(tiny_base, heads, TREE, max_batch=2)
+    engine = Engine(tiny_base, heads, TREE, max_batch_size=2)
     for name in ("a", "b", "c"):
         engine.add(Request(name, (7, 8, 9), 50, stop_ids=()))
     engine.step()
@@ -87,7 +87,7 @@ def test_what_the_drafter_remembers_survives_everything(tiny_base: Base, heads: 
     prompts = {f"r{i}": (common + (50 + i,) * dice.randint(1, 30)) if i % 2 else tuple(
         dice.randrange(3, 259) for _ in range(dice.randint(1, 60))) for i in range(24)}
     engine = Engine(tiny_base, heads if kind == "fixed" else AdaptiveDrafter(heads, NgramDrafter(min_match=1)), TREE,
-                    max_batch=4)
+                    max_batch_size=4)
     waiting = [Request(name, prompt, dice.randint(3, 20), stop_ids=()) for name, prompt in prompts.items()]
     tokens = {name: list(prompt) for name, prompt in prompts.items()}
     compared, copied = 0, 0
@@ -117,7 +117,7 @@ def test_prompts_of_all_lengths_go_in_with_little_padding(tiny_base: Base, monke
     dice = random.Random(4)
     requests = [Request(f"r{i}", tuple(dice.randrange(3, 259) for _ in range(dice.choice((3, 5, 40, 60, 180)))), 2,
                         stop_ids=()) for i in range(60)]
-    engine, computed = Engine(tiny_base, max_batch=16), 0
+    engine, computed = Engine(tiny_base, max_batch_size=16), 0
     forward = tiny_base.forward
 
     def counting(ids: torch.Tensor, *args: object) -> torch.Tensor:
@@ -132,7 +132,7 @@ def test_prompts_of_all_lengths_go_in_with_little_padding(tiny_base: Base, monke
 
 
 def test_an_abandoned_stream_leaves_nothing_running(tiny_base: Base) -> None:
-    engine = Engine(tiny_base, NgramDrafter(), max_batch=2)
+    engine = Engine(tiny_base, NgramDrafter(), max_batch_size=2)
     requests = [Request(str(i), (7, 8, 9 + i), 2 + 20 * i) for i in range(4)]
     stream = engine.stream(requests)
     assert next(stream).id == "0"
@@ -146,7 +146,7 @@ def test_an_abandoned_stream_leaves_nothing_running(tiny_base: Base) -> None:
 
 
 def test_a_list_with_a_fault_is_refused_before_any_work(tiny_base: Base) -> None:
-    engine = Engine(tiny_base, max_batch=2)
+    engine = Engine(tiny_base, max_batch_size=2)
     same = [Request("one", (5, 6), 3), Request("one", (7,), 3)]
     with pytest.raises(InputError, match="request one: id: stands twice"):
         engine.generate(same)
@@ -162,7 +162,7 @@ def test_a_list_with_a_fault_is_refused_before_any_work(tiny_base: Base) -> None
     ({"prompt_ids": (5, 6.0)}, "prompt_ids"), ({"top_p": "0.5"}, "top_p")])
 def test_fields_of_the_wrong_kind(tiny_base: Base, changes: dict[str, object], word: str) -> None:
     """Refused one by one, and what runs beside them is unharmed."""
-    engine, good = Engine(tiny_base, max_batch=2), Request("good", [5, 6], 5)  # type: ignore[arg-type]
+    engine, good = Engine(tiny_base, max_batch_size=2), Request("good", [5, 6], 5)  # type: ignore[arg-type]
     engine.add(good)
     with pytest.raises(InputError, match=word):
         engine.add(Request(**{"id": "x", "prompt_ids": (5,), "max_new_tokens": 5, **changes}))  # type: ignore[arg-type]
@@ -170,8 +170,8 @@ def test_fields_of_the_wrong_kind(tiny_base: Base, changes: dict[str, object], w
 
 
 def test_limits_of_the_engine(tiny_base: Base) -> None:
-    with pytest.raises(InputError, match="max_batch=0"):
-        Engine(tiny_base, max_batch=0)
+    with pytest.raises(InputError, match="max_batch_size=0"):
+        Engine(tiny_base, max_batch_size=0)
     with pytest.raises(InputError, match="context_limit=-1"):
         Engine(tiny_base, context_limit=-1)
     few = random_heads(tiny_base, "hydra", draft_vocab_size=4)
