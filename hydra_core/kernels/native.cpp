@@ -314,10 +314,10 @@ struct Head : torch::CustomClassHolder {
     return (*rows)(x);
   }
 
-  // The `count` top_k of each path, best first: indices [B, W, count] int64 and their probabilities float32.
+  // The `count` best of each path, best first: indices [B, W, count] int64 and their probabilities float32.
   std::tuple<Tensor, Tensor> top_k(Tensor features, Tensor path, int64_t count) const {
 #ifdef HYDRA_ROWS
-    if (scale == 1.0 && softcap == 0.0) return likeliest_of(products(features, path), path, count);
+    if (scale == 1.0 && softcap == 0.0) return top_k_of(products(features, path), path, count);
 #endif
     Tensor scores = logits(features, path);
     const int64_t size = scores.size(2), lines = scores.size(0) * scores.size(1);
@@ -332,7 +332,7 @@ struct Head : torch::CustomClassHolder {
   }
 
 #ifdef HYDRA_ROWS
-  static std::tuple<Tensor, Tensor> likeliest_of(const Tensor& made, const Tensor& path, int64_t count) {
+  static std::tuple<Tensor, Tensor> top_k_of(const Tensor& made, const Tensor& path, int64_t count) {
     const int64_t lines = made.size(0), size = made.size(1);
     count = std::min(count, size);
     Tensor indices = at::empty({path.size(0), path.size(1), count}, made.options().dtype(at::kLong));

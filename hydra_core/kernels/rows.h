@@ -409,7 +409,7 @@ inline Tensor gate(const Tensor& made) {
 }
 
 // The `count` largest of `size` scores in order, ties to the first, and their probabilities among all.
-inline void likeliest(const Value* scores, int64_t size, int64_t count, int64_t* index, float* chance) {
+inline void top_k(const Value* scores, int64_t size, int64_t count, int64_t* index, float* chance) {
   std::fill_n(chance, count, -INFINITY);
   std::fill_n(index, count, 0);
   for (int64_t at = 0; at < size; at += 16) {
