@@ -230,7 +230,7 @@ def untimed(entry: Row) -> dict[str, Any]:
 def test_stopped_and_gone_on_with(local_ray: None, tiny_base_dir: Path, tiny_base: Base, heads: Path,
                                   tmp_path: Path) -> None:
     config = config_for(tiny_base_dir, tmp_path, [*SPEC_BENCH, {"other": 1}], bench__heads=str(heads), bench__batch_prompts=2,
-                        bench__running_batch=2, bench__batch_job=True, serve__model="plain", base__context_limit=200)
+                        bench__max_batch_size=2, bench__batch_job=True, serve__model="plain", base__context_limit=200)
     result = run_bench(config)
     folder = tmp_path / "runs" / "default" / "bench"
     assert set(result.figures["methods"]) == {"plain", "transformers", "ngram", "hydra", "combined"}
