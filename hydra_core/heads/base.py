@@ -17,7 +17,7 @@ from hydra_core.base.native import native_head
 from hydra_core.base.vocabulary import BaseVocabulary, VocabHead
 from hydra_core.heads.config import HeadsConfig
 from hydra_core.heads.draft_vocab import DraftVocab
-from hydra_core.kernels.library import rows_available
+from hydra_core.kernels import ops
 
 
 class ResBlock(nn.Module):
@@ -194,10 +194,8 @@ class HeadDrafter(nn.Module):
         Raw embeddings are an order of magnitude smaller than hidden states: joined as they are, heads hardly hear them.
         """
         table = self.vocabulary.embedding
-        if self.config.normalise_embeddings and self._head(0).compiled is not None and table.dtype == torch.bfloat16 and (
-                rows_available()):
-            made: Tensor = torch.ops.hydra_heads.rows_embedded(table, tokens, self.norm_eps)
-            return made
+        if self.config.normalise_embeddings and self._head(0).compiled is not None and ops.supports_embed_rms_norm(table):
+            return ops.embed_rms_norm(table, tokens, self.norm_eps)
         raw = F.embedding(tokens, table).to(self.weight.dtype)
         return F.rms_norm(raw, (raw.shape[-1],), eps=self.norm_eps) if self.config.normalise_embeddings else raw
 

@@ -415,17 +415,17 @@ bool tiles_available() {
 }
 
 TORCH_LIBRARY(hydra_heads, library) {
-  library.def("draw", draw::tokens);
-  library.def("rows_available", rows_available);
-  library.def("tiles_available", tiles_available);
+  library.def("sample_tokens", draw::tokens);
+  library.def("bf16_available", rows_available);
+  library.def("amx_available", tiles_available);
 #ifdef HYDRA_ROWS
-  library.def("rows_pack", few::pack);
-  library.def("rows_linear", few::linear);
-  library.def("rows_largest", few::largest);
-  library.def("rows_linear4", few::linear4);
-  library.def("rows_embedded", few::embedded);
+  library.def("pack_weight", few::pack);
+  library.def("linear_bf16", few::linear);
+  library.def("linear_argmax", few::largest);
+  library.def("linear_int4", few::linear4);
+  library.def("embed_rms_norm", few::embedded);
 #endif
-  library.class_<Head>("Head")
+  library.class_<Head>("DraftHead")
       .def(torch::init<Maybe, double, double, double>())
       .def("add", &Head::add)
       .def("end", &Head::end)

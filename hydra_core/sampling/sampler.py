@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hydra_core.base.vocabulary import argmax
-from hydra_core.kernels.library import load_library
+from hydra_core.kernels import ops
 from hydra_core.sampling.noise import gumbel, position_key
 from hydra_core.sampling.request import Request, TokenLogprob
 
@@ -75,9 +75,9 @@ def sample(logits: Tensor, positions: Sequence[int], samplers: Sequence[Sampler]
         greedy: list[int] = argmax(scores).tolist()
         return greedy
     keys = [_key(sampler, position) for sampler, position in zip(samplers, positions, strict=True)]
-    if scores.device.type == "cpu" and load_library():
+    if ops.supports_sample_tokens(scores):
         words = torch.tensor(keys, dtype=torch.int32)
-        drawn: list[int] = torch.ops.hydra_heads.draw(scores, words, torch.tensor(drawing)).tolist()
+        drawn: list[int] = ops.sample_tokens(scores, words, torch.tensor(drawing)).tolist()
         return drawn
     noise = gumbel(keys, torch.arange(scores.shape[1], device=scores.device))
     warm = torch.tensor(drawing, device=scores.device)[:, None]
