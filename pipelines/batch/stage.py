@@ -40,10 +40,9 @@ from pipelines.runtime.artifacts import (
 )
 from pipelines.runtime.lock import only_run
 from pipelines.runtime.ray_cluster import check_workers, ensure_ray, run_blocks
-from pipelines.serve.instance import running_instance
+from pipelines.serve.instance import ask_replicas, running_instance
 from pipelines.serve.messages import AppArgs
 from pipelines.serve.model_identity import Serving, serving_of
-from pipelines.serve.replicas import ask_replicas
 from pipelines.serve.stage import check_args, find_args, start_app
 from pipelines.tracking import Tracker
 

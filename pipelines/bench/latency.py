@@ -36,8 +36,8 @@ from pipelines.bench.plan import (
     read_rows,
     transformers_model,
 )
+from pipelines.bench.questions import prompt_of, room_for_turns, turns_of
 from pipelines.bench.throughput import measure_batches
-from pipelines.bench.turns import prompt_of, room_for_turns, turns_of
 from pipelines.profiling.cost_cache import machine_costs
 from pipelines.runtime.logs import speak
 

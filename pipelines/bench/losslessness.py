@@ -12,7 +12,7 @@ from hydra_core.decoding import Engine, compare, naive_generate
 from hydra_core.sampling import Request
 from pipelines.bench.plan import FOREIGN, PLAIN, BenchPlan, Question, Row, append_row, read_lines, room_for, split_sweep
 from pipelines.bench.plan import make_drafter as drafter_of
-from pipelines.bench.turns import prompt_of
+from pipelines.bench.questions import prompt_of
 
 ARRIVAL_STEPS = 3
 """Engine steps between two arrivals in the staggered batch."""

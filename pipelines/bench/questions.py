@@ -1,13 +1,17 @@
-"""Which prompts `bench` decodes: a file's, spread over its tasks, or this run's held-out ones."""
+"""Which prompts `bench` decodes: those of a file, spread over its tasks, or this run's held-out ones; and their later turns.
+
+A later turn follows plain decoding's own answers, so every contender reads the same context whatever it answered itself.
+Plain's answers to the earlier turns of a round must therefore exist before a later turn is decoded.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 
-from hydra_core.base import context_limit, load_tokenizer, resolve_base
+from hydra_core.base import Base, context_limit, load_tokenizer, resolve_base
 from hydra_core.errors import InputError
 from pipelines.bench.plan import Question
 from pipelines.config import RunConfig
@@ -91,3 +95,37 @@ def _category(row: PromptRow) -> str:
 
 def _task(row: PromptRow) -> str:
     return TASKS.get(_category(row), _category(row))
+
+
+# -- turns -------------------------------------------------------------------------------------------------------------
+
+def turns_of(question: Question) -> range:
+    """Its turns, from 0: one alone where the words of further ones are not known."""
+    return range(max(1, len(question.turns)))
+
+
+def prompt_of(question: Question, answers: Sequence[tuple[int, ...]], base: Base, room: int) -> tuple[int, ...]:
+    """Token ids of the turn after `answers`, plain's to the turns before it: the chat template applied to the user's words
+    and the answers' texts, without the token that ended them.
+
+    Raises InputError when it leaves no room for an answer in `room` tokens, or the base has no chat template.
+    """
+    if not answers:
+        return question.prompt_ids
+    messages = []
+    for said, answer in zip(question.turns, answers, strict=False):
+        ended = bool(answer) and answer[-1] in base.stop_ids
+        messages += [{"role": "user", "content": said},
+                     {"role": "assistant", "content": base.decode(answer[:-1] if ended else answer)}]
+    ids = base.encode_prompt(messages=[*messages, {"role": "user", "content": question.turns[len(answers)]}])
+    if len(ids) >= room:
+        raise InputError(f"prompt: has {len(ids)} tokens, there is room for {room - 1}")
+    return tuple(ids)
+
+
+def room_for_turns(base: Base, max_new_tokens: int, questions: Sequence[Question]) -> int:
+    """Tokens a row needs for the longest conversation, at most what the base holds. An answer that is read again as text
+    may have other tokens than it was written with, so it is given twice its own."""
+    longest = max(len(question.prompt_ids) + sum(len(base.encode_prompt(said)) + 2 * max_new_tokens
+                                                 for said in question.turns[1:]) for question in questions)
+    return min(base.context_limit, longest + max_new_tokens)

@@ -21,13 +21,13 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
+from pipelines.serve.instance import together
 from pipelines.serve.messages import AppArgs, Generation, Refusal
 from pipelines.serve.metrics import FrontMetrics
 from pipelines.serve.middleware import KNOWN, Guard, Limits
 from pipelines.serve.openai.errors import ApiError, not_ready, queue_full, refused
 from pipelines.serve.openai.requests import ChatRequest, CompletionRequest
 from pipelines.serve.openai.responses import CHAT, DONE, TEXT, Chunks, event, response
-from pipelines.serve.replicas import together
 
 log = logging.getLogger("ray.serve")
 PLAYGROUND = Path(__file__).with_name("playground.html")

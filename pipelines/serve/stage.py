@@ -23,10 +23,9 @@ from pipelines.runtime.artifacts import RunPaths, StageResult
 from pipelines.runtime.ray_cluster import ensure_ray
 from pipelines.serve.api_keys import key_digests
 from pipelines.serve.deployment import build
-from pipelines.serve.instance import Instance, end_instance, running_instance, start_instance
+from pipelines.serve.instance import SECONDS, Instance, ask_replicas, end_instance, running_instance, start_instance
 from pipelines.serve.messages import AppArgs
 from pipelines.serve.model_identity import configuration_digest, serving_of
-from pipelines.serve.replicas import SECONDS, ask_replicas
 from pipelines.tracking import Tracker
 from pipelines.tracking.lookup import find_model
 

@@ -193,7 +193,8 @@ def test_stopped_and_gone_on_with(plan: BenchPlan, monkeypatch: pytest.MonkeyPat
 
 def test_a_load_that_does_not_fit_is_told_before_anything_is_timed(plan: BenchPlan) -> None:
     plan = replace(plan, single=True, concurrency=(1, 10_000_000))
-    with pytest.raises(InputError, match=r"bench\.concurrency: 10000000 requests at once with plain: .* GiB are free on cpu") as told:
+    words = r"bench\.concurrency: 10000000 requests at once with plain: .* GiB are free on cpu"
+    with pytest.raises(InputError, match=words) as told:
         measure(plan, QUESTIONS)
     assert "\n" not in str(told.value)
     assert not Path(plan.rows_file).exists() and not Path(plan.load_file).exists()

@@ -20,11 +20,11 @@ from hydra_core.tree import Tree, TreeSet
 from pipelines.bench.latency import make_contenders
 from pipelines.bench.losslessness import IdentityRow, read_identity
 from pipelines.bench.plan import Question, Row, read_rows
+from pipelines.bench.questions import prompt_of
 from pipelines.bench.report import summarise, table_rows
 from pipelines.bench.stage import _plan as bench_plan
 from pipelines.bench.stage import load_questions, run_bench
 from pipelines.bench.throughput import BatchRow, make_requests, summarise_batches
-from pipelines.bench.turns import prompt_of
 from pipelines.config import RunConfig, load_config
 from pipelines.promote.stage import choose_winner, run_promote
 from pipelines.rows.parquet_parts import write_part

@@ -19,9 +19,8 @@ from pipelines.bench import latency as bench_run
 from pipelines.bench.latency import measure_single
 from pipelines.bench.losslessness import check_differences, read_identity
 from pipelines.bench.plan import BenchPlan, Outcome, Question, make_drafter, read_rows, sweep_tree
-from pipelines.bench.questions import load_questions
+from pipelines.bench.questions import load_questions, prompt_of, room_for_turns, turns_of
 from pipelines.bench.stage import _plan, bench_fingerprint, run_bench
-from pipelines.bench.turns import prompt_of, room_for_turns, turns_of
 from pipelines.config import RunConfig, load_config
 from tests.trained import random_heads
 

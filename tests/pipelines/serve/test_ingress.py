@@ -14,9 +14,9 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.testclient import TestClient
 
 from pipelines.serve.ingress import Ingress, api
+from pipelines.serve.instance import together
 from pipelines.serve.messages import AppArgs, Refusal
 from pipelines.serve.middleware import Guard, Limits
-from pipelines.serve.replicas import together
 
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine .*__del__")  # Serve's wrapper around a front that no Serve made
 INFO = {"label": "plain", "version": None, "base": "b", "context_limit": 9, "configuration": "c", "in_flight": 2, "running": 1,
