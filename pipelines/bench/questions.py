@@ -6,7 +6,6 @@ Plain's answers to the earlier turns of a round must therefore exist before a la
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import zip_longest
@@ -20,16 +19,17 @@ from pipelines.rows.parquet_parts import read_parts
 from pipelines.rows.prompt_reader import PromptRow, RowError, read_prompt_rows
 from pipelines.rows.schemas import PROMPTS
 from pipelines.runtime.artifacts import RunPaths, require_manifest
+from pipelines.runtime.console import say
 
 DEFAULT_QUESTIONS = 24
 TASKS = dict.fromkeys(("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"), "conversation")
-"""Spec-Bench's six tasks: five are categories of their own, MT-Bench's eight are the sixth."""
+"""Category -> task of Spec-Bench: MT-Bench's eight categories are one task, the other five tasks are categories themselves."""
 
 
 def load_questions(config: RunConfig) -> tuple[list[Question], list[dict[str, str]]]:
-    """The prompts to decode, of a file or this run's held-out ones, and error rows for those that cannot be.
+    """The prompts to decode, from a file or this run's held-out ones, and error rows for prompts that are not usable.
 
-    Raises InputError when there are none.
+    Raises InputError when no prompt is usable.
     """
     where = config.bench.prompts or str(RunPaths.of(config).stage("distill") / "prompts")
     longest = context_limit(config.base.model, cache=RunPaths.of(config).cache, asked=config.base.context_limit) - 1
@@ -39,15 +39,15 @@ def load_questions(config: RunConfig) -> tuple[list[Question], list[dict[str, st
         if isinstance(found, Question) and len(found.prompt_ids) > longest:
             found = RowError(row, f"row {row}: prompt: has {len(found.prompt_ids)} tokens, the context has room for {longest}")
         if isinstance(found, RowError):
-            print(f"bench: {where}: {found.message}: left out", file=sys.stderr)
+            say("bench", f"{where}: {found.message}: left out")
             errors.append({"id": f"{where}:{row}", "stage": "bench", "message": found.message})
             continue
-        if found.id in questions:  # results are kept by id
+        if found.id in questions:  # result rows are identified by question id
             found = replace(found, id=f"{found.id}#{row}")
         questions[found.id] = found
     if not questions:
         raise InputError(f"bench.prompts={where}: has no usable prompt" + (f": {errors[0]['message']}" if errors else ""))
-    print(f"bench: {len(questions) + len(errors)} prompts read = {len(questions)} ok + {len(errors)} errors", file=sys.stderr)
+    say("bench", f"{len(questions) + len(errors)} prompts read = {len(questions)} ok + {len(errors)} errors")
     return list(questions.values()), errors
 
 
@@ -75,7 +75,7 @@ def _questions_of_file(config: RunConfig) -> Iterator[tuple[int, Question | RowE
 
 
 def _spread(items: list[PromptRow | RowError], limit: int | None) -> list[PromptRow | RowError]:
-    """The first `limit` rows, every task and every category in it in turn, so that few questions stand for all."""
+    """The first `limit` rows when tasks alternate, and categories within a task, so that few questions represent all of them."""
     if limit is None:
         return items
     tasks: dict[str, dict[str, list[PromptRow | RowError]]] = {}
@@ -100,13 +100,13 @@ def _task(row: PromptRow) -> str:
 # -- turns -------------------------------------------------------------------------------------------------------------
 
 def turns_of(question: Question) -> range:
-    """Its turns, from 0: one alone where the words of further ones are not known."""
+    """Indices of its turns, from 0: a single one where the text of further turns is unknown."""
     return range(max(1, len(question.turns)))
 
 
 def prompt_of(question: Question, answers: Sequence[tuple[int, ...]], base: Base, room: int) -> tuple[int, ...]:
-    """Token ids of the turn after `answers`, plain's to the turns before it: the chat template applied to the user's words
-    and the answers' texts, without the token that ended them.
+    """Token ids of the turn that follows `answers`, which are plain's answers to the earlier turns: the chat template applied
+    to the user's texts and the answers' texts, without the stop token.
 
     Raises InputError when it leaves no room for an answer in `room` tokens, or the base has no chat template.
     """
@@ -124,8 +124,8 @@ def prompt_of(question: Question, answers: Sequence[tuple[int, ...]], base: Base
 
 
 def room_for_turns(base: Base, max_new_tokens: int, questions: Sequence[Question]) -> int:
-    """Tokens a row needs for the longest conversation, at most what the base holds. An answer that is read again as text
-    may have other tokens than it was written with, so it is given twice its own."""
+    """Cache slots, in tokens, that a sequence needs for the longest conversation; at most the base's context limit. The text of
+    an answer may be tokenized into more tokens than were generated, so each answer counts twice."""
     longest = max(len(question.prompt_ids) + sum(len(base.encode_prompt(said)) + 2 * max_new_tokens
                                                  for said in question.turns[1:]) for question in questions)
     return min(base.context_limit, longest + max_new_tokens)

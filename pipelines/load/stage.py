@@ -27,7 +27,7 @@ from pipelines.rows.prompt_reader import PromptRow, read_prompt_rows
 from pipelines.rows.schemas import PROMPTS, content_id
 from pipelines.runtime.artifacts import RunPaths, StageResult, fingerprint, finished, require_manifest, stage_folder, write_text
 from pipelines.runtime.ray_cluster import ensure_ray
-from pipelines.serve.model_identity import Serving, serving_of
+from pipelines.serve.model_identity import ModelDigest, model_digest
 from pipelines.serve.stage import find_args, resolve_args, serving_params, start_app
 from pipelines.tracking import Tracker
 
@@ -77,16 +77,16 @@ def _prompts(config: RunConfig) -> list[str]:
     return found
 
 
-def _serves(config: RunConfig) -> Serving:
+def _serves(config: RunConfig) -> ModelDigest:
     """What decodes there now."""
     section = config.load
     if section.address:
         return ask_endpoint(section.address, config.serve.app_name, api_key(section.key_variable))
-    return serving_of(find_args(config))
+    return model_digest(find_args(config))
 
 
 @contextmanager
-def _endpoint(config: RunConfig, serves: Serving) -> Iterator[tuple[Target, str]]:
+def _endpoint(config: RunConfig, serves: ModelDigest) -> Iterator[tuple[Target, str]]:
     """The endpoint that is named, where `serves` decodes, or an application of our own that goes afterwards."""
     section = config.load
     headers = api_key(section.key_variable)
