@@ -19,7 +19,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hydra_core.bundled import BUNDLED
+from hydra_core.bundled import BUNDLED, EARLIER
 from hydra_core.errors import InputError, StoppedError
 from pipelines.config import RunConfig, load_config, parse_override, to_yaml
 from pipelines.runtime.artifacts import StageResult
@@ -50,8 +50,8 @@ FLAGS = {"train": (("--dry-run", "train.dry_run=true", "train nothing; save untr
 DEFAULT_CONFIGS = {"quickstart": str(Path(__file__).parent / "configs" / "quickstart.yaml")}
 PATH_FIELDS = ("prompts.path", "distill.heads", "bench.prompts", "bench.heads", "batch.input", "batch.output", "load.prompts",
                "serve.model", "generate.model", "serve.api_keys_file", "base.model")
-WORDS = {"serve.model": ("plain", BUNDLED), "generate.model": ("plain", BUNDLED), "bench.heads": (BUNDLED,),
-         "distill.heads": (BUNDLED,), "train.start": (BUNDLED,)}
+WORDS = {"serve.model": ("plain", BUNDLED, EARLIER), "generate.model": ("plain", BUNDLED, EARLIER),
+         "bench.heads": (BUNDLED, EARLIER), "distill.heads": (BUNDLED, EARLIER), "train.start": (BUNDLED, EARLIER)}
 """What such a field may say that is no path."""
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray (to this very name) for the entry point of a submitted job."""

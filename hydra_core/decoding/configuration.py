@@ -17,7 +17,7 @@ from typing import Literal
 
 from hydra_core.base.model import Base
 from hydra_core.base.vocabulary import BaseIdentity, BaseVocabulary
-from hydra_core.bundled import BUNDLED, bundled_configuration
+from hydra_core.bundled import BUNDLED, bundled_configuration, is_bundled
 from hydra_core.errors import InputError
 from hydra_core.heads import HeadDrafter
 from hydra_core.heads.checkpoint import load_checkpoint
@@ -86,7 +86,7 @@ def read_configuration(folder: Path) -> DecodingConfiguration:
 
 def load_heads(folder: str | Path, base: Base,
                costs: Costs | None = None) -> tuple[Drafter | None, TreeSet | None]:
-    """Drafter and trees of a heads checkpoint or of a configuration folder, ready for `Engine`, in the base's dtype; `shipped`
+    """Drafter and trees of a heads checkpoint or of a configuration folder, ready for `Engine`, in the base's dtype; `bundled`
     is the folder that comes with the package for this base.
 
     `costs`: says what steps take on this machine, given the heads if there are any; a guess without it.
@@ -108,8 +108,8 @@ def check_heads(folder: str | Path, vocabulary: BaseVocabulary) -> None:
 
 
 def find_heads(folder: str | Path, identity: BaseIdentity) -> Path:
-    """`folder`, or the one that `shipped` stands for. Raises InputError where none comes with the package for this base."""
-    if str(folder) != BUNDLED:
+    """`folder`, or the one that `bundled` stands for. Raises InputError where none comes with the package for this base."""
+    if not is_bundled(str(folder)):
         return Path(folder)
     if (found := bundled_configuration(identity.digest)) is None:
         raise InputError(f"{BUNDLED}: no heads come with the package for {identity.name} ({identity.digest[:16]}): train some")

@@ -49,7 +49,7 @@ class DistillSection(Section):
     workers: Workers = Workers()
     max_batch_size: int = Field(32, ge=1, description="rows decoded together by one worker")
     heads: str | None = Field(
-        None, description="heads or configuration folder, or `shipped`, to decode with: the same rows, sooner")
+        None, description="heads or configuration folder, or `bundled`, to decode with: the same rows, sooner")
     rows_per_file: int = Field(64, ge=1, description="rows a part file holds: what a kill can cost")
     features: Literal["all", "held_out"] = Field(
         "all", description="rows whose hidden states are stored; held_out: enough for train.features=online")

@@ -12,7 +12,7 @@ class GenerateSection(Section):
 
     prompts: tuple[str, ...] = Field((), description="user turns, answered one after the other; none: standard input is one")
     model: str | None = Field(
-        None, description="models:/NAME@alias, a folder, `shipped` or `plain`; default: champion, else the package's own heads")
+        None, description="models:/NAME@alias, a folder, `bundled` or `plain`; default: champion, else the package's own heads")
     max_new_tokens: int = Field(256, ge=1)
     temperature: float = Field(0.0, ge=0)
     seed: int = 0

@@ -19,7 +19,7 @@ class ServeSection(Section):
     renamed: ClassVar[dict[str, str]] = {"max_batch": "max_batch_size"}
 
     model: str | None = Field(
-        None, description="models:/NAME@alias, a folder, `shipped` or `plain`; default: champion, else the package's own heads")
+        None, description="models:/NAME@alias, a folder, `bundled` or `plain`; default: champion, else the package's own heads")
     app_name: str = "hydra-heads"
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)

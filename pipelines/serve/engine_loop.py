@@ -45,7 +45,7 @@ class Load:
     kv_use: float
 
 
-class EngineHost:
+class EngineLoop:
     """Runs engines' steps in a thread of its own; requests come and go through a command queue.
 
     New requests go to the newest engine; older ones stay until what they began is done. After an exception in a step

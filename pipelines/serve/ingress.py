@@ -21,13 +21,13 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
+from pipelines.serve.instance import together
 from pipelines.serve.messages import AppArgs, Generation, Refusal
 from pipelines.serve.metrics import FrontMetrics
-from pipelines.serve.middleware import KNOWN, Guard, Limits
+from pipelines.serve.middleware import KNOWN, Limits, RequestMiddleware
 from pipelines.serve.openai.errors import ApiError, not_ready, queue_full, refused
 from pipelines.serve.openai.requests import ChatRequest, CompletionRequest
 from pipelines.serve.openai.responses import CHAT, DONE, TEXT, Chunks, event, response
-from pipelines.serve.replicas import together
 
 log = logging.getLogger("ray.serve")
 PLAYGROUND = Path(__file__).with_name("playground.html")
@@ -41,7 +41,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
                          (413, "too long"), (429, "a full queue"), (503, "not ready"))}
 
 api = FastAPI(title="hydra-heads", description="OpenAI-compatible speculative decoding")
-api.add_middleware(Guard)
+api.add_middleware(RequestMiddleware)
 
 
 @api.get("/", include_in_schema=False)
@@ -107,7 +107,7 @@ class Ingress:
     def __init__(self, server: DeploymentHandle, args: AppArgs) -> None:
         self.server, self.args, self.in_flight = server, args, 0
         self.metrics = FrontMetrics()
-        Guard.limits = Limits(args.max_body_bytes, tuple(args.api_key_digests), count=self._count)
+        RequestMiddleware.limits = Limits(args.max_body_bytes, tuple(args.api_key_digests), count=self._count)
 
     def _count(self, route: str, status: int, seconds: float) -> None:
         self.metrics.request(route, status)

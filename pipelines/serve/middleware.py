@@ -33,7 +33,7 @@ class Limits:
     count: Callable[[str, int, float], None] = lambda route, status, seconds: None
 
 
-class Guard:
+class RequestMiddleware:
     """ASGI middleware. Serve makes the application before the front knows its arguments: until `limits` is set, which the
     front does as it is made, nobody is let in."""
 
@@ -65,12 +65,12 @@ class Guard:
             seen[0] = 500  # which whoever stands before us sends
             raise
         finally:
-            if Guard.limits is not None:
+            if RequestMiddleware.limits is not None:
                 route = scope["path"] if scope["path"] in ROUTES else "other"
-                Guard.limits.count(route, seen[0], time.perf_counter() - began)
+                RequestMiddleware.limits.count(route, seen[0], time.perf_counter() - began)
 
     def _limits(self, scope: Scope) -> Limits:
-        limits = Guard.limits
+        limits = RequestMiddleware.limits
         if limits is None:
             raise ApiError(503, "the server is starting: try again later", headers={"Retry-After": "1"})
         given = _header(scope, b"authorization")

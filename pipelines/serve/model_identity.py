@@ -14,7 +14,7 @@ from pipelines.serve.messages import AppArgs
 
 
 @dataclass(frozen=True)
-class Serving:
+class ModelDigest:
     """What decodes; where it is equal, answers are too.
 
     `base`: identity, weight format included; `configuration`: digest of the folder's files, or `plain`.
@@ -28,12 +28,12 @@ class Serving:
         return f"base {self.base}, context {self.context_limit}, configuration {self.configuration[:12]}"
 
 
-def serving_of(args: AppArgs) -> Serving:
+def model_digest(args: AppArgs) -> ModelDigest:
     """What an application of `args` would decode with; no weights are loaded. Raises InputError for a base or folder
     that cannot be had."""
     model, cache = args.base["model"], Path(args.cache)
     resolved = resolve_base(model, cache)
-    return Serving(str(BaseIdentity(resolved.name, resolved.digest, args.base["dtype"])),
+    return ModelDigest(str(BaseIdentity(resolved.name, resolved.digest, args.base["dtype"])),
                    context_limit(model, cache=cache, asked=args.base["context_limit"]),
                    configuration_digest(args.configuration))
 

@@ -15,10 +15,10 @@ from hydra_core.decoding import Result, StepOutput, TextStream
 from hydra_core.errors import InputError
 from hydra_core.sampling import Request, TokenLogprob, Typical, choices
 from pipelines.runtime.logs import speak
-from pipelines.serve.engine_loop import EngineHost, warm_up
+from pipelines.serve.engine_loop import EngineLoop, warm_up
 from pipelines.serve.messages import Answer, AppArgs, Generation, Piece, Refusal, Token, is_text
 from pipelines.serve.metrics import ReplicaMetrics
-from pipelines.serve.model_identity import Serving
+from pipelines.serve.model_identity import ModelDigest
 from pipelines.serve.stream_merge import merged
 from pipelines.serve.user_config import Heads, make_engine
 
@@ -36,9 +36,9 @@ class DecodeServer:
         self.base = load_base(base["model"], dtype=base["dtype"], device=base["device"], cache=Path(args.cache),
                               context_limit=base["context_limit"])
         self.metrics = ReplicaMetrics()
-        self.host: EngineHost | None = None
+        self.host: EngineLoop | None = None
         self.heads: Heads | None = None
-        self.serving: Serving | None = None
+        self.serving: ModelDigest | None = None
         self.rejected: dict[str, Any] | None = None
         self.in_flight = 0
 
@@ -55,7 +55,7 @@ class DecodeServer:
             engine, digest = await asyncio.to_thread(make_engine, heads, self.base, self.args, timing=self.host is None)
             if self.host is None:
                 await asyncio.to_thread(warm_up, engine)
-                self.host = EngineHost(engine, self.metrics.load)
+                self.host = EngineLoop(engine, self.metrics.load)
             else:
                 await asyncio.wrap_future(self.host.swap(engine))
         except Exception as error:
@@ -68,7 +68,7 @@ class DecodeServer:
             log.error("heads rejected, the old ones stay", extra={"rejected": self.rejected})
             return
         self.heads, self.rejected = heads, None
-        self.serving = Serving(str(self.base.identity), self.base.context_limit, digest)
+        self.serving = ModelDigest(str(self.base.identity), self.base.context_limit, digest)
         self.metrics.serves(heads.version)
         log.info("decoding with other heads", extra={"heads": asdict(heads)})
 
@@ -82,7 +82,7 @@ class DecodeServer:
         assert self.heads is not None
         engine, _ = await asyncio.to_thread(make_engine, self.heads, self.base, self.args)
         await asyncio.to_thread(warm_up, engine)
-        self.host = EngineHost(engine, self.metrics.load)
+        self.host = EngineLoop(engine, self.metrics.load)
 
     async def generate(self, generation: Generation) -> Answer | Refusal:
         """The one answer of a generation at once."""
@@ -132,7 +132,7 @@ class DecodeServer:
         request.check(self.base.vocab_size, self.base.context_limit, texts=self.base.tokenizer is not None)
         return choices(request, generation.n)
 
-    async def _decode(self, host: EngineHost, generation: Generation, index: int,
+    async def _decode(self, host: EngineLoop, generation: Generation, index: int,
                       request: Request) -> AsyncIterator[Piece | Answer]:
         started = last = time.perf_counter()
         text = TextStream(self.base.decode, generation.stop)

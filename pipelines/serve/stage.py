@@ -23,10 +23,9 @@ from pipelines.runtime.artifacts import RunPaths, StageResult
 from pipelines.runtime.ray_cluster import ensure_ray
 from pipelines.serve.api_keys import key_digests
 from pipelines.serve.deployment import build
-from pipelines.serve.instance import Instance, end_instance, running_instance, start_instance
+from pipelines.serve.instance import SECONDS, Instance, ask_replicas, end_instance, running_instance, start_instance
 from pipelines.serve.messages import AppArgs
-from pipelines.serve.model_identity import configuration_digest, serving_of
-from pipelines.serve.replicas import SECONDS, ask_replicas
+from pipelines.serve.model_identity import configuration_digest, model_digest
 from pipelines.tracking import Tracker
 from pipelines.tracking.lookup import find_model
 
@@ -158,7 +157,7 @@ def update_app(args: AppArgs) -> ServedApp:
     with those it had.
     """
     instance = _instance_with(args.app_name)
-    asked, before = serving_of(args), ask_replicas(args.app_name)
+    asked, before = model_digest(args), ask_replicas(args.app_name)
     if asked.base != before["base"]:
         raise InputError(f"serve.update: {args.app_name} runs base {before['base']}, the heads are for {asked.base}: heads "
                          "alone can be changed; start another application for another base")
@@ -183,7 +182,7 @@ def _instance_with(name: str) -> Instance:
 
 def serving_params(args: AppArgs) -> dict[str, Any]:
     """What a tracked run of the application says that it serves."""
-    return {"serves": {"label": args.label, "version": args.version, **asdict(serving_of(args))}}
+    return {"serves": {"label": args.label, "version": args.version, **asdict(model_digest(args))}}
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from hydra_core.base import BaseVocabulary
-from hydra_core.bundled import BUNDLED
+from hydra_core.bundled import BUNDLED, is_bundled
 from hydra_core.errors import InputError
 from hydra_core.heads import HeadsConfig
 from hydra_core.heads.checkpoint import load_checkpoint
@@ -21,9 +21,9 @@ SHAPE = ("kind", "num_heads", "num_blocks", "mlp", "final_norm", "normalise_embe
 
 
 def start_folder(config: RunConfig, name: str) -> Path | None:
-    """The heads folder that drafter `name` begins with, or None. Raises InputError where `shipped` stands for none."""
+    """The heads folder that drafter `name` begins with, or None. Raises InputError where `bundled` stands for none."""
     given = config.train.start.get(name)
-    if given != BUNDLED:
+    if not is_bundled(given):
         return Path(given) if given else None
     found = bundled_heads(config)
     if found is None:

@@ -16,12 +16,12 @@ from hydra_core.heads.checkpoint import save_checkpoint
 from hydra_core.sampling import Request
 from hydra_core.tree import Tree, TreeSet
 from pipelines.bench import latency as bench_run
+from pipelines.bench.inputs import bench_fingerprint
 from pipelines.bench.latency import measure_single
-from pipelines.bench.losslessness import check_differences, read_identity
+from pipelines.bench.losslessness import check_differences, read_losslessness
 from pipelines.bench.plan import BenchPlan, Outcome, Question, make_drafter, read_rows, sweep_tree
-from pipelines.bench.questions import load_questions
-from pipelines.bench.stage import _plan, bench_fingerprint, run_bench
-from pipelines.bench.turns import prompt_of, room_for_turns, turns_of
+from pipelines.bench.questions import load_questions, prompt_of, room_for_turns, turns_of
+from pipelines.bench.stage import _plan, run_bench
 from pipelines.config import RunConfig, load_config
 from tests.trained import random_heads
 
@@ -110,7 +110,7 @@ def test_every_contender_on_plains_context(tiny_base_dir: Path, tiny_base: Base,
 
     for _ in range(2):  # each answer that differs is judged once, with the prompt that its turn had
         check_differences(plan, questions, rows)
-    judged = read_identity(Path(plan.identity_file))
+    judged = read_losslessness(Path(plan.losslessness_file))
     assert [(row.question, row.turn, row.method, row.verdict) for row in judged] == [
         ("7", 0, "liar", "different"), ("7", 1, "liar", "different"), ("8", 0, "liar", "different")]
 

@@ -14,10 +14,11 @@ from hydra_core.decoding import read_configuration
 from hydra_core.errors import InputError
 from hydra_core.heads.checkpoint import save_checkpoint
 from hydra_core.tree import Tree, TreeSet
-from pipelines.bench.stage import bench_fingerprint, find_heads
+from pipelines.bench.inputs import bench_fingerprint, find_heads
 from pipelines.config import RunConfig, load_config
 from pipelines.promote.stage import run_promote
-from pipelines.runtime.artifacts import RunPaths, StageResult, stage_folder, write_text
+from pipelines.runtime.artifacts import RunPaths, StageResult, stage_folder
+from pipelines.runtime.files import write_text
 from pipelines.serve.model_identity import configuration_digest
 from pipelines.serve.stage import find_args, resolve_args
 from pipelines.tracking import Tracker, register, resolve
