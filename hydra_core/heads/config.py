@@ -18,8 +18,8 @@ class HeadsConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["medusa", "hydra", "hydra++"]
-    num_heads: int = Field(4, ge=1, le=16)
+    kind: Literal["medusa", "hydra", "hydra++"] = Field(description="what the heads read and how deep they are")
+    num_heads: int = Field(4, ge=1, le=16, description="draft heads: the most tokens ahead that are drafted")
     num_blocks: int = Field(0, ge=0, description="MLP blocks a head; 0: 1 for medusa and hydra, 2 for hydra++")
     draft_vocab_size: int = Field(8192, ge=0, description="most frequent tokens that may be drafted; 0: all of them")
     loss: Literal["auto", "data", "teacher", "acceptance", "hybrid"] = Field(
@@ -29,7 +29,7 @@ class HeadsConfig(BaseModel):
     hybrid_decay: float = Field(3.0, ge=0, description="how soon hybrid leaves cross-entropy for the overlap; 0: never")
     head_decay: float = Field(1.0, gt=0, le=1, description="head i's loss weighs head_decay ** i; 1: all the same")
     mask_lost: bool = Field(False, description="heads learn only where every head before them drafts the right token")
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(0.0, ge=0, lt=1, description="of the heads while they train")
     normalise_embeddings: bool = Field(True, description="token embeddings brought to RMS 1; false: as they are (published)")
     final_norm: bool = Field(True, description="an RMSNorm ends each head, started as the base's own; false: none (published)")
     mlp: Literal["residual", "gated"] = Field(

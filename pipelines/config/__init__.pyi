@@ -5,6 +5,7 @@ from .bench import BenchSection, CompareSection, PromoteSection
 from .distill import DistillSection, PromptsSection
 from .generate import GenerateSection
 from .load import LoadSection
+from .reference import Setting, list_settings, nearest, nearest_setting, reference_page
 from .run import STORAGE_VARIABLE, RunConfig, load_config, parse_override, to_yaml
 from .section import Section, Size
 from .serve import ServeSection
@@ -27,6 +28,7 @@ __all__ = [
            "RunConfig",
            "Section",
            "ServeSection",
+           "Setting",
            "Size",
            "TrackingSection",
            "TrainSection",
@@ -34,7 +36,11 @@ __all__ = [
            "TreeSection",
            "Variant",
            "Workers",
+           "list_settings",
            "load_config",
+           "nearest",
+           "nearest_setting",
            "parse_override",
+           "reference_page",
            "to_yaml",
 ]

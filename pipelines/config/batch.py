@@ -11,26 +11,26 @@ from pipelines.config.section import Section
 
 
 class BatchSection(Section):
-    """Offline generation through the Serve deployment."""
+    """Offline generation over a file of prompts."""
 
     input: str | None = Field(None, description="JSONL, Parquet or OpenAI Batch file; default: held-out prompts of this run")
     output: str | None = Field(None, description="folder; default: inside the run")
     partition: str | None = Field(
         None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._=-]*$",
-        description="stands for {partition} in input and output, as 2026-01-31; `today`, `yesterday`: those days in UTC")
-    format: Literal["auto", "jsonl", "parquet", "openai"] = Field("auto", description="of the output; auto: the input's")
+        description="replaces {partition} in input and output, as 2026-01-31; `today`, `yesterday`: those days in UTC")
+    format: Literal["auto", "jsonl", "parquet", "openai"] = Field("auto", description="of the output; auto: as the input")
     engine: Literal["serve", "embedded"] = Field(
-        "serve", description="embedded: serve.replicas actors of serve.workers, each with an engine of its own")
-    address: str | None = Field(None, pattern=r"^https?://", description="endpoint to ask over HTTP instead")
+        "serve", description="serve: the Serve deployment; embedded: serve.replicas actors, each with its own engine")
+    address: str | None = Field(None, pattern=r"^https?://", description="OpenAI-compatible endpoint to ask over HTTP instead")
     key_variable: str | None = Field(None, description="environment variable that holds the API key of `address`")
-    field: str = "prompt"
-    limit: int | None = Field(None, ge=1)
-    max_new_tokens: int = Field(64, ge=1)
-    temperature: float = Field(0.0, ge=0)
-    seed: int = 0
-    concurrency: int | None = Field(None, ge=1, description="requests in flight; default: twice the rows that replicas decode")
-    rows_per_file: int = Field(64, ge=1)
-    max_error_share: float = Field(0.05, ge=0, le=1)
+    field: str = Field("prompt", description="column that holds the prompt text (or `messages`, a chat)")
+    limit: int | None = Field(None, ge=1, description="number of input rows to answer; default: all")
+    max_new_tokens: int = Field(64, ge=1, description="length limit of an answer, in tokens")
+    temperature: float = Field(0.0, ge=0, description="sampling temperature; 0: greedy")
+    seed: int = Field(0, description="of sampled answers")
+    concurrency: int | None = Field(None, ge=1, description="requests in flight; default: twice what replicas decode together")
+    rows_per_file: int = Field(64, ge=1, description="rows in an output file: the most work that a killed run loses")
+    max_error_share: float = Field(0.05, ge=0, le=1, description="the stage fails if a larger share of rows fails")
 
     @field_validator("partition", mode="before")
     @classmethod
@@ -46,7 +46,7 @@ class BatchSection(Section):
             if self.partition is None and "{partition}" in (value or ""):
                 raise ValueError(f"batch.{name}={value} needs batch.partition")
         if self.partition and self.output and "{partition}" not in self.output:
-            raise ValueError("batch.output needs {partition} in it: each partition has a folder of its own")
+            raise ValueError("batch.output needs {partition} in it: each partition needs a folder of its own")
         if self.address and self.engine == "embedded":
             raise ValueError("batch.address has no effect with batch.engine=embedded")
         return self

@@ -1,6 +1,6 @@
-"""One typed configuration for every stage: YAML file, then dotted overrides, unknown fields refused.
+"""One typed configuration for every stage: a YAML file, then dotted overrides; an unknown field is an error.
 
-Defaults stand here and nowhere else. Every stage receives the whole `RunConfig` and reads its own section.
+The models of this package hold all defaults. Every stage receives the whole `RunConfig` and reads its own section.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pipelines.config.bench import BenchSection, CompareSection, PromoteSection
 from pipelines.config.distill import DistillSection, PromptsSection
 from pipelines.config.generate import GenerateSection
 from pipelines.config.load import LoadSection
+from pipelines.config.reference import nearest_setting
 from pipelines.config.section import Section
 from pipelines.config.serve import ServeSection
 from pipelines.config.train import TrainSection
@@ -31,11 +32,12 @@ STORAGE_VARIABLE = "HYDRA_HEADS_STORAGE"
 class RunConfig(Section):
     """Everything one chain of stages needs."""
 
-    name: str = Field("default", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run's folder")
+    name: str = Field("default", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run and of its folder")
     storage: str = Field(
         default_factory=lambda: os.environ.get(STORAGE_VARIABLE) or str(Path.home() / ".hydra-heads"),
         validate_default=True,
-        description="absolute root of all outputs, the cache and the tracking database")
+        description="root folder of all outputs, the cache and the tracking database; absolute",
+        json_schema_extra={"default_text": f"~/.hydra-heads, or {STORAGE_VARIABLE}"})
     ray_address: str | None = Field(None, description="cluster to join; default: RAY_ADDRESS, else a local one is started")
     base: BaseSection = BaseSection()
     prompts: PromptsSection = PromptsSection()
@@ -64,7 +66,7 @@ class RunConfig(Section):
 
 
 def load_config(path: str | None = None, overrides: dict[str, Any] | None = None) -> RunConfig:
-    """Read YAML at `path` (or the defaults), lay dotted `overrides` over it and check the whole.
+    """Read YAML at `path` (or take the defaults), apply dotted `overrides` and check the result.
 
     Raises InputError naming the file and field for a missing file, broken YAML, an unknown field or a bad value.
     """
@@ -137,6 +139,7 @@ def _one_line(error: ValidationError, path: str | None) -> str:
     field = ".".join(str(part) for part in first["loc"]) or "config"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        message = "unknown field"
+        near = nearest_setting(field, RunConfig)
+        message = "unknown field" + (f"; did you mean {near}?" if near else "")
     where = f"config {path}" if path else "config"
     return f"{where}: {field}: {message}"

@@ -1,4 +1,4 @@
-"""What every section of the configuration is."""
+"""The class of every section of the configuration."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _told: set[tuple[str, str]] = set()
 
 
 class Section(BaseModel):
-    """A frozen group of settings; a name it does not know is an error.
+    """A frozen group of settings; an unknown name is an error.
 
-    `renamed`: earlier name of a setting -> its name now. The earlier one is still read, with one warning a process.
+    `renamed`: earlier name of a setting -> its present name. The earlier one is still read, with one warning per process.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

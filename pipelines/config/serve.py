@@ -19,21 +19,21 @@ class ServeSection(Section):
     renamed: ClassVar[dict[str, str]] = {"max_batch": "max_batch_size"}
 
     model: str | None = Field(
-        None, description="models:/NAME@alias, a folder, `bundled` or `plain`; default: champion, else the package's own heads")
-    app_name: str = "hydra-heads"
-    host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65535)
-    replicas: int = Field(1, ge=1, description="at least so many")
-    max_replicas: int | None = Field(None, ge=1, description="at most so many, as answers in flight ask for; default: replicas")
-    max_batch_size: int = Field(8, ge=1, description="rows one replica decodes together")
-    max_queued: int = Field(256, ge=0, description="answers waiting for a row of a replica before 429")
-    max_new_tokens: int = Field(1024, ge=1, description="most a request may ask for")
-    max_prompt_tokens: int | None = Field(None, ge=1, description="longest prompt; default: what the context leaves room for")
-    max_body_bytes: int = Field(2**20, ge=1, description="longest request")
-    drain_seconds: float = Field(120.0, ge=0, description="a replica that is to go has to finish what it has begun")
+        None, description="models:/NAME@alias, a folder, `bundled` or `plain`; default: champion, else the bundled heads")
+    app_name: str = Field("hydra-heads", description="name of the Serve application, and of the model in requests")
+    host: str = Field("127.0.0.1", description="address to listen at; 0.0.0.0: open to other machines")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen at; 0: any free one")
+    replicas: int = Field(1, ge=1, description="least number of replicas")
+    max_replicas: int | None = Field(None, ge=1, description="most replicas, started as load needs them; default: replicas")
+    max_batch_size: int = Field(8, ge=1, description="sequences that one replica decodes together")
+    max_queued: int = Field(256, ge=0, description="answers that may wait for a replica; further requests get 429")
+    max_new_tokens: int = Field(1024, ge=1, description="most new tokens that a request may ask for")
+    max_prompt_tokens: int | None = Field(None, ge=1, description="longest prompt, in tokens; default: what the context allows")
+    max_body_bytes: int = Field(2**20, ge=1, description="longest request body, in bytes")
+    drain_seconds: float = Field(120.0, ge=0, description="time that a stopping replica has to finish its answers")
     api_keys_file: str | None = Field(
-        None, description="keys that open the endpoint, one a line, with those in HYDRA_HEADS_API_KEYS; without any, all may ask")
-    update: bool = Field(False, description="give the running application `model` to decode with, and end")
+        None, description="file of API keys, one a line, besides those in HYDRA_HEADS_API_KEYS; without any key all may ask")
+    update: bool = Field(False, description="make the running application decode with `model`, and end")
     workers: Workers = Workers(cpus=0.5, threads=2)
 
     @model_validator(mode="after")

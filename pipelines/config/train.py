@@ -12,14 +12,14 @@ from pipelines.config.section import Section
 
 
 class TrainWorkers(Workers):
-    """Workers that step together: with the others' defaults, an override of one field would change the rest."""
+    """Training workers. They have a class of their own so that overriding one field keeps these defaults of the others."""
 
-    count: int = Field(2, ge=1)
+    count: int = Field(2, ge=1, description="how many of them; they step together")
     threads: int = Field(1, ge=1, description="torch threads in each")
 
 
 class TrainSection(Section):
-    """Draft heads on the distilled rows; the base stays frozen."""
+    """Training of draft heads on the distilled rows."""
 
     drafters: dict[str, HeadsConfig] = Field(
         default_factory=lambda: {
@@ -27,45 +27,45 @@ class TrainSection(Section):
             "hydra": HeadsConfig(kind="hydra"),
             "hydra++": HeadsConfig(kind="hydra++"),
         },
-        description="name -> architecture; every one of them is trained unless `only` names one")
-    only: str | None = Field(None, description="train just this drafter")
+        description="name -> architecture; all are trained unless `only` names one")
+    only: str | None = Field(None, description="train this drafter alone")
     start: dict[str, str] = Field(default_factory=dict, description="drafter -> heads folder, or `bundled`, whose weights it "
-                                                                    "begins with: to go on with more rows; default: untrained")
-    dry_run: bool = Field(False, description="train nothing: save untrained heads under `train-dry`, to try serving with")
+                                                                    "starts from, for example with more rows; default: random")
+    dry_run: bool = Field(False, description="train nothing; save untrained heads under `train-dry`, to try serving with")
     features: Literal["stored", "online"] = Field(
-        "stored", description="hidden states as distill stored them; online: the base makes them in each worker")
-    share: float = Field(1.0, gt=0, le=1, description="of the training rows that are learned from, told by their ids")
-    cache_mb: int = Field(512, ge=1, description="stored hidden states each worker keeps; rows are shuffled in such windows")
-    epochs: float = Field(4.0, gt=0)
-    max_steps: int | None = Field(None, ge=1)
+        "stored", description="where hidden states come from. stored: files of distill; online: each worker runs the base")
+    share: float = Field(1.0, gt=0, le=1, description="share of the training rows to use; their ids decide which")
+    cache_mb: int = Field(512, ge=1, description="MiB of stored hidden states in each worker; rows are shuffled within them")
+    epochs: float = Field(4.0, gt=0, description="passes over the training rows")
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps; default: what `epochs` makes")
     rows_per_step: int = Field(16, ge=1, description="rows in one optimizer step, all workers together")
-    learning_rate: float = Field(1e-3, gt=0, alias="lr")
-    accumulate: int = Field(1, ge=1, description="pieces that each worker cuts its rows of a step into, one after the other")
-    weight_decay: float = Field(0.0, ge=0)
+    learning_rate: float = Field(1e-3, gt=0, alias="lr", description="highest learning rate")
+    accumulate: int = Field(1, ge=1, description="micro-batches into which each worker cuts its rows of a step")
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
     betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW")
     eps: float = Field(1e-8, gt=0, description="of AdamW")
     schedule: Literal["cosine", "wsd", "constant"] = Field(
-        "cosine", description="of lr after the warm-up; wsd: constant, then a straight line down")
-    warmup_steps: int = Field(20, ge=0)
-    decay_share: float = Field(0.2, gt=0, le=1, description="last share of all steps in which wsd goes down")
-    final_lr_share: float = Field(0.1, ge=0, le=1, description="where cosine and wsd end, as a share of lr")
-    ema: float = Field(0.0, ge=0, lt=1, description="decay of averaged weights, which are validated and saved then; 0: none")
-    stop_ratio: float = Field(4.0, gt=1, description="a loss so many times the first step's stops the run")
-    grad_clip: float = Field(1.0, gt=0)
-    seed: int = 0
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    precision: Literal["bf16", "fp32"] = Field("fp32", description="of the heads while they train")
-    plain_losses: bool = Field(False, description="losses as they are written, every head with the base's whole softmax made "
-                                                  "anew: the usual way, to compare with")
+        "cosine", description="of lr after the warm-up; wsd: constant, then linear decay")
+    warmup_steps: int = Field(20, ge=0, description="steps in which lr rises from 0")
+    decay_share: float = Field(0.2, gt=0, le=1, description="share of all steps, at the end, in which wsd decays")
+    final_lr_share: float = Field(0.1, ge=0, le=1, description="last learning rate of cosine and wsd, as a share of lr")
+    ema: float = Field(0.0, ge=0, lt=1, description="decay of averaged weights (EMA), which are validated and saved; 0: none")
+    stop_ratio: float = Field(4.0, gt=1, description="stop the run when the loss is this many times the first step's")
+    grad_clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    seed: int = Field(0, description="of initial weights, dropout and the order of rows")
+    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
+    precision: Literal["bf16", "fp32"] = Field("fp32", description="number format of the heads while they train")
+    plain_losses: bool = Field(False, description="compute losses in the usual way, with the base's whole softmax for "
+                                                  "every head: slower, to compare with")
     workers: TrainWorkers = TrainWorkers()
     validate_every: int = Field(50, ge=1, description="steps between validations, each with a checkpoint")
-    validation_rows: int = Field(64, ge=1)
-    decode_every: int = Field(0, ge=0, description="steps between real decodings of held-out prompts by a task beside the "
-                                                   "training, at validations; 0: none")
-    decode_prompts: int = Field(8, ge=1, description="prompts that it decodes")
-    decode_tokens: int = Field(64, ge=1, description="new tokens of each")
-    decode_cpus: float = Field(0.25, ge=0, description="logical CPUs to reserve for it")
-    max_failures: int = Field(2, ge=0, description="times Ray restarts dead workers from the last checkpoint")
+    validation_rows: int = Field(64, ge=1, description="held-out rows of each validation")
+    decode_every: int = Field(0, ge=0, description="steps between evaluations that really decode held-out prompts, in a "
+                                                   "task beside the training; a validation starts them; 0: none")
+    decode_prompts: int = Field(8, ge=1, description="prompts of such an evaluation")
+    decode_tokens: int = Field(64, ge=1, description="new tokens for each of them")
+    decode_cpus: float = Field(0.25, ge=0, description="logical CPUs to reserve for that task")
+    max_failures: int = Field(2, ge=0, description="how often Ray restarts dead workers from the last checkpoint")
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 

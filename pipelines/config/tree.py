@@ -10,26 +10,26 @@ from pipelines.config.section import Section, Size
 class TreeSection(Section):
     """The draft tree that pays best on this machine."""
 
-    batch_sizes: tuple[Size, ...] = Field((1, 4, 16, 64), min_length=1)
+    batch_sizes: tuple[Size, ...] = Field((1, 4, 16, 64), min_length=1, description="batch sizes that get a tree of their own")
     node_counts: tuple[Size, ...] = Field((1, 2, 3, 4, 6, 8, 9, 12, 16, 24, 32, 48), min_length=1,
-                                          description="verify sizes to time, root included")
-    context: int = Field(256, ge=1, description="committed tokens per row while timing")
-    far_contexts: tuple[Size, ...] = Field((2048,), description="longer ones, over which a few sizes are timed")
-    repeats: int = Field(5, ge=3)
-    curves: bool = Field(False, description="also time steps up to the base's longest context, as a table and a picture")
-    threads: int = Field(2, ge=1)
-    max_rows: int = Field(128, ge=1, description="held-out rows walked")
+                                          description="tree sizes to time, root included")
+    context: int = Field(256, ge=1, description="committed tokens of each sequence while timing")
+    far_contexts: tuple[Size, ...] = Field((2048,), description="longer contexts, at which a few sizes are timed")
+    repeats: int = Field(5, ge=3, description="rounds of timing; the lower quartile counts")
+    curves: bool = Field(False, description="also time steps up to the base's longest context; gives a table and a figure")
+    threads: int = Field(2, ge=1, description="torch threads")
+    max_rows: int = Field(128, ge=1, description="held-out rows on which trees are evaluated")
     draft_vocab_sizes: tuple[Size, ...] = Field(
-        (), description="smaller draft vocabularies to try with the same heads: the size that makes the most tokens a second "
-                        "at the smallest batch is kept")
+        (), description="smaller draft vocabularies to try with the same heads; the size with the most tokens a second at "
+                        "the smallest batch is kept")
 
 
 class NgramSection(Section):
-    """Prompt lookup: drafts copied from where the last tokens stood before. Needs no training."""
+    """Prompt lookup: drafts are copied from where the last tokens occurred before. Needs no training."""
 
-    max_match: int = Field(3, ge=1)
-    min_match: int = Field(2, ge=1)
-    length: int = Field(15, ge=1, description="tokens drafted after a match, at most: fewer where they do not pay")
+    max_match: int = Field(3, ge=1, description="longest match to look for, in tokens")
+    min_match: int = Field(2, ge=1, description="shortest match to draft after, in tokens")
+    length: int = Field(15, ge=1, description="most tokens drafted after a match; fewer where they do not pay")
 
     @model_validator(mode="after")
     def _shortest_first(self) -> NgramSection:

@@ -1,4 +1,4 @@
-"""Timed streaming requests to an OpenAI-compatible endpoint: closed loop (a fixed number in flight) or open loop (constant rate)."""
+"""Clients of a load: requests at a constant rate or a fixed concurrency, and what became of each one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No configuration ships that was not parsed."""
+"""Every bundled configuration parses, and the reference tells every setting."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hydra_core.errors import InputError
-from pipelines.config import load_config, to_yaml
+from pipelines.config import RunConfig, list_settings, load_config, nearest, nearest_setting, reference_page, to_yaml
 from tests.conftest import ROOT
 
 CONFIGS = sorted((ROOT / "jobs" / "configs").rglob("*.yaml"))
@@ -44,3 +44,44 @@ def test_earlier_names_of_settings_are_read_with_one_warning(caplog: pytest.LogC
         "serve: the setting `max_batch` is called `max_batch_size` now"]
     with pytest.raises(InputError, match="max_batch is the earlier name of max_batch_size: give one of them"):
         load_config(None, {"serve.max_batch": 1, "serve.max_batch_size": 1})
+
+
+def test_the_reference_page_is_what_the_models_say() -> None:
+    """After a change of a setting: `hydra-heads config --describe > jobs/configs/REFERENCE.md`."""
+    assert (ROOT / "jobs" / "configs" / "REFERENCE.md").read_text(encoding="utf-8") == reference_page(RunConfig)
+
+
+def test_every_setting_is_described_in_one_line() -> None:
+    for setting in list_settings(RunConfig):
+        assert len(setting.description) >= 5 and "\n" not in setting.description, setting.name
+        assert setting.kind and setting.default, setting.name
+
+
+def test_the_reference_names_types_bounds_and_defaults() -> None:
+    found = {setting.name: setting for setting in list_settings(RunConfig)}
+    assert found["train.lr"].kind == "number > 0" and found["train.lr"].default == "0.001"
+    assert found["train.max_steps"].kind == "integer >= 1 or null" and found["train.max_steps"].default == "null"
+    assert found["base.device"].kind == "auto, cpu or cuda"
+    assert found["load.rates"].kind == "list of number > 0"
+    assert found["train.betas"].default == "[0.9, 0.999]"
+    assert found["train.workers.count"].default == "2" and found["distill.workers.count"].default == "1"
+    assert found["train.drafters.NAME.kind"].default == "required"
+    assert found["storage"].default == "~/.hydra-heads, or HYDRA_HEADS_STORAGE"
+
+
+@pytest.mark.parametrize(("wrong", "near"), [
+    ("train.steps", "train.max_steps"), ("trian", "train"), ("max_steps", "train.max_steps"), ("lr", "train.lr"),
+    ("distill.max_batch", "distill.max_batch_size"), ("train.drafters.medusa.kinds", "train.drafters.medusa.kind"),
+    ("servee.port", "serve.port"), ("train.workers.cpu", "train.workers.cpus"), ("nothing.like_it", None)])
+def test_an_unknown_setting_names_the_nearest(wrong: str, near: str | None) -> None:
+    assert nearest_setting(wrong, RunConfig) == near
+    with pytest.raises(InputError) as error:
+        load_config(None, {"train.drafters.medusa.kind": "medusa", wrong: 1})
+    if near is None:
+        assert str(error.value).endswith(": unknown field")
+    else:  # of an unknown section the section alone is named
+        assert str(error.value).removesuffix("?").endswith((f"; did you mean {near}", f"; did you mean {near.split('.')[0]}"))
+
+
+def test_an_unknown_name_far_from_all_names_none() -> None:
+    assert nearest("zzz", ["distill", "train"]) is None and nearest("distil", ["distill", "train"]) == "distill"

@@ -1,9 +1,10 @@
-"""Exit codes, the one JSON line, and what never starts."""
+"""Exit codes, the one JSON line, what a person sees, and what never starts."""
 
 from __future__ import annotations
 
 import json
 import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,27 @@ from ray.exceptions import RayTaskError
 from ray.train import WorkerGroupError
 
 from hydra_core.errors import InputError
-from jobs import cli, runner
-from pipelines.config import RunConfig, load_config, to_yaml
+from jobs import cli, runner, summary
+from pipelines.config import RunConfig, list_settings, load_config, to_yaml
 from pipelines.runtime.artifacts import StageResult
+from tests.conftest import ROOT
+
+HEAVY = {"torch", "ray", "mlflow", "transformers", "deepspeed", "datasets", "numpy", "pyarrow", "matplotlib"}
+"""Packages that take long to import: help, plans and the check of settings do without them."""
+ON_A_TERMINAL = """
+import sys
+from jobs import runner
+from pipelines.runtime.artifacts import StageResult
+
+def stage(config):
+    print("chatter")
+    return StageResult("bench", "r1", {"report": "/x/report.json"},
+                       {"questions": 3, "methods": {"plain": {"speed_vs_plain": 1.0, "tokens_per_step": 1.0},
+                                                    "hydra": {"speed_vs_plain": 1.5, "tokens_per_step": 2.25}}})
+
+runner._pipeline = lambda name: stage
+raise SystemExit(runner.run("bench", sys.argv[1:]))
+"""
 
 
 def use(monkeypatch: pytest.MonkeyPatch, stage: object) -> None:
@@ -34,6 +53,43 @@ def test_last_line_of_stdout_is_the_result(monkeypatch: pytest.MonkeyPatch, capf
     out, err = capfd.readouterr()
     assert json.loads(out) == {"stage": "bench", "run_id": "r1", "outputs": {"report": "/x"}, "limit": 3, "skipped": False}
     assert out.count("\n") == 1 and "chatter of a C library" in err
+
+
+def on_a_terminal(*words: str) -> list[str]:
+    """Lines that a terminal shows of a run whose stdout and stderr it is."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([sys.executable, "-c", ON_A_TERMINAL, *words], cwd=ROOT, stdout=theirs, stderr=theirs,
+                               stdin=subprocess.DEVNULL)
+    os.close(theirs)
+    seen = b""
+    try:
+        while chunk := os.read(ours, 4096):
+            seen += chunk
+    except OSError:  # Linux ends a terminal so when its last writer is gone
+        pass
+    os.close(ours)
+    assert process.wait(60) == 0, seen
+    return seen.decode().replace("\r\n", "\n").splitlines()
+
+
+def test_on_a_terminal_a_summary_comes_last_and_no_json() -> None:
+    assert on_a_terminal() == ["chatter", "bench: done: hydra 1.50x plain, 2.25 tokens/step, plain 1.00x plain, "
+                                          "1.00 tokens/step, questions 3", "  report  /x/report.json"]
+
+
+def test_on_a_terminal_json_is_printed_where_it_is_asked_for() -> None:
+    lines = on_a_terminal("--json")
+    assert lines[0] == "chatter" and lines[1].startswith("bench: done: hydra")
+    assert json.loads(lines[-1])["methods"]["hydra"]["speed_vs_plain"] == 1.5
+
+
+def test_summary_shows_few_lines_of_any_stage() -> None:
+    many = {f"figure_{number}": number for number in range(40)}
+    text = summary.summarise(StageResult("distill", None, {f"part{number}": f"/x/{number}" for number in range(40)}, many))
+    assert len(text.splitlines()) == 7 and text.startswith("distill: done: figure 0 0, figure 1 1,")
+    text = summary.summarise(StageResult("train", None, {"hydra": "/x"}, {"hydra": {"tokens_per_step": 1.875}}, skipped=True))
+    assert text == "train: was done already: hydra 1.88 tokens/step\n  hydra  /x\n"
+    assert summary.summarise(StageResult("compare", None, {}, {"runs": []})) == "compare: done\n"
 
 
 def test_user_mistakes_exit_2_in_one_line(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
@@ -188,6 +244,53 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert all(stage in text for stage in runner.STAGES)
     assert cli.main(["nonsense"]) == 2
+    assert "did you mean" not in capsys.readouterr().err
+    assert cli.main(["distil"]) == 2
+    assert "error: 'distil' is not a stage: did you mean distill? choose one of quickstart, " in capsys.readouterr().err
     done = subprocess.run([sys.executable, "-m", "jobs.train", "train.nope=1"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.strip().splitlines()[-1] == "error: config: train.nope: unknown field"
+
+
+@pytest.mark.parametrize("stage", runner.STAGES)
+def test_help_of_a_stage_lists_its_settings(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([stage, "--help"])
+    text = capsys.readouterr().out
+    assert not ended.value.code and runner.STAGES[stage].example in text
+    names = [setting.name for setting in list_settings(RunConfig)]
+    for part in (*runner.STAGES[stage].reads, "name", "storage", "ray_address", "tracking"):
+        found = [name for name in names if name == part or name.startswith(f"{part}.")]
+        assert found, part
+        assert all(f"  {name}=" in text for name in found)
+    assert all(f"  {short}=  for  {long}=" in text for short, long in runner.STAGES[stage].short.items())
+
+
+def test_help_of_the_quickstart_shows_its_own_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["quickstart", "--help"])
+    assert "  distill.max_new_tokens=72 " in capsys.readouterr().out
+
+
+def test_config_prints_settings_and_their_reference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("name: mixed", encoding="utf-8")
+    assert cli.main(["config", "--config", str(path), "train.lr=1e-4"]) == 0
+    path.write_text(capsys.readouterr().out, encoding="utf-8")
+    assert (load_config(str(path)).name, load_config(str(path)).train.learning_rate) == ("mixed", 1e-4)
+    assert cli.main(["config", "--describe"]) == 0
+    assert "| `train.max_steps` | integer >= 1 or null | null | " in capsys.readouterr().out
+    assert cli.main(["config", "train.steps=1"]) == 2
+    assert "did you mean train.max_steps?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--help"], ["bench", "--help"], ["quickstart", "--plan"], ["load", "--plan"],
+                                   ["config", "--describe"], ["train", "train.steps=1"], ["nonsense"]], ids=" ".join)
+def test_help_plans_and_mistakes_import_nothing_heavy(words: list[str], tmp_path: Path) -> None:
+    code = ("import sys\nfrom jobs import cli\ntry:\n    cli.main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+            "print(','.join({name.split('.')[0] for name in sys.modules}))")
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "HYDRA_HEADS_STORAGE": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.splitlines()[-1].split(","))
+    assert "pydantic" in loaded and not loaded & HEAVY

@@ -38,7 +38,7 @@ def test_what_cannot_be_compared(storage: Path, tiny_base_dir: Path) -> None:
     heads = {"heads": {"kind": "medusa"}}
     for ablate, told in (({"variants": {"a": heads}, "studies": {"q": ["a"]}}, "two variants"),
                          ({"variants": {"a": heads}, "studies": {"q": ["a", "b"]}}, "'b' is none of ablate.variants"),
-                         ({"variants": {"a b": heads, "a-b": heads}}, "differ in signs alone"),
+                         ({"variants": {"a b": heads, "a-b": heads}}, "give the same folder name"),
                          ({"variants": {"": heads}}, "begin with a letter"),
                          ({"variants": {"a": {"heads": {"kind": "medusa"}, "share": 0}}}, "share")):
         with pytest.raises(InputError, match="ablate") as caught:

@@ -1,0 +1,97 @@
+"""The stages of the command line: what each does, which settings it reads, an example, and its short forms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+CONFIGS = Path(__file__).parent / "configs"
+GENERAL = ("name", "storage", "ray_address", "tracking")
+"""Settings of every stage."""
+MODEL = ("promote.model_name", "promote.alias")
+"""Settings that say which champion a stage decodes with."""
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A command-line flag that stands for an override. `text`: its help."""
+
+    name: str
+    override: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage, as the command line knows it.
+
+    `reads`: sections, or single settings, that its help lists. `short`: short name of a setting -> its dotted name.
+    `words`: the setting that words without `=` fill; `metavar`: their name in the help. `config`: default of `--config`.
+    """
+
+    summary: str
+    reads: tuple[str, ...]
+    example: str
+    short: dict[str, str] = field(default_factory=dict)
+    words: str | None = None
+    metavar: str = ""
+    flags: tuple[Flag, ...] = ()
+    config: Path | None = None
+
+
+STAGES: dict[str, Stage] = {
+    "quickstart": Stage(
+        "the whole chain, small, on this machine: distill, train, tree, bench, promote, serve and batch",
+        ("base", "prompts", "distill", "train", "tree", "ngram", "bench", "promote", "serve", "batch"),
+        "hydra-heads quickstart", config=CONFIGS / "quickstart.yaml"),
+    "distill": Stage(
+        "prompts in; the base's own answers and hidden states out",
+        ("base", "prompts", "distill"),
+        "hydra-heads distill base.model=/models/mine name=mine prompts.count=2000"),
+    "train": Stage(
+        "train draft heads on those rows",
+        ("base", "train"),
+        "hydra-heads train base.model=/models/mine name=mine train.lr=5e-4",
+        flags=(Flag("--dry-run", "train.dry_run=true", "train nothing; save untrained heads, to try serving with"),)),
+    "ablate": Stage(
+        "train variants on the same rows and compare them",
+        ("base", "train", "ablate"),
+        "hydra-heads ablate --config jobs/configs/ablations/smollm2_135m.yaml"),
+    "tree": Stage(
+        "find the draft tree that is fastest on this machine",
+        ("base", "tree", "train.drafters", "train.only"),
+        "hydra-heads tree base.model=/models/mine name=mine tree.curves=true"),
+    "bench": Stage(
+        "time plain decoding, transformers, n-gram lookup and every drafter on the same prompts",
+        ("base", "ngram", "bench", "serve.model"),
+        "hydra-heads bench base.model=/models/mine name=mine limit=48 max_new_tokens=128",
+        short={"prompts": "bench.prompts", "heads": "bench.heads", "limit": "bench.limit",
+               "max_new_tokens": "bench.max_new_tokens"}),
+    "compare": Stage(
+        "show benches from MLflow side by side",
+        ("compare",),
+        "hydra-heads compare quickstart mine", words="compare.runs", metavar="RUN"),
+    "promote": Stage(
+        "register the fastest lossless configuration as champion",
+        ("base", "promote"),
+        "hydra-heads promote base.model=/models/mine name=mine"),
+    "generate": Stage(
+        "answer prompts in this process, with a champion or the bundled heads",
+        ("base", "generate", *MODEL),
+        'hydra-heads generate "Why is the sky blue?"',
+        short={"model": "generate.model", "max_new_tokens": "generate.max_new_tokens"},
+        words="generate.prompts", metavar="PROMPT"),
+    "serve": Stage(
+        "start an OpenAI-compatible endpoint that decodes speculatively",
+        ("base", "serve", *MODEL),
+        "hydra-heads serve base.model=/models/mine serve.port=8000",
+        flags=(Flag("--update", "serve.update=true", "give the running application other heads, and end"),)),
+    "batch": Stage(
+        "answer a file of prompts; resumable",
+        ("base", "batch", "serve", *MODEL),
+        "hydra-heads batch batch.input=/data/prompts.jsonl batch.output=/data/answers"),
+    "load": Stage(
+        "send requests at constant rates, up to twice what the endpoint can answer",
+        ("base", "load", "serve", *MODEL),
+        "hydra-heads load load.prompts=/data/prompts.jsonl load.rates=[0.5,1,2]"),
+}
