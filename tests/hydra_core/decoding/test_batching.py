@@ -14,10 +14,10 @@ from hydra_core.heads import HeadDrafter
 from hydra_core.proposers import AdaptiveDrafter, NgramDrafter
 from hydra_core.proposers.dynamic import DynamicTreeProposer
 from hydra_core.sampling import Request
-from hydra_core.tree import Tree, TreeSet
+from hydra_core.tree import DraftTree, TreeSet
 from tests.trained import overfit_heads, random_heads, random_prompts
 
-TREE = TreeSet({1: Tree(((0,), (1,), (0, 0), (0, 1)))})
+TREE = TreeSet({1: DraftTree(((0,), (1,), (0, 0), (0, 1)))})
 
 
 @pytest.fixture(scope="module")
@@ -98,11 +98,11 @@ def test_what_the_drafter_remembers_survives_everything(tiny_base: Base, heads: 
             engine.cancel(dice.choice(sorted(tokens)))
         for output in engine.step():
             tokens[output.id] += output.token_ids
-        copied += sum(start.shared for start in engine.scheduler.group.starts) if engine.scheduler.group else 0
+        copied += sum(prompt.prefix_length for prompt in engine.scheduler.prefill.prompts) if engine.scheduler.prefill else 0
         if kind == "adaptive" and coin.random() < 0.7:
             continue  # reading the features catches up, as a draft with heads does: mostly let them wait
-        for index, row in enumerate(engine.scheduler.decoding):
-            ids = tokens[row.request.id]
+        for index, sequence in enumerate(engine.scheduler.decoding):
+            ids = tokens[sequence.request.id]
             hidden = tiny_base.hidden_states([ids])[0][None]
             mask = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()[None, None]
             wanted = heads.features(hidden, torch.arange(len(ids))[None], mask)[0, -2]  # the newest token is the root
@@ -148,7 +148,7 @@ def test_an_abandoned_stream_leaves_nothing_running(tiny_base: Base) -> None:
 def test_a_list_with_a_fault_is_refused_before_any_work(tiny_base: Base) -> None:
     engine = Engine(tiny_base, max_batch_size=2)
     same = [Request("one", (5, 6), 3), Request("one", (7,), 3)]
-    with pytest.raises(InputError, match="request one: id: stands twice"):
+    with pytest.raises(InputError, match="request one: id: is used by more than one"):
         engine.generate(same)
     assert not engine.has_work
 
@@ -176,7 +176,7 @@ def test_limits_of_the_engine(tiny_base: Base) -> None:
         Engine(tiny_base, context_limit=-1)
     few = random_heads(tiny_base, "hydra", draft_vocab_size=4)
     with pytest.raises(InputError, match="rank 6 needs more than the 4 tokens"):
-        Engine(tiny_base, few, TreeSet({1: Tree(((6,),))}))
+        Engine(tiny_base, few, TreeSet({1: DraftTree(((6,),))}))
 
 
 def test_stop_strings_without_a_tokenizer(tiny_base: Base, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,10 +19,10 @@ from hydra_core.heads import HeadDrafter
 from hydra_core.proposers import AdaptiveDrafter, NgramDrafter
 from hydra_core.sampling import Request, Sampler, Typical, choices
 from hydra_core.sampling.noise import gumbel, position_key
-from hydra_core.tree import PLAIN, Tree, TreeSet, default_trees
+from hydra_core.tree import PLAIN, DraftTree, TreeSet, default_trees
 from tests.trained import overfit_heads, random_heads, random_prompts
 
-BUSHY = Tree(((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 1, 0)))
+BUSHY = DraftTree(((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 1, 0)))
 DRAFTERS = ("plain", "ngram", "medusa", "hydra", "hydra++", "adaptive")
 
 
@@ -40,7 +40,7 @@ def exact_base(tiny_base_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module")
 def make_engine(tiny_base: Base, trained: dict[str, HeadDrafter]) -> Callable[..., Engine]:
-    def make(name: str, weights: str = "trained", max_batch_size: int = 1, tree: Tree = BUSHY, **changes: int) -> Engine:
+    def make(name: str, weights: str = "trained", max_batch_size: int = 1, tree: DraftTree = BUSHY, **changes: int) -> Engine:
         if name == "plain":
             return Engine(tiny_base, max_batch_size=max_batch_size, **changes)
         if name == "ngram":
@@ -222,7 +222,7 @@ def test_cancelled_while_going_in(tiny_base: Base, make_engine: Callable[..., En
 def test_caches_that_do_not_fit_are_refused(tiny_base: Base, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "hydra_core"):
         Engine(tiny_base, max_batch_size=4, context_limit=100)
-    assert "4 rows x 101 tokens: 0.00 GiB, a step: 0.00 GiB" in caplog.text
+    assert "4 sequences x 101 tokens: 0.00 GiB, a step: 0.00 GiB" in caplog.text
     with pytest.raises(InputError, match=r"max_batch_size=1000000000.*lower one"):
         Engine(tiny_base, max_batch_size=10**9)
 
@@ -303,9 +303,9 @@ def test_cancel_frees_the_row_and_harms_nobody(tiny_base: Base, make_engine: Cal
     same(tiny_base, [results[r.id] for r in kept], kept)
 
 
-@pytest.mark.parametrize("tree", [PLAIN, Tree(((0,),)), Tree(tuple((i,) for i in range(7))),
-                                  Tree(((5,), (5, 3), (0,), (5, 3, 1)))])
-def test_any_tree(tiny_base: Base, make_engine: Callable[..., Engine], tree: Tree) -> None:
+@pytest.mark.parametrize("tree", [PLAIN, DraftTree(((0,),)), DraftTree(tuple((i,) for i in range(7))),
+                                  DraftTree(((5,), (5, 3), (0,), (5, 3, 1)))])
+def test_any_tree(tiny_base: Base, make_engine: Callable[..., Engine], tree: DraftTree) -> None:
     requests = requests_for(random_prompts(5, seed=9))
     for name in ("medusa", "hydra", "hydra++"):
         same(tiny_base, make_engine(name, max_batch_size=2, tree=tree).generate(requests), requests)
@@ -315,7 +315,7 @@ def test_restricted_draft_vocabulary_changes_nothing(tiny_base: Base) -> None:
     requests = requests_for(random_prompts(6, seed=10))
     for size in (3, 40):
         heads = random_heads(tiny_base, "hydra++", draft_vocab_size=size)
-        trees = TreeSet({1: Tree(((0,), (1,), (0, 0))), 2: Tree(((0,),)), 3: PLAIN})
+        trees = TreeSet({1: DraftTree(((0,), (1,), (0, 0))), 2: DraftTree(((0,),)), 3: PLAIN})
         same(tiny_base, Engine(tiny_base, heads, trees, max_batch_size=4).generate(requests), requests)
 
 

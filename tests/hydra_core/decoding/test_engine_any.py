@@ -15,7 +15,7 @@ from hydra_core.decoding import Engine, Result, naive_generate
 from hydra_core.heads import HeadDrafter
 from hydra_core.proposers import AdaptiveDrafter, Drafter, NgramDrafter
 from hydra_core.sampling import Request
-from hydra_core.tree import Tree, TreeSet
+from hydra_core.tree import DraftTree, TreeSet
 from hydra_core.tree.costs import StepCosts
 from tests.trained import overfit_heads, random_prompts
 
@@ -31,7 +31,7 @@ def heads(tiny_base: Base) -> dict[str, HeadDrafter]:
 
 
 @st.composite
-def trees(draw: st.DrawFn) -> Tree:
+def trees(draw: st.DrawFn) -> DraftTree:
     """Any closed set of rank paths no deeper than the three heads."""
     paths: list[tuple[int, ...]] = []
     for _ in range(draw(st.integers(0, 7))):
@@ -39,7 +39,7 @@ def trees(draw: st.DrawFn) -> Tree:
         child = (*parent, draw(st.integers(0, 4)))
         if child not in paths:
             paths.append(child)
-    return Tree(tuple(paths))
+    return DraftTree(tuple(paths))
 
 
 @st.composite

@@ -20,11 +20,11 @@ from hydra_core.heads.checkpoint import load_checkpoint, save_checkpoint
 from hydra_core.kernels.library import load_library
 from hydra_core.proposers import AdaptiveDrafter, Drafter, NgramDrafter
 from hydra_core.sampling import Request
-from hydra_core.tree import Tree, TreeSet
-from hydra_core.tree.topology import chain
+from hydra_core.tree import DraftTree, TreeSet
+from hydra_core.tree.batch import chain
 from tests.trained import overfit_heads, random_heads, random_prompts
 
-TREES = TreeSet({1: Tree(((0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)))})
+TREES = TreeSet({1: DraftTree(((0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)))})
 PUBLISHED: dict[str, object] = {"num_blocks": 4, "dropout": 0.2, "normalise_embeddings": False, "final_norm": False}
 FIELDS: dict[str, dict[str, object]] = {
     "default": {}, "gated": {"mlp": "gated"}, "raw embeddings": {"normalise_embeddings": False},
@@ -50,7 +50,7 @@ def test_one_head_for_every_depth_is_fed_with_what_it_made(tiny_base: Base) -> N
     for depth in range(3):
         state = heads.heads[0](torch.cat((state, path[:, depth]), dim=-1))
         torch.testing.assert_close(heads.head_hidden(depth, features, path[:, :depth + 1]), state)
-    with pytest.raises(ValueError, match="recurrent heads hear the tokens drafted before them: not with kind=medusa"):
+    with pytest.raises(ValueError, match="recurrent heads read the tokens drafted before them, which kind=medusa does not"):
         HeadsConfig(kind="medusa", recurrent=True)
 
 
