@@ -1,9 +1,9 @@
-"""Draft heads that come with the package, one configuration folder a base: speed from the first minute, nothing trained.
+"""Draft heads that are bundled with the package, one configuration folder per base: speculation without training.
 
     bundled/NAME/configuration.json, heads/    as `hydra_core.decoding.configuration` reads them, for any weight format
     bundled/NAME/recipe.yaml                   the run that made them: `hydra-heads distill|train|tree --config recipe.yaml`
-    bundled/NAME/recipe-1.yaml, ...            those of the trainings whose heads it went on from
-    bundled/NAME/curve.json                    what held-out rows said while they trained
+    bundled/NAME/recipe-1.yaml, ...            the runs whose heads that run continued from
+    bundled/NAME/curve.json                    metrics on held-out rows during the training
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 BUNDLED = "shipped"
-"""Stands for such a folder wherever heads or a configuration may be named."""
+"""Stands for the bundled folder of the base wherever heads or a configuration may be named."""
 FOLDER = Path(__file__).parent
 
 
