@@ -60,8 +60,8 @@ def check_memory(base: Base, drafter: Drafter | None, rows: int, slots: int, nod
     """
     cached, temporary = cache_bytes(base, drafter, rows, slots), workspace_bytes(base, rows, slots, nodes)
     free = free_bytes(base.device)
-    log.info("KV cache of %d sequences x %d tokens: %.2f GiB, a step: %.2f GiB, of %.2f GiB free", rows, slots,
+    log.info("keys and values of %d sequences x %d tokens: %.2f GiB, a step: %.2f GiB, of %.2f GiB free", rows, slots,
              cached / GIB, temporary / GIB, free / GIB)
     if cached + temporary > free:
-        raise InputError(f"max_batch_size={rows}, context_limit={slots}: the KV cache needs {cached / GIB:.1f} GiB and a step "
+        raise InputError(f"max_batch_size={rows}, context_limit={slots}: keys and values need {cached / GIB:.1f} GiB and a step "
                          f"{temporary / GIB:.1f} GiB, {free / GIB:.1f} GiB are free on {base.device}: lower one of the two")

@@ -1,4 +1,4 @@
-"""Prefill: prompts enter the KV cache chunk by chunk, beside the sequences that decode."""
+"""Prefill: prompts enter the KV cache chunk by chunk, in steps shared with the sequences that decode."""
 
 from __future__ import annotations
 

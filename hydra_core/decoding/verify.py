@@ -130,6 +130,6 @@ def _typical_child(sampler: Sampler, typical: Typical, logits: Tensor, children:
     p = log_p.exp()
     entropy = -torch.where(p > 0, p * log_p, 0.0).sum()
     bound = torch.clamp(typical.alpha * torch.exp(-entropy), max=typical.threshold)
-    chances = p[torch.tensor([drafted[child] for child in filled], device=p.device)]
-    best = int(chances.argmax())
-    return filled[best] if bool(chances[best] > bound) else None
+    probs = p[torch.tensor([drafted[child] for child in filled], device=p.device)]
+    best = int(probs.argmax())
+    return filled[best] if bool(probs[best] > bound) else None

@@ -72,8 +72,8 @@ class PrefixLayer(Packable):
             return self._finish(hidden, grouped_attention(queries, keys, values, mask.repeat(1, 1, groups, 1), scale))
         columns, real = _wanted_first(wanted)
         line = torch.arange(batch, device=columns.device)[:, None]
-        asked = mask[:, 0][line, columns][:, None].repeat(1, 1, groups, 1)
-        mixed = grouped_attention(queries[line, columns], keys, values, asked, scale)
+        rows_mask = mask[:, 0][line, columns][:, None].repeat(1, 1, groups, 1)
+        mixed = grouped_attention(queries[line, columns], keys, values, rows_mask, scale)
         made = self._finish(hidden[wanted], mixed[real])
         return torch.zeros_like(hidden).masked_scatter(wanted[..., None], made)
 

@@ -57,7 +57,7 @@ class Accepted:
 
     `path`: [B, M] int64, the accepted nodes from the root down, padded by repeating the last one, M at most the trees'
     depth + 1; `counts`: [B] int64, accepted nodes, root included; `emitted`: for each sequence the base's choice after each
-    accepted node; `logprobs`: for each sequence and choice, where they are asked for.
+    accepted node; `logprobs`: for each sequence and choice, where they are requested.
     """
 
     path: Tensor

@@ -64,13 +64,13 @@ def verify_seconds(base: Base, points: Sequence[Point], repeats: int,
                 for batch, cache in caches.items()}
 
     def job(context: int, batch: int, nodes: int) -> Job:
-        forest, cache = bushy(nodes), caches[batch]
+        trees, cache = bushy(nodes), caches[batch]
         tokens = torch.full((batch, nodes), 5, dtype=torch.int64, device=base.device)
 
         def run() -> None:
             cache.lengths[:] = context
-            hidden = forwards[batch](tokens, forest, context)
-            accepted = accept(tokens, forest, base.argmax(hidden))
+            hidden = forwards[batch](tokens, trees, context)
+            accepted = accept(tokens, trees, base.argmax(hidden))
             cache.commit((0, batch), accepted.path, accepted.counts)
 
         return run

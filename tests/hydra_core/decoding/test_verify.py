@@ -1,4 +1,4 @@
-"""Accept is pure: many cases in one table, and a walk in plain Python beside it."""
+"""Acceptance: a table of cases, and a comparison with a walk in plain Python."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def test_chain_of_one() -> None:
     assert (found.counts.tolist(), found.emitted) == ([1], [[8]])
 
 
-def test_typical_acceptance_follows_the_likeliest_child_above_the_bound() -> None:
-    """Probabilities 0.5 and 0.3 stand, 0.05 does not; without the mode only the argmax does."""
+def test_typical_acceptance_follows_the_most_probable_child_above_the_bound() -> None:
+    """Probabilities 0.5 and 0.3 are accepted, 0.05 is not; without the mode only the argmax is."""
     p = torch.tensor([0.5, 0.3, 0.15, 0.05])
     logits = p.log().expand(1, 3, 4)
     trees = TreeBatch.single((-1, 0, 0))

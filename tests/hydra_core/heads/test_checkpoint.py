@@ -1,4 +1,4 @@
-"""Strict in every direction: what is missing, extra, misshapen, truncated or another base's is refused by name."""
+"""Loading is strict: missing, extra, misshapen or truncated content, and another base, are refused by name."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from hydra_core.tree.costs import StepCosts
 
 
 def taught(plain: float, nodes: float, steps: int, noise: float = 0.1, seed: int = 0) -> CostCalibrator:
-    """After so many steps of four rows, between 0 and 1.5 plain steps of nodes in each, that took so many times as long."""
+    """After steps of four sequences, each with nodes that cost 0 to 1.5 plain steps; `plain`, `nodes`: measured / predicted."""
     dice, calibrator = random.Random(seed), CostCalibrator()
     for _ in range(steps):
         share = dice.choice((0.0, 0.2, 0.5, 1.5))
@@ -73,8 +73,8 @@ def test_factors_stay_within_reason_whatever_comes() -> None:
 
 @pytest.mark.parametrize("ragged", [True, False])
 def test_nodes_that_turn_out_dear_are_no_longer_drafted(tiny_base: Base, ragged: bool) -> None:
-    """The table says that nodes cost half a step each; here they cost two, and later half a one again. There is
-    always something to copy: what a plain step takes is learned all the same."""
+    """The table says that a node costs half a step; here it costs two, and later half a step again. There is always text to
+    copy, and the time of a plain step is learned all the same."""
     costs = StepCosts({1: {1: 1.0, 16: 8.5}}, {1: {0: 0.0}}, 16)
     proposer = DynamicTreeProposer(AdaptiveDrafter(None, NgramDrafter(), costs), 1, 400, ragged=ragged)
     proposer.admit(0, [5, 6, 7, 8] * 8)

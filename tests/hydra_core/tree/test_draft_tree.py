@@ -1,4 +1,4 @@
-"""Trees: shape, order, refusal of what is not one."""
+"""Trees: shape, order, and refusal of invalid ones."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_chain() -> None:
 
 
 def test_batch_of_different_trees() -> None:
-    """Every row is as if it stood alone."""
+    """Every tree of a batch equals the tree alone."""
     rows = [tuple(random.Random(seed).randrange(node) if node else -1 for node in range(13)) for seed in range(20)]
     alone = [TreeBatch.single(row) for row in rows]
     together = TreeBatch.of(np.array(rows), max(tree.depth for tree in alone))

@@ -138,7 +138,7 @@ def test_a_depth_is_timed_with_a_tree_of_about_sixteen_nodes() -> None:
 
 
 def test_where_a_deep_head_is_dear_nodes_go_to_the_shallow_ones() -> None:
-    """Of three nodes (0, 0) comes true more often than (1,), but costs a second head."""
+    """With three nodes, (0, 0) is right more often than (1,), but costs a second head."""
     rows = rows_of([(0, 0)] * 30 + [(1, 5)] * 6 + [(5, 5)] * 2)
     trees = candidate_trees(rows, 3)
     assert nested_trees(rows, 3)[-1] == DraftTree(((0,), (0, 0)))
