@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all: a temporary name beside the target, then a rename."""
+"""Atomic writes of files and folders: written under a temporary name next to the target, then renamed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary file beside `path`; it replaces `path` when the block ends, and is removed when it raises.
+    """Yield an empty temporary file next to `path`; it replaces `path` when the block ends, and is removed when it raises.
 
-    The content is on the disk before the name is. The mode follows the umask, unlike that of `tempfile.mkstemp`.
+    The content reaches the disk before the name does. The mode follows the umask, unlike that of `tempfile.mkstemp`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
@@ -31,9 +31,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `folder`; it takes its place when the block ends, and is removed when it raises.
+    """Yield a temporary folder next to `folder`; it takes its place when the block ends, and is removed when it raises.
 
-    A folder that stands there already is moved away first and removed afterwards: a kill in between leaves no half of either.
+    An existing folder is moved away first and removed afterwards, so a kill in between leaves no partial folder.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")

@@ -1,9 +1,9 @@
-"""Draft heads that are bundled with the package, one configuration folder a base: they speed decoding up without training.
+"""Draft heads that are bundled with the package, one configuration folder per base: speculation without training.
 
     bundled/NAME/configuration.json, heads/    as `hydra_core.decoding.configuration` reads them, for any weight format
     bundled/NAME/recipe.yaml                   the run that made them: `hydra-heads distill|train|tree --config recipe.yaml`
-    bundled/NAME/recipe-1.yaml, ...            the runs of earlier trainings, whose heads this one started from
-    bundled/NAME/curve.json                    held-out figures while they trained
+    bundled/NAME/recipe-1.yaml, ...            the runs whose heads that run continued from
+    bundled/NAME/curve.json                    metrics on held-out rows during the training
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from hydra_core.base import Base
 from hydra_core.heads import HeadDrafter
 from hydra_core.kernels.library import sources_digest
 from hydra_core.tree.costs import StepCosts, unmeasured_costs
-from hydra_core.tree.topology import Tree
+from hydra_core.tree.draft_tree import DraftTree
 from pipelines.config import TreeSection
 from pipelines.profiling.step_timing import Group, Point, draft_seconds, that_fit, verify_seconds
 from pipelines.runtime.artifacts import write_text
@@ -50,7 +50,7 @@ def fingerprint_of_machine(device: torch.device) -> dict[str, Any]:
 
 
 def machine_costs(base: Base, cache: Path, heads: HeadDrafter | None = None, settings: TreeSection = DEFAULTS,
-                  trees: Mapping[int, Tree] | None = None, timing: bool = True) -> StepCosts:
+                  trees: Mapping[int, DraftTree] | None = None, timing: bool = True) -> StepCosts:
     """Costs of this machine, from the cache or timed now (less than a minute for a small base).
 
     `settings`: batch sizes, node counts, contexts and repeats; `trees`: the fixed tree of each depth that `heads` will

@@ -14,12 +14,13 @@ from hydra_core.decoding.memory import free_bytes, workspace_bytes
 from hydra_core.decoding.verify import accept
 from hydra_core.heads import HeadDrafter
 from hydra_core.proposers import AdaptiveDrafter
-from hydra_core.proposers.base import HeadProposer
 from hydra_core.proposers.dynamic import MOST_NODES, DynamicTreeProposer
+from hydra_core.proposers.heads import HeadProposer
 from hydra_core.sampling.request import Request
 from hydra_core.sampling.sampler import Sampler
+from hydra_core.tree.batch import TreeBatch, chain
 from hydra_core.tree.costs import StepCosts
-from hydra_core.tree.topology import Topology, Tree, TreeSet, chain
+from hydra_core.tree.draft_tree import DraftTree, TreeSet
 
 Job = Callable[[], None]
 Key = TypeVar("Key", bound=Hashable)
@@ -63,13 +64,13 @@ def verify_seconds(base: Base, points: Sequence[Point], repeats: int,
                 for batch, cache in caches.items()}
 
     def job(context: int, batch: int, nodes: int) -> Job:
-        forest, cache = bushy(nodes).forest, caches[batch]
+        trees, cache = bushy(nodes), caches[batch]
         tokens = torch.full((batch, nodes), 5, dtype=torch.int64, device=base.device)
 
         def run() -> None:
             cache.lengths[:] = context
-            hidden = forwards[batch](tokens, forest, context)
-            accepted = accept(tokens, forest, base.argmax(hidden))
+            hidden = forwards[batch](tokens, trees, context)
+            accepted = accept(tokens, trees, base.argmax(hidden))
             cache.commit((0, batch), accepted.path, accepted.counts)
 
         return run
@@ -77,7 +78,7 @@ def verify_seconds(base: Base, points: Sequence[Point], repeats: int,
     return typical({point: job(*point) for point in points}, repeats, base.device, say)
 
 
-def draft_seconds(base: Base, heads: HeadDrafter, trees: Mapping[int, Tree] | None, batches: Sequence[int], context: int,
+def draft_seconds(base: Base, heads: HeadDrafter, trees: Mapping[int, DraftTree] | None, batches: Sequence[int], context: int,
                   repeats: int, say: Callable[[str], None] = lambda text: None) -> dict[tuple[int, int], float]:
     """(Batch size, depth) -> seconds of drafting, the prefix layer's catching up on the step's tokens included.
 
@@ -97,7 +98,7 @@ def draft_seconds(base: Base, heads: HeadDrafter, trees: Mapping[int, Tree] | No
         def run() -> None:
             if inputs is not None and inputs.cache is not None:
                 inputs.cache.lengths[:] = context
-            proposer.observe((0, batch), hidden, counts)
+            proposer.commit((0, batch), hidden, counts)
             proposer.propose(roots, positions, samplers)
 
         return run
@@ -143,9 +144,9 @@ def typical(jobs: Mapping[Key, Job], repeats: int, device: torch.device,
     return {key: sorted(values)[len(values) // 4] for key, values in seconds.items()}
 
 
-def bushy(nodes: int) -> Topology:
+def bushy(nodes: int) -> TreeBatch:
     """A binary tree, about as deep as trees that pay are. A forward's cost depends on the nodes, not their shape."""
-    return Topology((-1, *((node - 1) // 2 for node in range(1, nodes))))
+    return TreeBatch.single((-1, *((node - 1) // 2 for node in range(1, nodes))))
 
 
 def _settle(device: torch.device) -> None:

@@ -183,7 +183,7 @@ def warm_up(engine: Engine) -> None:
 def load_of(engines: list[Engine]) -> Load:
     """How busy `engines` are together, the newest last. For the thread that drives them."""
     rows = [row for engine in engines for row in
-            [*engine.scheduler.decoding, *(engine.scheduler.group.rows if engine.scheduler.group else ())]]
+            [*engine.scheduler.decoding, *(engine.scheduler.prefill.sequences if engine.scheduler.prefill else ())]]
     held = sum(len(row.request.prompt_ids) + len(row.tokens) for row in rows)
     newest = engines[-1]
     return Load(sum(engine.running for engine in engines), sum(engine.waiting for engine in engines),

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra_core.tree.draft_tree import DraftTree
 from hydra_core.tree.search import Choice
-from hydra_core.tree.topology import Tree
 from pipelines.profiling.report import save_figure
 
 
@@ -45,7 +45,7 @@ def plot_tree(path: Path, name: str, choice: Choice) -> None:
     save_figure(figure, path, FigureCanvasAgg)
 
 
-def _draw(axis: Any, tree: Tree) -> None:
+def _draw(axis: Any, tree: DraftTree) -> None:
     """Nodes by depth downwards, leaves side by side, parents over the middle of their children; ranks as labels."""
     paths = [(), *tree.paths]
     children = {path: [child for child in tree.paths if child[:-1] == path] for path in paths}

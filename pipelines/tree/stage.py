@@ -26,7 +26,7 @@ from hydra_core.errors import InputError
 from hydra_core.heads import DraftVocab, HeadDrafter
 from hydra_core.heads.checkpoint import load_checkpoint, restrict_checkpoint
 from hydra_core.training.ranks import rank_rows
-from hydra_core.tree import Tree, TreeSet
+from hydra_core.tree import DraftTree, TreeSet
 from hydra_core.tree.search import Choice, StepCosts, best_choice, best_of_each_size, candidate_trees, score_trees, typical_trees
 from hydra_core.tree.simulation import RankRows
 from pipelines.config import RunConfig
@@ -226,12 +226,13 @@ def _finish(stage: StageFolder, run: Run, figures: dict[str, Any]) -> StageResul
     return stage.finish(result, [*files, *(folder / HEADS).iterdir()])
 
 
-def sweep(trees: Sequence[Tree], node_counts: Sequence[int]) -> dict[int, Tree]:
+def sweep(trees: Sequence[DraftTree], node_counts: Sequence[int]) -> dict[int, DraftTree]:
     """Of a tree of each size from plain decoding on, those of the asked sizes, as far as they go."""
     return {count: trees[count - 1] for count in sorted(set(node_counts)) if 1 < count <= len(trees)}
 
 
-def _write_heads(source: Path, target: Path, trees: TreeSet, sizes: Mapping[int, Tree], draft_vocab: DraftVocab | None) -> None:
+def _write_heads(source: Path, target: Path, trees: TreeSet, sizes: Mapping[int, DraftTree],
+                 draft_vocab: DraftVocab | None) -> None:
     """A copy of the heads with other trees and the tokens that they may draft, whole or not at all; `sizes` go beside them, for
     who wants a size of his own."""
     temporary = target.with_name(f".{target.name}.part")

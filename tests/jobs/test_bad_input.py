@@ -19,7 +19,7 @@ import pytest
 
 from hydra_core.base import Base
 from hydra_core.heads.checkpoint import save_checkpoint
-from hydra_core.tree import Tree, TreeSet
+from hydra_core.tree import DraftTree, TreeSet
 from jobs.runner import run
 from pipelines.config import load_config
 from pipelines.runtime.artifacts import write_text
@@ -120,7 +120,7 @@ CASES: dict[str, tuple[Case, str]] = {
 @pytest.fixture(scope="module")
 def heads(tiny_base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("heads") / "heads"
-    save_checkpoint(folder, random_heads(tiny_base, "hydra"), tiny_base.identity, TreeSet({1: Tree(((0,),))}), {})
+    save_checkpoint(folder, random_heads(tiny_base, "hydra"), tiny_base.identity, TreeSet({1: DraftTree(((0,),))}), {})
     return folder
 
 

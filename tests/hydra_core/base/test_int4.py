@@ -19,7 +19,7 @@ from hydra_core.errors import InputError
 from hydra_core.kernels import ops
 from hydra_core.proposers import NgramDrafter
 from hydra_core.sampling import Request
-from hydra_core.tree import Tree, TreeSet
+from hydra_core.tree import DraftTree, TreeSet
 from tests.gguf_file import write_gguf
 from tests.trained import overfit_heads, random_prompts
 
@@ -134,7 +134,7 @@ def test_answers_are_the_naive_loops(model: str, base: Base, cache: Path) -> Non
     exact = load_base(model, dtype="int4", cache=cache, widen=True)
     requests = [Request(str(i), prompt, 24) for i, prompt in enumerate(prompts)]
     wanted = [naive_generate(base, request) for request in requests]
-    tree = TreeSet({1: Tree(((0,), (1,), (0, 0)))})
+    tree = TreeSet({1: DraftTree(((0,), (1,), (0, 0)))})
     for drafter, trees, batch in ((None, None, 1), (None, None, 8), (NgramDrafter(min_match=1), None, 1), (heads, tree, 1),
                                   (heads, tree, 3)):
         for result, reference in zip(Engine(base, drafter, trees, max_batch_size=batch).generate(requests), wanted, strict=True):

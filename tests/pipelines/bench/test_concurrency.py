@@ -15,7 +15,7 @@ from hydra_core.decoding import Engine, Result, StepOutput, naive_generate
 from hydra_core.errors import InputError
 from hydra_core.heads.checkpoint import save_checkpoint
 from hydra_core.sampling import Request
-from hydra_core.tree import Tree, TreeSet
+from hydra_core.tree import DraftTree, TreeSet
 from pipelines.bench.concurrency import (
     ConcurrencyRow,
     make_requests,
@@ -41,7 +41,7 @@ QUESTIONS = [Question(str(number), "all", prompt) for number, prompt in enumerat
 def heads(tiny_base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
     drafter = overfit_heads(tiny_base, "hydra++", [question.prompt_ids for question in QUESTIONS])
     folder = tmp_path_factory.mktemp("heads") / "heads"
-    save_checkpoint(folder, drafter, tiny_base.identity, TreeSet({1: Tree(((0,), (1,), (0, 0))), 2: Tree(((0,),))}), {})
+    save_checkpoint(folder, drafter, tiny_base.identity, TreeSet({1: DraftTree(((0,), (1,), (0, 0))), 2: DraftTree(((0,),))}), {})
     return folder
 
 

@@ -16,7 +16,7 @@ from hydra_core.decoding import naive_generate
 from hydra_core.errors import InputError
 from hydra_core.heads.checkpoint import save_checkpoint
 from hydra_core.sampling import Request
-from hydra_core.tree import Tree, TreeSet
+from hydra_core.tree import DraftTree, TreeSet
 from pipelines.bench.latency import make_contenders
 from pipelines.bench.losslessness import LosslessnessRow, read_losslessness
 from pipelines.bench.plan import Question, Row, read_rows
@@ -131,7 +131,7 @@ def heads(tiny_base: Base, tiny_base_dir: Path, tmp_path_factory: pytest.TempPat
     config = config_for(tiny_base_dir, tmp_path_factory.mktemp("questions"), SPEC_BENCH)
     drafter = overfit_heads(tiny_base, "hydra", [question.prompt_ids for question in load_questions(config)[0]])
     folder = tmp_path_factory.mktemp("heads") / "heads"
-    save_checkpoint(folder, drafter, tiny_base.identity, TreeSet({1: Tree(((0,), (1,), (0, 0), (0, 0, 0)))}), {})
+    save_checkpoint(folder, drafter, tiny_base.identity, TreeSet({1: DraftTree(((0,), (1,), (0, 0), (0, 0, 0)))}), {})
     return folder
 
 

@@ -14,7 +14,7 @@ from hydra_core.decoding import naive_generate
 from hydra_core.errors import InputError
 from hydra_core.heads.checkpoint import save_checkpoint
 from hydra_core.sampling import Request
-from hydra_core.tree import Tree, TreeSet
+from hydra_core.tree import DraftTree, TreeSet
 from pipelines.bench import latency as bench_run
 from pipelines.bench.inputs import bench_fingerprint
 from pipelines.bench.latency import measure_single
@@ -46,7 +46,7 @@ def plan_of(config: RunConfig, folder: Path, *methods: str, heads: dict[str, str
 def heads(tiny_base: Base, tmp_path: Path) -> Path:
     """A checkpoint with trees of two sizes beside its own."""
     folder = tmp_path / "heads"
-    save_checkpoint(folder, random_heads(tiny_base, "hydra"), tiny_base.identity, TreeSet({1: Tree(((0,), (0, 0)))}), {})
+    save_checkpoint(folder, random_heads(tiny_base, "hydra"), tiny_base.identity, TreeSet({1: DraftTree(((0,), (0, 0)))}), {})
     (folder / "sweep.json").write_text(json.dumps(TREES), encoding="utf-8")
     return folder
 
@@ -153,7 +153,7 @@ def test_trees_of_other_sizes(heads: Path, tiny_base_dir: Path, tiny_base: Base,
     config = config_for(tiny_base_dir, tmp_path)
     plan = plan_of(config, tmp_path, "plain", "hydra", "hydra@4", heads={"hydra": str(heads)})
     assert [make_drafter(method, plan, tiny_base)[1] for method in plan.methods[1:]] == [
-        TreeSet({1: Tree(((0,), (0, 0)))}), TreeSet({1: Tree(((0,), (1,), (0, 0)))})]
+        TreeSet({1: DraftTree(((0,), (0, 0)))}), TreeSet({1: DraftTree(((0,), (1,), (0, 0)))})]
     questions, _ = load_questions(config)
     measure_single(plan, questions)
     rows = read_rows(Path(plan.rows_file))

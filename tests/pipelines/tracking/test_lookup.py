@@ -15,7 +15,7 @@ from hydra_core.decoding.configuration import ANY_FORMAT
 from hydra_core.errors import InputError
 from hydra_core.heads.checkpoint import save_checkpoint
 from hydra_core.proposers import AdaptiveDrafter
-from hydra_core.tree import Tree, TreeSet
+from hydra_core.tree import DraftTree, TreeSet
 from jobs.runner import run
 from pipelines.bench.stage import find_heads, run_bench
 from pipelines.config import RunConfig, load_config
@@ -30,7 +30,7 @@ from tests.trained import random_heads
 def package(tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of shipped heads that knows the tiny base; returns its configuration folder."""
     heads, folder = tmp_path / "heads", tmp_path / "shipped" / "tiny"
-    save_checkpoint(heads, random_heads(tiny_base, "hydra++"), tiny_base.identity, TreeSet({1: Tree(((0,), (0, 0)))}), {})
+    save_checkpoint(heads, random_heads(tiny_base, "hydra++"), tiny_base.identity, TreeSet({1: DraftTree(((0,), (0, 0)))}), {})
     save_configuration(folder, DecodingConfiguration("tiny", "combined", replace(tiny_base.identity, weight_format=ANY_FORMAT),
                                                      heads=heads))
     monkeypatch.setattr(shipped, "FOLDER", folder.parent)
