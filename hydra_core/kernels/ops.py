@@ -22,7 +22,7 @@ BLOCK = 32
 INT4_GROUP = 32
 """Inputs that share one scale and one minimum in 4 bits."""
 MAX_HEAD_WIDTH = 512
-"""Largest width of an attention head that the compiled decoder accepts, as in `decoder.h`."""
+"""Largest width of an attention head that the compiled decoder accepts, as in `rope.h`."""
 
 Matrix = Sequence[Tensor | None]
 """What C++ needs of one matrix: weight, bias, 4-bit codes, 4-bit scales."""
