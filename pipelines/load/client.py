@@ -1,4 +1,4 @@
-"""Timed streaming requests to an OpenAI-compatible endpoint: closed loop (a fixed number in flight) or open loop (constant rate)."""
+"""Timed streaming requests to an OpenAI-compatible endpoint: closed loop (fixed concurrency) or open loop (constant rate)."""
 
 from __future__ import annotations
 
