@@ -1,4 +1,4 @@
-"""Clients of a load: requests at a constant rate or a fixed concurrency, and what became of each one."""
+"""Timed streaming requests to an OpenAI-compatible endpoint: closed loop (fixed concurrency) or open loop (constant rate)."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def test_promote_takes_the_bench_of_its_settings(tiny_base_dir: Path, storage: P
 
 def test_a_bench_of_an_earlier_version_is_found(tiny_base_dir: Path, tiny_base: Base, storage: Path) -> None:
     """Under the fingerprint that it was given: with the names that settings had."""
-    save_checkpoint(storage / "heads", random_heads(tiny_base, "hydra"), tiny_base.identity, TreeSet({1: Tree(((0,),))}), {})
+    save_checkpoint(storage / "heads", random_heads(tiny_base, "hydra"), tiny_base.identity, TreeSet({1: DraftTree(((0,),))}), {})
     config = config_for(storage, tiny_base_dir, bench__max_batch_size=4, bench__concurrency=[1, 3],
                         bench__concurrency_requests=9, bench__methods=["ngram", "bundled"])
     names = {"max_batch_size": "running_batch", "concurrency": "load", "concurrency_requests": "load_requests"}
@@ -118,7 +118,7 @@ def test_a_report_of_an_earlier_version_is_promoted(tiny_base_dir: Path, tiny_ba
                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_for(storage, tiny_base_dir)
     folder = finish(config, bundled=1.5)
-    save_checkpoint(storage / "heads", random_heads(tiny_base, "hydra"), tiny_base.identity, TreeSet({1: Tree(((0,),))}), {})
+    save_checkpoint(storage / "heads", random_heads(tiny_base, "hydra"), tiny_base.identity, TreeSet({1: DraftTree(((0,),))}), {})
     report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     report["methods"]["shipped"] = report["methods"].pop("bundled")
     report["plan"]["heads"] = {"shipped": str(storage / "heads")}

@@ -39,7 +39,7 @@ def test_a_replica_says_what_was_asked_for(args: AppArgs, tiny_base: Base, tmp_p
         server = replica(asked)
         assert server.serving == model_digest(asked)
         assert asyncio.run(server.info()).items() >= vars(server.serving).items()
-        server.host.close()
+        server.engine_loop.close()
 
 
 def test_another_base_setting_or_configuration_is_told_apart(args: AppArgs, tiny_base: Base, tmp_path: Path) -> None:
@@ -73,5 +73,5 @@ def test_half_a_surrogate_pair_is_a_bad_request(args: AppArgs) -> None:
                               (Generation("c", 4, messages=[{"role": "user", "content": half}]), "messages")):
         found = asyncio.run(server.generate(generation))
         assert isinstance(found, Refusal) and found.status == 400 and found.message.startswith(f"{field}: "), found
-    server.host.close()
+    server.engine_loop.close()
     assert is_text("\U0001f600 \u2028") and not is_text([{"role": half}])

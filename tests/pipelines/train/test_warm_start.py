@@ -72,7 +72,7 @@ def test_mistakes(tiny_base: Base, tiny_base_dir: Path, storage: Path, earlier: 
         check_start(config_for(tiny_base_dir, storage, earlier, num_blocks=4), "hydra++", tiny_base.vocabulary)
     with pytest.raises(InputError, match=r"config\.json is missing: name the folder of a heads checkpoint"):
         _fingerprint(config_for(tiny_base_dir, storage, tmp_path / "nowhere"), "hydra++", "d")
-    with pytest.raises(InputError, match=r"train\.start\.hydra\+\+=shipped: no heads for base .* come with the package"):
+    with pytest.raises(InputError, match=r"train\.start\.hydra\+\+=bundled: no heads for base .* come with the package"):
         _fingerprint(config_for(tiny_base_dir, storage, "shipped"), "hydra++", "d")
     with pytest.raises(InputError, match=r"train: train\.start: 'medusa' is none of train\.drafters"):
         load_config(None, {"train.drafters": {"hydra": {"kind": "hydra"}}, "train.start": {"medusa": "shipped"}})
