@@ -7,9 +7,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +17,7 @@ from hydra_core.base.model import Base
 from hydra_core.base.vocabulary import BaseIdentity, BaseVocabulary
 from hydra_core.bundled import BUNDLED, bundled_configuration
 from hydra_core.errors import InputError
+from hydra_core.files import atomic_folder
 from hydra_core.heads import HeadDrafter
 from hydra_core.heads.checkpoint import load_checkpoint
 from hydra_core.proposers import AdaptiveDrafter, Drafter, NgramDrafter
@@ -50,20 +49,13 @@ def save_configuration(folder: Path, configuration: DecodingConfiguration) -> No
     """Write the folder whole, heads copied into it. Raises InputError if it exists."""
     if folder.exists():
         raise InputError(f"{folder}: exists already")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    values = {"schema_version": SCHEMA_VERSION, "name": configuration.name, "drafter": configuration.drafter,
+              "base": asdict(configuration.base), "ngram": asdict(configuration.ngram)}
+    with atomic_folder(folder) as temporary:
         if configuration.drafter in WITH_HEADS:
             assert configuration.heads is not None
             shutil.copytree(configuration.heads, temporary / "heads")
-        values = {"schema_version": SCHEMA_VERSION, "name": configuration.name, "drafter": configuration.drafter,
-                  "base": asdict(configuration.base), "ngram": asdict(configuration.ngram)}
         (temporary / FILE).write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
-        os.chmod(temporary, 0o755)
-        os.replace(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def read_configuration(folder: Path) -> DecodingConfiguration:
