@@ -13,7 +13,7 @@ from hydra_core.base import Base, resolve_base
 from hydra_core.bundled import folders
 from hydra_core.errors import InputError
 from hydra_core.heads.checkpoint import save_checkpoint
-from hydra_core.tree import Tree, TreeSet
+from hydra_core.tree import DraftTree, TreeSet
 from pipelines.bench.inputs import bench_fingerprint, find_heads, find_methods
 from pipelines.bench.plan import read_rows
 from pipelines.bench.results import bench_label, finished_benches, fitting_bench, result_folder

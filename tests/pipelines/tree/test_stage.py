@@ -232,7 +232,7 @@ def test_dear_steps_take_the_plain_tree(config: RunConfig, tiny_base: Base) -> N
 def test_rounds_alternate() -> None:
     calls: list[str] = []
     jobs = {name: (lambda name=name: calls.append(name)) for name in "ab"}
-    found = typical(jobs, 3, torch.device("cpu"), lambda text: None)
+    found = typical(jobs, 3, torch.device("cpu"), lambda: None)
     assert "".join(calls) == "ba" + "ab" + "ba" + "ab" and set(found) == {"a", "b"}
 
 
