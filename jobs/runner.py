@@ -128,7 +128,8 @@ def _with_format(config: RunConfig, stage: str) -> RunConfig:
 
 
 def _pipeline(stage: str) -> Callable[[RunConfig], StageResult]:
-    return getattr(importlib.import_module(f"pipelines.{stage}"), f"run_{stage}")
+    function: Callable[[RunConfig], StageResult] = getattr(importlib.import_module(f"pipelines.{stage}"), f"run_{stage}")
+    return function
 
 
 def _parser(stage: str) -> argparse.ArgumentParser:

@@ -92,7 +92,7 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 def to_yaml(config: RunConfig) -> str:
     """The resolved configuration, defaults included, as YAML that `load_config` reads back."""
-    return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False)
+    return str(yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False))
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
