@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hydra_core.base.graphs import NODES, ROWS, SPANS, Recorder, Run, rounded
+from hydra_core.base.graphs import KV_LENS, NODES, ROWS, Recorder, Run, rounded
 from hydra_core.heads import HeadDrafter
 from hydra_core.proposers.head_features import HeadFeatures
 from hydra_core.sampling.request import TokenLogprob
@@ -240,7 +240,7 @@ class RecordedDrafts:
         inputs, batch = self.proposer.inputs, len(roots)
         rows = rounded(batch, ROWS, self.rows)
         width = rounded(inputs.most, NODES, inputs.waiting.shape[1]) if inputs.most else 0
-        span = rounded(longest + width, SPANS, inputs.cache.slots) if inputs.cache is not None and width else 0
+        span = rounded(longest + width, KV_LENS, inputs.cache.slots) if inputs.cache is not None and width else 0
         self.roots[:batch] = roots
         run = self.recorded.get((rows, tree, width, span))
         if run is None:

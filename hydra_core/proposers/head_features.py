@@ -69,7 +69,7 @@ class HeadFeatures:
     def read_waiting(self, rows: int, width: int, span: int) -> None:
         """Read `width` tokens, of which some may wait, of the first `rows` rows: what is read is known to the device alone.
 
-        `span`: slots that attention reads, as `KVCache.plan` takes it.
+        `span`: slots that attention reads, as `KVCache.build_metadata` takes it.
         """
         counts = self.counts[:rows]
         self._read((0, rows), self.waiting[:rows, :width], counts, span)
@@ -77,7 +77,7 @@ class HeadFeatures:
 
     def _read(self, rows: tuple[int, int], hidden: Tensor, counts: Tensor, span: int | None = None) -> None:
         assert self.prefix is not None and self.cache is not None
-        step = self.cache.plan(rows, chain(hidden.shape[1]), span)
+        step = self.cache.build_metadata(rows, chain(hidden.shape[1]), span)
         hidden = self.prefix.step(hidden, self.cache, step, counts)
         self.cache.lengths[rows[0]:rows[1]] += counts
         self._keep_last(rows, hidden, counts)
