@@ -1,5 +1,5 @@
 from .embedded import EMBEDDED_BASE
-from .kv_cache import KVCache, Step
+from .kv_cache import AttentionMetadata, KVCache
 from .load import context_limit, formats_of, hidden_width, load_base, load_vocabulary, pick_device
 from .model import Base
 from .resolve import resolve_base
@@ -8,11 +8,11 @@ from .vocabulary import BaseIdentity, BaseVocabulary, VocabHead
 
 __all__ = [
            "EMBEDDED_BASE",
+           "AttentionMetadata",
            "Base",
            "BaseIdentity",
            "BaseVocabulary",
            "KVCache",
-           "Step",
            "VocabHead",
            "context_limit",
            "encode_prompt",

@@ -1,4 +1,4 @@
-"""Attention over a KV cache, and rotary positions: shared by the fused base and the prefix layer."""
+"""Attention over a KV cache and rotary positions, for the fused base and for the prefix layer of draft heads."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hydra_core.base.kv_cache import KVCache, Step
+from hydra_core.base.kv_cache import AttentionMetadata, KVCache
 
 
 class Rotary:
-    """Rotary position tables of the base: cos and sin [P, d] in the working dtype.
+    """Rotary position tables of the base (RoPE, arXiv 2104.09864): cos and sin [P, d] in the working dtype.
 
-    Rows are made for positions as they are first needed (or `reserve`d) and kept, since a table costs far less than the
-    trigonometry of every step. `inverse_frequencies`: [d / 2] float32; `scaling` multiplies both tables (transformers'
-    name for it).
+    The tables grow when a later position is first needed, or by `reserve`. They are kept, since computing sines and cosines in
+    every step takes far longer. `inverse_frequencies`: [d / 2] float32; `scaling`: a factor of both tables (transformers calls
+    it `attention_scaling`).
     """
 
     def __init__(self, inverse_frequencies: Tensor, scaling: float, dtype: torch.dtype) -> None:
@@ -25,11 +25,11 @@ class Rotary:
         self.reserve(1024)
 
     def reserve(self, positions: int) -> None:
-        """Make the rows of so many positions now, so that no step has to."""
+        """Grow the tables to `positions` rows now, so that no step has to."""
         if positions > len(self.cos):
             self._grow(positions)
 
-    @torch.inference_mode(False)  # a table made while validating must still serve a training step
+    @torch.inference_mode(False)  # a table made in inference mode could not be used in a training step
     def _grow(self, positions: int) -> None:
         angles = torch.arange(positions, device=self.inverse_frequencies.device).float()[:, None]
         angles = (angles * self.inverse_frequencies).repeat(1, 2)
@@ -39,7 +39,8 @@ class Rotary:
     def at(self, positions: Tensor, below: int | None = None) -> tuple[Tensor, Tensor]:
         """cos and sin [B, N, 1, d] at `positions` [B, N].
 
-        `below`: a number that all of them are below, for who knows one: the device is then not asked.
+        `below`: an upper bound that all positions are below, if the caller knows one; otherwise the largest is read from the
+        device.
         """
         needed = int(positions.max()) + 1 if below is None else below
         if needed > len(self.cos):
@@ -72,7 +73,7 @@ def grouped_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tenso
 
 
 def folded_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, nodes: int, scale: float) -> Tensor:
-    """The same of queries that are folded already, [B, H, G * N, d] with G the query heads of a key head."""
+    """As `grouped_attention`, of queries that are folded already: [B, H, G * N, d] with G = Hq / H. Returns [B, N, Hq * d]."""
     batch, kv_heads, folded, width = queries.shape
     mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
     mixed = mixed.view(batch, kv_heads, folded // nodes, nodes, width).permute(0, 3, 1, 2, 4)
@@ -81,26 +82,29 @@ def folded_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor
 
 @dataclass(frozen=True)
 class HeadNorms:
-    """RMSNorm of each query and key head before it is turned (Qwen3): weights [d]."""
+    """RMSNorm of each query and key head before its rotation (Qwen3): weights [d]."""
 
     query: Tensor
     key: Tensor
     eps: float
 
     def __call__(self, states: Tensor, heads: int) -> Tensor:
-        """[B, N, Hq + H, d], the query heads first."""
+        """Normalise `states` [B, N, Hq + H, d], in which the Hq = `heads` query heads come first."""
         shape = (states.shape[-1],)
         return torch.cat((F.rms_norm(states[:, :, :heads], shape, self.query, self.eps),
                           F.rms_norm(states[:, :, heads:], shape, self.key, self.eps)), dim=2)
 
 
-def cached_attention(qkv: Tensor, heads: int, cache: KVCache, layer: int, step: Step, cos: Tensor, sin: Tensor,
+def cached_attention(qkv: Tensor, heads: int, cache: KVCache, layer: int, metadata: AttentionMetadata, cos: Tensor, sin: Tensor,
                      mask: Tensor | None, norms: HeadNorms | None = None) -> Tensor:
-    """Norm, rotate, store and attend: `qkv` [B, N, (Hq + 2 H) * d] in, [B, N, Hq * d] out."""
+    """Normalise and rotate heads, write keys and values to the cache, and attend.
+
+    `qkv`: [B, N, (Hq + 2 H) * d]; `mask`: from `grouped_mask`; `norms`: None for a model without them. Returns [B, N, Hq * d].
+    """
     batch, nodes, _ = qkv.shape
     kv_heads, width = cache.keys.shape[3], cache.keys.shape[4]
     split = qkv.view(batch, nodes, heads + 2 * kv_heads, width)
     states = split[:, :, :heads + kv_heads]
-    turned = rotate(states if norms is None else norms(states, heads), cos, sin)
-    keys, values = cache.write(layer, step, turned[:, :, heads:], split[:, :, heads + kv_heads:])
-    return grouped_attention(turned[:, :, :heads], keys, values, mask, width ** -0.5)
+    rotated = rotate(states if norms is None else norms(states, heads), cos, sin)
+    keys, values = cache.write(layer, metadata, rotated[:, :, heads:], split[:, :, heads + kv_heads:])
+    return grouped_attention(rotated[:, :, :heads], keys, values, mask, width ** -0.5)

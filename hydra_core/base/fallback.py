@@ -1,4 +1,4 @@
-"""Any other attention-only causal model: transformers runs it, over our cache and our tree mask."""
+"""Any other causal model made of attention alone: transformers runs it, with this project's cache and tree mask."""
 
 from __future__ import annotations
 
@@ -8,41 +8,41 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from hydra_core.base.kv_cache import KVCache, Step
+from hydra_core.base.kv_cache import AttentionMetadata, KVCache
 
 ALIBI = ("bloom", "mpt")
-"""Model types that know positions only by a mask of one dimension."""
+"""Model types that derive positions from a two-dimensional attention mask."""
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 class _StepLayer(CacheLayerMixin):
-    """One layer of a `KVCache` seen through transformers' cache interface, for the length of one step."""
+    """One layer of a `KVCache` behind transformers' cache interface, for one step."""
 
-    def __init__(self, cache: KVCache, layer: int, step: Step) -> None:
-        super().__init__()
-        self.cache, self.layer, self.step = cache, layer, step
+    def __init__(self, cache: KVCache, layer: int, metadata: AttentionMetadata) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.cache, self.layer, self.metadata = cache, layer, metadata
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: the storage stands already."""
+        """Nothing to do: the `KVCache` is allocated already."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return self.cache.write(self.layer, self.step, key_states.transpose(1, 2), value_states.transpose(1, 2))
+        return self.cache.write(self.layer, self.metadata, key_states.transpose(1, 2), value_states.transpose(1, 2))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.step.span, 0
+        return self.metadata.kv_len, 0
 
     def get_seq_length(self) -> int:
-        return self.step.span - self.step.slots.shape[1]
+        return self.metadata.kv_len - self.metadata.slots.shape[1]
 
     def get_max_length(self) -> int:
         return self.cache.slots
 
 
 class TransformersDecoder:
-    """The transformers model itself behind the fused decoder's interface: slower, but it knows every architecture.
+    """The transformers model behind the interface of `Decoder`: slower than the fused one, but for every architecture.
 
-    Layers with a sliding window keep all keys and are masked instead, as a tree's nodes share slots with nobody.
+    Layers with a sliding window keep all keys, and a mask hides those outside the window.
     """
 
     supports_tree = True
@@ -61,7 +61,7 @@ class TransformersDecoder:
 
     @staticmethod
     def reason_unsupported(config: Any) -> str | None:
-        """Why a model of `config` cannot hold a branching tree in its cache, or None."""
+        """Why the cache of a model with `config` cannot hold a draft tree, or None if it can."""
         kinds = set(getattr(config, "layer_types", None) or [FULL])
         if not kinds <= {FULL, SLIDING}:
             return f"layers of kind {', '.join(sorted(kinds - {FULL, SLIDING}))}"
@@ -72,11 +72,11 @@ class TransformersDecoder:
         if getattr(config, "mamba_d_state", None) or getattr(config, "state_size", None):
             return "a recurrent state"
         if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
-            return "positions that are turned by the longest row's length"
+            return "rotary positions that depend on the length of the longest row"
         if getattr(config, "kv_lora_rank", None):
-            return "keys and values kept as one latent (DeepSeek's attention)"
+            return "keys and values that are stored as one latent vector (DeepSeek's attention)"
         if config.model_type in ALIBI or getattr(config, "alibi", False):
-            return "positions read off the attention mask"
+            return "positions derived from the attention mask"
         return None
 
     def allocate(self, rows: int, slots: int) -> KVCache:
@@ -86,31 +86,31 @@ class TransformersDecoder:
     def cache_bytes(self, rows: int, slots: int) -> int:
         return KVCache.bytes_for(self.layers, rows, slots, self.kv_heads, self.head_width, self.embedding.dtype)
 
-    def __call__(self, ids: Tensor, cache: KVCache, step: Step, counts: Tensor | None = None) -> Tensor:
+    def __call__(self, ids: Tensor, cache: KVCache, metadata: AttentionMetadata, counts: Tensor | None = None) -> Tensor:
         """As `Decoder.__call__`."""
-        layers: list[Any] = [_StepLayer(cache, layer, step) for layer in range(self.layers)]
-        positions = step.positions
-        if self.most_positions:  # draft nodes past the limit can never be kept, but a learned table ends there
+        layers: list[Any] = [_StepLayer(cache, layer, metadata) for layer in range(self.layers)]
+        positions = metadata.positions
+        if self.most_positions:  # draft nodes past the limit are never accepted; this keeps them inside a learned table
             positions = positions.clamp(max=self.most_positions - 1)
-        output = self.model(input_ids=ids, attention_mask=self._masks(cache, step), position_ids=positions,
+        output = self.model(input_ids=ids, attention_mask=self._masks(cache, metadata), position_ids=positions,
                             past_key_values=Cache(layers=layers), use_cache=True)
         hidden: Tensor = output.last_hidden_state
         return hidden
 
-    def _masks(self, cache: KVCache, step: Step) -> Tensor | dict[str, Tensor]:
-        """A four-dimensional mask is taken as it is; without one transformers would build its own."""
-        full = step.mask
+    def _masks(self, cache: KVCache, metadata: AttentionMetadata) -> Tensor | dict[str, Tensor]:
+        """The additive masks for transformers. It uses four-dimensional masks unchanged; without them it would build its own."""
+        full = metadata.mask
         if full is None:
-            batch, nodes = step.slots.shape
-            full = torch.zeros(batch, 1, nodes, step.span, dtype=cache.dtype, device=step.slots.device)
+            batch, nodes = metadata.slots.shape
+            full = torch.zeros(batch, 1, nodes, metadata.kv_len, dtype=cache.dtype, device=metadata.slots.device)
         if self.window is None:
             return full
-        sliding = step.windowed(self.window).to(cache.dtype)
+        sliding = metadata.windowed(self.window).to(cache.dtype)
         return {FULL: full, SLIDING: sliding} if self.kinds else sliding
 
 
 def _window(config: Any) -> int | None:
-    """Tokens a sliding layer looks back, or None when no layer slides."""
+    """The window of layers with a sliding window, in tokens, or None when there is no such layer."""
     kinds = getattr(config, "layer_types", None)
     slides = SLIDING in kinds if kinds else getattr(config, "use_sliding_window", True)
     window = getattr(config, "sliding_window", None)

@@ -1,6 +1,6 @@
-"""Weight formats: which of them hold a checkpoint's own values, and the 4-bit codes of those that are packed.
+"""Weight formats: which of them keep a checkpoint's own values, and where 4-bit codes come from.
 
-A format is named in the base's identity, so that what was made in one is never taken for another's.
+The base's identity contains the format, so results of one format are never mistaken for those of another.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from hydra_core.errors import InputError
 LOSSY = "int4-lossy"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int4": torch.bfloat16, LOSSY: torch.bfloat16}
 """Weight format -> dtype of everything that is not packed."""
-ROTARY = "inv_freq"  # tables that old checkpoints carry along: no weights
+ROTARY = "inv_freq"  # tables in old checkpoints, not weights
 
 
 def compute_dtype(dtype: str) -> torch.dtype:
-    """What a weight format computes in. Raises InputError for one that is none, `auto` among them: a choice for stages."""
+    """The dtype that a weight format computes in. Raises InputError for an unknown format and for `auto`: stages resolve it."""
     if dtype not in DTYPES:
         raise InputError(f"base.dtype={dtype}: a base is loaded in one of {', '.join(DTYPES)}; "
-                         "auto is chosen by the stages that `hydra-heads` runs")
+                         "the stages that `hydra-heads` runs choose one of them for auto")
     return DTYPES[dtype]
 
 
 def quantised_by(config: Any) -> str | None:
-    """The method by which transformers itself will load a quantised model (awq, gptq, torchao, ...), or None."""
+    """The method of a model that transformers itself loads quantised (awq, gptq, torchao, ...), or None."""
     found = getattr(config, "quantization_config", None)
     if not found:
         return None
@@ -41,11 +41,11 @@ def quantised_by(config: Any) -> str | None:
 
 
 def own_formats(folder: Path, config: Any, device: str) -> tuple[str, ...]:
-    """Formats that hold the values of the checkpoint in `folder`, on a `device` of kind cpu or cuda; the plainest first.
+    """Formats that keep the values of the checkpoint in `folder`, on a `device` of kind cpu or cuda; the plainest first.
 
-    A Q4_1 file: bf16 (its values rounded, by 0.2 % at most) and its own codes. Anything else: bf16 if all of it is stored
-    so, else fp32, which holds fp16 too. What transformers unpacks itself: bf16 around it. Never a format that would
-    quantise.
+    A Q4_1 file: bf16, which rounds its values by 0.2 % at most, and int4 with its own codes. Other checkpoints: bf16 if all
+    weights are stored in it, else fp32, which can hold fp16 too. A model that transformers loads quantised: bf16 for all
+    other tensors. A format that would quantise is never returned.
     """
     if quantised_by(config) is not None:
         return ("bf16",)
@@ -55,35 +55,35 @@ def own_formats(folder: Path, config: Any, device: str) -> tuple[str, ...]:
 
 
 def own_codes(folder: Path, config: Any, model: str, device: str, fused: bool) -> Mapping[str, Q4Matrix]:
-    """The codes that the checkpoint of `model` in `folder` is stored in. Raises InputError where there are none, or
-    nothing to multiply them."""
+    """The 4-bit codes that the checkpoint of `model` in `folder` stores, by tensor name. Raises InputError if it stores none, or
+    if there is no kernel to multiply them."""
     codes = load_codes(folder)
     if codes is None:
         raise InputError(f"base.dtype=int4: {model} is not stored in Q4_1, and quantising it would change its output: "
-                         f"use bf16 or fp32, or {LOSSY} if that may be")
+                         f"use bf16 or fp32, or {LOSSY} if its output may change")
     _check_packed("int4", config, device, fused)
     return codes
 
 
 def check_lossy(folder: Path, config: Any, model: str, device: str, fused: bool) -> None:
-    """Raise InputError unless `model` can be, and needs to be, quantised here."""
+    """Raise InputError if `model` cannot be quantised here, or is stored in 4 bits already."""
     if (folder / FILE).exists():
         raise InputError(f"base.dtype={LOSSY}: {model} is stored in 4 bits already: use int4, which keeps its own codes")
     _check_packed(LOSSY, config, device, fused)
 
 
 def quantise_layers(model: Any, asked: str) -> Mapping[str, Q4Matrix]:
-    """Quantise the matrices of a float32 transformers model's layers, in place: what it holds then is what the codes say.
+    """Quantise the matrices of a float32 transformers model's layers in place, to the values of the codes that are returned.
 
-    transformers' tensor name -> codes. Raises InputError for a shape that the kernel does not take.
+    Returns transformers' tensor name -> codes. Raises InputError for a shape that the kernel does not support.
     """
     codes = {}
     for number, layer in enumerate(model.model.layers):
         for part in NAMES.values():
             weight, name = layer.get_submodule(part).weight, f"model.layers.{number}.{part}.weight"
             if weight.shape[1] % GROUP or weight.shape[0] % OUT_MULTIPLE:
-                raise InputError(f"base.dtype={LOSSY}: {asked}: {name} is {weight.shape[0]} x {weight.shape[1]}, which is "
-                                 f"not cut into {OUT_MULTIPLE} rows and groups of {GROUP}: use bf16 or fp32")
+                raise InputError(f"base.dtype={LOSSY}: {asked}: {name} is {weight.shape[0]} x {weight.shape[1]}, but "
+                                 f"4 bits need a multiple of {OUT_MULTIPLE} rows and of {GROUP} columns: use bf16 or fp32")
             codes[name] = quantise(weight.detach())
             weight.data.copy_(codes[name].dequantise())
     return codes
@@ -97,7 +97,7 @@ def _check_packed(dtype: str, config: Any, device: str, fused: bool) -> None:
 
 
 def _why_not_packed(config: Any, device: str) -> str | None:
-    """Why packed 4-bit matrices cannot be multiplied, or None."""
+    """Why packed 4-bit matrices cannot be multiplied for this model on this kind of device, or None."""
     if device != "cpu":
         return f"the device is {device}"
     if (method := quantised_by(config)) is not None:
@@ -106,7 +106,7 @@ def _why_not_packed(config: Any, device: str) -> str | None:
 
 
 def _stored(folder: Path) -> set[str]:
-    """safetensors' names of the dtypes that the checkpoint's weights are stored in; headers alone are read."""
+    """safetensors' names of the dtypes of a checkpoint's weights. Only file headers are read."""
     found = set()
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as handle:

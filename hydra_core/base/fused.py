@@ -1,4 +1,4 @@
-"""A Llama-type decoder as few, large operations: q/k/v in one matmul, gate/up in one, grouped attention, preallocated KV."""
+"""A Llama-type decoder in few, large operations: one matmul for q/k/v, one for gate/up, grouped attention, preallocated KV."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hydra_core.base.attention import HeadNorms, Rotary, cached_attention, folded_attention, grouped_mask
-from hydra_core.base.kv_cache import KVCache, Step
+from hydra_core.base.kv_cache import AttentionMetadata, KVCache
 from hydra_core.base.layer import LayerWeights
 from hydra_core.base.linear import FrozenLinear
 from hydra_core.base.native import is_native, native_decoder, real_tokens, run_natively
@@ -22,10 +22,10 @@ FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 class FusedDecoder:
-    """Forward of the Llama family over a `KVCache`, built from a loaded transformers model (whose weights it takes over).
+    """Forward of the Llama family over a `KVCache`, built from a loaded transformers model, whose weights it takes over.
 
-    `codes`: tensor name -> 4-bit codes of the layers' matrices, where they are to be multiplied as such; `native`:
-    whether steps may run compiled: by a library of our own on a CPU, between the matrix products by Triton on a GPU.
+    `codes`: tensor name -> 4-bit codes of the layers' matrices, if products are to use them; `native`: whether compiled kernels
+    may be used: whole steps in C++ on a CPU, Triton kernels between the matrix products on a GPU.
     """
 
     supports_tree = True
@@ -37,10 +37,10 @@ class FusedDecoder:
         self.head_width = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         self.eps = config.rms_norm_eps
         self.embedding = model.model.embed_tokens.weight.detach()
-        # the stream that every layer adds to is kept in float32: in bf16 its few large values would swallow what is added
-        self.stream = torch.promote_types(self.embedding.dtype, torch.float32)
-        self.final_norm = model.model.norm.weight.detach().to(self.stream)
-        self.layers = [_take_weights(layer, f"model.layers.{number}", codes, self.stream)
+        # the residual is kept in float32: in bf16 its few large values would absorb what the layers add
+        self.residual_dtype = torch.promote_types(self.embedding.dtype, torch.float32)
+        self.final_norm = model.model.norm.weight.detach().to(self.residual_dtype)
+        self.layers = [_take_weights(layer, f"model.layers.{number}", codes, self.residual_dtype)
                        for number, layer in enumerate(model.model.layers)]
         rotary = model.model.rotary_emb
         self.rotary = Rotary(rotary.inv_freq, rotary.attention_scaling, self.embedding.dtype)
@@ -67,7 +67,7 @@ class FusedDecoder:
         return None if kind in FIXED_ROPE_TYPES else f"rope type {kind}"
 
     def allocate(self, rows: int, slots: int) -> KVCache:
-        self.rotary.reserve(slots)  # for good: no step of this cache, recorded or not, makes more
+        self.rotary.reserve(slots)  # no step over this cache has to grow the tables, recorded or not
         return KVCache(len(self.layers), rows, slots, self.kv_heads, self.head_width, self.embedding.dtype,
                        self.embedding.device)
 
@@ -76,48 +76,48 @@ class FusedDecoder:
 
     @property
     def bytes_read(self) -> int:
-        """Memory that a step of one node reads of the layers' matrices."""
+        """Bytes of the layers' matrices that a step with one node reads."""
         return sum(matrix.bytes_read for layer in self.layers for matrix in (layer.qkv, layer.output, layer.gate_up, layer.down))
 
-    def __call__(self, ids: Tensor, cache: KVCache, step: Step, counts: Tensor | None = None) -> Tensor:
+    def __call__(self, ids: Tensor, cache: KVCache, metadata: AttentionMetadata, counts: Tensor | None = None) -> Tensor:
         """As `Decoder.__call__`."""
         width = self.embedding.shape[1]
-        cos, sin = self.rotary.at(step.positions, step.span)
+        cos, sin = self.rotary.at(metadata.positions, metadata.kv_len)
         kind = self.embedding.dtype
-        hidden = F.embedding(ids, self.embedding).to(self.stream)
-        if self.native is not None and is_native(real_tokens(ids.shape, counts), kind) and not step.fixed:
-            hidden = run_natively(self.native, hidden, cache, step, cos, sin, counts)
+        hidden = F.embedding(ids, self.embedding).to(self.residual_dtype)
+        if self.native is not None and is_native(real_tokens(ids.shape, counts), kind) and not metadata.fixed:
+            hidden = run_natively(self.native, hidden, cache, metadata, cos, sin, counts)
         elif self.kernels:
-            return self._by_kernels(hidden, cache, step, cos, sin)
+            return self._by_kernels(hidden, cache, metadata, cos, sin)
         else:
-            mask = grouped_mask(step.mask, self.heads // self.kv_heads)
+            mask = grouped_mask(metadata.mask, self.heads // self.kv_heads)
             for index, layer in enumerate(self.layers):
                 normed = F.rms_norm(hidden, (width,), layer.input_norm, self.eps).to(kind)
-                mixed = cached_attention(layer.qkv(normed), self.heads, cache, index, step, cos, sin, mask, layer.head_norms)
+                mixed = cached_attention(layer.qkv(normed), self.heads, cache, index, metadata, cos, sin, mask, layer.head_norms)
                 hidden = hidden + layer.output(mixed)
                 normed = F.rms_norm(hidden, (width,), layer.mlp_norm, self.eps).to(kind)
                 gate, up = layer.gate_up(normed).chunk(2, dim=-1)
                 hidden = hidden + layer.down(F.silu(gate) * up)
         return F.rms_norm(hidden, (width,), self.final_norm, self.eps).to(kind)
 
-    def _by_kernels(self, hidden: Tensor, cache: KVCache, step: Step, cos: Tensor, sin: Tensor) -> Tensor:
+    def _by_kernels(self, hidden: Tensor, cache: KVCache, metadata: AttentionMetadata, cos: Tensor, sin: Tensor) -> Tensor:
         """The layers and the final norm on a GPU; `hidden` [B, N, D] float32 is changed in place."""
-        kind, (first, last), added = self.embedding.dtype, step.rows, None
-        mask = grouped_mask(step.mask, self.heads // self.kv_heads)
+        kind, (first, last), added = self.embedding.dtype, metadata.rows, None
+        mask = grouped_mask(metadata.mask, self.heads // self.kv_heads)
         for index, layer in enumerate(self.layers):
             normed = fused_add_rms_norm(hidden, added, layer.input_norm, self.eps, kind)
             keys, values = cache.keys[index, first:last], cache.values[index, first:last]
             norms = layer.head_norms
-            queries = rope_and_cache(layer.qkv(normed), cos, sin, step.slots, keys, values, self.heads,
+            queries = rope_and_cache(layer.qkv(normed), cos, sin, metadata.slots, keys, values, self.heads,
                                      *(() if norms is None else (norms.query, norms.key, norms.eps)))
-            mixed = folded_attention(queries, keys[:, :step.span].transpose(1, 2), values[:, :step.span].transpose(1, 2), mask,
-                                     step.slots.shape[1], self.head_width ** -0.5)
+            seen_keys, seen_values = (store[:, :metadata.kv_len].transpose(1, 2) for store in (keys, values))
+            mixed = folded_attention(queries, seen_keys, seen_values, mask, metadata.slots.shape[1], self.head_width ** -0.5)
             normed = fused_add_rms_norm(hidden, layer.output(mixed), layer.mlp_norm, self.eps, kind)
             added = layer.down(silu_and_mul(layer.gate_up(normed)))
         return fused_add_rms_norm(hidden, added, self.final_norm, self.eps, kind)
 
 
-def _take_weights(layer: Any, name: str, codes: Mapping[str, Q4Matrix] | None, stream: torch.dtype) -> LayerWeights:
+def _take_weights(layer: Any, name: str, codes: Mapping[str, Q4Matrix] | None, residual_dtype: torch.dtype) -> LayerWeights:
     attention = layer.self_attn
     norms = None
     if getattr(attention, "q_norm", None) is not None:
@@ -130,18 +130,18 @@ def _take_weights(layer: Any, name: str, codes: Mapping[str, Q4Matrix] | None, s
         return _joined(modules, found or None)
 
     return LayerWeights(
-        input_norm=layer.input_layernorm.weight.detach().to(stream),
+        input_norm=layer.input_layernorm.weight.detach().to(residual_dtype),
         qkv=joined("self_attn", "q_proj", "k_proj", "v_proj"),
         head_norms=norms,
         output=joined("self_attn", "o_proj"),
-        mlp_norm=layer.post_attention_layernorm.weight.detach().to(stream),
+        mlp_norm=layer.post_attention_layernorm.weight.detach().to(residual_dtype),
         gate_up=joined("mlp", "gate_proj", "up_proj"),
         down=joined("mlp", "down_proj"),
     )
 
 
 def _joined(modules: list[Any], codes: Q4Matrix | None) -> FrozenLinear:
-    """Several of transformers' layers side by side; the originals are let go of, so nothing is held twice."""
+    """Join several of transformers' linear layers into one; their own weights are freed, so nothing is held twice."""
     weight = torch.cat([module.weight for module in modules]).detach()
     bias = None
     if any(module.bias is not None for module in modules):

@@ -1,4 +1,4 @@
-"""One decoder layer's weights, as every forward of ours takes them."""
+"""The weights of one decoder layer, as both the PyTorch forward and the C++ decoder take them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hydra_core.base.linear import FrozenLinear
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One decoder layer; norms are [D]."""
+    """One decoder layer with hidden width D; the weights of its norms are [D]."""
 
     input_norm: Tensor
     qkv: FrozenLinear

@@ -1,8 +1,8 @@
-"""A frozen matrix in the layouts that this machine multiplies fastest.
+"""A frozen matrix in the layout that this machine multiplies fastest.
 
-On a CPU with AVX-512's bf16 dot product a loop of our own (`rows.h`) reads a matrix at the memory's full speed; where there
-is none, or AMX, oneDNN reads it 1.5 to 2 times as fast once it is reordered. Neither can be differentiated through, so
-trainers keep the plain layout.
+On a CPU with AVX-512's bf16 dot product this project's own kernels (`kernels/matmul_bf16.h`) read a matrix at the full speed of
+the memory. On other CPUs, or where AMX was not compiled in, oneDNN reads a reordered matrix 1.5 to 2 times as fast as a plain
+one. Neither layout supports gradients, so trainers keep the plain layout.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from hydra_core.kernels import ops
 
 Layout = Literal["plain", "onednn", "blocked"]
 LAYOUTS: tuple[Layout, ...] = ("plain", "onednn", "blocked")
-"""As numbered in `native.cpp`."""
+"""Numbered as `Layout` in `kernels/linear.h`."""
 SCALES_BYTES = 4
-"""Of a group of 4-bit codes: a scale and a minimum, of two bytes each."""
+"""Bytes of a group's scale and minimum, two each, beside its 4-bit codes."""
 EXPECTED_ROWS = 8
-"""Rows of a typical step, for oneDNN to choose a layout by; any number works."""
+"""Rows of a typical step, by which oneDNN chooses a layout; any number works."""
 
 
 def packable(weight: Tensor) -> bool:
     """Whether this machine has a faster layout for `weight`."""
-    return (weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
+    has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return (weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and has_onednn
             and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 
@@ -40,20 +41,20 @@ def quantisable(weight: Tensor) -> bool:
 
 
 def draft_bytes(weight: Tensor) -> int:
-    """Memory that a product with few rows reads of `weight` as `FrozenLinear.for_drafts` lays it out."""
+    """Bytes that a product with few rows reads of `weight` in the layout of `FrozenLinear.for_drafts`."""
     half_a_byte_and_scales = weight.numel() // 2 + weight.numel() // GROUP * SCALES_BYTES
     return half_a_byte_and_scales if quantisable(weight) else weight.nbytes
 
 
 def pack(weight: Tensor) -> tuple[Tensor, Layout]:
-    """An opaque copy of [out, in] for `multiply`, and its layout; call it only for what is `packable`."""
+    """A copy of `weight` [out, in] for `multiply`, and the copy's layout. The weight must be `packable`."""
     if ops.supports_linear(weight):
         return ops.pack_weight(weight), "blocked"
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), EXPECTED_ROWS), "onednn"
 
 
 def multiply(x: Tensor, packed: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:
-    """`F.linear` with a packed matrix."""
+    """`F.linear` of `x` [..., in] with a packed matrix: [..., out]."""
     if layout == "blocked":
         return ops.linear(x.reshape(-1, x.shape[-1]), packed, bias).view(*x.shape[:-1], -1)
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
@@ -62,7 +63,7 @@ def multiply(x: Tensor, packed: Tensor, layout: Layout, bias: Tensor | None) -> 
 
 @dataclass(frozen=True)
 class FrozenLinear:
-    """A matrix [out, in] in some `layout`, and perhaps a bias [out]; `few`: the same in 4 bits, for few rows."""
+    """A matrix [out, in] in some `layout`, with a bias [out] or None; `few`: a 4-bit copy for few rows, or None."""
 
     weight: Tensor
     bias: Tensor | None
@@ -71,20 +72,20 @@ class FrozenLinear:
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None = None, codes: Q4Matrix | None = None) -> FrozenLinear:
-        """`codes`: 4-bit codes of the same values, where they are to be used."""
+        """Pack `weight` in the fastest layout. `codes`: 4-bit codes of the same values, for products of few rows, or None."""
         few = None if codes is None else for_few_rows(codes, weight.dtype)
         packed, layout = pack(weight) if packable(weight) else (weight, LAYOUTS[0])
         return cls(packed, bias, layout, few)
 
     @classmethod
     def for_drafts(cls, weight: Tensor, bias: Tensor | None = None) -> FrozenLinear:
-        """With a 4-bit copy made of the weights, where there is a faster kernel for it: a draft may be wrong, and a third
-        of the bytes is read."""
+        """As `of`, with a 4-bit copy made from the weights where that is faster: a product reads a third of the bytes, and a
+        wrong draft costs only time."""
         return cls.of(weight, bias, quantise(weight) if quantisable(weight) else None)
 
     @property
     def bytes_read(self) -> int:
-        """Memory that a product with one row reads, biases left out."""
+        """Bytes that a product with one row reads, without the bias."""
         if self.few is not None:
             return self.few.packed.nbytes + self.few.scales.nbytes
         return self.weight.numel() * self.weight.element_size()
@@ -100,8 +101,8 @@ class FrozenLinear:
 
 
 class Packable(nn.Module):
-    """A module that may keep a copy of itself in the layout that decodes fastest. Training, loading and moving drop the
-    copy, so that no stale one is ever used."""
+    """A module that may keep a packed copy of itself for decoding. Training, loading and moving it drop the copy, so that no
+    stale copy is used."""
 
     _packed: Any = None
 
@@ -112,7 +113,7 @@ class Packable(nn.Module):
 
     def _apply(self, *args: Any, **kwargs: Any) -> Packable:
         self._packed = None
-        super()._apply(*args, **kwargs)
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -121,14 +122,14 @@ class Packable(nn.Module):
 
 
 class PackableLinear(Packable, nn.Linear):
-    """A trained layer of a drafter that can be packed to decode."""
+    """A trained layer of a drafter that can be packed for decoding."""
 
     def pack(self) -> None:
-        """Make the faster copy, where this machine has one."""
+        """Make the packed copy, where this machine has a faster layout."""
         self._packed = self.frozen() if packable(self.weight) else None
 
     def frozen(self) -> FrozenLinear:
-        """The layer as drafting multiplies by it: perhaps in 4 bits."""
+        """The layer in the layout that drafting uses, with a 4-bit copy where that is faster."""
         return FrozenLinear.for_drafts(self.weight.detach(), None if self.bias is None else self.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Loading the frozen base, whole or just its vocabulary ends."""
+"""Loads the frozen base, the whole of it or only its embedding and vocabulary projection."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ def load_base(model: str, *, dtype: str = "bf16", device: str = "cpu", cache: Pa
               context_limit: int | None = None, fused: bool = True, widen: bool = False, native: bool = True) -> Base:
     """Load and freeze the base.
 
-    `dtype`: weight format: bf16, fp32, int4 (a Q4_1 checkpoint's own codes, on a CPU) or int4-lossy (4-bit codes made
-    here of any fused base, which changes its answers); `device`: cpu, cuda or auto; `cache`: folder for fetched and
-    converted models (default: `default_cache()`); `context_limit`: tokens of prompt + answer, at most the model's own;
-    `fused=False` forces transformers' own forward, `native=False` PyTorch's own operators where steps could run compiled;
-    `widen` computes in float64 on the very values of the weight format (what near-ties are judged by).
-    Raises InputError for a model that cannot be had, or not in that format.
+    `dtype`: the weight format: bf16, fp32, int4 (a Q4_1 checkpoint's own codes, on a CPU) or int4-lossy (4-bit codes that are
+    made here for any fused base, which changes its answers); `device`: cpu, cuda or auto; `cache`: folder for downloaded and
+    converted models (default: `default_cache()`); `context_limit`: tokens of prompt and answer, at most the model's own limit;
+    `fused=False` forces transformers' own forward; `native=False` forces PyTorch's operators instead of compiled kernels;
+    `widen` computes in float64 on the values of the weight format, to decide near-ties.
+    Raises InputError for a model that cannot be found or loaded, or not in that format.
     """
     resolved, kind, target = resolve_base(model, cache or default_cache()), compute_dtype(dtype), pick_device(device)
     config = _read_config(resolved, model)
     if dtype == LOSSY:
         check_lossy(resolved.folder, config, model, target.type, fused)
     if widen and (method := quantised_by(config)) is not None:
-        raise InputError(f"base.model={model}: is quantised by {method} and cannot be computed in float64: answers that "
-                         "differ cannot be judged")
+        raise InputError(f"base.model={model}: is quantised by {method} and cannot be computed in float64, so near-ties "
+                         "cannot be decided")
     codes = own_codes(resolved.folder, config, model, target.type, fused) if dtype == "int4" and not widen else None
-    # 4-bit values are exact in float32 alone: those of a Q4_1 checkpoint, and those that are made here
+    # only float32 holds 4-bit values exactly, both those of a Q4_1 checkpoint and those that are made here
     whole = dtype == LOSSY or (dtype == "int4" and widen)
     loaded = _load_transformers(resolved, config, model, torch.float32 if whole else kind, target)
     if dtype == LOSSY:
-        log.warning("base.dtype=%s: %s is quantised to 4 bits here: its answers are not the model's own", dtype, model)
+        log.warning("base.dtype=%s: %s is quantised to 4 bits here, so its answers differ from the model's own", dtype, model)
         codes = quantise_layers(loaded, model)
     if widen:
         loaded, codes = loaded.double(), None
@@ -67,20 +67,20 @@ def load_base(model: str, *, dtype: str = "bf16", device: str = "cpu", cache: Pa
 
 
 def formats_of(model: str, *, cache: Path, device: str) -> tuple[str, ...]:
-    """Weight formats that hold the checkpoint's own values, on a device of kind cpu or cuda: what `auto` may choose from.
+    """Weight formats that keep the checkpoint's own values, on a device of kind cpu or cuda: the choices of `auto`.
 
-    No weights are read. Raises InputError for a model that cannot be had.
+    No weights are read. Raises InputError for a model that cannot be found or loaded.
     """
     resolved = resolve_base(model, cache)
     config = _read_config(resolved, model)
-    with _whole(model):
+    with _checked(model):
         return own_formats(resolved.folder, config, device)
 
 
 def load_vocabulary(model: str, *, dtype: str = "bf16", device: str = "cpu", cache: Path) -> BaseVocabulary:
-    """Only the embedding, the vocabulary projection and the final norm: what a trainer needs of the base.
+    """Load only the embedding, the vocabulary projection and the final norm, which are all that a trainer needs of the base.
 
-    Raises InputError for a model that cannot be had.
+    Raises InputError for a model that cannot be found or loaded.
     """
     from transformers import GenerationConfig
 
@@ -88,7 +88,7 @@ def load_vocabulary(model: str, *, dtype: str = "bf16", device: str = "cpu", cac
     config = _read_config(resolved, model)
     target, kind = pick_device(device), compute_dtype(dtype)
     generation = None
-    with _whole(model):
+    with _checked(model):
         names = _tensor_files(resolved.folder)
         embedding = _read(names, ("embed_tokens.weight", "embed_in.weight", "wte.weight"), model)
         norm = _read(names, (*(f"model.{name}.weight" for name in FINAL_NORMS), "final_layer_norm.weight",
@@ -109,20 +109,20 @@ def load_vocabulary(model: str, *, dtype: str = "bf16", device: str = "cpu", cac
 
 
 def context_limit(model: str, *, cache: Path, asked: int | None = None) -> int:
-    """Tokens of prompt and answer that `model` holds, or fewer if `asked`; no weights are read.
+    """Tokens of prompt and answer that `model` supports, or `asked` if that is given. No weights are read.
 
-    Raises InputError for a model that cannot be had or that holds less than `asked`.
+    Raises InputError for a model that cannot be found or loaded, or that supports fewer than `asked`.
     """
     return _context_limit(_read_config(resolve_base(model, cache), model), asked, model)
 
 
 def hidden_width(model: str, *, cache: Path) -> int:
-    """D of `model`; no weights are read. Raises InputError for a model that cannot be had."""
+    """D of `model`. No weights are read. Raises InputError for a model that cannot be found or loaded."""
     return int(_read_config(resolve_base(model, cache), model).hidden_size)
 
 
 def pick_device(device: str) -> torch.device:
-    """`auto` is CUDA where there is one. Raises InputError for cuda on a machine without it."""
+    """The torch device; `auto` is CUDA if there is one, else the CPU. Raises InputError for cuda on a machine without it."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -137,15 +137,15 @@ def _read_config(resolved: ResolvedBase, asked: str) -> Any:
         config = AutoConfig.from_pretrained(resolved.folder)
         own = config.get_text_config()
         if own is not config and getattr(config, "quantization_config", None):
-            own.quantization_config = config.quantization_config  # it stands beside the text model's part
+            own.quantization_config = config.quantization_config  # it is beside the text model's part, not in it
         return own
-    except Exception as error:  # each model's configuration checks itself in its own way
+    except Exception as error:  # each model's configuration raises its own types
         raise _unloadable(asked, f"config.json: {error}") from None
 
 
 @contextmanager
-def _whole(asked: str) -> Iterator[None]:
-    """What a folder that is broken or cut short makes its readers raise, as one line. Raises InputError."""
+def _checked(asked: str) -> Iterator[None]:
+    """Turn the errors that readers raise for a damaged or truncated folder into InputError with one line."""
     try:
         yield
     except InputError:
@@ -155,19 +155,19 @@ def _whole(asked: str) -> Iterator[None]:
 
 
 def _unloadable(asked: str, reason: str) -> InputError:
-    return InputError(f"base.model={asked}: cannot be loaded ({' '.join(reason.split())[:300]}): mend or fetch it again")
+    return InputError(f"base.model={asked}: cannot be loaded ({' '.join(reason.split())[:300]}): repair it or download it again")
 
 
 def _load_transformers(resolved: ResolvedBase, config: Any, asked: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """transformers' own model on `device`, frozen. One that is quantised is loaded where it is to run: it may not move."""
+    """transformers' own model on `device`, frozen. A quantised one is loaded on that device, since it cannot be moved."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     method = quantised_by(config)
     place: dict[str, Any] = {} if method is None else {"device_map": {"": device}}
     try:
-        with _whole(asked):
+        with _checked(asked):
             model: Any = AutoModelForCausalLM.from_pretrained(
                 resolved.folder, dtype=dtype, use_safetensors=True,
                 attn_implementation=_attention_for(AutoModelForCausalLM, config), **place)
@@ -175,12 +175,12 @@ def _load_transformers(resolved: ResolvedBase, config: Any, asked: str, dtype: t
         if method is None:
             raise
         raise InputError(f"base.model={asked}: is quantised by {method}, which transformers cannot run here "
-                         f"({' '.join(str(error).split())[:300]}): install what it names, or use another device") from None
+                         f"({' '.join(str(error).split())[:300]}): install what it asks for, or use another device") from None
     return (model if place else model.to(device)).eval().requires_grad_(False)
 
 
 def _attention_for(auto: Any, config: Any) -> str | None:
-    """An implementation that heeds our tree mask where one is needed; None leaves the choice to transformers."""
+    """An attention implementation that applies the tree mask; None, if no tree is possible, lets transformers choose."""
     if TransformersDecoder.reason_unsupported(config) is not None:
         return None
     known = type(config) in auto._model_mapping
@@ -189,16 +189,17 @@ def _attention_for(auto: Any, config: Any) -> str | None:
 
 def _decoder_for(model: Any, config: Any, fused: bool, codes: Mapping[str, Q4Matrix] | None, method: str | None,
                  native: bool) -> Any:
-    """`method`: what the model is quantised by, if it is: its modules hold no matrices to fuse."""
+    """`method`: of a quantised model, whose modules contain no matrices to fuse; else None."""
     reason = f"quantised by {method}" if method else FusedDecoder.reason_unsupported(config) if fused else "asked not to fuse"
     if reason is None:
         return FusedDecoder(model, codes, native)
     why_not = TransformersDecoder.reason_unsupported(config)
     if why_not is not None:
-        log.warning("the base decodes plainly, one row after another: a draft tree needs attention alone (%s)", why_not)
+        log.warning("the base decodes plainly, one sequence after another: only models of attention alone can verify a draft "
+                    "tree (%s)", why_not)
         return SequentialDecoder(model)
     if fused:
-        log.warning("the base runs by transformers' own forward, not the fused one (%s)", reason)
+        log.warning("the base uses transformers' own forward, not the fused one (%s)", reason)
     return TransformersDecoder(model)
 
 
@@ -226,7 +227,7 @@ def _stop_ids(model: Any, config: Any) -> tuple[int, ...]:
 
 
 def _collect_stops(generation: Any, config: Any) -> tuple[int, ...]:
-    """End-of-turn ids of the generation settings, else of the model's config; sorted."""
+    """End-of-turn ids of the generation settings, or else of the model's config, sorted."""
     for source in (generation, config):
         stops = getattr(source, "eos_token_id", None)
         if stops is not None:
@@ -237,9 +238,9 @@ def _collect_stops(generation: Any, config: Any) -> tuple[int, ...]:
 def _context_limit(config: Any, asked: int | None, model: str) -> int:
     own = getattr(config, "max_position_embeddings", None) or asked
     if own is None:
-        raise InputError(f"base.context_limit: {model} names no limit of its own: set one")
+        raise InputError(f"base.context_limit: {model} has no limit of its own: set one")
     if asked is not None and asked > own:
-        raise InputError(f"base.context_limit={asked}: {model} holds at most {own} tokens")
+        raise InputError(f"base.context_limit={asked}: {model} supports at most {own} tokens")
     return asked or own
 
 
@@ -257,10 +258,11 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
 
 
 def _read(files: dict[str, Path], endings: tuple[str, ...], model: str) -> Tensor:
-    """The one tensor whose name is, or ends in, one of `endings`."""
+    """The tensor whose name is, or ends with, one of `endings`. Raises InputError if there is none."""
     for ending in endings:
         for name, path in files.items():
             if name == ending or name.endswith("." + ending):
                 with safe_open(path, framework="pt") as handle:
-                    return handle.get_tensor(name)
-    raise InputError(f"base.model={model}: none of its tensors is called {' or '.join(endings)}")
+                    tensor: Tensor = handle.get_tensor(name)
+                    return tensor
+    raise InputError(f"base.model={model}: it has no tensor with the name {' or '.join(endings)}")

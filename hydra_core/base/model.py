@@ -8,19 +8,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hydra_core.base.kv_cache import KVCache, Step
+from hydra_core.base.kv_cache import AttentionMetadata, KVCache
 from hydra_core.base.text import encode_prompt
 from hydra_core.base.vocabulary import BaseIdentity, BaseVocabulary
 from hydra_core.tree.batch import TreeBatch, chain
 
-PREFILL_CHUNK = 512  # tokens of a prompt in one forward: bounds the mask and the activations
+PREFILL_CHUNK = 512  # tokens of a prompt in one forward, which bounds the memory of the mask and the activations
 
 
 class Decoder(Protocol):
-    """What runs the layers: `fused.FusedDecoder`, `fallback.TransformersDecoder` or `sequential.SequentialDecoder`.
+    """Runs the layers: `fused.FusedDecoder`, `fallback.TransformersDecoder` or `sequential.SequentialDecoder`.
 
-    `supports_tree`: whether its cache can hold a tree, share beginnings and take a prompt in pieces; `ragged`: whether nodes that
-    are not real cost nothing.
+    `supports_tree`: whether its cache can hold a tree, share the beginnings of prompts and take a prompt in pieces; `ragged`:
+    whether nodes that only pad a row cost nothing.
     """
 
     supports_tree: bool
@@ -30,11 +30,11 @@ class Decoder(Protocol):
 
     def cache_bytes(self, rows: int, slots: int) -> int: ...
 
-    def __call__(self, ids: Tensor, cache: Any, step: Step, counts: Tensor | None = None) -> Tensor:
-        """Token ids [B, N] to hidden states after the final norm [B, N, D]; writes what the cache keeps of the nodes.
+    def __call__(self, ids: Tensor, cache: Any, metadata: AttentionMetadata, counts: Tensor | None = None) -> Tensor:
+        """Token ids [B, N] to hidden states after the final norm [B, N, D]; writes the nodes' keys and values to the cache.
 
-        `counts`: [B] how many of a row's tokens, the first ones, are real, where rows are padded; None when all are. What
-        stands at the others is of no meaning.
+        `counts`: [B], how many tokens of each row, the first ones, are real; None when all are. The hidden states of the others
+        have no meaning.
         """
         ...
 
@@ -49,32 +49,32 @@ class Base:
 
     @property
     def identity(self) -> BaseIdentity:
-        """Name, digest and weight format: what heads and results belong to."""
+        """Name, digest and weight format of this base; checkpoints of heads and results record it."""
         return self.vocabulary.identity
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of hidden states and embeddings."""
+        """The dtype of hidden states and embeddings."""
         return self.vocabulary.embedding.dtype
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Token ids that end an answer unless a request names others."""
+        """Token ids that end an answer, unless a request names others."""
         return self.vocabulary.stop_ids
 
     @property
     def vocab_size(self) -> int:
-        """V."""
+        """V, the number of logits."""
         return self.vocabulary.size
 
     @property
     def supports_tree(self) -> bool:
-        """Whether a draft tree can be verified; else only plain decoding is possible."""
+        """Whether the base can verify a draft tree; otherwise only plain decoding is possible."""
         return self.decoder.supports_tree
 
     @property
     def ragged(self) -> bool:
-        """Whether a forward costs no more for nodes that are not real, so that rows may have as many as each is worth."""
+        """Whether nodes that only pad a row cost nothing, so that each row may have its own number of nodes."""
         return self.decoder.ragged
 
     def allocate(self, rows: int, slots: int) -> KVCache:
@@ -85,27 +85,27 @@ class Base:
     @torch.inference_mode()
     def forward(self, ids: Tensor, cache: KVCache, rows: tuple[int, int], forest: TreeBatch,
                 counts: Tensor | None = None) -> Tensor:
-        """One forward of [B, N] token ids on top of what cache `rows` hold: hidden states [B, N, D].
+        """One forward of token ids [B, N] after the committed tokens of the cache's `rows`: hidden states [B, N, D].
 
-        Node j of a row stands at position length + depth(j) and sees the row's committed tokens and its ancestors. The
-        nodes' keys and values are written but not committed. `counts`: [B] real tokens of rows that are padded, the first
-        of each; the others' hidden states are of no meaning.
+        Node j of a row has the position length + depth(j); it sees the row's committed tokens, its ancestors and itself. The
+        nodes' keys and values are written but not committed. `counts`: [B], how many tokens of each row, the first ones, are
+        real; None when all are. The hidden states of the others have no meaning.
         """
-        return self.decoder(ids, cache, cache.plan(rows, forest), counts)
+        return self.decoder(ids, cache, cache.build_metadata(rows, forest), counts)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., D] to [..., V] float32."""
+        """Logits [..., V] float32 of hidden states [..., D]."""
         return self.vocabulary.head(hidden)
 
     def argmax(self, hidden: Tensor) -> Tensor:
-        """[..., D] to the likeliest token [...] int64, of equals the first."""
+        """The argmax [...] int64 of the logits of hidden states [..., D], the first among equals."""
         return self.vocabulary.head.argmax(hidden)
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Sequence[int]], cache: KVCache, rows: tuple[int, int]) -> Tensor:
-        """Compute and commit whole prompts into cache `rows`: hidden states [B, T, D], junk past each prompt's end.
+        """Compute whole prompts into the cache's `rows` and commit them: hidden states [B, T, D].
 
-        Rows are padded to the longest of them, and long prompts go through in chunks.
+        T is the length of the longest prompt; states past a prompt's end have no meaning. Long prompts are computed in chunks.
         """
         longest = max(len(prompt) for prompt in prompts)
         ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
@@ -124,7 +124,7 @@ class Base:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
     def hidden_states(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Teacher-forced features of whole sequences: for each a [T, D] tensor in the base's dtype."""
+        """Hidden states of whole sequences, teacher forced: a tensor [T, D] in the base's dtype for each."""
         longest = max(len(sequence) for sequence in sequences)
         cache = self.allocate(len(sequences), longest)
         hidden = self.prefill(sequences, cache, (0, len(sequences)))
@@ -135,5 +135,6 @@ class Base:
         return encode_prompt(self.tokenizer, prompt, messages)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens left out."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        """Text of token ids, without special tokens."""
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text

@@ -1,7 +1,7 @@
-"""Decoding steps and draft heads of `native.cpp`: what they do without Python between their operations.
+"""Decoding steps and draft heads as one C++ call each, made of the base's own classes.
 
-A step of a small model is some thousand operations of a few microseconds each, and Python takes as long between them. Where
-there is no C++ compiler the same steps run through PyTorch's operators, with one log line.
+A step of a small model is about a thousand operations of a few microseconds each, and Python takes as long between them.
+Without a C++ compiler the same steps run through PyTorch's operators; the library logs that once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hydra_core.base.kv_cache import KVCache, Step, real_nodes
+from hydra_core.base.kv_cache import AttentionMetadata, KVCache, real_nodes
 from hydra_core.base.linear import LAYOUTS, FrozenLinear
 from hydra_core.base.q4_1 import GROUP
 from hydra_core.kernels import ops
@@ -21,19 +21,18 @@ if TYPE_CHECKING:
     from hydra_core.base.layer import LayerWeights
 
 MOST_TOKENS = 256
-"""Tokens of all rows together that a native step takes in float32 or by oneDNN: some of its loops run on one core, PyTorch's
-on all of them. Those of `rows.h` run on all of them too."""
+"""Largest number of tokens, over all rows, for which a native step is used in float32 or with oneDNN's layouts: some of its
+loops then run on one core, while PyTorch's run on all. The bfloat16 kernels run on all cores and have no such limit."""
 
 
 def is_native(tokens: int, dtype: torch.dtype) -> bool:
-    """Whether a forward of so many tokens in `dtype` is sooner done by the native step."""
+    """Whether the native step is the faster one for a forward of `tokens` tokens in `dtype`."""
     return tokens <= MOST_TOKENS or (dtype == torch.bfloat16 and ops.bf16_available())
 
 
 def native_decoder(layers: Sequence[LayerWeights], heads: int, kv_heads: int, width: int,
                    eps: float) -> ops.NativeDecoder | None:
-    """The layers as an object with the C++ `run`, or None where it cannot be had: off the CPU, in float64, without a
-    compiler."""
+    """The layers as a C++ object, or None where there is none: off the CPU, in float64, without a compiler."""
     weight = layers[0].input_norm
     if not ops.supports_decoder(weight.device, weight.dtype, width):
         return None
@@ -48,19 +47,19 @@ def native_decoder(layers: Sequence[LayerWeights], heads: int, kv_heads: int, wi
 
 
 def real_tokens(shape: Sequence[int], counts: Tensor | None) -> int:
-    """How many of B rows x N tokens (`shape`) are real: the first `counts` [B] of each, or all."""
+    """How many tokens of a batch of `shape` (B, N) are real: the first `counts` [B] of each row, or all without `counts`."""
     return shape[0] * shape[1] if counts is None else int(counts.sum())
 
 
-def run_natively(decoder: ops.NativeDecoder, hidden: Tensor, cache: KVCache, step: Step, cos: Tensor, sin: Tensor,
-                 counts: Tensor | None = None) -> Tensor:
-    """All layers of a `native_decoder`: [B, N, D] float32 in, which may be overwritten, and out.
+def run_natively(decoder: ops.NativeDecoder, hidden: Tensor, cache: KVCache, metadata: AttentionMetadata, cos: Tensor,
+                 sin: Tensor, counts: Tensor | None = None) -> Tensor:
+    """Run all layers of a `native_decoder` on `hidden` [B, N, D] float32, which may be overwritten; returns [B, N, D] float32.
 
-    `counts`: [B] int64, how many nodes of each row, the first ones, are real. Nothing is computed or stored for the others,
-    which come out as zeros.
+    `counts`: [B] int64, how many nodes of each row, the first ones, are real; None if all are. Nothing is computed or stored
+    for the others, and their results are zero.
     """
     real = real_nodes(counts, hidden.shape[1])
-    given = (cache.keys, cache.values, step.rows[0], step.slots, step.span, cos, sin, step.mask)
+    given = (cache.keys, cache.values, metadata.rows[0], metadata.slots, metadata.kv_len, cos, sin, metadata.mask)
     if real is None:
         return hidden + decoder.run(hidden, *given, None).view_as(hidden)
     lines = hidden[real]
@@ -70,11 +69,11 @@ def run_natively(decoder: ops.NativeDecoder, hidden: Tensor, cache: KVCache, ste
 
 def native_head(blocks: Sequence[Sequence[FrozenLinear]], widens: Sequence[bool], norm: Tensor | None, eps: float,
                 rows: FrozenLinear, scale: float, softcap: float | None) -> ops.NativeHead | None:
-    """A draft head as an object with the C++ `logits` and `top_k`, or None where it cannot be had: in another dtype than
-    bfloat16, off the CPU, without a compiler.
+    """A draft head as a C++ object, or None where there is none: in another dtype than bfloat16, off the CPU, without a compiler.
 
-    `blocks`: the one or two matrices of each, as the source has them; `widens`: whether its input is wider than its output;
-    `norm`: [D] that ends the head; `rows`: the base's vocabulary projection, with its `scale` and `softcap`.
+    `blocks`: the one or two matrices of each block, in the order that `draft_head.h` describes; `widens`: for each block, whether
+    its input is wider than its output; `norm`: [D] at the head's end, or None; `rows`: the base's vocabulary projection, with its
+    `scale` and `softcap`.
     """
     first = blocks[0][0]
     if not ops.supports_head(first.weight.device, first.weight.dtype):
@@ -87,10 +86,11 @@ def native_head(blocks: Sequence[Sequence[FrozenLinear]], widens: Sequence[bool]
 
 
 def _parts(matrix: FrozenLinear) -> list[Tensor | None]:
+    """Weight, bias, 4-bit codes and scales, as C++ takes them."""
     few = matrix.few
     return [matrix.weight, matrix.bias, few.packed if few else None, few.scales if few else None]
 
 
 def _layout(matrix: FrozenLinear) -> tuple[int, int]:
-    """The number of its layout, and the rows up to which its 4-bit copy is taken."""
+    """The number of its layout, and the number of rows up to which its 4-bit copy is used (0 without a copy)."""
     return LAYOUTS.index(matrix.layout), matrix.few.most if matrix.few else 0

@@ -1,4 +1,4 @@
-"""From what a user calls the base model to a folder of safetensors and an identity."""
+"""From the name that a user gives for the base model to a folder of safetensors and a digest."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from hydra_core.errors import InputError
 from hydra_core.files import atomic_folder
 
 log = logging.getLogger(__name__)
-ORIGIN = "hydra_base.json"  # beside a converted model: what it was made from
-LAYOUT = 2  # of a converted folder: 2 keeps Q4_1 codes beside the dequantised weights
+ORIGIN = "hydra_base.json"  # in the folder of a converted model: the file it was made from
+LAYOUT = 2  # version of a converted folder; version 2 keeps Q4_1 codes beside the dequantised weights
 
 
 def default_cache() -> Path:
-    """Where fetched and converted models are kept when nothing is said: `cache` under the default storage."""
+    """The default folder for downloaded and converted models: `cache` in the default storage."""
     storage = os.environ.get("HYDRA_HEADS_STORAGE")
     return (Path(storage) if storage else Path.home() / ".hydra-heads") / "cache"
 
 
 @dataclass(frozen=True)
 class ResolvedBase:
-    """A transformers folder on this machine, with the name and digest that identify the base."""
+    """A transformers folder on this machine, with the name and the digest (sha256, hex) of the base."""
 
     folder: Path
     name: str
@@ -41,8 +41,8 @@ class ResolvedBase:
 def resolve_base(model: str, cache: Path) -> ResolvedBase:
     """Find `model`: the embedded one, a folder, a .gguf file or a hub id.
 
-    A .gguf file is dequantised to float32 safetensors under `cache` once. Raises InputError when there is no such
-    model, or its weights are not safetensors.
+    A .gguf file is dequantised once, to float32 safetensors under `cache`. Raises InputError when there is no such model, or
+    when its weights are not safetensors.
     """
     if model == EMBEDDED_BASE:
         return _converted(fetch_embedded(cache), cache)
@@ -76,7 +76,7 @@ def _folder(folder: Path, name: str) -> ResolvedBase:
 
 @lru_cache(maxsize=32)
 def _digest(stamps: tuple[tuple[str, int, int], ...]) -> str:
-    """sha256 over the names and bytes of files; size and time are in the key so that a changed file is read again."""
+    """sha256 over the names and bytes of files. The cache's key has sizes and times, so a changed file is read again."""
     digest = hashlib.sha256()
     for path, _, _ in stamps:
         digest.update(Path(path).name.encode())
@@ -91,13 +91,13 @@ def _download(hub_id: str) -> Path:
 
     try:
         return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]))
-    except Exception as error:  # the hub client raises a dozen types for "cannot be had"
+    except Exception as error:  # the hub client raises a dozen types when a download fails
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"base.model={hub_id}: no such folder, and the hub does not give it ({reason})") from None
+        raise InputError(f"base.model={hub_id}: no such folder, and the hub download failed ({reason})") from None
 
 
 def _converted(gguf: Path, cache: Path) -> ResolvedBase:
-    """The float32 transformers copy of a .gguf file, made under a lock since several workers may ask at once."""
+    """The float32 transformers copy of a .gguf file. A lock makes one of several processes convert it."""
     digest = _digest(((str(gguf), gguf.stat().st_size, gguf.stat().st_mtime_ns),))
     folder = cache / "converted" / f"{gguf.stem}-{digest[:12]}-{LAYOUT}"
     if not (folder / ORIGIN).exists():
@@ -116,10 +116,10 @@ def _convert(gguf: Path, folder: Path, digest: str) -> None:
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-    except Exception as error:  # a parser of foreign bytes fails in any way
+    except Exception as error:  # a parser of arbitrary bytes may raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"base.model={gguf}: cannot be read as GGUF ({reason})") from None
-    model.hf_quantizer, model.is_quantized = None, False  # else save_pretrained refuses the dequantised copy
+    model.hf_quantizer, model.is_quantized = None, False  # otherwise save_pretrained rejects the dequantised copy
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     with atomic_folder(folder) as temporary:

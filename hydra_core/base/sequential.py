@@ -1,4 +1,4 @@
-"""Models whose cache is no list of keys (recurrent, hybrid): one row after another, nothing drafted, nothing padded."""
+"""Models whose cache is not made of keys and values (recurrent, hybrid): rows run one by one, without drafts or padding."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hydra_core.base.kv_cache import Step
+from hydra_core.base.kv_cache import AttentionMetadata
 from hydra_core.tree.batch import TreeBatch
 
 
 class SequentialCache:
-    """transformers' own cache of each row, behind what the engine asks of a `KVCache`."""
+    """A transformers cache for each row, behind the methods of a `KVCache` that the engine calls."""
 
     def __init__(self, rows: int, slots: int, device: torch.device) -> None:
         self.states: list[Any] = [None] * rows
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         self.rows, self.slots = rows, slots
 
-    def plan(self, rows: tuple[int, int], forest: TreeBatch) -> Step:
-        """Only chains; raises ValueError for a tree that branches."""
+    def build_metadata(self, rows: tuple[int, int], forest: TreeBatch) -> AttentionMetadata:
+        """As `KVCache.build_metadata`, for chains only. Raises ValueError for a tree that branches."""
         if forest.depth != forest.size - 1:
             raise ValueError("a recurrent state cannot hold a tree")
         lengths = self.lengths[rows[0]:rows[1]]
         positions = lengths[:, None] + torch.arange(forest.size, device=lengths.device)
-        return Step(rows, positions, positions, int(lengths.max()) + forest.size, None)
+        return AttentionMetadata(rows, positions, positions, int(lengths.max()) + forest.size, None)
 
     def commit(self, rows: tuple[int, int], path: Tensor, counts: Tensor) -> None:
-        """The root is in the state already."""
+        """Only the lengths grow: the state already contains the root."""
         assert path.shape[1] == 1
         self.lengths[rows[0]:rows[1]] += counts
 
@@ -43,7 +43,7 @@ class SequentialCache:
 
 
 class SequentialDecoder:
-    """The transformers model over a cache of its own for every row."""
+    """The transformers model, with a separate cache for every row."""
 
     supports_tree = False
     ragged = False
@@ -52,23 +52,23 @@ class SequentialDecoder:
         self.model = model.get_decoder()
         self.embedding = model.get_input_embeddings().weight.detach()
         names = inspect.signature(self.model.forward).parameters
-        known = ("cache", "cache_params", "past_key_values")  # argument and output field; the name depends on the model
+        known = ("cache", "cache_params", "past_key_values")  # argument and output field have one of these names
         self.argument = next((name for name in known if name in names), known[-1])
 
     def allocate(self, rows: int, slots: int) -> SequentialCache:
         return SequentialCache(rows, slots, self.embedding.device)
 
     def cache_bytes(self, rows: int, slots: int) -> int:
-        """Not known beforehand: transformers allocates as it goes."""
+        """0: transformers allocates while it runs, so the size is not known beforehand."""
         return 0
 
-    def __call__(self, ids: Tensor, cache: SequentialCache, step: Step, counts: Tensor | None = None) -> Tensor:
-        """As `Decoder.__call__`; a row's first call takes its whole prompt, later ones a token each."""
+    def __call__(self, ids: Tensor, cache: SequentialCache, metadata: AttentionMetadata, counts: Tensor | None = None) -> Tensor:
+        """As `Decoder.__call__`. The first call for a row takes its whole prompt, each later call one token."""
         batch, width = ids.shape
         real = [width] * batch if counts is None else counts.tolist()
         hidden = torch.zeros(batch, width, self.embedding.shape[1], dtype=self.embedding.dtype, device=ids.device)
         for offset, count in enumerate(real):
-            row = step.rows[0] + offset
+            row = metadata.rows[0] + offset
             if count:
                 given = {self.argument: cache.states[row]} if cache.states[row] is not None else {}
                 output = self.model(input_ids=ids[offset:offset + 1, :count], use_cache=True, **given)

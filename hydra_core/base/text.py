@@ -1,4 +1,4 @@
-"""Text to token ids, once: the chat template applied, nothing tokenised a second time."""
+"""Text to token ids: the chat template is applied once, and no text is tokenised twice."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ _MARK = "\u241fuser-turn\u241f"
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder, or None with one log line where it has none."""
+    """The tokenizer of a model folder, or None, with a warning, if it has none."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (ValueError, OSError) as error:
-        log.warning("the base has no tokenizer: only token ids can be decoded (%s)", str(error).splitlines()[0])
+        log.warning("the base has no tokenizer, so prompts must be token ids (%s)", str(error).splitlines()[0])
         return None
 
 
 def encode_prompt(tokenizer: Any, prompt: str | None = None, messages: list[dict[str, Any]] | None = None) -> list[int]:
-    """Token ids ready to be answered: the chat template with its opening of the assistant's turn.
+    """Token ids of a prompt, or of messages by the chat template, up to the beginning of the assistant's turn.
 
-    A raw prompt becomes one user turn where the base has a template and is tokenised as it is elsewhere. Raises
-    InputError for messages without a template, an empty prompt, or messages the template refuses.
+    With a chat template a prompt becomes one user turn; without one it is tokenised as it is. Raises InputError for messages
+    without a chat template, for an empty prompt, and for messages that the template rejects.
     """
     if tokenizer is None:
         raise InputError("prompt: the base has no tokenizer: give token ids")
@@ -44,16 +44,16 @@ def encode_prompt(tokenizer: Any, prompt: str | None = None, messages: list[dict
         raise InputError("messages: is empty")
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # templates are programs: any mistake in messages may raise anything
-        raise InputError(f"messages: the chat template refuses them ({(str(error) or 'no message').splitlines()[0]})") from None
+    except Exception as error:  # a template is a program, which may raise anything for wrong messages
+        raise InputError(f"messages: the chat template rejects them ({(str(error) or 'no message').splitlines()[0]})") from None
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def user_turn_opening(tokenizer: Any) -> list[int]:
-    """Token ids of everything the template puts before a user's own words.
+    """Token ids of all that the chat template puts before a user's own words.
 
-    Given this alone, an aligned base goes on by writing a user turn (Magpie, arXiv 2406.08464). Raises InputError for a
-    base without a chat template, or one whose template does not keep the words as they are.
+    An aligned base that is given only these continues with a user turn (Magpie, arXiv 2406.08464). Raises InputError for a
+    base without a chat template, or with one that changes the user's words.
     """
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         raise InputError("prompts.source=self: the base has no chat template to open a user turn with: "

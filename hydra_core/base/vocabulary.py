@@ -1,4 +1,4 @@
-"""The two ends of the base model: token embeddings in, vocabulary projection out. All that training needs of it."""
+"""The two ends of the base model, token embeddings and vocabulary projection: all that training needs of the base."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hydra_core.kernels import ops
 
 @dataclass(frozen=True)
 class BaseIdentity:
-    """Which base, in which weight format: heads trained on another one are refused.
+    """Which base model in which weight format. Heads that were trained on another one are rejected.
 
     `digest`: sha256 of the configuration and weights, as hex; `weight_format`: bf16, fp32, int4 or
     int4-lossy.
@@ -30,9 +30,9 @@ class BaseIdentity:
 
 
 def argmax(logits: Tensor) -> Tensor:
-    """[...] int64: the likeliest token of each [..., V], the first of equals, as `argmax` has it.
+    """Index of the largest of the V logits [..., V], the first among equals: [...] int64.
 
-    On a CPU by NumPy's, which takes a fifth of the time of torch's.
+    On a CPU this is NumPy's argmax, which takes a fifth of the time of torch's.
     """
     if logits.device.type != "cpu":
         return logits.argmax(-1)
@@ -41,10 +41,10 @@ def argmax(logits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class VocabHead:
-    """Hidden state to logits: the one function for matrix, bias, scale and soft cap.
+    """The vocabulary projection, from hidden states to logits: matrix, bias, scale and soft cap.
 
-    `weight`: [V, D]; `bias`: [V] or None; `scale` multiplies the logits (Granite, Cohere); `softcap` bounds them (Gemma);
-    `packed`: a copy of matrix and bias in the layout that decodes fastest, see `for_decoding`.
+    `weight`: [V, D]; `bias`: [V] or None; `scale` multiplies the logits (Granite, Cohere); `softcap` bounds them
+    (Gemma); `packed`: matrix and bias in the layout that is fastest for decoding, or None; see `for_decoding`.
     """
 
     weight: Tensor
@@ -67,7 +67,7 @@ class VocabHead:
         return logits
 
     def argmax(self, hidden: Tensor) -> Tensor:
-        """[..., D] to the likeliest token [...] int64, as `argmax` of the logits has it."""
+        """The argmax [...] int64 of the logits of `hidden` [..., D], the first among equals."""
         packed = self.packed
         plain = self.softcap is None and self.scale == 1.0
         if packed is None or packed.layout != "blocked" or packed.few is not None or not plain:
@@ -76,28 +76,28 @@ class VocabHead:
         return ops.linear_argmax(flat, packed.weight, packed.bias).view(hidden.shape[:-1])
 
     def for_decoding(self) -> VocabHead:
-        """The same head with a packed copy of its matrix, where this machine has a faster layout."""
+        """This head with a packed copy of its matrix, where this machine has a faster layout."""
         return replace(self, packed=FrozenLinear.of(self.weight, self.bias)) if packable(self.weight) else self
 
     def for_drafting(self) -> VocabHead:
-        """The same, in 4 bits for few rows: close to the head's logits, and read three times as fast."""
+        """This head with a packed copy in 4 bits for few rows: its logits are close, and it is read three times as fast."""
         return replace(self, packed=FrozenLinear.for_drafts(self.weight, self.bias)) if packable(self.weight) else self
 
     def restrict(self, ids: Tensor) -> VocabHead:
-        """The head over the tokens `ids` [Vd] alone, in that order."""
+        """The head over only the tokens `ids` [Vd], in that order."""
         bias = None if self.bias is None else self.bias[ids].contiguous()
         return VocabHead(self.weight[ids].contiguous(), bias, self.scale, self.softcap)
 
     @classmethod
     def of(cls, config: Any, weight: Tensor, bias: Tensor | None) -> VocabHead:
-        """Read scale and soft cap off a transformers config."""
+        """A head with the scale and the soft cap of a transformers config."""
         scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
         return cls(weight, bias, float(scale), getattr(config, "final_logit_softcapping", None))
 
 
 @dataclass(frozen=True)
 class BaseVocabulary:
-    """Frozen tensors that heads share with the base.
+    """Frozen tensors of the base that draft heads use too.
 
     `embedding`: [V, D]; `norm_weight`: [D], the base's final norm; `head`: the vocabulary projection; `config`: the
     transformers text configuration.

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hydra_core.base.attention import Rotary, cached_attention, grouped_attention, grouped_mask, rotate
-from hydra_core.base.kv_cache import KVCache, Step
+from hydra_core.base.kv_cache import AttentionMetadata, KVCache
 from hydra_core.base.layer import LayerWeights
 from hydra_core.base.linear import Packable, PackableLinear, packable
 from hydra_core.base.native import is_native, native_decoder, real_tokens, run_natively
@@ -89,10 +89,10 @@ class PrefixLayer(Packable):
                              gate_up, down)
         self._packed = native_decoder([layer], self.query_heads, self.kv_heads, self.head_width, self.eps)
 
-    def step(self, hidden: Tensor, cache: KVCache, step: Step, counts: Tensor | None = None) -> Tensor:
+    def step(self, hidden: Tensor, cache: KVCache, step: AttentionMetadata, counts: Tensor | None = None) -> Tensor:
         """While decoding: [B, N, D] from newly committed hidden states [B, N, D], the first `counts` [B] of each row; writes
         their keys and values to the cache."""
-        cos, sin = self._rotary_like(hidden).at(step.positions, step.span)
+        cos, sin = self._rotary_like(hidden).at(step.positions, step.kv_len)
         if self._packed is not None and is_native(real_tokens(hidden.shape, counts), hidden.dtype) and not step.fixed:
             residual = run_natively(self._packed, hidden.float(), cache, step, cos, sin, counts)
             ended: Tensor = self.norm(residual.to(hidden.dtype))

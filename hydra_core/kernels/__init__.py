@@ -1,1 +1,1 @@
-"""Native code: the one door to it."""
+"""Native code: C++ for CPUs (`ops.py`, compiled by `library.py`) and Triton kernels for GPUs (`triton.py`)."""

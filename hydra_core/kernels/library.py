@@ -1,4 +1,4 @@
-"""`native.cpp` with its headers, compiled once for a machine, kept, and loaded into the process."""
+"""Compiles the C++ sources of this folder once per machine, keeps the library, and loads it into the process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FLAGS = ("-O3", "-march=native", "-fopenmp", "-std=c++20", "-fPIC", "-shared", "
 
 
 def library_folder() -> Path:
-    """Where compiled libraries are kept: with the machine rather than with any storage, since they fit no other."""
+    """The folder of compiled libraries. It belongs to the machine, not to a storage, since a library runs on no other."""
     home = os.environ.get("XDG_CACHE_HOME")
     return (Path(home) if home else Path.home() / ".cache") / "hydra-heads"
 
@@ -41,23 +41,24 @@ def sources_digest() -> str:
 
 @lru_cache(maxsize=1)
 def load_library() -> bool:
-    """Whether the library is in this process, compiled now if nobody has yet."""
+    """Load the library, after compiling it if needed; returns whether it is loaded. A failure is logged once."""
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
-        log.warning("no C++ compiler: decoding steps run through PyTorch's operators, which is slower")
+        log.warning("there is no C++ compiler: decoding steps use PyTorch's operators, which are slower")
         return False
     try:
-        torch.ops.load_library(str(_compiled(compiler, library_folder())))
+        torch.ops.load_library(  # type: ignore[no-untyped-call]
+            str(_compiled(compiler, library_folder())))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        log.warning("native.cpp: not to be had here (%s): decoding steps run through PyTorch's operators, which is slower",
+        log.warning("native.cpp cannot be compiled here (%s): decoding steps use PyTorch's operators, which are slower",
                     reason[0] if reason else type(error).__name__)
         return False
     return True
 
 
 def _compiled(compiler: str, folder: Path) -> Path:
-    """The shared library, from `folder` or compiled into it. Raises OSError or CalledProcessError."""
+    """Path of the shared library in `folder`, compiled now if it is missing. Raises OSError or CalledProcessError."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
@@ -66,7 +67,7 @@ def _compiled(compiler: str, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         if not target.exists():
-            log.info("compiling the decoder's step for this machine, once: half a minute")
+            log.info("compiling the C++ kernels for this machine, once; this takes about half a minute")
             with tempfile.TemporaryDirectory(dir=folder) as temporary:
                 made = Path(temporary) / target.name
                 subprocess.run(
@@ -80,7 +81,7 @@ def _compiled(compiler: str, folder: Path) -> Path:
 
 
 def _processor() -> str:
-    """What `-march=native` depends on."""
+    """The processor's features, on which the meaning of `-march=native` depends."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

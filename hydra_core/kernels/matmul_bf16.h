@@ -17,10 +17,10 @@
 namespace avx512 {
 
 constexpr int64_t BLOCK = 32;              // outputs of a matrix that are computed together: two registers
-constexpr int MAX_ROWS = 12;               // rows that are: two sums for each, and the other registers for weights
+constexpr int MAX_ROWS = 12;               // rows that are computed together: two sums for each, and the other registers for weights
 constexpr int64_t PREFETCH = 4 * 32 * 32;  // weights from the one that is read to the one that is prefetched
 
-// Copy [out, in] to [out / 32, in / 2, 32, 2], on large pages: what one step of the sum reads is contiguous.
+// Copy [out, in] to [out / 32, in / 2, 32, 2], on huge pages: what one step of the sum reads is contiguous.
 inline Tensor pack_weight(const Tensor& weight) {
   const int64_t out = weight.size(0), in = weight.size(1);
   TORCH_CHECK(out % BLOCK == 0 && in % 2 == 0, "a matrix of ", out, " x ", in);
@@ -106,7 +106,7 @@ void tile_sums(const Value* x, int64_t in, const Value* weight, float* sums) {
 }
 #endif
 
-// Rows that `multiply_block` takes at most.
+// The most rows that one call of `multiply_block` takes.
 inline int64_t max_rows(int64_t in) { return uses_amx(in) ? MAX_ROWS_AMX : MAX_ROWS; }
 
 // One block of 32 outputs for up to `max_rows(in)` rows, by AMX or AVX-512. `fresh`: this is the block's first use.

@@ -8,8 +8,8 @@ intermediate values in float32.
     B sequences, N nodes per sequence, D width, I inner width of the MLP, Hq query heads, H key/value heads, G = Hq / H,
     d head width, S slots of the KV cache
 """
-# mypy: disable-error-code="no-untyped-def"
-# the arguments of a Triton kernel are addresses and numbers, for which there are no types
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# the arguments of a Triton kernel are addresses and numbers, for which there are no types; nor has Triton's decorator any
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class HeadFeatures:
     def read_pending(self, rows: int, width: int, kv_len: int) -> None:
         """Read up to `width` pending hidden states of each of the first `rows` rows; only the device knows how many there are.
 
-        `kv_len`: slots that attention reads, as `KVCache.plan` takes it.
+        `kv_len`: slots that attention reads, as `KVCache.build_metadata` takes it.
         """
         counts = self.counts[:rows]
         self._read((0, rows), self.pending[:rows, :width], counts, kv_len)
@@ -80,7 +80,7 @@ class HeadFeatures:
 
     def _read(self, rows: tuple[int, int], hidden: Tensor, counts: Tensor, kv_len: int | None = None) -> None:
         assert self.prefix is not None and self.cache is not None
-        step = self.cache.plan(rows, chain(hidden.shape[1]), kv_len)
+        step = self.cache.build_metadata(rows, chain(hidden.shape[1]), kv_len)
         hidden = self.prefix.step(hidden, self.cache, step, counts)
         self.cache.lengths[rows[0]:rows[1]] += counts
         self._keep_last(rows, hidden, counts)

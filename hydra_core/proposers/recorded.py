@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hydra_core.base.graphs import NODES, ROWS, SPANS, Recorder, Run, rounded
+from hydra_core.base.graphs import KV_LENS, NODES, ROWS, Recorder, Run, rounded
 from hydra_core.proposers.head_features import HeadFeatures
 from hydra_core.tree.draft_tree import DraftTree
 
@@ -35,7 +35,7 @@ class RecordedDrafts:
         inputs, batch = self.inputs, len(roots)
         rows = rounded(batch, ROWS, self.rows)
         width = rounded(inputs.most_pending, NODES, inputs.pending.shape[1]) if inputs.most_pending else 0
-        kv_len = rounded(longest + width, SPANS, inputs.cache.slots) if inputs.cache is not None and width else 0
+        kv_len = rounded(longest + width, KV_LENS, inputs.cache.slots) if inputs.cache is not None and width else 0
         self.roots[:batch] = roots
         run = self.recorded.get((rows, tree, width, kv_len))
         if run is None:

@@ -1,4 +1,4 @@
-"""The fused forward and its fallback against transformers' own model, prompts and trees alike."""
+"""The fused forward and its fallback against transformers' own model, for prompts and for trees."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("model") / request.param
     torch.manual_seed(3)
     model = build(config)
-    with torch.no_grad():  # biases and norms start as zeros and ones: what leaves them out would pass
+    with torch.no_grad():  # biases and norms start as zeros and ones, so a forward that omits them would pass
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):
                 parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -122,8 +122,8 @@ def test_greedy_answers_are_transformers_own(saved: tuple[Path, type], caplog: p
     folder, decoder = saved
     with caplog.at_level("WARNING", "hydra_core"):
         base = load(folder)
-    told = [record.message for record in caplog.records if "transformers' own forward" in record.message]
-    assert len(told) == (decoder is TransformersDecoder)
+    warnings = [record.message for record in caplog.records if "transformers' own forward" in record.message]
+    assert len(warnings) == (decoder is TransformersDecoder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for number, prompt in enumerate(random_prompts(3, seed=6)):
         ids = torch.tensor([prompt])
@@ -133,7 +133,7 @@ def test_greedy_answers_are_transformers_own(saved: tuple[Path, type], caplog: p
 
 
 def test_drafts_may_overshoot_the_context(saved: tuple[Path, type]) -> None:
-    """Nodes past the last position can never be kept, and must not end the step either."""
+    """Nodes past the last position are never accepted, and must not make the step fail."""
     folder, _ = saved
     base = load(folder, context_limit=128)
     request = Request("long", tuple([9, 8] * 58), 100, stop_ids=())
@@ -159,7 +159,7 @@ def test_every_node_of_a_tree_sees_its_own_path(saved: tuple[Path, type]) -> Non
 
 
 def test_only_the_ends_of_the_model(saved: tuple[Path, type]) -> None:
-    """What a trainer loads is what the whole base has."""
+    """The tensors that a trainer loads are those of the whole base."""
     folder, _ = saved
     base, ends = load(folder), load_vocabulary(str(folder), dtype="fp32", cache=folder.parent / "cache")
     assert ends.identity == base.identity and ends.stop_ids == base.stop_ids == (2,)
@@ -167,7 +167,7 @@ def test_only_the_ends_of_the_model(saved: tuple[Path, type]) -> None:
     assert torch.equal(ends.norm_weight, base.vocabulary.norm_weight) and ends.norm_eps == base.vocabulary.norm_eps
     assert torch.equal(ends.head.weight, base.vocabulary.head.weight)
     states = torch.randn(3, ends.width)
-    assert torch.equal(ends.head(states), base.logits(states))  # bias, scale and soft cap too
+    assert torch.equal(ends.head(states), base.logits(states))  # with bias, scale and soft cap
 
 
 def test_both_decoders_agree(tiny_base_dir: Path) -> None:

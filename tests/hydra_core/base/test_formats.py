@@ -1,4 +1,4 @@
-"""Which weight formats hold a checkpoint's own values, quantising on request, and models that come quantised."""
+"""Which weight formats keep a checkpoint's own values, quantising on request, and models that are quantised already."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.trained import random_prompts
 
 
 def stored_as(folder: Path, target: Path, dtype: torch.dtype, but: str = "none") -> str:
-    """A copy whose tensors are stored in `dtype`, `but` for one that stays in float32."""
+    """A copy of the model with all tensors in `dtype`, except those with `but` in their name, which stay in float32."""
     shutil.copytree(folder, target)
     tensors = load_file(target / "model.safetensors")
     save_file({name: tensor if but in name else tensor.to(dtype) for name, tensor in tensors.items()},
@@ -89,8 +89,8 @@ def test_what_is_q4_1_already_comes_back() -> None:
 def test_a_lossy_base_is_named_so(tiny_base_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("WARNING", "hydra_core"):
         lossy = load_base(str(tiny_base_dir), dtype=LOSSY, cache=tmp_path)
-    told = [record.message for record in caplog.records]
-    assert len(told) == 1 and "its answers are not the model's own" in told[0]
+    warnings = [record.message for record in caplog.records]
+    assert len(warnings) == 1 and "its answers differ from the model's own" in warnings[0]
     plain = load_base(str(tiny_base_dir), dtype="bf16", cache=tmp_path)
     assert lossy.identity.weight_format == LOSSY and lossy.identity.digest == plain.identity.digest
     assert lossy.identity != plain.identity
@@ -154,7 +154,7 @@ def test_methods_by_name() -> None:
 
 def test_a_quantised_model_runs_through_transformers(tiny_base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                      caplog: pytest.LogCaptureFixture) -> None:
-    """Whose modules stand where the matrices were: here plain ones, since the methods themselves need a GPU."""
+    """A quantised model has modules of its own instead of matrices; here they are plain ones, since the methods need a GPU."""
     folder = shutil.copytree(tiny_base_dir, tmp_path / "quantised")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq", "bits": 4}}),
@@ -169,7 +169,7 @@ def test_a_quantised_model_runs_through_transformers(tiny_base_dir: Path, tmp_pa
     with caplog.at_level("WARNING", "hydra_core"):
         base = load_base(str(folder), dtype="fp32", cache=tmp_path)
     assert [record.message for record in caplog.records] == [
-        "the base runs by transformers' own forward, not the fused one (quantised by awq)"]
+        "the base uses transformers' own forward, not the fused one (quantised by awq)"]
     assert type(base.decoder) is TransformersDecoder and asked["device_map"] == {"": torch.device("cpu")}
     request = Request("q", tuple(range(5, 25)), 16)
     wanted = naive_generate(load_base(str(tiny_base_dir), dtype="fp32", cache=tmp_path, fused=False), request).token_ids

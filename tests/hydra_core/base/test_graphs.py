@@ -1,7 +1,7 @@
-"""Recorded steps: the engine's answers do not change, whatever sizes are rounded up, whoever sits in the rows beyond.
+"""Recorded steps: the engine's answers do not change, however sizes are rounded up and whatever the other rows hold.
 
-A GPU is not at hand everywhere, so a tape stands in for a CUDA graph: it notes the tensor operations of a step and repeats
-them as they were. As in a graph, a number that the host put in stays what it was, and the answer lies where it lay before.
+Most machines have no GPU, so a tape replaces a CUDA graph: it records the tensor operations of a step and repeats them. As in
+a graph, a number that came from the host keeps its recorded value, and the result is in the same tensor as before.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers import LlamaForCausalLM
 from hydra_core.base import Base, KVCache, load_base
 from hydra_core.base.attention import Rotary
 from hydra_core.base.fused import FusedDecoder
-from hydra_core.base.graphs import NODES, ROWS, SPANS, CudaRecorder, GraphedForward, Run, StepInputs, rounded
+from hydra_core.base.graphs import KV_LENS, NODES, ROWS, CudaRecorder, GraphedForward, Run, StepInputs, rounded
 from hydra_core.decoding import Engine, Result, naive_generate
 from hydra_core.errors import InputError
 from hydra_core.heads import HeadDrafter
@@ -40,11 +40,11 @@ TREES = TreeSet({1: DraftTree(((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 
                  2: DraftTree(((0,), (0, 0))), 5: PLAIN})
 DRAFTERS = ("plain", "ngram", "hydra", "hydra++", "adaptive")
 ASKS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero")
-"""Operations whose result the host must wait for."""
+"""Operations for whose result the host has to wait."""
 
 
 class Tape(TorchDispatchMode):
-    """The operations of one run, to be repeated on what the same tensors hold later."""
+    """The operations of one run, which are repeated on later contents of the same tensors."""
 
     def __init__(self, run: Run) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ def make_engine(tiny_base: Base, trained: dict[str, HeadDrafter], monkeypatch: p
 
 @pytest.fixture
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts of a few dozen tokens take several steps, and share their beginnings."""
+    """Prompts of a few dozen tokens take several steps, and share beginnings."""
     for name, value in (("BUSY_TOKENS", 24), ("IDLE_TOKENS", 60), ("CHUNK", 20), ("SHARED_TOKENS", 8), ("SHORT_PROMPT", 8)):
         monkeypatch.setattr(f"hydra_core.decoding.scheduler.{name}", value)
 
@@ -106,7 +106,7 @@ def recordings(engine: Engine) -> dict[tuple[int, int, int], Run]:
 
 
 def drafts(engine: Engine) -> dict[tuple[int, DraftTree, int, int], Run]:
-    """What fixed trees have recorded of their drafting."""
+    """The recordings of drafting with fixed trees."""
     proposer = engine.proposer
     return proposer.recorded.recorded if isinstance(proposer, HeadProposer) and proposer.recorded is not None else {}
 
@@ -122,7 +122,7 @@ def mixed_requests(seed: int, count: int) -> list[Request]:
 
 
 def serve(engine: Engine, requests: list[Request], dice: random.Random, cancelled: set[str]) -> dict[str, Result]:
-    """All of them, joining at any step; those to be cancelled leave at one."""
+    """Run all requests, which join at random steps; some are cancelled at a random step."""
     waiting, results = list(requests), dict[str, Result]()
     while waiting or engine.has_work:
         for _ in range(dice.randint(0, 2)):
@@ -139,7 +139,7 @@ def serve(engine: Engine, requests: list[Request], dice: random.Random, cancelle
 @pytest.mark.parametrize("max_batch_size", [1, 5])
 def test_a_running_batch_equals_naive(tiny_base: Base, make_engine: Callable[..., Engine], small_steps: None, name: str,
                                       max_batch_size: int) -> None:
-    """Rows join, leave and are cancelled while prompts go in beside them; contexts grow over several rounded sizes."""
+    """Sequences join, leave and are cancelled while prompts are computed; contexts grow over several rounded sizes."""
     requests = mixed_requests(seed=max_batch_size, count=4 + 4 * max_batch_size)
     cancelled = {request.id for request in requests[3::5]}
     engine = make_engine(name, max_batch_size=max_batch_size)
@@ -148,7 +148,7 @@ def test_a_running_batch_equals_naive(tiny_base: Base, make_engine: Callable[...
         if results[request.id].finish_reason != "cancelled":
             assert results[request.id].token_ids == naive_generate(tiny_base, request).token_ids, request.id
     recorded = recordings(engine)
-    assert len({span for _, _, span in recorded}) >= 2
+    assert len({kv_len for _, _, kv_len in recorded}) >= 2
     assert {rows for rows, _, _ in recorded} == ({1} if max_batch_size == 1 else {1, 2, 4, 5})
     assert max(result.accepted for result in results.values()) > 0 or name == "plain"
 
@@ -157,7 +157,7 @@ def test_a_running_batch_equals_naive(tiny_base: Base, make_engine: Callable[...
 @pytest.mark.parametrize("max_batch_size", [1, 5])
 def test_recorded_drafts_are_those_that_were_not(tiny_base: Base, trained: dict[str, HeadDrafter], small_steps: None,
                                                  make_engine: Callable[..., Engine], name: str, max_batch_size: int) -> None:
-    """Step for step, with prompts going in beside them and rows leaving, as many tokens stand as without recording."""
+    """At each step, with prompts computed beside them and sequences leaving, as many tokens are accepted as without recording."""
     mixed = mixed_requests(seed=max_batch_size, count=4 + 4 * max_batch_size)
     requests = [replace(request, temperature=0.0) for request in mixed]
     engine = make_engine(name, max_batch_size=max_batch_size)
@@ -173,8 +173,8 @@ def test_recorded_drafts_are_those_that_were_not(tiny_base: Base, trained: dict[
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_the_context_limit_is_reached_beside_others(tiny_base: Base, make_engine: Callable[..., Engine], small_steps: None,
                                                     name: str) -> None:
-    """Rows that end at the limit, drafts past it, leave lengths in the cache that rows beyond the running ones start from;
-    prompts that end one short of it go in beside trees."""
+    """Sequences that end at the limit, with drafts past it, leave lengths in the cache's unused rows; prompts that end one token
+    short of the limit are computed beside trees."""
     prompts = [((9, 8, 7) * 10 + (i,))[i % 7 * 2:] if i % 3 else random_prompts(1, seed=i, longest=3)[0] for i in range(24)]
     requests = [Request(f"c{i}", prompt, (100, 3, 9)[i % 3], stop_ids=()) for i, prompt in enumerate(prompts)]
     engine = make_engine(name, max_batch_size=4, context_limit=32)
@@ -186,7 +186,7 @@ def test_the_context_limit_is_reached_beside_others(tiny_base: Base, make_engine
 
 
 def test_recordings_are_bounded_and_ask_nothing(make_engine: Callable[..., Engine]) -> None:
-    """A second load finds all it needs, or records sizes that were not met; nothing in a recording waits for the host."""
+    """A second load uses the recordings of the first and adds only new sizes; no recording waits for the host."""
     engine = make_engine("hydra++", max_batch_size=5)
     serve(engine, mixed_requests(1, 20), random.Random(1), set())
     first, drafted = dict(recordings(engine)), dict(drafts(engine))
@@ -201,7 +201,7 @@ def test_recordings_are_bounded_and_ask_nothing(make_engine: Callable[..., Engin
 
 @torch.inference_mode()
 def test_it_runs_where_no_question_can_be_asked() -> None:
-    """Tensors of the meta device hold nothing: whoever reads one, or mixes devices, fails."""
+    """Tensors on the meta device have no contents, so reading one or mixing devices fails."""
     with torch.device("meta"):
         base = Base(None, FusedDecoder(LlamaForCausalLM(make_config())), None, 256, torch.device("meta"))  # type: ignore[arg-type]
         cache = base.allocate(6, 300)
@@ -215,19 +215,19 @@ def test_it_runs_where_no_question_can_be_asked() -> None:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("spans", [SPANS, tuple(range(1, 65))], ids=["rounded", "exact"])
-def test_rounded_sizes_change_no_state(tiny_base: Base, monkeypatch: pytest.MonkeyPatch, spans: tuple[int, ...]) -> None:
-    """Hidden states are those of a plain forward, and rows that do not decode keep all that they hold."""
-    monkeypatch.setattr("hydra_core.base.graphs.SPANS", spans)
+@pytest.mark.parametrize("kv_lens", [KV_LENS, tuple(range(1, 65))], ids=["rounded", "exact"])
+def test_rounded_sizes_change_no_state(tiny_base: Base, monkeypatch: pytest.MonkeyPatch, kv_lens: tuple[int, ...]) -> None:
+    """Hidden states equal those of a plain forward, and rows that do not decode keep their contents."""
+    monkeypatch.setattr("hydra_core.base.graphs.KV_LENS", kv_lens)
     prompts = [list(prompt) for prompt in random_prompts(6, seed=3)]
     cache = tiny_base.allocate(6, 64)
     tiny_base.prefill(prompts, cache, (0, 6))
-    cache.lengths[3] = 63  # nobody's row, left by one that ended past the limit
+    cache.lengths[3] = 63  # a row that no sequence uses, after one that ended past the limit
     forward = GraphedForward(tiny_base, cache, 12, Tape)
     generator = torch.Generator().manual_seed(4)
     shapes = [chain(7).parents, torch.tensor([[-1, 0, 0, 1, 2, 2]] * 3), torch.tensor([[-1, 0, 1], [-1, 0, 0], [-1, 0, 1]]),
               torch.tensor([[-1, 0, 1, 2, 3]]), chain(3).parents]
-    for parents in shapes:  # of one rounded size and another: what an earlier tree left must not be seen
+    for parents in shapes:  # of different rounded sizes: the shape of an earlier tree must not be visible
         ids = torch.randint(3, 259, (3, parents.shape[1]), generator=generator)
         forest = TreeBatch.of(parents.numpy(), 6)
         wanted = tiny_base.forward(ids, cache, (0, 3), forest)
@@ -260,7 +260,7 @@ def test_accepted_nodes_move_the_same_without_a_question(seed: int) -> None:
 def test_sizes() -> None:
     assert [rounded(value, NODES, 12) for value in (1, 3, 8, 9, 12, 13)] == [1, 4, 8, 12, 12, 12]
     assert rounded(9, (1, 2, 4), 20) == 20
-    assert SPANS[:6] == (128, 192, 256, 384, 512, 768) and SPANS[-1] > 2**20
+    assert KV_LENS[:6] == (128, 192, 256, 384, 512, 768) and KV_LENS[-1] > 2**20
     assert ROWS[:4] == (1, 2, 4, 8)
     inputs = StepInputs(2, 3, torch.device("cpu"))
     inputs.fill(torch.tensor([[5, 6]]), chain(2))
@@ -275,7 +275,7 @@ def test_who_records(tiny_base: Base) -> None:
 
 
 def test_devices_follow_the_base() -> None:
-    """Trees are grown on the host for the device that decodes; one that stays the same goes there once."""
+    """Trees are grown on the host; a tree that does not change is copied to the device once."""
     proposer = open_proposer(NgramDrafter(), TreeSet({1: PLAIN}), 2, 64, device="meta")
     assert isinstance(proposer, DynamicTreeProposer)
     assert proposer.device.type == "meta" and isinstance(proposer.acceptance.edges, np.ndarray)
@@ -299,7 +299,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA grap
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_cuda_graphs_equal_naive(tiny_base_dir: Path, tmp_path: Path, trained: dict[str, HeadDrafter], small_steps: None,
                                  name: str) -> None:
-    """In float32, token for token; a longer engine of the same base, made between, harms no recording."""
+    """In float32, token for token; a longer engine of the same base, made in between, does not disturb the recordings."""
     base = load_base(str(tiny_base_dir), dtype="fp32", device="cuda", cache=tmp_path)
     heads = {kind: random_heads(base, kind) for kind in trained}
     for kind, there in heads.items():
@@ -330,5 +330,5 @@ def test_cuda_graphs_equal_the_forward(tiny_base_dir: Path, tmp_path: Path, dtyp
         hidden = forward(ids, forest, int(cache.lengths[:3].max()))
         tolerance = 1e-4 if dtype == "fp32" else 0.1
         torch.testing.assert_close(hidden, wanted, atol=tolerance, rtol=tolerance)
-        cache.lengths[:3] += 40  # the same recording, or one of another span
+        cache.lengths[:3] += 40  # the same recording, or one of another kv_len
     assert len(forward.recorded) >= 1

@@ -1,4 +1,4 @@
-"""Packed 4-bit weights: the checkpoint's own codes, multiplied within the stated bound, row by row the same."""
+"""Packed 4-bit weights: the checkpoint's own codes, products within the stated bound, each row independent of the others."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 
 from hydra_core.base import Base, load_base, load_vocabulary, resolve_base
-from hydra_core.base.int4 import MOST_ROWS, Int4Weight, RowsInt4Weight, for_few_rows
+from hydra_core.base.int4 import MOST_ROWS, BlockedInt4Weight, Int4Weight, for_few_rows
 from hydra_core.base.linear import FrozenLinear
 from hydra_core.base.q4_1 import load_codes, unpack_blocks
 from hydra_core.decoding import Engine, compare, naive_generate
@@ -70,7 +70,7 @@ def test_products_stay_within_the_bound(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("rows", "columns"), [(64, 96), (192, 576)])
 def test_a_row_does_not_depend_on_the_others(rows: int, columns: int) -> None:
-    """So that verifying a small tree rounds as plain decoding does: to the last bit, in any place, beside any others."""
+    """Verifying a small tree rounds as plain decoding does: a row is the same to the last bit in any place, beside any others."""
     matrix = unpack_blocks(random_blocks(rows, columns))
     for weight in (Int4Weight.of(matrix), for_few_rows(matrix, torch.bfloat16)):
         generator = torch.Generator().manual_seed(2)
@@ -85,12 +85,12 @@ def test_a_row_does_not_depend_on_the_others(rows: int, columns: int) -> None:
 @pytest.mark.parametrize("shape", [(32, 32), (64, 96), (192, 576), (576, 1536)])
 @pytest.mark.parametrize("count", [1, 2, 5, 6, 7, 13, 40])
 def test_our_own_products_are_exact_but_for_their_last_rounding(shape: tuple[int, int], count: int) -> None:
-    """Codes, scale and minimum as the file has them, negative scales too; with a bias and without."""
+    """Codes, scale and minimum are the file's own, with negative scales too; with a bias and without."""
     if not ops.bf16_available():
         pytest.skip("this processor has no bf16 dot product in AVX-512, or AMX")
     matrix = unpack_blocks(random_blocks(*shape))
     weight = for_few_rows(matrix, torch.bfloat16)
-    assert isinstance(weight, RowsInt4Weight)
+    assert isinstance(weight, BlockedInt4Weight)
     x, bias = torch.randn(count, shape[1]).bfloat16(), torch.randn(shape[0]).bfloat16()
     exact = x.double() @ matrix.dequantise(torch.float64).T
     for ours, wanted in ((weight(x), exact), (ops.linear_int4(x, weight.packed, weight.scales, bias),
@@ -101,7 +101,7 @@ def test_our_own_products_are_exact_but_for_their_last_rounding(shape: tuple[int
 
 
 def test_few_and_many_rows_take_different_kernels() -> None:
-    """One row more than the packed one's most and all of them are rounded by the dense matrix, as bf16 rounds."""
+    """With one row more than the packed copy's limit, all rows use the dense matrix and its bf16 rounding."""
     matrix = unpack_blocks(random_blocks(64, 96))
     layer = FrozenLinear.of(matrix.dequantise().bfloat16(), None, matrix)
     dense = FrozenLinear.of(matrix.dequantise().bfloat16())
@@ -127,7 +127,7 @@ def test_the_checkpoint_keeps_its_codes(model: str, base: Base, cache: Path) -> 
 
 
 def test_answers_are_the_naive_loops(model: str, base: Base, cache: Path) -> None:
-    """Where the rows take the same kernel (prompts the dense one, steps the packed): token for token, or a near-tie."""
+    """Where rows use the same kernel (prompts the dense one, steps the packed one): token for token, or a near-tie."""
     prompts = [prompt for prompt in random_prompts(24, seed=1) if len(prompt) > MOST_ROWS][:8]
     heads = overfit_heads(load_base(model, dtype="fp32", cache=cache), "hydra", prompts[:4]).to(torch.bfloat16)
     heads.vocabulary, heads.rows = base.vocabulary, base.vocabulary.head.restrict(heads.draft_vocab.ids)

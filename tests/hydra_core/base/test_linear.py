@@ -1,4 +1,4 @@
-"""Packed matrices give the same products, and never outlive the weights they are copies of."""
+"""Packed matrices give the same products, and are dropped when the weights they were copied from change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user may call a base model, and what is told when it cannot be had."""
+"""The names that a user may give for a base model, and the errors when it cannot be found or loaded."""
 
 from __future__ import annotations
 

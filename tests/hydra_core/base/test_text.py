@@ -1,4 +1,4 @@
-"""Text to ids: the template once, and every refusal in one clear line."""
+"""Text to ids: the template is applied once, and every rejection is one clear line."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(InputError, match="the base has no tokenizer: give token ids"):
         encode_prompt(None, "hi")
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(InputError, match="the chat template refuses them"):
+    with pytest.raises(InputError, match="the chat template rejects them"):
         encode_prompt(tokenizer, messages=MESSAGES)
 
 

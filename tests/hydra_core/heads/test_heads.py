@@ -201,7 +201,7 @@ def test_a_compiled_prefix_layer_reads_as_written(bf16_base: Base) -> None:
     caches = [layer.allocate(3, 40) for layer in layers]
     for count in (7, 1, 3):
         hidden = torch.randn(3, count, bf16_base.vocabulary.width).bfloat16()
-        ours, wanted = (layer.step(hidden, cache, cache.plan((0, 3), chain(count)))
+        ours, wanted = (layer.step(hidden, cache, cache.build_metadata((0, 3), chain(count)))
                         for layer, cache in zip(layers, caches, strict=True))
         assert float((ours - wanted).float().norm() / wanted.float().norm()) < 0.02
         for cache in caches:
@@ -218,8 +218,8 @@ def test_a_compiled_prefix_layer_reads_no_more_than_is_there(bf16_base: Base) ->
     counts, hidden = torch.tensor([1, 7, 3]), torch.randn(3, 7, bf16_base.vocabulary.width).bfloat16()
     real = torch.arange(7) < counts[:, None]
     padded, own = (layer.allocate(3, 40) for _ in range(2))
-    wanted = layer.step(hidden, padded, padded.plan((0, 3), chain(7)))
-    ours = layer.step(hidden, own, own.plan((0, 3), chain(7)), counts)
+    wanted = layer.step(hidden, padded, padded.build_metadata((0, 3), chain(7)))
+    ours = layer.step(hidden, own, own.build_metadata((0, 3), chain(7)), counts)
     torch.testing.assert_close(ours[real], wanted[real], atol=0.02, rtol=0.02)
     torch.testing.assert_close(own.keys[0, :, :7][real], padded.keys[0, :, :7][real], atol=0.02, rtol=0.02)
     assert not own.keys[0, :, :7][~real].any() and padded.keys[0, :, :7][~real].any()

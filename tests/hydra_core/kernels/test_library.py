@@ -1,4 +1,4 @@
-"""Compiled steps against the same steps through PyTorch's operators, and machines that cannot compile them."""
+"""Compiled steps against the same steps by PyTorch's operators, and machines that cannot compile them."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def test_steps_are_the_same(folder: Path, rows: int) -> None:
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-4)
 
 
-def test_nodes_that_are_not_real_cost_and_change_nothing(folder: Path) -> None:
-    """Rows of their own sizes against the whole tree for each: real nodes are the same, of the others nothing is written."""
+def test_padding_nodes_are_not_computed(folder: Path) -> None:
+    """Rows with different numbers of nodes against the whole tree for each: real nodes agree, nothing is written for others."""
     base = load_base(str(folder), dtype="fp32", cache=folder.parent)
     assert base.ragged and not load_base(str(folder), dtype="fp32", cache=folder.parent, native=False).ragged
     prompts = [list(prompt) for prompt in random_prompts(3, seed=8)]
@@ -109,14 +109,14 @@ def test_without_a_compiler_answers_are_the_same(tiny_base: Base, tiny_base_dir:
     library.load_library.cache_clear()
     monkeypatch.setattr(library.shutil, "which", lambda name: None)
     base = load_base(str(tiny_base_dir), dtype="fp32", cache=tmp_path)
-    assert base.decoder.native is None and "no C++ compiler" in caplog.text
+    assert base.decoder.native is None and "there is no C++ compiler" in caplog.text
     requests = [Request(str(i), prompt, 20) for i, prompt in enumerate(random_prompts(6, seed=2))]
     ours = Engine(base, NgramDrafter(min_match=1), max_batch_size=3).generate(requests)
     assert [r.token_ids for r in ours] == [r.token_ids for r in Engine(tiny_base, max_batch_size=3).generate(requests)]
     library.load_library.cache_clear()
 
 
-def test_a_compiler_that_fails_is_told_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+def test_a_compiler_that_fails_is_logged_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
                                             caplog: pytest.LogCaptureFixture) -> None:
     broken = tmp_path / "c++"
     broken.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "native.cpp:1: no such thing" >&2\nexit 1\n')
@@ -126,7 +126,7 @@ def test_a_compiler_that_fails_is_told_once(monkeypatch: pytest.MonkeyPatch, tmp
     library.load_library.cache_clear()
     assert not library.load_library() and not library.load_library()
     assert caplog.text.count("native.cpp:1: no such thing") == 1
-    assert [path.suffix for path in library_folder().iterdir()] == [".lock"]  # nothing half-made
+    assert [path.suffix for path in library_folder().iterdir()] == [".lock"]  # no partial file
     library.load_library.cache_clear()
 
 

@@ -1,4 +1,4 @@
-"""Our own loops over few rows against the same in float64, on processors that have the instruction."""
+"""The bfloat16 kernels against the same computation in float64, on processors with the instruction."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 @pytest.mark.parametrize("shape", [(32, 2), (96, 48), (960, 576), (64, 1536)])
 @pytest.mark.parametrize("rows", [1, 2, 5, 11, 12, 13, 16, 25, 300, 600])
 def test_products(shape: tuple[int, int], rows: int, threads: int) -> None:
-    """As close as bf16 lets it be, with a bias and without; each row the same to the last bit whatever goes with it."""
+    """As close as bf16 allows, with a bias and without; a row is the same to the last bit whatever rows go with it."""
     generator = torch.Generator().manual_seed(rows)
     weight, bias, x = (torch.randn(size, generator=generator).bfloat16() for size in (shape, shape[:1], (rows, shape[1])))
     packed = ops.pack_weight(weight)
@@ -43,8 +43,8 @@ def test_products(shape: tuple[int, int], rows: int, threads: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 3, 12, 13, 40])
-def test_the_largest_is_the_one_of_the_products(rows: int, threads: int) -> None:
-    """Of equals the first, of which there are many where few values are to be had."""
+def test_argmax_equals_that_of_the_products(rows: int, threads: int) -> None:
+    """The first among equals; small integers make many equal products."""
     generator = torch.Generator().manual_seed(rows)
     weight, bias = (torch.randint(-2, 3, shape, generator=generator).bfloat16() for shape in ((3200, 48), (3200,)))
     fine = torch.randn(3200, 48, generator=generator).bfloat16()
@@ -58,7 +58,7 @@ def test_the_largest_is_the_one_of_the_products(rows: int, threads: int) -> None
 
 
 @pytest.mark.parametrize("width", [48, 576])
-def test_embeddings_brought_to_one(width: int) -> None:
+def test_normalised_embeddings(width: int) -> None:
     table, ids = (torch.randn(40, width) * 0.1).bfloat16(), torch.tensor([[3, 39], [0, 3]])
     ours = ops.embed_rms_norm(table, ids, 1e-5)
     exact = F.rms_norm(table[ids].double(), (width,), eps=1e-5)
@@ -67,9 +67,9 @@ def test_embeddings_brought_to_one(width: int) -> None:
         ops.embed_rms_norm(table, torch.tensor([40]), 1e-5)
 
 
-def test_it_is_what_decoding_multiplies_by() -> None:
+def test_decoding_uses_these_layouts() -> None:
     if not ops.bf16_available():
-        pytest.skip("its tiles could not be compiled here")
+        pytest.skip("the AMX tiles could not be compiled here")
     assert FrozenLinear.of(torch.randn(64, 48).bfloat16()).layout == "blocked"
     assert FrozenLinear.of(torch.randn(40, 48).bfloat16()).layout == "onednn"
     assert FrozenLinear.of(torch.randn(64, 48)).layout == "plain"
@@ -86,36 +86,37 @@ def layer(heads: int, kv_heads: int, width: int, hidden: int, inner: int) -> Lay
 
 
 @pytest.mark.parametrize("shape", [(9, 3, 64), (4, 4, 32), (8, 1, 128), (6, 2, 96)])
-@pytest.mark.parametrize(("batch", "nodes", "span"), [(1, 1, 1), (1, 1, 40), (1, 5, 17), (2, 16, 64), (3, 7, 129), (1, 33, 700)])
+@pytest.mark.parametrize(("batch", "nodes", "kv_len"),
+                         [(1, 1, 1), (1, 1, 40), (1, 5, 17), (2, 16, 64), (3, 7, 129), (1, 33, 700)])
 @torch.inference_mode()
-def test_a_layer_is_the_formula(shape: tuple[int, int, int], batch: int, nodes: int, span: int, threads: int) -> None:
-    """Attention under a mask and the gated MLP, of rows of several lengths in the middle of a cache, against float64."""
-    if nodes > span:
+def test_a_layer_is_the_formula(shape: tuple[int, int, int], batch: int, nodes: int, kv_len: int, threads: int) -> None:
+    """Attention with a mask and the gated MLP, for rows of different lengths in the middle of a cache, against float64."""
+    if nodes > kv_len:
         pytest.skip("no room for the nodes")
     heads, kv_heads, width = shape
     hidden, inner, groups = 64, 80, heads // kv_heads
     weights = layer(heads, kv_heads, width, hidden, inner)
     compiled = native.native_decoder([weights], heads, kv_heads, width, 1e-5)
-    keys, values = (torch.randn(1, batch + 2, span + 3, kv_heads, width).bfloat16() for _ in range(2))
-    stream = torch.randn(batch, nodes, hidden)
-    lengths = torch.tensor([(span - nodes) // (row + 1) for row in range(batch)])  # the first row fills the span
+    keys, values = (torch.randn(1, batch + 2, kv_len + 3, kv_heads, width).bfloat16() for _ in range(2))
+    residual = torch.randn(batch, nodes, hidden)
+    lengths = torch.tensor([(kv_len - nodes) // (row + 1) for row in range(batch)])  # the first row fills the kv_len
     slots = lengths[:, None] + torch.arange(nodes)
     cos, sin = torch.ones(batch, nodes, 1, width).bfloat16(), torch.zeros(batch, nodes, 1, width).bfloat16()
-    seen = torch.rand(batch, 1, nodes, span) < 0.6
+    seen = torch.rand(batch, 1, nodes, kv_len) < 0.6
     seen[..., 0] = True
-    seen &= torch.arange(span) < (lengths + nodes)[:, None, None, None]
+    seen &= torch.arange(kv_len) < (lengths + nodes)[:, None, None, None]
     mask = torch.zeros(seen.shape).masked_fill(~seen, float("-inf")).bfloat16()
-    ours = stream.clone()
-    added = compiled.run(ours, keys, values, 1, slots, span, cos, sin, mask, None)
+    ours = residual.clone()
+    added = compiled.run(ours, keys, values, 1, slots, kv_len, cos, sin, mask, None)
     ours = ours + added.view_as(ours)
 
     def product(x: torch.Tensor, matrix: FrozenLinear) -> torch.Tensor:
         return F.linear(x, matrix.weight.double())
 
-    exact = stream.double()
+    exact = residual.double()
     normed = F.rms_norm(exact, (hidden,), weights.input_norm.double(), 1e-5)
     split = product(normed, weights.qkv).view(batch, nodes, heads + 2 * kv_heads, width)
-    stored_keys, stored_values = keys[0, 1:batch + 1, :span].double(), values[0, 1:batch + 1, :span].double()
+    stored_keys, stored_values = keys[0, 1:batch + 1, :kv_len].double(), values[0, 1:batch + 1, :kv_len].double()
     queries = split[:, :, :heads].transpose(1, 2)
     looked = [store.transpose(1, 2).repeat_interleave(groups, 1) for store in (stored_keys, stored_values)]
     mixed = F.scaled_dot_product_attention(queries, *looked, attn_mask=mask.double()).transpose(1, 2).flatten(2)
@@ -131,30 +132,31 @@ def test_a_layer_is_the_formula(shape: tuple[int, int, int], batch: int, nodes: 
 
 @pytest.mark.parametrize("counts", [[1, 1, 1], [1, 7, 3], [0, 19, 1], [12, 1, 19]])
 @torch.inference_mode()
-def test_rows_of_their_own_sizes_are_those_they_are_alone(counts: list[int], threads: int) -> None:
-    """A step of rows with so many nodes each, none computed for nothing: to the last bit what each row makes by itself."""
-    heads, kv_heads, width, hidden, batch, nodes, span = 9, 3, 64, 64, 3, 19, 90
+def test_ragged_rows_equal_rows_computed_alone(counts: list[int], threads: int) -> None:
+    """A step of rows with `counts` nodes, without padding: each row is the same to the last bit as when it is computed alone."""
+    heads, kv_heads, width, hidden, batch, nodes, kv_len = 9, 3, 64, 64, 3, 19, 90
     compiled = native.native_decoder([layer(heads, kv_heads, width, hidden, 80)] * 2, heads, kv_heads, width, 1e-5)
-    keys, values = (torch.randn(2, batch, span, kv_heads, width).bfloat16() for _ in range(2))
-    stream, angles = torch.randn(batch, nodes, hidden), torch.rand(batch, nodes, 1, width)
+    keys, values = (torch.randn(2, batch, kv_len, kv_heads, width).bfloat16() for _ in range(2))
+    residual, angles = torch.randn(batch, nodes, hidden), torch.rand(batch, nodes, 1, width)
     slots = torch.tensor([[40], [71], [3]]) + torch.arange(nodes)
     cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
-    mask = torch.zeros(batch, 1, nodes, span).masked_fill(torch.arange(span) > slots[:, None, :, None], float("-inf")).bfloat16()
+    later = torch.arange(kv_len) > slots[:, None, :, None]
+    mask = torch.zeros(batch, 1, nodes, kv_len).masked_fill(later, float("-inf")).bfloat16()
     real = torch.arange(nodes) < torch.tensor(counts)[:, None]
     stores = keys.clone(), values.clone()
-    together = stream[real]
-    added = compiled.run(together, *stores, 0, slots, span, cos, sin, mask, torch.tensor(counts))
+    together = residual[real]
+    added = compiled.run(together, *stores, 0, slots, kv_len, cos, sin, mask, torch.tensor(counts))
     together = together + added
     for row, count in enumerate(counts):
         if not count:
             continue
         own = [store.clone() for store in (keys, values)]
-        alone = stream[row:row + 1, :count].clone()
+        alone = residual[row:row + 1, :count].clone()
         here = slice(row, row + 1)
-        added = compiled.run(alone, *own, row, slots[here, :count].contiguous(), span, cos[here, :count].contiguous(),
+        added = compiled.run(alone, *own, row, slots[here, :count].contiguous(), kv_len, cos[here, :count].contiguous(),
                              sin[here, :count].contiguous(), mask[here, :, :count].contiguous(), None)
         alone = alone[0] + added
         assert torch.equal(together[torch.arange(batch).repeat_interleave(torch.tensor(counts)) == row], alone)
         assert all(torch.equal(store[:, row], mine[:, row]) for store, mine in zip(stores, own, strict=True))
     with pytest.raises(RuntimeError, match="20 nodes of 19"):
-        compiled.run(stream, *stores, 0, slots, span, cos, sin, mask, torch.tensor([20, 1, 1]))
+        compiled.run(residual, *stores, 0, slots, kv_len, cos, sin, mask, torch.tensor([20, 1, 1]))

@@ -1,4 +1,4 @@
-"""Triton's kernels against PyTorch's operators, on a CUDA device where there is one."""
+"""Triton kernels against PyTorch's operators, on a machine with a CUDA device."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from hydra_core.sampling import Request
 from tests.hydra_core.kernels.test_library import folder, steps  # noqa: F401
 from tests.trained import random_prompts
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="Triton's kernels need a CUDA device")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="Triton kernels need a CUDA device")
 
 
-def test_where_they_are_not_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reasons_why_they_are_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda")
     assert reason_unavailable(torch.device("cpu"), torch.bfloat16, 576, 64) == "device cpu"
     monkeypatch.setattr("hydra_core.kernels.triton.triton", None)
