@@ -1,4 +1,4 @@
-"""Runs that MLflow recorded, found again."""
+"""Search for finished runs in MLflow."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipelines.tracking.client import open_client
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What MLflow knows of a run: `params` are the flattened resolved configuration."""
+    """A run in MLflow. `params`: the resolved configuration, flattened."""
 
     run_id: str
     name: str
@@ -23,9 +23,9 @@ class RunRecord:
 
 
 def find_benches(config: RunConfig, runs: Sequence[str]) -> list[RunRecord]:
-    """The bench of each of `runs`: a bench's own run id, its chain's, or the chain's name (the latest bench).
+    """The bench of each of `runs`: a run id of a bench, a run id of a chain, or the name of a chain (its latest bench).
 
-    Raises InputError for one that has none.
+    Raises InputError for a run without a finished bench.
     """
     client = open_client(tracking_uri(config))
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
