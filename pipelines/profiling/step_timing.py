@@ -68,7 +68,7 @@ def verify_seconds(base: Base, points: Sequence[Point], repeats: int,
 
         def run() -> None:
             cache.lengths[:] = context
-            hidden = forwards[batch](tokens, forest, context)
+            hidden = forwards[batch](tokens, forest, context, None)
             accepted = accept(tokens, forest, base.argmax(hidden))
             cache.commit((0, batch), accepted.path, accepted.counts)
 
