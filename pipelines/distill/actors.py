@@ -1,8 +1,7 @@
-"""The Ray Data actors of `distill`: each holds one engine and writes its own part files."""
+"""The Ray Data actors of `distill`: each loads the base once and writes its own part files."""
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from hydra_core.base import Base, load_base, user_turn_opening
+from hydra_core.base import Base, user_turn_opening
 from hydra_core.decoding import Engine, Result, load_heads
 from hydra_core.errors import InputError
 from hydra_core.sampling import Request
@@ -22,15 +21,20 @@ from pipelines.config import BaseSection
 from pipelines.profiling.cost_cache import machine_costs
 from pipelines.rows.parquet_parts import write_part
 from pipelines.rows.schemas import ERRORS, FEATURES, PROMPTS, RESPONSES, content_id, split_of
+from pipelines.runtime.console import Progress
 from pipelines.runtime.logs import speak
 
-SHORTEST_PROMPT = 4  # tokens: less is a greeting cut short, not a request
-FEATURE_TOKENS = 4096  # padded tokens in one feature forward
+SHORTEST_PROMPT = 4  # in tokens: a shorter one is a fragment of a greeting, not a request
+FEATURE_TOKENS = 4096  # padded tokens in one forward that computes hidden states
+FEATURE_ROWS = 128  # rows of one part of features
 
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """What every distilling actor is given; plain values, so that Ray can ship them."""
+    """What every actor of `distill` receives; plain values, since Ray serialises them.
+
+    `features`: rows whose hidden states are stored, "all" or "held_out"; `starts`: texts that self-made prompts begin with.
+    """
 
     base: BaseSection
     cache: str
@@ -42,23 +46,24 @@ class WorkerSettings:
     temperature: float
     held_out: float
     feature_dtype: str
+    features: str
     heads: str | None = None
     starts: tuple[str, ...] = ("",)
 
     def load(self) -> Base:
+        """Load the base in this process."""
         speak()
         torch.set_num_threads(self.threads)
-        return load_base(self.base.model, dtype=self.base.dtype, device=self.base.device, cache=Path(self.cache),
-                         context_limit=self.base.context_limit)
+        return self.base.load(self.cache)
 
 
 def counts(**numbers: int) -> pa.Table:
-    """One row of counts: what an actor hands back instead of the data it has already written."""
+    """One row of counts: what an actor returns, as it has written the rows themselves."""
     return pa.table({name: [value] for name, value in numbers.items()})
 
 
 class _Decoder:
-    """An engine that decodes a block of requests and says how fast."""
+    """Decodes blocks of requests, with lines of progress on stderr."""
 
     def __init__(self, settings: WorkerSettings) -> None:
         self.settings = settings
@@ -67,31 +72,28 @@ class _Decoder:
         self.drafter, self.trees = load_heads(settings.heads, self.base, costs) if settings.heads else (None, None)
 
     def engine(self, requests: list[Request]) -> Engine:
-        """A running batch no larger than the work, and slots no longer than it can need."""
+        """An engine whose batch is no larger than the number of requests, with a cache no longer than they can need."""
         longest = max(len(request.prompt_ids) + request.max_new_tokens for request in requests)
         rows = min(self.settings.max_batch_size, len(requests))
         limit = min(longest, self.base.context_limit)
         return Engine(self.base, self.drafter, self.trees, max_batch_size=rows, context_limit=limit)
 
     def decode(self, requests: Iterable[Request], what: str) -> Iterator[Result]:
+        """Results in the order in which they finish; `what`: their name in lines of progress."""
         wanted = list(requests)
         if not wanted:
             return
-        engine, started, done, tokens = self.engine(wanted), time.perf_counter(), 0, 0
-        said = started
-        # longest prompts first: rows that start together end near each other, and prefill pads little
-        for result in engine.stream(sorted(wanted, key=lambda r: -len(r.prompt_ids))):
-            done, tokens = done + 1, tokens + len(result.token_ids)
-            now = time.perf_counter()
-            if now - said > 10 or done == len(wanted):
-                said = now
-                print(f"distill: {what} {done}/{len(wanted)} of this block, {tokens / (now - started):.0f} tokens/s",
-                      file=sys.stderr, flush=True)
-            yield result
+        engine, started, tokens = self.engine(wanted), time.perf_counter(), 0
+        with Progress("distill", f"{what} of a block", len(wanted)) as progress:
+            # longest prompts first: sequences that start together end at about the same step, and prefill has little padding
+            for result in engine.stream(sorted(wanted, key=lambda r: -len(r.prompt_ids))):
+                tokens += len(result.token_ids)
+                progress.advance(1, f"{tokens / (time.perf_counter() - started):.0f} tokens/s")
+                yield result
 
 
 class PromptWriter(_Decoder):
-    """Samples user turns from the base itself: block rows are `index`, the seed of one candidate each."""
+    """Samples user turns from the base itself. Rows of a block: `index`, the seed of one candidate."""
 
     def __call__(self, block: pa.Table) -> pa.Table:
         opening = tuple(user_turn_opening(self.base.tokenizer))
@@ -112,7 +114,7 @@ class PromptWriter(_Decoder):
         return tuple(self.base.tokenizer(start, add_special_tokens=False).input_ids)
 
     def _row(self, result: Result) -> dict[str, Any] | None:
-        """A prompt row, or None for a candidate that never ended, is too short, or is not text."""
+        """A prompt row, or None for a candidate that did not end, is too short, or is not text."""
         if result.finish_reason != "stop" or len(result.token_ids) <= SHORTEST_PROMPT:
             return None
         text = self.base.decode(self._start(int(result.id)) + result.token_ids).strip()
@@ -123,60 +125,37 @@ class PromptWriter(_Decoder):
                 "prompt_ids": self.base.encode_prompt(text), "split": split_of(prompt_id, self.settings.held_out)}
 
 
-class ResponseWriter(_Decoder):
-    """Answers prompts: block rows are response rows without their answer."""
-
-    def __call__(self, block: pa.Table) -> pa.Table:
-        folder = Path(self.settings.folder)
-        tasks = {row["id"]: row for row in block.to_pylist()}
-        requests, errors, pending = [], [], []
-        for row in tasks.values():
-            request = Request(row["id"], tuple(row["prompt_ids"]), self.settings.max_new_tokens, row["temperature"],
-                              row["seed"])
-            try:
-                request.check(self.base.vocab_size, self.base.context_limit)
-                requests.append(request)
-            except InputError as error:
-                errors.append({"id": row["id"], "stage": "distill", "message": str(error)})
-        done = tokens = 0
-        for result in self.decode(requests, "answers"):
-            pending.append({**tasks[result.id], "response_ids": result.token_ids, "finish_reason": result.finish_reason,
-                            "base": str(self.base.identity)})
-            done, tokens = done + 1, tokens + len(result.token_ids)
-            if len(pending) == self.settings.rows_per_file:
-                write_part(folder / "responses", pending, RESPONSES)
-                pending = []
-        if pending:
-            write_part(folder / "responses", pending, RESPONSES)
-        if errors:
-            write_part(folder / "errors" / "answers", errors, ERRORS)
-        return counts(ok=done, errors=len(errors), tokens=tokens)
-
-
 class FeatureWriter:
-    """Adds hidden states to response rows, and checks that they are the ones the answers came from."""
+    """Adds hidden states to response rows, and checks that the answers follow from them. Rows of a block: response rows."""
 
-    def __init__(self, settings: WorkerSettings) -> None:
+    def __init__(self, settings: WorkerSettings, base: Base | None = None) -> None:
         self.settings = settings
-        self.base = settings.load()
+        self.base = base or settings.load()
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        rows = sorted(block.to_pylist(), key=lambda row: len(row["prompt_ids"]) + len(row["response_ids"]))
-        written: list[dict[str, Any]] = []
+        return counts(ok=len(block), **self.write(block.to_pylist()))
+
+    def write(self, rows: list[dict[str, Any]]) -> dict[str, int]:
+        """Write parts of at most `FEATURE_ROWS` rows; returns how many rows, greedy tokens compared, and those that agreed."""
         agreed = compared = 0
-        for group in _by_padded_size(rows):
-            sequences = [row["prompt_ids"] + row["response_ids"] for row in group]
-            for row, hidden in zip(group, self.base.hidden_states(sequences), strict=True):
-                if row["temperature"] == 0:
-                    same, total = self._greedy_agreement(row, hidden)
-                    agreed, compared = agreed + same, compared + total
-                written.append(self._feature_row(row, hidden))
-        write_part(Path(self.settings.folder) / "features", written, FEATURES)
-        print(f"distill: hidden states of {len(rows)} rows", file=sys.stderr, flush=True)
-        return counts(ok=len(rows), agreed=agreed, compared=compared, bytes=sum(len(row["hidden"]) for row in written))
+        for start in range(0, len(rows), FEATURE_ROWS):
+            part = sorted(rows[start:start + FEATURE_ROWS], key=lambda row: len(row["prompt_ids"]) + len(row["response_ids"]))
+            written: list[dict[str, Any]] = []
+            for group in _by_padded_size(part):
+                sequences = [row["prompt_ids"] + row["response_ids"] for row in group]
+                for row, hidden in zip(group, self.base.hidden_states(sequences), strict=True):
+                    if row["temperature"] == 0:
+                        same, total = self._greedy_agreement(row, hidden)
+                        agreed, compared = agreed + same, compared + total
+                    written.append(self._feature_row(row, hidden))
+            write_part(Path(self.settings.folder) / "features", written, FEATURES)
+        return {"features": len(rows), "agreed": agreed, "compared": compared}
 
     def _greedy_agreement(self, row: dict[str, Any], hidden: torch.Tensor) -> tuple[int, int]:
-        """Greedy tokens that `logits(hidden)` one position earlier reproduces: off by one, almost none would be."""
+        """Greedy tokens that are the argmax of `logits(hidden)` one position earlier, and all greedy tokens of the row.
+
+        With hidden states that are off by one position, almost none would be.
+        """
         prompt, answer = len(row["prompt_ids"]), torch.tensor(row["response_ids"], device=hidden.device)
         predicted = self.base.logits(hidden[prompt - 1:prompt - 1 + len(answer)]).argmax(-1)
         return int((predicted == answer).sum()), len(answer)
@@ -190,8 +169,49 @@ class FeatureWriter:
                 "hidden_width": hidden.shape[1], "hidden_layer": "last"}
 
 
+class ResponseWriter(_Decoder):
+    """Answers prompts and computes the hidden states of the answers. Rows of a block: response rows without their answer."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        super().__init__(settings)
+        self.features = FeatureWriter(settings, self.base)
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        folder = Path(self.settings.folder)
+        tasks = {row["id"]: row for row in block.to_pylist()}
+        requests, errors = self._requests(tasks.values())
+        answered: list[dict[str, Any]] = []
+        written = 0
+        for result in self.decode(requests, "answers"):
+            answered.append({**tasks[result.id], "response_ids": list(result.token_ids), "finish_reason": result.finish_reason,
+                             "base": str(self.base.identity)})
+            if len(answered) - written == self.settings.rows_per_file:
+                write_part(folder / "responses", answered[written:], RESPONSES)
+                written = len(answered)
+        if len(answered) > written:
+            write_part(folder / "responses", answered[written:], RESPONSES)
+        if errors:
+            write_part(folder / "errors" / "answers", errors, ERRORS)
+        # after the block, when the engine and its cache are gone: the worker holds one large thing at a time
+        kept = [row for row in answered if self.settings.features == "all" or row["split"] == "held_out"]
+        return counts(ok=len(answered), errors=len(errors), **self.features.write(kept))
+
+    def _requests(self, rows: Iterable[dict[str, Any]]) -> tuple[list[Request], list[dict[str, Any]]]:
+        """Requests, and error rows for prompts that the base cannot answer."""
+        requests, errors = [], []
+        for row in rows:
+            request = Request(row["id"], tuple(row["prompt_ids"]), self.settings.max_new_tokens, row["temperature"],
+                              row["seed"])
+            try:
+                request.check(self.base.vocab_size, self.base.context_limit)
+                requests.append(request)
+            except InputError as error:
+                errors.append({"id": row["id"], "stage": "distill", "message": str(error)})
+        return requests, errors
+
+
 def _by_padded_size(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Consecutive groups of length-sorted rows whose padded size stays in bounds."""
+    """Consecutive groups of rows, sorted by length, whose padded size is at most `FEATURE_TOKENS`."""
     group: list[dict[str, Any]] = []
     for row in rows:
         length = len(row["prompt_ids"]) + len(row["response_ids"])

@@ -1,4 +1,4 @@
-"""Prompt rows from a user's file or data set: read, templated, told apart, split."""
+"""Prompt rows from a user's file or data set: with the chat template applied, without duplicates, and split."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from pipelines.runtime.artifacts import file_digest
 
 
 def source_digest(section: PromptsSection) -> str | None:
-    """Digest of the files that the prompts are read from; None where none lie here (self-made ones, a hub id).
+    """Digest of the files that the prompts are read from; None if there is no local file (self-made prompts, a hub id).
 
-    Raises InputError for a file that is not there.
+    Raises InputError for a file that does not exist.
     """
     if section.path is None:
         return None
@@ -33,7 +33,7 @@ def source_digest(section: PromptsSection) -> str | None:
 
 def file_prompts(section: PromptsSection, tokenizer: Any,
                  held_out: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
-    """Rows of contracts.PROMPTS, rows of contracts.ERRORS, and how many duplicates were left out.
+    """Rows of schemas.PROMPTS, rows of schemas.ERRORS, and the number of duplicates that are left out.
 
     Raises InputError for a file that is missing, empty or never has the field.
     """
@@ -59,7 +59,7 @@ def file_prompts(section: PromptsSection, tokenizer: Any,
 
 
 def prompt_ids_of(item: PromptRow, tokenizer: Any) -> list[int] | RowError:
-    """Token ids of a row with the chat template applied, or why it has none."""
+    """Token ids of a row with the chat template applied, or the reason why there are none."""
     try:
         return encode_prompt(tokenizer, item.prompt, item.messages)
     except InputError as error:

@@ -69,7 +69,7 @@ def verify_seconds(base: Base, points: Sequence[Point], repeats: int,
 
         def run() -> None:
             cache.lengths[:] = context
-            hidden = forwards[batch](tokens, trees, context)
+            hidden = forwards[batch](tokens, trees, context, None)
             accepted = accept(tokens, trees, base.argmax(hidden))
             cache.commit((0, batch), accepted.path, accepted.counts)
 

@@ -1,1 +1,1 @@
-"""Rows: their schemas, and the files that hold them."""
+"""Rows: their schemas, and reading and writing the files that hold them."""

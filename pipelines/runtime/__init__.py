@@ -1,1 +1,1 @@
-"""Where stages run and what they leave: Ray, folders, locks, provenance."""
+"""What all stages use to run and to write: Ray, folders, locks, provenance, files, tables, progress."""

@@ -1,9 +1,9 @@
-"""Where a stage writes, when it may be skipped, and what it leaves behind.
+"""The folder of a stage: where it writes, when the stage may be skipped, and its manifest.
 
-A stage owns one folder. It is done when the folder's `manifest.json` carries the fingerprint of what was asked (the
-stage's settings, the base, the manifests it built on) and every listed output still has its recorded size and digest.
-A folder with another fingerprint belongs to another run and is never overwritten. A stage whose outputs were changed
-after it had finished is made again: what no longer is what the manifest says goes, the rest stays.
+A stage owns one folder. It is finished when the folder's `manifest.json` has the fingerprint of the request (settings of the
+stage, the base, the manifests of earlier stages) and every listed output still has its recorded size and digest. A folder
+with another fingerprint belongs to another run and is never overwritten. If outputs change after a stage has finished, the
+stage runs again: it removes the files that do not match the manifest and keeps the others.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ CLAIM = "claim.json"
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a stage hands back: the one JSON line a job prints.
+    """The result of a stage: the one JSON line that a job prints.
 
-    `outputs` maps names to absolute paths, `figures` holds numbers and short texts (top-level names of that line),
-    `skipped` says that a finished stage was found and not run again.
+    `outputs` maps names to absolute paths; `figures` holds numbers and short texts, which are top-level names of that line;
+    `skipped` says that the stage had finished before and did not run.
     """
 
     stage: str
@@ -49,7 +49,7 @@ class StageResult:
 
 @dataclass(frozen=True)
 class RunPaths:
-    """Every folder of one run, absolute, under the storage root."""
+    """The folders of one run, absolute, under the storage root."""
 
     storage: Path
     name: str
@@ -67,12 +67,12 @@ class RunPaths:
         return self.storage / "cache"
 
     def stage(self, stage: str, part: str | None = None) -> Path:
-        """Folder of a stage, or of one drafter's part of it (`++` is no trouble for a file system)."""
+        """Folder of a stage, or of the part of it that belongs to one drafter."""
         return self.run / stage / part if part else self.run / stage
 
 
 def fingerprint(stage: str, settings: Mapping[str, Any], upstream: Mapping[str, str]) -> str:
-    """Digest of what a stage was asked to do: its settings and the fingerprints or digests it builds on."""
+    """Digest of a stage's request: its settings, and the fingerprints or digests of its inputs."""
     text = json.dumps({"stage": stage, "settings": settings, "upstream": dict(upstream), "schema": SCHEMA_VERSION},
                       sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -89,7 +89,7 @@ def file_digest(path: Path) -> str:
 
 @dataclass
 class StageFolder:
-    """One stage's folder while it runs; `finish` writes the manifest that makes it done."""
+    """The folder of a running stage. `finish` writes the manifest, with which the stage is finished."""
 
     stage: str
     folder: Path
@@ -98,7 +98,7 @@ class StageFolder:
     started: float = field(default_factory=time.time)
 
     def finish(self, result: StageResult, files: list[Path]) -> StageResult:
-        """Record `files` (absolute, inside the folder) with size and sha256, and the result itself."""
+        """Write the manifest: `result`, and size and sha256 of `files` (absolute paths inside the folder)."""
         manifest = {
             "schema_version": SCHEMA_VERSION,
             "stage": self.stage,
@@ -116,7 +116,7 @@ class StageFolder:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The folder's manifest, or None when the stage has not finished there. Raises InputError if it is broken."""
+    """The manifest of a folder, or None if no stage has finished there. Raises InputError for a broken one."""
     path = folder / MANIFEST
     if not path.exists():
         return None
@@ -130,7 +130,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def require_manifest(folder: Path, stage: str) -> dict[str, Any]:
-    """The manifest of a stage this one builds on. Raises InputError that says which stage to run first."""
+    """The manifest of an earlier stage. Raises InputError, which names the stage to run first, if there is none."""
     manifest = read_manifest(folder)
     if manifest is None:
         raise InputError(f"{folder}: no finished `{stage}` here: run `hydra-heads {stage}` with the same name and storage")
@@ -138,7 +138,7 @@ def require_manifest(folder: Path, stage: str) -> dict[str, Any]:
 
 
 def damaged(folder: Path) -> list[Path]:
-    """Files that are missing or no longer what the folder's manifest says; none where there is no manifest."""
+    """Files that are missing or do not match the manifest of the folder; none if it has no manifest."""
     manifest = read_manifest(folder)
     listed = {} if manifest is None else {folder / name: entry for name, entry in manifest["files"].items()}
     return [path for path, entry in listed.items() if not path.is_file() or path.stat().st_size != entry["bytes"]
@@ -146,7 +146,7 @@ def damaged(folder: Path) -> list[Path]:
 
 
 def finished(folder: Path, wanted: str) -> StageResult | None:
-    """The recorded result when this very work is done and its files are intact, else None."""
+    """The recorded result if the folder has the fingerprint `wanted` and its files are intact, else None."""
     manifest = read_manifest(folder)
     if manifest is None or manifest["fingerprint"] != wanted or damaged(folder):
         return None
@@ -155,10 +155,10 @@ def finished(folder: Path, wanted: str) -> StageResult | None:
 
 @contextmanager
 def stage_folder(config: RunConfig, stage: str, folder: Path, wanted: str) -> Iterator[StageFolder]:
-    """Claim `folder` for this work. Raises InputError when it holds another run's output.
+    """Claim `folder` for the fingerprint `wanted`. Raises InputError if it holds the output of another run.
 
-    Whoever fails before anything was written gives the folder up again: the corrected command asks for other work, and
-    would be refused as another run.
+    A folder that holds only temporary claims of killed writers counts as empty. If the block raises before anything is
+    written, the claim is removed: the corrected command has another fingerprint, and would be refused as another run.
     """
     claim = folder / CLAIM
     ours = not claim.exists()
@@ -168,8 +168,8 @@ def stage_folder(config: RunConfig, stage: str, folder: Path, wanted: str) -> It
                              "choose another `name=` or delete that folder")
         for path in damaged(folder):
             path.unlink(missing_ok=True)
-        (folder / MANIFEST).unlink(missing_ok=True)  # not finished any more
-    elif folder.exists() and any(not path.name.startswith(f".{CLAIM}.") for path in folder.iterdir()):  # of a killed writer
+        (folder / MANIFEST).unlink(missing_ok=True)  # the stage is not finished any more
+    elif folder.exists() and any(not path.name.startswith(f".{CLAIM}.") for path in folder.iterdir()):
         raise InputError(f"{folder}: is not empty and not a `{stage}` output: choose another folder or empty it")
     else:
         write_text(claim, json.dumps({"fingerprint": wanted, "stage": stage}))
@@ -177,19 +177,19 @@ def stage_folder(config: RunConfig, stage: str, folder: Path, wanted: str) -> It
         yield StageFolder(stage, folder, wanted, config)
     except BaseException:
         if ours:
-            _give_up(folder, Path(config.storage))
+            _release(folder, Path(config.storage))
         raise
 
 
 def _owner(claim: Path) -> str | None:
     try:
         return str(json.loads(claim.read_text(encoding="utf-8"))["fingerprint"])
-    except (ValueError, KeyError, TypeError):  # not a claim of ours, or no longer
+    except (ValueError, KeyError, TypeError):  # the file is not a claim, or is broken
         return None
 
 
-def _give_up(folder: Path, storage: Path) -> None:
-    """Remove a folder that holds nothing but its claim, and the folders above it in the storage that are empty then."""
+def _release(folder: Path, storage: Path) -> None:
+    """Remove a folder that holds nothing but its claim, and then the empty folders above it inside the storage."""
     if any(path.is_file() and path != folder / CLAIM for path in folder.rglob("*")):
         return
     shutil.rmtree(folder)

@@ -1,4 +1,4 @@
-"""What a person sees while a stage works: lines on stderr, and a bar where stderr is a terminal."""
+"""Progress of a stage on stderr: lines, and a bar where stderr is a terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any
 
 LINE_SECONDS = 5.0
-"""Between two lines of progress where stderr is no terminal."""
+"""Time between two lines of progress where stderr is no terminal."""
 
 
 def say(stage: str, text: str) -> None:
@@ -18,12 +18,12 @@ def say(stage: str, text: str) -> None:
 
 
 class Progress:
-    """How far work has come: a bar on a terminal, a line every few seconds elsewhere.
+    """Progress of some work: a bar on a terminal, elsewhere a line every few seconds and one at the end.
 
         with Progress("distill", "answers", total=200) as progress:
             progress.advance(8, "1,200 tokens/s")
 
-    `total` None: only counted. `done`: what an earlier run has finished already.
+    `total`: None if it is not known. `done`: what an earlier run has finished.
     """
 
     def __init__(self, stage: str, what: str, total: int | None = None, done: int = 0) -> None:
@@ -51,7 +51,7 @@ class Progress:
             self._line("")
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """`count` more are done; `note`: what else to tell, a rate for instance."""
+        """Count `count` more as done; `note`: further text, for instance a rate."""
         self.done += count
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, note=note)

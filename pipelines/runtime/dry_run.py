@@ -1,4 +1,4 @@
-"""What a stage would do, in words: `--plan` prints this and starts nothing."""
+"""What a stage would do, in words: `--plan` prints it and starts nothing."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ BUDGET_MINUTES = {"distill": 10, "train": 9, "tree": 2, "bench": 9, "promote": 1
 """Time each stage of the quickstart may take on two CPU cores."""
 CHAIN = tuple(BUDGET_MINUTES)
 SELF_MADE = 640
-"""Prompts the base writes when no count is asked for."""
+"""Number of prompts that the base writes if `prompts.count` is not set."""
 
 
 def describe(config: RunConfig, stage: str) -> list[str]:
-    """Lines for people, one a step: inputs, sizes and outputs of `stage`; for the quickstart each stage's budget too."""
+    """One line for each step of `stage`: inputs, sizes and outputs; for the quickstart the time budget of each stage too."""
     if stage != "quickstart":
         return [f"{stage}: {line}" for line in _STEPS[stage](config)]
     lines = []

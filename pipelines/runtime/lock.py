@@ -1,4 +1,4 @@
-"""One run at a time for each output of `batch`: two would ask for the same rows."""
+"""A lock on an output folder of `batch`: two runs at the same time would compute the same rows."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from hydra_core.errors import InputError
 
 @contextmanager
 def only_run(folder: Path, storage: Path) -> Iterator[None]:
-    """Hold the lock of `folder` inside the block. Raises InputError, saying who holds it, while another run does.
+    """Hold the lock of `folder` inside the block. Raises InputError, which names the holder, if another run holds it.
 
-    It is a lock of the operating system on a file beside the folder: a process that dies, however it dies, gives it up.
-    The file says who took it last and goes with the lock; so do folders above it in `storage` that are empty then.
+    It is a lock of the operating system on a file beside the folder, so it ends with its process, however that ends. The file
+    names the holder. At the end it is removed, and with it the folders above it inside `storage` that are then empty.
     """
     path = folder.parent / f".{folder.name}.lock"
     descriptor = _locked(path, folder)
@@ -40,21 +40,21 @@ def _locked(path: Path, folder: Path) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:  # another run that ended has just taken its empty folder with it
+        except FileNotFoundError:  # another run has ended and removed its empty folder in between
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = _holder(descriptor)
             os.close(descriptor)
-            raise InputError(f"batch.output={folder}: another run is at it{holder}: wait for it or stop it") from None
+            raise InputError(f"batch.output={folder}: another run writes to it{holder}: wait for it or stop it") from None
         except OSError as error:
             os.close(descriptor)
             raise InputError(f"batch.output={folder}: this file system has no locks ({error.strerror}): choose a folder on one "
                              "that has, as NFS 4 and local disks do") from None
         if _same_file(descriptor, path):
             return descriptor
-        os.close(descriptor)  # whoever held it has removed the file meanwhile
+        os.close(descriptor)  # the earlier holder has removed the file in between
 
 
 def _same_file(descriptor: int, path: Path) -> bool:
@@ -66,9 +66,9 @@ def _same_file(descriptor: int, path: Path) -> bool:
 
 def _holder(descriptor: int) -> str:
     try:
-        told = json.loads(os.pread(descriptor, 4096, 0))
-        return f" (process {told['pid']} on {told['host']}, since {told['since']})"
-    except (ValueError, KeyError, TypeError):  # it has just taken the lock
+        holder = json.loads(os.pread(descriptor, 4096, 0))
+        return f" (process {holder['pid']} on {holder['host']}, since {holder['since']})"
+    except (ValueError, KeyError, TypeError):  # the holder has not written its name yet
         return ""
 
 

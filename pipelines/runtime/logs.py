@@ -1,4 +1,4 @@
-"""What Ray's worker processes say. It must import next to nothing: every worker of a local Ray runs it as it starts."""
+"""Log lines of Ray's worker processes. Every worker of a local Ray imports this module as it starts, so it imports little."""
 
 import logging
 import sys
@@ -7,13 +7,13 @@ _CLEANER = "ray.train.v2._internal.execution.controller.placement_group_cleaner"
 
 
 def quieten_worker() -> None:
-    """Ray Train's cleaner asks the dashboard whether its controller lives, and a local Ray is started without one:
-    every second it would tell of that in the middle of our progress."""
+    """Silence Ray Train's cleaner of placement groups. It asks the dashboard every second whether the controller lives, and a
+    local Ray has no dashboard: each time it would log that."""
     logging.getLogger(_CLEANER).setLevel(logging.ERROR)
 
 
 def speak() -> None:
-    """Let `hydra_core` say on stderr what memory it is about to take and how a base will run, one line each."""
+    """Show the log lines of `hydra_core` on stderr: the memory that it takes and how a base runs."""
     logger = logging.getLogger("hydra_core")
     if not logger.handlers:
         handler = logging.StreamHandler(sys.stderr)

@@ -1,4 +1,4 @@
-"""Programs of this environment, as a shell starts them."""
+"""Command lines for programs of this Python environment."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 
 def program(name: str, module: str | None = None) -> list[str]:
-    """Words that start a program of this environment from a shell, whose PATH may lead to another one or to none.
+    """The words that start a program of this environment in a shell, whatever its PATH.
 
-    `module`: what to run instead where the program was never installed, as in a checkout.
+    `module`: module to run instead where the program is not installed, as in a checkout.
     """
     here, found = Path(sys.executable).with_name(name), shutil.which(name)
     if not here.exists():

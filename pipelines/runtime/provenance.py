@@ -1,4 +1,4 @@
-"""How an output came to be: settings, code, versions, machine. What looks like a secret is left out."""
+"""The origin of an output: settings, code, versions, machine. Values that look like secrets are hidden."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PACKAGES = ("hydra-heads", "torch", "ray", "deepspeed", "transformers", "mlflow"
 
 
 def provenance(config: RunConfig) -> dict[str, Any]:
-    """Resolved config with defaults, git commit (None where nobody can tell), versions, argv and machine."""
+    """Resolved configuration with defaults, git commit (None if unknown), versions, arguments and machine."""
     return {"config": redacted(config.model_dump(mode="json", by_alias=True)), "git": _git(), "versions": _versions(),
             "argv": [_redacted_argument(argument) for argument in sys.argv],
             "python": platform.python_version(), "platform": platform.platform(), "cpus": os.cpu_count(),
@@ -37,17 +37,17 @@ def provenance(config: RunConfig) -> dict[str, Any]:
 
 
 def is_secret(name: str) -> bool:
-    """Whether a setting called `name` (dots allowed) holds something that must not be written down."""
+    """Whether the value of a setting called `name` (dots allowed) must not be written anywhere."""
     return bool(_SECRET.search(name))
 
 
 def without_credentials(text: str) -> str:
-    """`scheme://user:password@host?password=...` without what stands before the `@`, and without the query's secrets."""
+    """Remove user and password, and the secrets of the query, from `scheme://user:password@host?password=...`."""
     return _QUERY_SECRET.sub(rf"\1{HIDDEN}", _USERINFO.sub("", text)) if "://" in text else text
 
 
 def redacted(value: Any) -> Any:
-    """A copy of nested mappings and lists with secrets replaced by `HIDDEN` and credentials cut out of addresses."""
+    """A copy of nested mappings and lists in which secrets are `HIDDEN` and addresses have no credentials."""
     if isinstance(value, Mapping):
         return {key: HIDDEN if is_secret(str(key)) and item else redacted(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -56,7 +56,7 @@ def redacted(value: Any) -> Any:
 
 
 def shareable_yaml(config: RunConfig) -> str:
-    """The resolved configuration as YAML that `load_config` reads back, secrets left out: it is kept beside outputs."""
+    """The resolved configuration as YAML for `load_config`, with secrets hidden: it is written beside outputs."""
     return yaml.safe_dump(redacted(config.model_dump(mode="json", by_alias=True)), sort_keys=False)
 
 
@@ -71,7 +71,7 @@ def _git() -> dict[str, Any] | None:
         if (root / ".git").exists():
             return _checkout(root)
         return _installed_from(metadata.distribution(PACKAGES[0]), root)
-    # no git, a checkout of another user, a file system that hangs; Ray's unpacked copy
+    # no git, a checkout of another user, a slow file system; a working directory that Ray unpacked
     except (OSError, subprocess.SubprocessError, metadata.PackageNotFoundError):
         return None
 
@@ -81,7 +81,7 @@ def _checkout(folder: Path) -> dict[str, Any]:
 
 
 def _installed_from(package: metadata.Distribution, root: Path) -> dict[str, Any] | None:
-    """The commit that pip installed `root` from: as it noted it (PEP 610), or that of a checkout which still has this code."""
+    """The commit that pip installed `root` from: recorded by pip (PEP 610), or that of a checkout with the same code."""
     noted = package.read_text("direct_url.json")
     if noted is None or Path(str(package.locate_file(""))).resolve() != root:
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,11 +21,11 @@ MISTAKE = "mistake"
 
 @contextmanager
 def ensure_ray(config: RunConfig) -> Iterator[None]:
-    """Be connected to Ray inside the block.
+    """Connect to Ray inside the block.
 
-    An already connected process (a job inside another stage, a test) is left as it is. Else the address comes from the
-    config, then RAY_ADDRESS (set inside a submitted job); without either a private local instance is started, never
-    `auto`, which could join a stranger's cluster, and shut down at the end. Raises InputError if an address does not
+    A process that is connected already (a stage inside another one, a test) stays so. Else the address comes from the
+    settings, then from RAY_ADDRESS (set inside a submitted job). Without either, a private local instance is started and shut
+    down at the end; never `auto`, which could join the cluster of somebody else. Raises InputError if an address does not
     answer.
     """
     if ray.is_initialized():
@@ -47,7 +47,7 @@ def ensure_ray(config: RunConfig) -> Iterator[None]:
 
 
 def check_workers(field: str, workers: Workers, count: int | None = None) -> None:
-    """Raise InputError if the cluster can never hold `count` (default: its own) workers: Ray would wait for ever."""
+    """Raise InputError if the cluster is too small for `count` workers (default: `workers.count`): Ray would wait for ever."""
     count, have = count or workers.count, ray.cluster_resources()
     for kind, each in (("CPU", workers.cpus), ("GPU", workers.gpus)):
         if each * count > have.get(kind, 0.0):
@@ -56,14 +56,14 @@ def check_workers(field: str, workers: Workers, count: int | None = None) -> Non
 
 
 def measuring_resources(config: RunConfig) -> dict[str, Any]:
-    """Ray options of a task that times decoding: a GPU where the base is to run on one, else a share of a CPU."""
+    """Ray options of a task that times decoding: a GPU if the base runs on one, else a share of a CPU."""
     gpus = ray.cluster_resources().get("GPU", 0)
     wants_gpu = config.base.device == "cuda" or (config.base.device == "auto" and gpus >= 1)
     return {"num_cpus": 0.5, "num_gpus": 1 if wants_gpu else 0, "max_retries": 0}
 
 
-class _Told:
-    """An actor whose InputError comes back as a row: one that leaves it is buried in Ray Data's own pages of traceback."""
+class _ErrorAsRow:
+    """An actor that returns an InputError as a row. Raised, it would be lost in pages of Ray Data's traceback."""
 
     def __init__(self, actor: type, settings: Any) -> None:
         self.mistake: str | None = None
@@ -82,23 +82,27 @@ class _Told:
 
 
 def run_blocks(actor: type, settings: Any, blocks: list[pa.Table], *, actors: int, cpus: float,
-               gpus: float = 0) -> dict[str, int]:
+               gpus: float = 0, done: Callable[[dict[str, int]], None] | None = None) -> dict[str, int]:
     """Map `actor(settings)` over `blocks` with a pool of Ray Data actors.
 
-    Actors write their own output and hand back one row of counts a block; returns the sums. Raises the InputError that an
-    actor raised.
+    Actors write their own output and return one row of counts for each block; the result has the sums. `done` is called with
+    the counts of each block. Raises the InputError that an actor raised.
     """
     totals: dict[str, int] = {}
     if not blocks:
         return totals
-    ray.data.DataContext.get_current().enable_progress_bars = sys.stderr.isatty()
+    ray.data.DataContext.get_current().enable_progress_bars = done is None and sys.stderr.isatty()
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     mapped = ray.data.from_arrow(blocks).map_batches(
-        # a block each: all but the last are of one size, and with GPUs Ray Data wants a number
-        _Told, fn_constructor_args=(actor, settings), batch_size=max(map(len, blocks)), batch_format="pyarrow",
+        # one block for each call: all but the last have the same size, and with GPUs Ray Data needs a number
+        _ErrorAsRow, fn_constructor_args=(actor, settings), batch_size=max(map(len, blocks)), batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=min(actors, len(blocks))), num_cpus=cpus, num_gpus=gpus)
     for row in mapped.iter_rows():
         if MISTAKE in row:
             raise InputError(row[MISTAKE])
-        for name, value in row.items():
-            totals[name] = totals.get(name, 0) + int(value)
+        counts = {name: int(value) for name, value in row.items()}
+        for name, value in counts.items():
+            totals[name] = totals.get(name, 0) + value
+        if done is not None:
+            done(counts)
     return totals

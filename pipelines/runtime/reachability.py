@@ -1,4 +1,4 @@
-"""Whether a server answers, told within seconds: clients of their own accord retry for minutes."""
+"""Whether a server answers, within seconds: the retries of clients take minutes."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from collections.abc import Callable
 
 PROBE_SECONDS = 3
 GATEWAY_ERRORS = (502, 503, 504)
-"""Answers of a proxy whose server is gone."""
+"""Status codes of a proxy whose server does not answer."""
 
 
 def why_unreachable(url: str) -> str | None:
-    """Why `url` gives no answer within `PROBE_SECONDS` and a little, or None when it does."""
+    """Why `url` does not answer within about `PROBE_SECONDS`, or None if it does."""
     def ask() -> str | None:
         try:
             urllib.request.urlopen(url, timeout=PROBE_SECONDS).close()
-        except urllib.error.HTTPError as error:  # it answers; a proxy may hide the path
+        except urllib.error.HTTPError as error:  # the server answers, though a proxy may not serve this path
             return str(error) if error.code in GATEWAY_ERRORS else None
         return None
 
@@ -26,7 +26,7 @@ def why_unreachable(url: str) -> str | None:
 
 
 def why_silent(host: str, port: int) -> str | None:
-    """Why nothing takes a connection there within `PROBE_SECONDS` and a little, or None when something does."""
+    """Why nothing accepts a connection there within about `PROBE_SECONDS`, or None if something does."""
     def connect() -> None:
         socket.create_connection((host, port), PROBE_SECONDS).close()
 
@@ -34,13 +34,13 @@ def why_silent(host: str, port: int) -> str | None:
 
 
 def _within_seconds(ask: Callable[[], str | None]) -> str | None:
-    """What `ask` says or raises. It runs in a thread of its own, as looking a name up heeds no timeout."""
+    """The result of `ask`, or the text of its exception. It runs in a thread, as a look-up of a name has no timeout."""
     faults: list[str | None] = []
 
     def run() -> None:
         try:
             faults.append(ask())
-        except Exception as error:  # refused, unknown, no HTTP at all: whatever it is becomes part of one line
+        except Exception as error:  # a refusal, an unknown name, no HTTP: each becomes part of one line
             faults.append(str(error) or type(error).__name__)
 
     thread = threading.Thread(target=run, daemon=True)

@@ -1,4 +1,4 @@
-"""MLflow, and the only package that imports it: runs, metrics, artifacts, the registry."""
+"""MLflow: runs, metrics, artifacts, the model registry. No other package imports MLflow."""
 
 from lazy_loader import attach_stub
 

@@ -1,4 +1,4 @@
-"""The address of MLflow's store, and how a person opens its pages. Imports nothing of MLflow."""
+"""The address of MLflow's store, and the command that opens its UI. This module does not import MLflow."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pipelines.runtime.provenance import without_credentials
 def tracking_uri(config: RunConfig) -> str:
     """`tracking.uri`, else MLFLOW_TRACKING_URI, else SQLite at an absolute path under storage.
 
-    Raises InputError for a SQLite file at a relative path (each worker would make one of its own) and for a storage
-    that cannot be written.
+    Raises InputError for a SQLite file at a relative path, as each worker would create its own, and for a storage that cannot
+    be written.
     """
     uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
     if uri:
@@ -33,7 +33,7 @@ def tracking_uri(config: RunConfig) -> str:
 
 
 def ui_command(config: RunConfig) -> str:
-    """The command that opens MLflow's UI on what a run recorded; for a server, its address."""
+    """The command that opens MLflow's UI with the runs of this store; for a server, its address."""
     uri = tracking_uri(config)
     if uri.startswith(("http://", "https://")):
         return without_credentials(uri)

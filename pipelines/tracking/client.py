@@ -1,4 +1,4 @@
-"""A client of MLflow that is known to answer. The only file that imports MLflow, once its environment is set."""
+"""MLflow's client. This module sets MLflow's environment variables before it imports it, so others import MLflow from here."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DATABASE_PORTS = {"postgresql": 5432, "postgres": 5432, "mysql": 3306, "mssql": 
 
 
 def open_client(uri: str) -> MlflowClient:
-    """A client that is known to answer. Raises InputError at once for a dead server or a refused store."""
+    """A client whose server answers. Raises InputError within seconds if it does not, or if the store is refused."""
     shown = without_credentials(uri)
     if fault := _why_dead(uri):
         raise InputError(f"tracking.uri={shown}: no MLflow server answers there ({fault}): start it or choose another")
@@ -34,13 +34,13 @@ def open_client(uri: str) -> MlflowClient:
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         client.search_experiments(max_results=1)
         return client
-    except Exception as error:  # each store has its own exceptions for "not a store"
+    except Exception as error:  # each kind of store raises its own exceptions
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"tracking.uri={shown}: cannot be used ({reason})") from None
 
 
 def _why_dead(uri: str) -> str | None:
-    """What keeps a server from answering, or None; a file needs none."""
+    """Why the server does not answer, or None if it does. A file needs no server."""
     if uri.startswith(("http://", "https://")):
         return why_unreachable(f"{without_credentials(uri).rstrip('/')}/health")
     try:

@@ -1,4 +1,4 @@
-"""What `serve.model` and `generate.model` may name: which drafter decodes."""
+"""The model that `serve.model` or `generate.model` names: the drafter that decodes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from hydra_core.errors import InputError
 from pipelines.config import RunConfig
 from pipelines.config.serve import PLAIN
 from pipelines.runtime.artifacts import RunPaths
-from pipelines.tracking import NotRegistered, resolve
 
 
 @dataclass(frozen=True)
 class Model:
-    """`folder`: a configuration or heads, None for plain decoding; `version`: of a registered model."""
+    """A model to decode with. `folder`: a configuration or heads, None for plain decoding; `version`: of a registered model."""
 
     folder: Path | None
     label: str
@@ -24,10 +23,10 @@ class Model:
 
 
 def find_model(config: RunConfig, asked: str | None) -> Model:
-    """`models:/NAME@alias`, `models:/NAME/VERSION`, a folder, `bundled` or `plain`; None: the champion, and where nothing was
-    promoted yet the heads that come with the package.
+    """Find `models:/NAME@alias`, `models:/NAME/VERSION`, a folder, the bundled heads or `plain`.
 
-    Raises InputError for a model that is not registered, and where no heads come with the package for this base.
+    `asked` None: the champion, or the bundled heads if nothing is promoted yet. Raises InputError for a model that is not
+    registered, and if there are no bundled heads for this base.
     """
     if asked == PLAIN:
         return Model(None, PLAIN)
@@ -35,19 +34,21 @@ def find_model(config: RunConfig, asked: str | None) -> Model:
         return _bundled(config)
     if asked is not None and not asked.startswith("models:/"):
         return Model(Path(asked), asked)
+    from pipelines.tracking.registry import NotRegistered, resolve  # MLflow, which bundled heads, folders and `plain` do without
+
     champion = f"models:/{config.promote.model_name}@{config.promote.alias}"
     try:
         version, folder = resolve(config, asked or champion, RunPaths.of(config).cache / "models")
     except NotRegistered:
         if asked is not None or (found := _of_this_base(config)) is None:
             raise
-        return _packaged(found)
+        return _bundled_model(found)
     label = f"{asked} (version {version})" if asked else f"models:/{config.promote.model_name}/{version}"
     return Model(folder, label, version)
 
 
 def bundled_heads(config: RunConfig) -> str | None:
-    """The checkpoint folder that comes with the package for this base, or None."""
+    """The folder of the bundled heads for this base, or None."""
     found = _of_this_base(config)
     return None if found is None else str(found / "heads")
 
@@ -56,10 +57,10 @@ def _bundled(config: RunConfig) -> Model:
     if (found := _of_this_base(config)) is None:
         raise InputError(f"{BUNDLED}: no heads come with the package for base.model={config.base.model}: train some, or decode "
                          f"with `{PLAIN}`")
-    return _packaged(found)
+    return _bundled_model(found)
 
 
-def _packaged(folder: Path) -> Model:
+def _bundled_model(folder: Path) -> Model:
     return Model(folder, f"the package's own heads ({folder.name})")
 
 

@@ -1,4 +1,4 @@
-"""The model registry: configurations as versions, aliases that name them."""
+"""MLflow's model registry: configurations as versions of a model, and aliases for versions."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<ver
 
 
 class NotRegistered(InputError):
-    """The registry knows no such model."""
+    """The registry has no such model."""
 
 
 def register(config: RunConfig, name: str, run: Run, artifact_path: str, alias: str, tags: Mapping[str, str]) -> int:
-    """Make a run's artifact folder a new version of model `name` and point `alias` at it; returns the version."""
+    """Register a run's artifact folder as a new version of model `name`, with `alias`; returns the version."""
     client = open_client(tracking_uri(config))
     try:
         client.create_registered_model(name)
@@ -37,8 +37,8 @@ def register(config: RunConfig, name: str, run: Run, artifact_path: str, alias: 
 def resolve(config: RunConfig, uri: str, download: Path) -> tuple[int, Path]:
     """Version and local folder of `models:/NAME@alias` or `models:/NAME/3`.
 
-    Artifacts of a remote store are fetched into `download`. Raises InputError for a malformed name and for a version whose
-    folder is gone, NotRegistered for a name, alias or version that there is not.
+    Artifacts of a remote store are downloaded to `download`. Raises InputError for a malformed name and for a version whose
+    folder does not exist any more, NotRegistered for an unknown name, alias or version.
     """
     match = _MODEL_URI.match(uri)
     if match is None:

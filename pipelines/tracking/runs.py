@@ -1,6 +1,6 @@
-"""Runs of MLflow: one parent run stands for a chain, one child for each stage (and drafter).
+"""Runs of MLflow: a parent run for each chain of stages, and a child run for each stage and drafter.
 
-Everything goes through `MlflowClient` with explicit run ids: active runs are per process, and stages run in several.
+All calls go through `MlflowClient` with explicit run ids: MLflow's active runs belong to a process, and stages use several.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ METRICS_AT_ONCE = 1000
 
 
 class Run:
-    """One MLflow run; a context manager that ends it FINISHED, or FAILED when an exception passes.
+    """One MLflow run; a context manager that ends it as FINISHED, or as FAILED after an exception.
 
-    `parent` ends as its last child did: nothing runs in between.
+    `parent` ends with the same status, as no other child runs at the same time.
     """
 
     def __init__(self, client: MlflowClient, run_id: str, parent: str | None = None) -> None:
@@ -49,30 +49,30 @@ class Run:
         self.end("FAILED" if kind else "FINISHED")
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Numbers at a step; names may hold letters, digits and . _ - / only."""
+        """Log numbers at a step; other characters of a name than letters, digits and . _ - / are replaced."""
         self.log_curve([(step or 0, metrics)])
 
     def log_curve(self, points: Sequence[tuple[int, Mapping[str, float]]]) -> None:
-        """Steps with their numbers, as many at a time as a store takes: one call for each step would cost as much as it."""
+        """Log numbers at several steps, with as many in a call as a store accepts: a call takes as long as a step of training."""
         now = get_current_time_millis()
         entries = [Metric(_clean(name), float(value), now, step) for step, metrics in points for name, value in metrics.items()]
         for start in range(0, len(entries), METRICS_AT_ONCE):
             self._client.log_batch(self.run_id, metrics=entries[start:start + METRICS_AT_ONCE])
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Nested values, flattened. Params are immutable: one that stands already is left as it is."""
-        standing = self._client.get_run(self.run_id).data.params
-        entries = [Param(key, value) for key, value in flatten(params).items() if key not in standing]
+        """Log nested values, flattened. Params are immutable: those that are logged already do not change."""
+        logged = self._client.get_run(self.run_id).data.params
+        entries = [Param(key, value) for key, value in flatten(params).items() if key not in logged]
         for start in range(0, len(entries), PARAMS_AT_ONCE):
             self._client.log_batch(self.run_id, params=entries[start:start + PARAMS_AT_ONCE])
 
     def log_dataset(self, name: str, digest: str, path: str, context: str) -> None:
-        """Record an input by name, digest and where it lies."""
+        """Log an input by name, digest and path."""
         dataset = Dataset(name=name, digest=digest[:36], source_type="local", source=path)
         self._client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
 
     def log_artifact(self, path: Path | str, artifact_path: str | None = None) -> None:
-        """A file, or a folder's contents under `artifact_path`."""
+        """Log a file, or the contents of a folder, under `artifact_path`."""
         if Path(path).is_dir():
             self._client.log_artifacts(self.run_id, str(path), artifact_path)
         else:
@@ -82,11 +82,11 @@ class Run:
         self._client.log_batch(self.run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
 
     def artifact_uri(self, path: str) -> str:
-        """Where an artifact of this run lies."""
+        """The address of an artifact of this run."""
         return f"{self._client.get_run(self.run_id).info.artifact_uri}/{path}"
 
     def log_text(self, text: str, file: str) -> None:
-        """An artifact made of a text."""
+        """Log a text as the artifact `file`."""
         self._client.log_text(self.run_id, text, file)
 
     def end(self, status: str = "FINISHED") -> None:
@@ -96,7 +96,7 @@ class Run:
 
 
 class Tracker:
-    """The driver's view of one chain: its experiment, its parent run, its children."""
+    """The runs of one chain, for the driver: its experiment, its parent run, its child runs."""
 
     def __init__(self, config: RunConfig, client: MlflowClient, uri: str, experiment_id: str) -> None:
         self.uri, self.experiment_id = uri, experiment_id
@@ -113,18 +113,18 @@ class Tracker:
         if found is not None:
             return cls(config, client, uri, found.experiment_id)
         location = None
-        if uri.startswith("sqlite:"):  # a relative default would point into whichever folder a worker runs in
+        if uri.startswith("sqlite:"):  # MLflow's default is relative to the folder that a worker runs in
             location = (Path(config.storage) / "mlflow" / "artifacts").as_uri()
         try:
             return cls(config, client, uri, client.create_experiment(name, artifact_location=location))
-        except MlflowException:  # made by somebody else meanwhile
+        except MlflowException:  # another process has created it in between
             found = client.get_experiment_by_name(name)
             if found is None:
                 raise
             return cls(config, client, uri, found.experiment_id)
 
     def parent(self) -> str:
-        """Run id of the chain's parent run, made on first use and found again by its tag."""
+        """Run id of the chain's parent run, which is found by its tag, or created."""
         quoted = self._chain.replace("'", "")
         runs = self._client.search_runs([self.experiment_id], max_results=1, filter_string=(
             f"tags.`hydra_heads.chain` = '{quoted}' and tags.`hydra_heads.stage` = 'chain'"))
@@ -132,14 +132,14 @@ class Tracker:
             return runs[0].info.run_id
         tags = {"hydra_heads.chain": quoted, "hydra_heads.stage": "chain"}
         made = self._client.create_run(self.experiment_id, tags=tags, run_name=self._config.name).info.run_id
-        self._client.set_terminated(made)  # it runs while a child does
+        self._client.set_terminated(made)  # it is RUNNING while a child runs
         return made
 
     def start(self, stage: str, part: str | None = None, params: Mapping[str, Any] | None = None,
               fingerprint: str | None = None) -> Run:
-        """A child run of the parent. An unfinished one of the same stage, part and fingerprint is taken up again.
+        """Start a child run, or continue an unfinished one of the same stage, part and fingerprint.
 
-        Its params are the resolved configuration (and `params`), which is its artifact `config.yaml` too.
+        Its params are the resolved configuration and `params`; the configuration is also its artifact `config.yaml`.
         """
         parent = self.parent()
         tags = {"mlflow.parentRunId": parent, "hydra_heads.stage": stage, "hydra_heads.part": part or "-",
@@ -156,7 +156,7 @@ class Tracker:
         return run
 
     def history(self, run_id: str, metrics: Sequence[str]) -> dict[int, dict[str, float]]:
-        """Step -> the last part of a metric's name -> its value there."""
+        """Step -> last part of a metric's name -> value at that step."""
         found: dict[int, dict[str, float]] = {}
         for name in metrics:
             for point in self._client.get_metric_history(run_id, _clean(name)):
@@ -175,7 +175,7 @@ class Tracker:
 
 
 class MetricLogger:
-    """Rank 0's way to log from a Ray worker, where only uri and run id have come along."""
+    """Logs metrics from a Ray worker, which has only the uri and the run id."""
 
     def __init__(self, uri: str, run_id: str) -> None:
         self._run = Run(open_client(uri), run_id)
@@ -188,11 +188,12 @@ class MetricLogger:
 
 
 def metric_logger(uri: str, run_id: str) -> MetricLogger:
+    """A logger for the run `run_id` of the store at `uri`. Raises InputError as `open_client` does."""
     return MetricLogger(uri, run_id)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested mappings to dotted keys with text values, cut to what every MLflow store takes; secrets are hidden."""
+    """Flatten nested mappings to dotted keys with texts, cut to a length that every MLflow store accepts; secrets are hidden."""
     flat: dict[str, str] = {}
     for key, value in values.items():
         name = f"{prefix}{_clean(str(key))}"
@@ -207,10 +208,5 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _clean(name: str) -> str:
-    """MLflow's names know no `+`."""
+    """Replace the characters that MLflow does not allow in names, such as `+`."""
     return re.sub(r"[^A-Za-z0-9_\-./ ]", "_", name.replace("++", "_pp"))
-
-
-# -- registry ----------------------------------------------------------------------------------------------------------
-
-

@@ -1,4 +1,4 @@
-"""Runs that MLflow recorded, found again."""
+"""Search for finished runs in MLflow."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SEVERAL = 100
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What MLflow knows of a run: `params` are the flattened resolved configuration."""
+    """A run in MLflow. `params`: the resolved configuration, flattened."""
 
     run_id: str
     name: str
@@ -32,7 +32,7 @@ def find_benches(config: RunConfig, runs: Sequence[str]) -> list[RunRecord]:
     Where a chain has several, this is the latest one with the `bench.*` settings of `config`, if those are given and one has
     them, else the latest of all.
 
-    Raises InputError for one that has none.
+    Raises InputError for a run without a finished bench.
     """
     client = open_client(tracking_uri(config))
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import time
@@ -69,6 +70,7 @@ def run_train(config: RunConfig) -> StageResult:
         vocabulary = _check_data(config, rows, features)
         for name in todo:
             check_start(config, name, vocabulary)
+        _shorten_waits(config)
         with ensure_ray(config):
             check_workers("train.workers", config.train.workers)
             for name in todo:
@@ -77,6 +79,17 @@ def run_train(config: RunConfig) -> StageResult:
         STAGE, tracker.parent(),
         outputs={name: results[name].outputs[HEADS] for name in names},
         figures={name: results[name].figures for name in names}, skipped=not todo)
+
+
+def _shorten_waits(config: RunConfig) -> None:
+    """Set environment variables of Ray Train, which it hands to its controller, unless the user has set them.
+
+    The controller polls its workers every 2 s by default, so that a short training waits for it at the start, at every report
+    and at the end. A local Ray has no nodes that can be preempted, and so needs no actor that watches for it.
+    """
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    if not config.ray_address and not os.environ.get("RAY_ADDRESS"):
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 
 
 def build_trainer(config: RunConfig, settings: LoopSettings, state: Path, name: str) -> TorchTrainer:

@@ -248,7 +248,7 @@ def test_partitions_are_runs_of_their_own(local_ray: None, tiny_base_dir: Path, 
     with only_run(folder.parent / "2026-01-30", storage):
         assert run("2026-01-30") == 2  # what is finished needs no lock
         (folder.parent / "2026-01-30" / "manifest.json").unlink()
-        with pytest.raises(InputError, match=rf"2026-01-30: another run is at it \(process {os.getpid()} "):
+        with pytest.raises(InputError, match=rf"2026-01-30: another run writes to it \(process {os.getpid()} "):
             run("2026-01-30")
     assert run("2026-01-30") == 2
 

@@ -29,7 +29,7 @@ def test_an_overlapping_run_is_told_and_a_dead_one_is_taken_over(storage: Path) 
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(folder), str(storage)], cwd=ROOT, stdout=subprocess.PIPE)
     assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
     try:
-        with pytest.raises(InputError, match=rf"another run is at it \(process {holder.pid} on ") as caught, \
+        with pytest.raises(InputError, match=rf"another run writes to it \(process {holder.pid} on ") as caught, \
                 only_run(folder, storage):
             pass
         assert "\n" not in str(caught.value)
