@@ -1,10 +1,11 @@
-"""Files and folders that appear whole or not at all: a temporary name beside the target, then a rename."""
+"""Atomic writes of files and folders: written under a temporary name next to the target, then renamed."""
 
 from __future__ import annotations
 
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,15 +13,18 @@ from pathlib import Path
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary file beside `path`; it replaces `path` when the block ends, and is removed when it raises.
+    """Yield an empty temporary file next to `path`; it replaces `path` when the block ends, and is removed when it raises.
 
-    The content is on the disk before the name is. The mode follows the umask, unlike that of `tempfile.mkstemp`.
+    The content is on the disk before the name is. The mode follows the umask, unlike that of `tempfile.mkstemp` or of a file
+    that safetensors has written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    mode = stat.S_IMODE(temporary.stat().st_mode)
     try:
         yield temporary
+        temporary.chmod(mode)
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
@@ -31,17 +35,20 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `folder`; it takes its place when the block ends, and is removed when it raises.
+    """Yield a temporary folder next to `folder`; it takes its place when the block ends, and is removed when it raises.
 
     A folder that stands there already is moved away first and removed afterwards: a kill in between leaves no half of either.
+    Everything inside can be read by whom the umask allows, whatever mode it was written or copied with.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
     temporary.mkdir()
-    older = temporary.with_suffix(".old")
+    mode, older = stat.S_IMODE(temporary.stat().st_mode), temporary.with_suffix(".old")
     try:
         yield temporary
+        temporary.chmod(mode)
         for path in temporary.rglob("*"):
+            path.chmod(mode if path.is_dir() else stat.S_IMODE(path.stat().st_mode) | mode & 0o666)
             if path.is_file():
                 sync(path)
         if folder.exists():

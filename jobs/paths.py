@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hydra_core.bundled import BUNDLED
+from hydra_core.bundled import BUNDLED, EARLIER
 from hydra_core.errors import InputError
 from pipelines.config import RunConfig, load_config
 
 PATH_FIELDS = ("prompts.path", "distill.heads", "bench.prompts", "bench.heads", "batch.input", "batch.output", "load.prompts",
                "serve.model", "generate.model", "serve.api_keys_file", "base.model")
-WORDS = {"serve.model": ("plain", BUNDLED), "generate.model": ("plain", BUNDLED), "bench.heads": (BUNDLED,),
-         "distill.heads": (BUNDLED,), "train.start": (BUNDLED,)}
+WORDS = {"serve.model": ("plain", BUNDLED, EARLIER), "generate.model": ("plain", BUNDLED, EARLIER),
+         "bench.heads": (BUNDLED, EARLIER), "distill.heads": (BUNDLED, EARLIER), "train.start": (BUNDLED, EARLIER)}
 """Values of such a setting that are no path."""
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets this variable (it really has this name) for the entry point of a submitted job."""

@@ -1,4 +1,8 @@
-"""Shared fixtures: tiny bases, a private local Ray, a storage root of one's own."""
+"""Shared fixtures: tiny bases, one Ray for all tests of a process, a storage root for each test; and how tests are shared out.
+
+Whole files are shared out among two processes or more (pytest-xdist, `--dist loadfile`): a module-scoped fixture is made once,
+and tests of one file never run at the same time. Each process has a Ray, an MLflow and temporary folders of its own.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,22 @@ from tests.tiny import save_tiny
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
+MOST_PROCESSES = 4  # each starts a Ray with workers that load torch: about 3 GB
+
 torch.set_num_threads(1)  # two cores are shared with Ray workers: unset threads fight
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Processes for `-n auto`: one for each core, and none beside pytest's own where single files are asked for."""
+    if any(Path(name.split("::")[0]).suffix == ".py" for name in config.args):
+        return 0
+    return min(max(2, os.cpu_count() or 1), MOST_PROCESSES)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, the whole chain before all: what is short fills the gaps at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path not in slow, "e2e" not in item.path.parts))
 
 
 @pytest.fixture(scope="session")

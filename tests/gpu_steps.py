@@ -25,7 +25,7 @@ from hydra_core.base.graphs import step_forward
 from hydra_core.base.load import _vocabulary_of
 from hydra_core.base.vocabulary import BaseIdentity
 from hydra_core.heads import DraftVocab, HeadDrafter, HeadsConfig, build_drafter
-from hydra_core.tree.topology import Tree
+from hydra_core.tree.draft_tree import DraftTree
 from pipelines.profiling import step_timing as step_costs
 from pipelines.profiling.step_timing import draft_seconds, verify_seconds
 
@@ -38,7 +38,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 CONTEXT, REPEATS = 512, 15
 POINTS = [(CONTEXT, 1, nodes) for nodes in (1, 8, 16, 32, 64)] + [(2048, 1, 1), (2048, 1, 64)] + [
     (CONTEXT, rows, nodes) for rows in (8, 32) for nodes in (1, 8, 16)]
-TREES = {4: Tree(tuple((rank,) for rank in range(6)) + tuple((0, rank) for rank in range(5)) + ((1, 0), (1, 1), (2, 0))
+TREES = {4: DraftTree(tuple((rank,) for rank in range(6)) + tuple((0, rank) for rank in range(5)) + ((1, 0), (1, 1), (2, 0))
                  + tuple((0, 0, rank) for rank in range(4)) + ((0, 1, 0), (1, 0, 0))
                  + tuple((0, 0, 0, rank) for rank in range(3)))}
 DEVICE = torch.device("cuda")

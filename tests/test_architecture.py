@@ -12,7 +12,7 @@ import pytest
 from hydra_core.base import Base
 from hydra_core.decoding import Engine
 from hydra_core.heads.checkpoint import save_checkpoint
-from hydra_core.tree import Tree, TreeSet
+from hydra_core.tree import DraftTree, TreeSet
 from jobs.runner import STAGES, read_config
 from tests.conftest import ROOT
 from tests.trained import random_heads
@@ -29,14 +29,15 @@ SHARED = {
     "hydra_core.proposers": "base errors heads kernels sampling tree",
     "hydra_core.decoding": "base bundled errors files heads kernels proposers sampling tree",
     "pipelines.config": "",
-    "pipelines.rows": "config",
+    "pipelines.rows": "config runtime",
     "pipelines.runtime": "config",
     "pipelines.tracking": "config runtime",
     "pipelines.profiling": "config runtime tracking",
 }
 """Package -> the packages beside it that it may import. Those of `pipelines` may also import any of `hydra_core`."""
 STAGE_ARROWS = {
-    "distill": "", "compare": "", "generate": "", "serve": "",
+    "distill": "", "generate": "", "serve": "",
+    "compare": "bench",  # names of contenders
     "train": "distill",  # the rows
     "tree": "distill",
     "ablate": "distill train",
@@ -220,7 +221,7 @@ def test_readme_library_lines_run(tiny_base_dir: Path, tiny_base: Base, tmp_path
     lines = [line for line in code[1].splitlines() if line.strip()]
     assert len(lines) <= 5
     save_checkpoint(tmp_path / "heads", random_heads(tiny_base, "hydra++"), tiny_base.identity,
-                    TreeSet({1: Tree(((0,), (0, 0)))}), {})
+                    TreeSet({1: DraftTree(((0,), (0, 0)))}), {})
     monkeypatch.setenv("HYDRA_HEADS_STORAGE", str(tmp_path))
     text = "\n".join(lines).replace('"embedded:smollm2-135m"', f'"{tiny_base_dir}", dtype="fp32"')
     exec(text.replace("/data/heads", str(tmp_path / "heads")), {})

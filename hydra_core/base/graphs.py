@@ -25,7 +25,7 @@ from hydra_core.base.fused import FusedDecoder
 from hydra_core.base.kv_cache import KVCache
 from hydra_core.base.model import Base
 from hydra_core.errors import InputError
-from hydra_core.tree.forest import Forest
+from hydra_core.tree.batch import TreeBatch
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ SPANS = tuple(sorted(size * 2**power for power in range(1, 15) for size in (64, 
 Run = Callable[[], Tensor]
 Recorder = Callable[[Run], Run]
 """Makes of a function of fixed tensors one that repeats it on what they hold by then, and returns the same tensor."""
-StepForward = Callable[[Tensor, Forest, int, Tensor | None], Tensor]
+StepForward = Callable[[Tensor, TreeBatch, int, Tensor | None], Tensor]
 """As `GraphedForward.__call__`."""
 
 
@@ -53,10 +53,10 @@ class StepInputs:
         self.ids = torch.zeros(rows, nodes, dtype=torch.int64, device=device)
         itself = torch.eye(nodes, dtype=torch.bool, device=device).repeat(rows, 1, 1)
         # a forward reads depths and ancestors alone
-        self.forest = Forest(torch.full_like(self.ids, -1), torch.zeros_like(self.ids), itself, nodes - 1)
-        self._filled: Forest | None = None
+        self.forest = TreeBatch(torch.full_like(self.ids, -1), torch.zeros_like(self.ids), itself, nodes - 1)
+        self._filled: TreeBatch | None = None
 
-    def fill(self, ids: Tensor, forest: Forest) -> None:
+    def fill(self, ids: Tensor, forest: TreeBatch) -> None:
         """Take b <= B rows of n <= N tokens [b, n] and their trees.
 
         Nodes beyond those may keep the shape that an earlier tree left there, since no node looks at a later one.
@@ -86,7 +86,7 @@ class GraphedForward:
         self._tables: list[tuple[Tensor, Tensor]] = []
 
     @torch.inference_mode()
-    def __call__(self, ids: Tensor, forest: Forest, longest: int, counts: Tensor | None = None) -> Tensor:
+    def __call__(self, ids: Tensor, forest: TreeBatch, longest: int, counts: Tensor | None = None) -> Tensor:
         """Hidden states [b, n, D] of token ids [b, n] int64, as `Base.forward`; they last until the next call.
 
         `longest`: committed tokens of the longest of the b rows; `counts`: not looked at, a recording takes all nodes. Raises
@@ -165,7 +165,7 @@ def step_forward(base: Base, cache: KVCache, nodes: int, graphs: bool | None = N
     if able and (recorder := recorder_for(base.device, graphs)) is not None:
         return GraphedForward(base, cache, nodes, recorder)
 
-    def forward(ids: Tensor, forest: Forest, longest: int, counts: Tensor | None = None) -> Tensor:
+    def forward(ids: Tensor, forest: TreeBatch, longest: int, counts: Tensor | None = None) -> Tensor:
         return base.forward(ids, cache, (0, len(ids)), forest, counts)
 
     return forward

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hydra_core.base.q4_1 import GROUP, Q4Matrix
-from hydra_core.kernels.library import ROWS_BLOCK, rows_available, tiles_available
+from hydra_core.kernels import ops
 
 MOST_ROWS = 8
 """Rows up to which torch's kernel is taken. Each row's product is the same to the last bit whatever rows go with it;
@@ -70,15 +70,15 @@ class RowsInt4Weight:
     @classmethod
     def of(cls, matrix: Q4Matrix) -> RowsInt4Weight:
         out, width = matrix.codes.shape
-        blocks = out // ROWS_BLOCK
+        blocks = out // ops.BLOCK
         parts = matrix.codes.to(torch.int32).view(blocks, 2, 16, width // 8, 4, 2).permute(0, 3, 1, 2, 5, 4)
         packed = (parts << (4 * torch.arange(4, dtype=torch.int32))).sum(-1).to(torch.int16).contiguous()
-        scales = torch.stack([part.view(blocks, ROWS_BLOCK, -1).transpose(1, 2) for part in (matrix.scale, matrix.minimum)], 2)
-        return cls(packed, scales.half().contiguous(), MOST_BESIDE_TILES if tiles_available() else MOST_OURS)
+        scales = torch.stack([part.view(blocks, ops.BLOCK, -1).transpose(1, 2) for part in (matrix.scale, matrix.minimum)], 2)
+        return cls(packed, scales.half().contiguous(), MOST_BESIDE_TILES if ops.amx_available() else MOST_OURS)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., in] in bfloat16 to [..., out]."""
-        product: Tensor = torch.ops.hydra_heads.rows_linear4(x.reshape(-1, x.shape[-1]), self.packed, self.scales, None)
+        product = ops.linear_int4(x.reshape(-1, x.shape[-1]), self.packed, self.scales)
         return product.view(*x.shape[:-1], -1)
 
 
@@ -88,6 +88,6 @@ FewRows = Int4Weight | RowsInt4Weight
 def for_few_rows(matrix: Q4Matrix, dtype: torch.dtype) -> FewRows:
     """Codes in the layout that this machine multiplies few rows of `dtype` by fastest."""
     out, width = matrix.codes.shape
-    if dtype == torch.bfloat16 and out % ROWS_BLOCK == 0 and width % GROUP == 0 and rows_available():
+    if ops.supports_linear_int4(dtype, out, width):
         return RowsInt4Weight.of(matrix)
     return Int4Weight.of(matrix, dtype)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hydra_core.tree.forest import Forest
+from hydra_core.tree.batch import TreeBatch
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class KVCache:
     def nbytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
 
-    def plan(self, rows: tuple[int, int], forest: Forest, span: int | None = None) -> Step:
+    def plan(self, rows: tuple[int, int], forest: TreeBatch, span: int | None = None) -> Step:
         """Positions, slots and mask of a forward over `forest` on top of what `rows` hold.
 
         `span`: slots that attention reads, where the caller knows that they hold every row he cares for. Nothing is then
@@ -103,7 +103,7 @@ class KVCache:
         mask = self._mask_apart(lengths.tolist(), forest, span) if apart else self._mask(lengths, forest, span)
         return Step(rows, positions, slots, span, mask, fixed)
 
-    def _mask(self, lengths: Tensor, forest: Forest, span: int) -> Tensor:
+    def _mask(self, lengths: Tensor, forest: TreeBatch, span: int) -> Tensor:
         """A node sees its row's committed slots and its ancestors: additive [B, 1, N, span]."""
         nodes = forest.size
         offset = self._slot_range[:span] - lengths[:, None]                     # [B, span], node index of a slot
@@ -114,7 +114,7 @@ class KVCache:
         mask = torch.zeros(seen.shape, dtype=self.dtype, device=lengths.device)
         return mask.masked_fill_(~seen, float("-inf"))[:, None]
 
-    def _mask_apart(self, lengths: Sequence[int], forest: Forest, span: int) -> Tensor:
+    def _mask_apart(self, lengths: Sequence[int], forest: TreeBatch, span: int) -> Tensor:
         """The same, row by row: what is hidden is a corner of it."""
         mask = torch.zeros(len(lengths), 1, forest.size, span, dtype=self.dtype)
         hidden = ~forest.ancestors

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from hydra_core.base.int4 import OUT_MULTIPLE, FewRows, for_few_rows, kernel_missing
 from hydra_core.base.q4_1 import GROUP, Q4Matrix, quantise
-from hydra_core.kernels.library import ROWS_BLOCK, rows_available
+from hydra_core.kernels import ops
 
-Layout = Literal["plain", "onednn", "rows"]
-LAYOUTS: tuple[Layout, ...] = ("plain", "onednn", "rows")
+Layout = Literal["plain", "onednn", "blocked"]
+LAYOUTS: tuple[Layout, ...] = ("plain", "onednn", "blocked")
 """As numbered in `native.cpp`."""
 SCALES_BYTES = 4
 """Of a group of 4-bit codes: a scale and a minimum, of two bytes each."""
@@ -47,18 +47,16 @@ def draft_bytes(weight: Tensor) -> int:
 
 def pack(weight: Tensor) -> tuple[Tensor, Layout]:
     """An opaque copy of [out, in] for `multiply`, and its layout; call it only for what is `packable`."""
-    if weight.shape[0] % ROWS_BLOCK == 0 and weight.shape[1] % 2 == 0 and rows_available():
-        return torch.ops.hydra_heads.rows_pack(weight.contiguous()), "rows"
+    if ops.supports_linear(weight):
+        return ops.pack_weight(weight), "blocked"
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), EXPECTED_ROWS), "onednn"
 
 
 def multiply(x: Tensor, packed: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:
     """`F.linear` with a packed matrix."""
-    product: Tensor
-    if layout == "rows":
-        product = torch.ops.hydra_heads.rows_linear(x.reshape(-1, x.shape[-1]), packed, bias)
-        return product.view(*x.shape[:-1], -1)
-    product = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    if layout == "blocked":
+        return ops.linear(x.reshape(-1, x.shape[-1]), packed, bias).view(*x.shape[:-1], -1)
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     return product
 
 

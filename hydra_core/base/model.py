@@ -11,8 +11,7 @@ from torch import Tensor
 from hydra_core.base.kv_cache import KVCache, Step
 from hydra_core.base.text import encode_prompt
 from hydra_core.base.vocabulary import BaseIdentity, BaseVocabulary
-from hydra_core.tree.forest import Forest
-from hydra_core.tree.topology import chain
+from hydra_core.tree.batch import TreeBatch, chain
 
 PREFILL_CHUNK = 512  # tokens of a prompt in one forward: bounds the mask and the activations
 
@@ -84,7 +83,7 @@ class Base:
         return cache
 
     @torch.inference_mode()
-    def forward(self, ids: Tensor, cache: KVCache, rows: tuple[int, int], forest: Forest,
+    def forward(self, ids: Tensor, cache: KVCache, rows: tuple[int, int], forest: TreeBatch,
                 counts: Tensor | None = None) -> Tensor:
         """One forward of [B, N] token ids on top of what cache `rows` hold: hidden states [B, N, D].
 

@@ -7,7 +7,7 @@ there is no C++ compiler the same steps run through PyTorch's operators, with on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,13 +15,11 @@ from torch import Tensor
 from hydra_core.base.kv_cache import KVCache, Step, real_nodes
 from hydra_core.base.linear import LAYOUTS, FrozenLinear
 from hydra_core.base.q4_1 import GROUP
-from hydra_core.kernels.library import load_library, rows_available
+from hydra_core.kernels import ops
 
 if TYPE_CHECKING:
     from hydra_core.base.layer import LayerWeights
 
-WIDEST_HEAD = 512
-"""As in the source."""
 MOST_TOKENS = 256
 """Tokens of all rows together that a native step takes in float32 or by oneDNN: some of its loops run on one core, PyTorch's
 on all of them. Those of `rows.h` run on all of them too."""
@@ -29,17 +27,18 @@ on all of them. Those of `rows.h` run on all of them too."""
 
 def is_native(tokens: int, dtype: torch.dtype) -> bool:
     """Whether a forward of so many tokens in `dtype` is sooner done by the native step."""
-    return tokens <= MOST_TOKENS or (dtype == torch.bfloat16 and rows_available())
+    return tokens <= MOST_TOKENS or (dtype == torch.bfloat16 and ops.bf16_available())
 
 
-def native_decoder(layers: Sequence[LayerWeights], heads: int, kv_heads: int, width: int, eps: float) -> Any | None:
+def native_decoder(layers: Sequence[LayerWeights], heads: int, kv_heads: int, width: int,
+                   eps: float) -> ops.NativeDecoder | None:
     """The layers as an object with the C++ `run`, or None where it cannot be had: off the CPU, in float64, without a
     compiler."""
     weight = layers[0].input_norm
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or width > WIDEST_HEAD or not load_library():
+    if not ops.supports_decoder(weight.device, weight.dtype, width):
         return None
     head_eps = next((layer.head_norms.eps for layer in layers if layer.head_norms), eps)
-    made = torch.classes.hydra_heads.Decoder(heads, kv_heads, width, eps, head_eps)
+    made = ops.make_decoder(heads, kv_heads, width, eps, head_eps)
     for layer in layers:
         norms = layer.head_norms
         matrices = [layer.qkv, layer.output, layer.gate_up, layer.down]
@@ -53,7 +52,7 @@ def real_tokens(shape: Sequence[int], counts: Tensor | None) -> int:
     return shape[0] * shape[1] if counts is None else int(counts.sum())
 
 
-def run_natively(decoder: Any, hidden: Tensor, cache: KVCache, step: Step, cos: Tensor, sin: Tensor,
+def run_natively(decoder: ops.NativeDecoder, hidden: Tensor, cache: KVCache, step: Step, cos: Tensor, sin: Tensor,
                  counts: Tensor | None = None) -> Tensor:
     """All layers of a `native_decoder`: [B, N, D] float32 in, which may be overwritten, and out.
 
@@ -70,7 +69,7 @@ def run_natively(decoder: Any, hidden: Tensor, cache: KVCache, step: Step, cos: 
 
 
 def native_head(blocks: Sequence[Sequence[FrozenLinear]], widens: Sequence[bool], norm: Tensor | None, eps: float,
-                rows: FrozenLinear, scale: float, softcap: float | None) -> Any | None:
+                rows: FrozenLinear, scale: float, softcap: float | None) -> ops.NativeHead | None:
     """A draft head as an object with the C++ `logits` and `top_k`, or None where it cannot be had: in another dtype than
     bfloat16, off the CPU, without a compiler.
 
@@ -78,9 +77,9 @@ def native_head(blocks: Sequence[Sequence[FrozenLinear]], widens: Sequence[bool]
     `norm`: [D] that ends the head; `rows`: the base's vocabulary projection, with its `scale` and `softcap`.
     """
     first = blocks[0][0]
-    if first.weight.device.type != "cpu" or first.weight.dtype != torch.bfloat16 or not load_library():
+    if not ops.supports_head(first.weight.device, first.weight.dtype):
         return None
-    made = torch.classes.hydra_heads.Head(None if norm is None else norm.float().contiguous(), eps, scale, softcap or 0.0)
+    made = ops.make_head(None if norm is None else norm.float().contiguous(), eps, scale, softcap or 0.0)
     for matrices, widened in zip(blocks, widens, strict=True):
         made.add([_parts(matrix) for matrix in matrices], [_layout(matrix) for matrix in matrices], widened, GROUP)
     made.end(_parts(rows), _layout(rows), GROUP)

@@ -6,8 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +16,7 @@ from filelock import FileLock
 from hydra_core.base.embedded import EMBEDDED_BASE, fetch_embedded
 from hydra_core.base.q4_1 import save_codes
 from hydra_core.errors import InputError
+from hydra_core.files import atomic_folder
 
 log = logging.getLogger(__name__)
 ORIGIN = "hydra_base.json"  # beside a converted model: what it was made from
@@ -114,22 +113,17 @@ def _convert(gguf: Path, folder: Path, digest: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     log.info("dequantising %s, once", gguf.name)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        try:
-            model: Any = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-        except Exception as error:  # a parser of foreign bytes fails in any way
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise InputError(f"base.model={gguf}: cannot be read as GGUF ({reason})") from None
-        model.hf_quantizer, model.is_quantized = None, False  # else save_pretrained refuses the dequantised copy
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
+        model: Any = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    except Exception as error:  # a parser of foreign bytes fails in any way
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"base.model={gguf}: cannot be read as GGUF ({reason})") from None
+    model.hf_quantizer, model.is_quantized = None, False  # else save_pretrained refuses the dequantised copy
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    with atomic_folder(folder) as temporary:
         model.save_pretrained(temporary)
         save_codes(gguf, model, temporary)
         tokenizer.save_pretrained(temporary)
         (temporary / ORIGIN).write_text(json.dumps({"name": gguf.stem, "digest": digest}), encoding="utf-8")
-        os.replace(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise

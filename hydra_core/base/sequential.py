@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hydra_core.base.kv_cache import Step
-from hydra_core.tree.forest import Forest
+from hydra_core.tree.batch import TreeBatch
 
 
 class SequentialCache:
@@ -20,7 +20,7 @@ class SequentialCache:
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         self.rows, self.slots = rows, slots
 
-    def plan(self, rows: tuple[int, int], forest: Forest) -> Step:
+    def plan(self, rows: tuple[int, int], forest: TreeBatch) -> Step:
         """Only chains; raises ValueError for a tree that branches."""
         if forest.depth != forest.size - 1:
             raise ValueError("a recurrent state cannot hold a tree")

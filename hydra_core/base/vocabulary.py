@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hydra_core.base.linear import FrozenLinear, packable
+from hydra_core.kernels import ops
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,11 @@ class VocabHead:
     def argmax(self, hidden: Tensor) -> Tensor:
         """[..., D] to the likeliest token [...] int64, as `argmax` of the logits has it."""
         packed = self.packed
-        if packed is None or packed.layout != "rows" or packed.few is not None or self.softcap is not None or self.scale != 1.0:
+        plain = self.softcap is None and self.scale == 1.0
+        if packed is None or packed.layout != "blocked" or packed.few is not None or not plain:
             return argmax(self(hidden))
         flat = hidden.to(self.weight.dtype).reshape(-1, hidden.shape[-1])
-        chosen: Tensor = torch.ops.hydra_heads.rows_largest(flat, packed.weight, packed.bias)
-        return chosen.view(hidden.shape[:-1])
+        return ops.linear_argmax(flat, packed.weight, packed.bias).view(hidden.shape[:-1])
 
     def for_decoding(self) -> VocabHead:
         """The same head with a packed copy of its matrix, where this machine has a faster layout."""

@@ -1,4 +1,4 @@
-"""Draft heads that come with the package."""
+"""Draft heads that are bundled with the package."""
 
 from lazy_loader import attach_stub
 

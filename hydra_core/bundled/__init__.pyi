@@ -1,3 +1,3 @@
-from .folders import BUNDLED, FOLDER, bundled_configuration
+from .folders import BUNDLED, EARLIER, FOLDER, bundled_configuration, is_bundled
 
-__all__ = ["BUNDLED", "FOLDER", "bundled_configuration"]
+__all__ = ["BUNDLED", "EARLIER", "FOLDER", "bundled_configuration", "is_bundled"]

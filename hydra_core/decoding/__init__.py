@@ -1,4 +1,4 @@
-"""Decoding: the naive loop that is the reference, and the engine that must equal it."""
+"""Decoding: the engine, and the naive loop that is its reference."""
 
 from lazy_loader import attach_stub
 

@@ -1,4 +1,4 @@
-"""Where the time of an engine goes: prompts, drafts, verification, acceptance, commit."""
+"""Time of an engine by phase: prompts, drafts, verification, acceptance, commit."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ class Clock:
             self.totals[name] += time.perf_counter() - began
 
     def count(self, predicted: float) -> None:
-        """One more step, foretold to take so many seconds."""
+        """Count a step that was predicted to take `predicted` seconds."""
         self.totals["steps"] += 1
         self.totals["predicted"] += predicted
 
     def read(self) -> StepTimes:
+        """The totals so far."""
         return StepTimes(**self.totals)

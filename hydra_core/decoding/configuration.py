@@ -1,4 +1,4 @@
-"""A way of decoding as a folder: what `promote` registers and `serve` loads.
+"""A decoding configuration as a folder: `promote` registers it and `serve` loads it.
 
     FOLDER/configuration.json   schema version, drafter (plain, ngram, heads, combined), base identity, n-gram settings
     FOLDER/heads/               a heads checkpoint, where the drafter has heads
@@ -7,9 +7,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,27 +15,28 @@ from typing import Literal
 
 from hydra_core.base.model import Base
 from hydra_core.base.vocabulary import BaseIdentity, BaseVocabulary
-from hydra_core.bundled import BUNDLED, bundled_configuration
+from hydra_core.bundled import BUNDLED, bundled_configuration, is_bundled
 from hydra_core.errors import InputError
+from hydra_core.files import atomic_folder
 from hydra_core.heads import HeadDrafter
 from hydra_core.heads.checkpoint import load_checkpoint
 from hydra_core.proposers import AdaptiveDrafter, Drafter, NgramDrafter
 from hydra_core.tree.costs import StepCosts, unmeasured_costs
-from hydra_core.tree.topology import TreeSet
+from hydra_core.tree.draft_tree import TreeSet
 
 SCHEMA_VERSION = 1
 WITH_HEADS = ("heads", "combined")
 FILE = "configuration.json"
 ANY_FORMAT = "any"
-"""Weight format of a configuration that was not measured in one: it goes with all of its base's."""
+"""Weight format of a configuration that was not measured in a particular one: it fits all formats of its base."""
 
 Costs = Callable[[HeadDrafter | None], StepCosts]
 
 
 @dataclass(frozen=True)
 class DecodingConfiguration:
-    """Drafter and settings. `name`: what it is called in a report; `drafter`: heads decode with their fixed trees, combined
-    grows trees from heads and copied text; `heads`: a checkpoint folder, for those two."""
+    """Drafter and settings. `name`: as in reports; `drafter`: heads decode with their fixed trees, combined drafts dynamic
+    trees from heads and copied text; `heads`: a checkpoint folder, for those two."""
 
     name: str
     drafter: Literal["plain", "ngram", "heads", "combined"]
@@ -47,27 +46,20 @@ class DecodingConfiguration:
 
 
 def save_configuration(folder: Path, configuration: DecodingConfiguration) -> None:
-    """Write the folder whole, heads copied into it. Raises InputError if it exists."""
+    """Write the whole folder or nothing, with a copy of the heads. Raises InputError if the folder exists."""
     if folder.exists():
-        raise InputError(f"{folder}: exists already")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+        raise InputError(f"{folder}: already exists")
+    values = {"schema_version": SCHEMA_VERSION, "name": configuration.name, "drafter": configuration.drafter,
+              "base": asdict(configuration.base), "ngram": asdict(configuration.ngram)}
+    with atomic_folder(folder) as temporary:
         if configuration.drafter in WITH_HEADS:
             assert configuration.heads is not None
             shutil.copytree(configuration.heads, temporary / "heads")
-        values = {"schema_version": SCHEMA_VERSION, "name": configuration.name, "drafter": configuration.drafter,
-                  "base": asdict(configuration.base), "ngram": asdict(configuration.ngram)}
         (temporary / FILE).write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
-        os.chmod(temporary, 0o755)
-        os.replace(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def read_configuration(folder: Path) -> DecodingConfiguration:
-    """Read the description alone. Raises InputError when the folder is not a configuration."""
+    """Read configuration.json. Raises InputError when the folder is not a configuration."""
     path = Path(folder) / FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -79,17 +71,17 @@ def read_configuration(folder: Path) -> DecodingConfiguration:
         return DecodingConfiguration(values["name"], values["drafter"], BaseIdentity(**values["base"]),
                                      NgramDrafter(**values["ngram"]), heads)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}): is this a configuration folder?") from None
+        raise InputError(f"{path}: cannot be read ({error.strerror}): name a configuration folder") from None
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise InputError(f"{path}: is not a decoding configuration ({error})") from None
 
 
 def load_heads(folder: str | Path, base: Base,
                costs: Costs | None = None) -> tuple[Drafter | None, TreeSet | None]:
-    """Drafter and trees of a heads checkpoint or of a configuration folder, ready for `Engine`, in the base's dtype; `shipped`
-    is the folder that comes with the package for this base.
+    """Drafter and trees of a heads checkpoint or of a configuration folder, ready for `Engine`, in the base's dtype; `bundled`
+    stands for the folder that is bundled with the package for this base.
 
-    `costs`: says what steps take on this machine, given the heads if there are any; a guess without it.
+    `costs`: returns the step costs of this machine for the given heads (or None); without it they are a guess.
     Raises InputError for a folder that is neither, or that belongs to another base.
     """
     found = find_heads(folder, base.identity)
@@ -100,7 +92,7 @@ def load_heads(folder: str | Path, base: Base,
 
 
 def check_heads(folder: str | Path, vocabulary: BaseVocabulary) -> None:
-    """Raise InputError unless `load_heads` will do with the base of `vocabulary`; needs no more of the base than that."""
+    """Raise InputError unless `load_heads` succeeds for the base of `vocabulary`; the base itself is not needed."""
     found = find_heads(folder, vocabulary.identity)
     heads = _configuration_of(found, vocabulary.identity).heads if (found / FILE).exists() else found
     if heads is not None:
@@ -108,11 +100,11 @@ def check_heads(folder: str | Path, vocabulary: BaseVocabulary) -> None:
 
 
 def find_heads(folder: str | Path, identity: BaseIdentity) -> Path:
-    """`folder`, or the one that `shipped` stands for. Raises InputError where none comes with the package for this base."""
-    if str(folder) != BUNDLED:
+    """`folder`, or the one that `bundled` stands for. Raises InputError where none comes with the package for this base."""
+    if not is_bundled(str(folder)):
         return Path(folder)
     if (found := bundled_configuration(identity.digest)) is None:
-        raise InputError(f"{BUNDLED}: no heads come with the package for {identity.name} ({identity.digest[:16]}): train some")
+        raise InputError(f"{BUNDLED}: no heads are bundled for {identity.name} ({identity.digest[:16]}): train some")
     return found
 
 
@@ -122,7 +114,7 @@ def _configuration_of(folder: Path, identity: BaseIdentity) -> DecodingConfigura
     same = measured.digest == identity.digest if measured.weight_format == ANY_FORMAT else measured == identity
     if not same:
         raise InputError(f"{folder}: was measured on base {configuration.base}, not on {identity}: "
-                         "set base.model and base.dtype to that one")
+                         "set base.model and base.dtype to the former")
     return configuration
 
 

@@ -1,4 +1,4 @@
-"""What an engine will take, said and checked before any of it is taken."""
+"""Memory that an engine takes: estimated, logged and checked before it is allocated."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ GIB = 2.0 ** 30
 
 
 def cache_bytes(base: Base, drafter: Drafter | None, rows: int, slots: int) -> int:
-    """Bytes of keys and values for `rows` rows of `slots` tokens: the base's, and a prefix layer's."""
+    """Bytes of the KV caches of `rows` rows and `slots` slots: the base's, and that of a prefix layer."""
     heads = drafter.heads if isinstance(drafter, AdaptiveDrafter) else drafter
     prefix = heads.prefix.cache_bytes(rows, slots + ROOM) if isinstance(heads, HydraPlusPlus) else 0
     return base.decoder.cache_bytes(rows, slots) + prefix
 
 
 def workspace_bytes(base: Base, rows: int, slots: int, nodes: int) -> int:
-    """Bytes of what a step makes and drops again, roughly: logits of every node, and a chunk of prompts on its way."""
+    """Rough estimate of the temporary bytes of a step: logits of every node, and activations and mask of a chunk of prompts."""
     config, item = base.vocabulary.config, base.dtype.itemsize
     logits = rows * nodes * base.vocab_size * (item + 4)
     inner = getattr(config, "intermediate_size", None) or 4 * base.vocabulary.width
@@ -38,14 +38,14 @@ def workspace_bytes(base: Base, rows: int, slots: int, nodes: int) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be taken on `device`, within what this process's group may have."""
+    """Bytes that can still be allocated on `device`, within the limit of this process's control group."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return min(int(psutil.virtual_memory().available), _left_in_group(Path("/sys/fs/cgroup")))
 
 
 def _left_in_group(folder: Path) -> int:
-    """What a container's limit leaves; very much where there is no limit."""
+    """Bytes that a container's limit leaves; a very large number where there is no limit."""
     try:
         most, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
     except (OSError, ValueError):  # no such file, or "max"
@@ -54,11 +54,14 @@ def _left_in_group(folder: Path) -> int:
 
 
 def check_memory(base: Base, drafter: Drafter | None, rows: int, slots: int, nodes: int = 1) -> None:
-    """Log what the caches and a step of `nodes` a row will take. Raises InputError when that is more than is free."""
-    kept, passing = cache_bytes(base, drafter, rows, slots), workspace_bytes(base, rows, slots, nodes)
+    """Log the memory of the caches and of a step with `nodes` nodes per sequence.
+
+    Raises InputError when it exceeds what is free.
+    """
+    cached, temporary = cache_bytes(base, drafter, rows, slots), workspace_bytes(base, rows, slots, nodes)
     free = free_bytes(base.device)
-    log.info("keys and values of %d rows x %d tokens: %.2f GiB, a step: %.2f GiB, of %.2f GiB free", rows, slots,
-             kept / GIB, passing / GIB, free / GIB)
-    if kept + passing > free:
-        raise InputError(f"max_batch_size={rows}, context_limit={slots}: keys and values need {kept / GIB:.1f} GiB and a step "
-                         f"{passing / GIB:.1f} GiB, {free / GIB:.1f} GiB are free on {base.device}: lower one of the two")
+    log.info("keys and values of %d sequences x %d tokens: %.2f GiB, a step: %.2f GiB, of %.2f GiB free", rows, slots,
+             cached / GIB, temporary / GIB, free / GIB)
+    if cached + temporary > free:
+        raise InputError(f"max_batch_size={rows}, context_limit={slots}: keys and values need {cached / GIB:.1f} GiB and a step "
+                         f"{temporary / GIB:.1f} GiB, {free / GIB:.1f} GiB are free on {base.device}: lower one of the two")

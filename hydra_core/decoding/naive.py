@@ -1,4 +1,4 @@
-"""The reference: one row, one token at a time, nothing clever. Every engine path must equal it."""
+"""The reference loop: one sequence, one token at a time, no optimisation. The engine must give the same tokens."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from hydra_core.decoding.records import FinishReason, Result
 from hydra_core.decoding.text import TextStream
 from hydra_core.sampling.request import Request, TokenLogprob
 from hydra_core.sampling.sampler import Sampler, sample, token_logprob
-from hydra_core.tree.topology import chain
+from hydra_core.tree.batch import chain
 
 
 @torch.inference_mode()
 def naive_generate(base: Base, request: Request, context_limit: int | None = None) -> Result:
-    """Decode one request plainly. Raises InputError as `Request.check` does."""
+    """Decode one request with plain decoding. Raises InputError as `Request.check` does."""
     limit = min(context_limit or base.context_limit, base.context_limit)
     request.check(base.vocab_size, limit, texts=base.tokenizer is not None)
     stops = base.stop_ids if request.stop_ids is None else request.stop_ids

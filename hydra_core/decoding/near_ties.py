@@ -1,4 +1,4 @@
-"""When two answers count as the same: token for token, or parted at a near-tie that rounding may decide either way."""
+"""When two answers count as equal: token for token, or up to a near-tie, which rounding may decide either way."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from hydra_core.base.model import Base
 
 FP32_TIE = 1e-4
 TIE_STEPS = {"bf16": 4, "int4": 8, "int4-lossy": 8}
-"""bf16 steps within which two logits are near-tied. In 4 bits few and many rows are multiplied by different kernels, whose
-weights are rounded differently: twice as many."""
+"""Number of bf16 steps within which two logits are near-tied. In 4 bits, few and many rows are multiplied by different kernels,
+which round weights differently: twice as many."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """`index`: where the answers first differ, None when they do not; `gap`: the two candidates' logits apart,
-    recomputed in float64; `allowed`: the gap up to which that is a near-tie."""
+    """`index`: position of the first difference, None without one; `gap`: difference of the two tokens' logits, recomputed in
+    float64; `allowed`: the gap below which that is a near-tie."""
 
     verdict: Literal["identical", "near-tie", "different"]
     index: int | None = None
@@ -35,16 +35,16 @@ def bf16_step(value: float) -> float:
 
 @torch.inference_mode()
 def compare(exact: Base, prompt_ids: Sequence[int], reference: Sequence[int], other: Sequence[int]) -> Comparison:
-    """Judge two greedy answers to one prompt.
+    """Compare two greedy answers to one prompt.
 
-    `exact`: the same base computing in float64 (`load_base(..., widen=True)`), whose identity tells the weight format
-    and with it the tolerance: 1e-4 in fp32, `TIE_STEPS` bf16 steps at the logits' own size else.
+    `exact`: the same base computing in float64 (`load_base(..., widen=True)`). The weight format in its identity sets the
+    tolerance: 1e-4 in fp32, else `TIE_STEPS` bf16 steps at the size of the logits.
     """
     if tuple(reference) == tuple(other):
         return Comparison("identical")
     length = min(len(reference), len(other))
     index = next((i for i in range(length) if reference[i] != other[i]), length)
-    if index == length:  # one stopped where the other went on: no rounding does that
+    if index == length:  # one answer ends where the other continues: rounding does not do that
         return Comparison("different", index)
     hidden = exact.hidden_states([[*prompt_ids, *reference[:index]]])[0]
     logits = exact.logits(hidden[-1])
@@ -53,7 +53,7 @@ def compare(exact: Base, prompt_ids: Sequence[int], reference: Sequence[int], ot
     size = float(pair.abs().max())
     kind = exact.identity.weight_format
     allowed = FP32_TIE if kind == "fp32" else TIE_STEPS[kind] * bf16_step(size)
-    # near-tied with each other is not enough: both must be near-tied for the top
+    # near-tied with each other is not enough: both must be near-tied with the highest logit
     top = float(logits.max().double())
     near = gap < allowed and top - float(pair.min()) < allowed
     return Comparison("near-tie" if near else "different", index, gap, allowed)

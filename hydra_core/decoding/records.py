@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out."""
+"""The records that the engine returns."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Result:
     """A finished sequence.
 
     `steps`: base forwards after prefill; `drafted`, `accepted`: draft nodes verified and kept; `prefill_seconds`:
-    from admission to the first token; `decode_seconds`: from then on, shared with the rows beside it; `logprobs`: one a
-    token, None when not asked for; `lossy`: the request asked for a mode that changes answers; `accepted_lengths`: steps
-    that accepted 0, 1, 2, ... drafts, up to the most there were.
+    from admission to the first token; `decode_seconds`: from then on, shared with the other sequences of the batch;
+    `logprobs`: one per token, None when not requested; `lossy`: the request uses a mode that changes answers;
+    `accepted_lengths`: number of steps that accepted 0, 1, 2, ... drafts, up to the most that occurred.
     """
 
     id: str
@@ -41,7 +41,7 @@ class Result:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """New tokens of one row in one engine step, with the result when the row ended."""
+    """New tokens of one sequence in one engine step, with the result when the sequence ended."""
 
     id: str
     token_ids: tuple[int, ...]

@@ -1,10 +1,10 @@
-"""Who runs, who waits and which prompts go in next. No tensors: rows are numbers, prompts are tuples.
+"""Decides which requests run, which wait and which prompts are prefilled next. No tensors: rows are numbers, prompts tuples.
 
     waiting   requests in order of arrival
-    group     prompts going in together, chunk by chunk, in cache rows D .. D + P - 1
-    decoding  rows 0 .. D - 1, each advanced by every step
+    prefill   prompts that are prefilled together, chunk by chunk, in cache rows D .. D + P - 1
+    decoding  sequences in cache rows 0 .. D - 1, each advanced by every step
 
-Rows have no holes: whoever leaves is replaced by the last of its kind, and the engine is told which rows to move.
+Rows have no holes: a sequence that ends is replaced by the last of its kind, and the scheduler returns the rows to move.
 """
 
 from __future__ import annotations
@@ -17,20 +17,24 @@ from hydra_core.decoding.text import TextStream
 from hydra_core.sampling.request import Request, TokenLogprob
 
 SHORT_PROMPT = 32
-"""Prompts up to this length go in together whatever their ratio."""
+"""Prompts up to this length are prefilled together whatever the ratio of their lengths."""
 SHARED_TOKENS = 32
-"""A common beginning shorter than this is computed again rather than copied."""
+"""A common prefix shorter than this is computed again rather than copied."""
 BUSY_TOKENS = 512
-"""Prompt tokens computed in one step beside decoding rows: bounds how long those wait for their next token."""
+"""Prompt tokens computed in one step while sequences decode: limits how long those wait for their next token."""
 IDLE_TOKENS = 4096
-"""The same when nobody is decoding."""
+"""Prompt tokens computed in one step while no sequence decodes."""
 CHUNK = 512
-"""Tokens of one prompt in one forward: bounds the mask and the activations."""
+"""Tokens of one prompt in one forward: limits the mask and the activations."""
 
 
 @dataclass
-class Row:
-    """A request in the batch."""
+class RunningSequence:
+    """A request in the batch, with its answer so far.
+
+    `started`, `first_token`: clock seconds of admission and of the first token; `drafted`: nodes verified;
+    `accepted_lengths`: how many steps accepted each number of drafts.
+    """
 
     request: Request
     stop_ids: frozenset[int]
@@ -41,153 +45,158 @@ class Row:
     first_token: float = 0.0
     drafted: int = 0
     accepted_lengths: Counter[int] = field(default_factory=Counter)
-    """How many steps accepted so many drafts."""
 
 
 @dataclass(frozen=True)
-class Start:
-    """A request about to go in. `shared`: its first tokens are those of decoding row `donor`, and are copied."""
+class PrefillPrompt:
+    """A prompt to prefill; its first `prefix_length` tokens are copied from decoding row `prefix_source`."""
 
     request: Request
-    shared: int = 0
-    donor: int = -1
+    prefix_length: int = 0
+    prefix_source: int = -1
 
     @property
-    def left(self) -> int:
-        return len(self.request.prompt_ids) - self.shared
+    def remaining(self) -> int:
+        """Tokens to compute."""
+        return len(self.request.prompt_ids) - self.prefix_length
 
 
 @dataclass
-class Group:
-    """Prompts that go in together; `done` tokens of what is `left` of each are in the cache."""
+class PrefillBatch:
+    """Prompts that are prefilled together; `computed` tokens of what remains of each are in the cache."""
 
-    starts: list[Start]
-    rows: list[Row]
-    done: int = 0
+    prompts: list[PrefillPrompt]
+    sequences: list[RunningSequence]
+    computed: int = 0
 
     @property
     def longest(self) -> int:
-        return max(start.left for start in self.starts)
+        """Tokens to compute of the longest prompt."""
+        return max(prompt.remaining for prompt in self.prompts)
 
     def chunk(self, busy: bool, supports_tree: bool = True) -> int:
-        """Tokens of each prompt in the next forward: at least one, at most what the step may take, and all of them
-        where a prompt cannot be taken in pieces."""
+        """Tokens of each prompt in the next forward: at least one, at most what the step may compute, and all of them for a
+        base that cannot take a prompt in pieces."""
         if not supports_tree:
             return self.longest
-        budget = (BUSY_TOKENS if busy else IDLE_TOKENS) // len(self.rows)
-        return min(max(1, budget), CHUNK, self.longest - self.done)
+        budget = (BUSY_TOKENS if busy else IDLE_TOKENS) // len(self.sequences)
+        return min(max(1, budget), CHUNK, self.longest - self.computed)
 
     @property
     def complete(self) -> bool:
-        """Whether all of every prompt is in the cache; so it may become when the longest is cancelled."""
-        return self.done >= self.longest
+        """Whether all prompts are in the cache; this may also happen when the longest is cancelled."""
+        return self.computed >= self.longest
 
 
 class Scheduler:
     """The state above and the decisions about it.
 
-    `max_batch_size`: rows of all kinds; `context_limit`: tokens of one; `supports_tree`: see `Decoder`.
+    `max_batch_size`: sequences that run at once; `context_limit`: tokens of one sequence; `supports_tree`: see `Decoder`.
     """
 
     def __init__(self, max_batch_size: int, context_limit: int, supports_tree: bool = True) -> None:
         self.max_batch_size, self.context_limit, self.supports_tree = max_batch_size, context_limit, supports_tree
         self.waiting: deque[Request] = deque()
-        self.decoding: list[Row] = []
-        self.group: Group | None = None
+        self.decoding: list[RunningSequence] = []
+        self.prefill: PrefillBatch | None = None
         self.ids: set[str] = set()
         self.cancelled: set[str] = set()
 
     @property
     def running(self) -> int:
-        """Rows in the cache. Other threads may ask too."""
-        group = self.group
-        return len(self.decoding) + (len(group.rows) if group else 0)
+        """Sequences in the cache. May be read by other threads."""
+        prefill = self.prefill
+        return len(self.decoding) + (len(prefill.sequences) if prefill else 0)
 
     @property
     def has_work(self) -> bool:
+        """Whether any request is waiting or running."""
         return bool(self.ids)
 
     def add(self, request: Request) -> None:
+        """Append a request to the queue."""
         self.ids.add(request.id)
         self.waiting.append(request)
 
     def forget(self, request: Request) -> None:
+        """Release the id of a request that has ended."""
         self.ids.discard(request.id)
         self.cancelled.discard(request.id)
 
-    def next_starts(self) -> list[Start]:
-        """Take the prompts of the next group off the queue; none while a group is going in or no row is free.
+    def next_prompts(self) -> list[PrefillPrompt]:
+        """Take the prompts of the next prefill batch from the queue; none while one is prefilled or no row is free.
 
-        The first in the queue is always among them, so nobody is passed over for ever. Others join it in order when
-        they are of similar length, so that little padding is computed, unless they share a long beginning with a
-        member: they wait for the next group and copy it.
+        The first request of the queue is always among them, so no request starves. Others join it in order when their
+        lengths are similar, so that little padding is computed, unless they share a long prefix with a member: these wait for
+        the next prefill batch and copy the prefix.
         """
         free = self.max_batch_size - len(self.decoding)
-        if self.group is not None or free == 0:
+        if self.prefill is not None or free == 0:
             return []
-        taken: list[Start] = []
+        taken: list[PrefillPrompt] = []
         left: deque[Request] = deque()
         while self.waiting and len(taken) < free:
             request = self.waiting.popleft()
-            start = self._start(request)
-            if not taken or self._fits(start, taken):
-                taken.append(start)
+            prompt = self._with_prefix(request)
+            if not taken or self._fits(prompt, taken):
+                taken.append(prompt)
             else:
                 left.append(request)
         self.waiting.extendleft(reversed(left))
         return taken
 
-    def _start(self, request: Request) -> Start:
-        """Look for the decoding row that begins as this prompt does for longest. The last token is never copied: its
-        hidden state is needed."""
-        best = Start(request)
-        for donor, row in enumerate(self.decoding):
-            shared = _common(request.prompt_ids[:-1], row.request.prompt_ids)
-            if self.supports_tree and shared >= SHARED_TOKENS and shared > best.shared:
-                best = Start(request, shared, donor)
+    def _with_prefix(self, request: Request) -> PrefillPrompt:
+        """Find the decoding sequence that shares the longest prefix. The last token is never copied, since its hidden state
+        is needed."""
+        best = PrefillPrompt(request)
+        for row, sequence in enumerate(self.decoding):
+            shared = _common(request.prompt_ids[:-1], sequence.request.prompt_ids)
+            if self.supports_tree and shared >= SHARED_TOKENS and shared > best.prefix_length:
+                best = PrefillPrompt(request, shared, row)
         return best
 
-    def _fits(self, start: Start, taken: Sequence[Start]) -> bool:
-        members = [*taken, start]
-        lengths = [member.left for member in members]
-        alike = max(lengths) <= max(SHORT_PROMPT, 2 * min(lengths)) and max(lengths) * len(lengths) <= IDLE_TOKENS
-        # padding is written too, and must find room
-        room = all(member.shared + max(lengths) <= self.context_limit for member in members)
-        return alike and room and not any(
-            _common(start.request.prompt_ids[:-1], other.request.prompt_ids) >= start.shared + SHARED_TOKENS
+    def _fits(self, prompt: PrefillPrompt, taken: Sequence[PrefillPrompt]) -> bool:
+        members = [*taken, prompt]
+        lengths = [member.remaining for member in members]
+        similar = max(lengths) <= max(SHORT_PROMPT, 2 * min(lengths)) and max(lengths) * len(lengths) <= IDLE_TOKENS
+        # padding is written to the cache too and needs room there
+        room = all(member.prefix_length + max(lengths) <= self.context_limit for member in members)
+        return similar and room and not any(
+            _common(prompt.request.prompt_ids[:-1], other.request.prompt_ids) >= prompt.prefix_length + SHARED_TOKENS
             for other in taken)
 
-    def leave(self, index: int) -> tuple[Row, list[tuple[int, int]]]:
-        """Take out decoding row `index`; also the moves (from, to) of cache rows that close the hole, in order."""
+    def remove_decoding(self, index: int) -> tuple[RunningSequence, list[tuple[int, int]]]:
+        """Remove decoding sequence `index`; also returns the moves (from, to) of cache rows that close the hole, in order."""
         last, moves = len(self.decoding) - 1, []
-        row = self.decoding[index]
+        sequence = self.decoding[index]
         if index != last:
             self.decoding[index] = self.decoding[last]
             moves.append((last, index))
         self.decoding.pop()
-        if self.group is not None:  # its rows follow the decoding ones: the last becomes the first
-            moves.append((last + len(self.group.rows), last))
-            self.group.rows.insert(0, self.group.rows.pop())
-            self.group.starts.insert(0, self.group.starts.pop())
-        return row, moves
+        if self.prefill is not None:  # its rows follow the decoding ones: the last becomes the first
+            moves.append((last + len(self.prefill.sequences), last))
+            self.prefill.sequences.insert(0, self.prefill.sequences.pop())
+            self.prefill.prompts.insert(0, self.prefill.prompts.pop())
+        return sequence, moves
 
-    def leave_group(self, index: int) -> tuple[Row, list[tuple[int, int]]]:
-        """Take out row `index` of the group."""
-        assert self.group is not None
-        last = len(self.group.rows) - 1
-        row, moves = self.group.rows[index], []
+    def remove_prefilling(self, index: int) -> tuple[RunningSequence, list[tuple[int, int]]]:
+        """Remove sequence `index` of the prefill batch; returns as `remove_decoding` does."""
+        prefill = self.prefill
+        assert prefill is not None
+        last = len(prefill.sequences) - 1
+        sequence, moves = prefill.sequences[index], []
         if index != last:
-            self.group.rows[index], self.group.starts[index] = self.group.rows[last], self.group.starts[last]
+            prefill.sequences[index], prefill.prompts[index] = prefill.sequences[last], prefill.prompts[last]
             moves.append((len(self.decoding) + last, len(self.decoding) + index))
-        self.group.rows.pop()
-        self.group.starts.pop()
-        if not self.group.rows:
-            self.group = None
-        return row, moves
+        prefill.sequences.pop()
+        prefill.prompts.pop()
+        if not prefill.sequences:
+            self.prefill = None
+        return sequence, moves
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Length of the common beginning."""
+    """Length of the common prefix."""
     length = min(len(one), len(other))
     if one[:length] == other[:length]:
         return length

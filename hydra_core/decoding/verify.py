@@ -1,7 +1,7 @@
-"""Which drafted tokens stand: the longest path from the root on which every token is the base's own choice.
+"""Acceptance of drafted tokens: the longest path from the root on which every token is the base's own choice.
 
-Two pure functions: `accept` for choices that are known at every node (greedy rows), `accept_walking` for choices that
-cost something or depend on the path (noise, penalties, log probabilities), made at the visited nodes alone.
+Two pure functions: `accept` for choices that are known at every node (greedy sequences), `accept_walking` for choices that
+cost something or depend on the path (noise, penalties, log probabilities) and are made at the visited nodes alone.
 """
 
 from __future__ import annotations
@@ -14,38 +14,38 @@ from torch import Tensor
 from hydra_core.proposers.base import Accepted
 from hydra_core.sampling.request import TokenLogprob, Typical
 from hydra_core.sampling.sampler import Sampler, sample, token_logprob
-from hydra_core.tree.forest import Forest
+from hydra_core.tree.batch import TreeBatch
 
 
-def accept(tokens: Tensor, forest: Forest, chosen: Tensor) -> Accepted:
-    """Keep a node when its parent is kept and the base's choice at the parent is the node's token.
+def accept(tokens: Tensor, trees: TreeBatch, chosen: Tensor) -> Accepted:
+    """Accept a node when its parent is accepted and the base's choice at the parent is the node's token.
 
-    `tokens`: [B, N] drafted (node 0 the root; a negative id is a node that was not filled and never matches);
-    `chosen`: [B, N] the base's choice after each node. Siblings must hold different tokens, so at most one child of a
-    node can match and the kept nodes form one path.
+    `tokens`: [B, N] int64 drafted (node 0 the root; a negative id is an empty node and never matches); `chosen`: [B, N] int64,
+    the base's choice after each node. Siblings must hold different tokens, so at most one child of a node can match and the
+    accepted nodes form one path.
     """
-    return (accept_on_host if tokens.device.type == "cpu" else accept_on_device)(tokens, forest, chosen)
+    return (accept_on_host if tokens.device.type == "cpu" else accept_on_device)(tokens, trees, chosen)
 
 
-def accept_on_device(tokens: Tensor, forest: Forest, chosen: Tensor) -> Accepted:
-    """The same where a device holds all of it: it is asked once."""
-    forest = forest.to(tokens.device)
-    match = tokens == chosen.gather(1, forest.parents.clamp(min=0).expand(len(tokens), -1))
+def accept_on_device(tokens: Tensor, trees: TreeBatch, chosen: Tensor) -> Accepted:
+    """`accept` with tensor operations on a GPU, which the host waits for once."""
+    trees = trees.to(tokens.device)
+    match = tokens == chosen.gather(1, trees.parents.clamp(min=0).expand(len(tokens), -1))
     match[:, 0] = True
-    kept = (match[:, None, :] | ~forest.ancestors).all(-1)                       # [B, N]
-    depths, deepest = torch.where(kept, forest.depths, -1).max(-1)               # [B]
-    path = forest.routes_to(deepest)
+    kept = (match[:, None, :] | ~trees.ancestors).all(-1)                        # [B, N]
+    depths, deepest = torch.where(kept, trees.depths, -1).max(-1)                # [B]
+    path = trees.paths_to(deepest)
     counts = depths + 1
     emitted = [row[:count] for row, count in zip(chosen.gather(1, path).tolist(), counts.tolist(), strict=True)]
     return Accepted(path, counts, emitted)
 
 
-def accept_on_host(tokens: Tensor, forest: Forest, chosen: Tensor) -> Accepted:
-    """The same with numbers in lists: a few dozen comparisons, for which tensors cost ten times as much."""
-    trees = forest.parents.tolist()
+def accept_on_host(tokens: Tensor, trees: TreeBatch, chosen: Tensor) -> Accepted:
+    """`accept` with numbers in lists: a few dozen comparisons, for which tensors cost ten times as much."""
+    all_parents = trees.parents.tolist()
     paths, emitted = [], []
     for row, (drafted, picked) in enumerate(zip(tokens.tolist(), chosen.tolist(), strict=True)):
-        parents = trees[row if len(trees) > 1 else 0]
+        parents = all_parents[row if len(all_parents) > 1 else 0]
         depths, deepest = [0] + [-1] * (len(parents) - 1), 0
         for node in range(1, len(parents)):  # parents come first
             above = parents[node]
@@ -67,18 +67,17 @@ def _padded(paths: Sequence[Sequence[int]]) -> Tensor:
     return torch.tensor([[*path, *[path[-1]] * (longest - len(path))] for path in paths])
 
 
-def accept_walking(tokens: Tensor, forest: Forest, logits: Tensor, positions: Sequence[int], samplers: Sequence[Sampler],
+def accept_walking(tokens: Tensor, trees: TreeBatch, logits: Tensor, positions: Sequence[int], samplers: Sequence[Sampler],
                    lines: Sequence[Sequence[int]] | None = None) -> Accepted:
-    """The same, choosing depth by depth at the nodes that are reached.
+    """`accept` that chooses depth by depth, at the nodes that are reached.
 
-    `logits`: [M, V] float32, of node n of row b in line `lines[b][n]`, or [B, N, V] without those; `positions`: [B] where each
-    row's root stands. Choosers record what was
-    chosen, as penalties at a node count its ancestors.
+    `logits`: [M, V] float32, those of node n of sequence b in row `lines[b][n]`, or [B, N, V] without `lines`; `positions`: [B],
+    position of each root. Samplers record what is chosen, so penalties at a node count its ancestors.
     """
     if lines is None:
         lines, logits = torch.arange(tokens.numel()).view_as(tokens).tolist(), logits.flatten(0, 1)
     drafted = tokens.tolist()
-    children = [_children(parents) for parents in forest.parents.tolist()]
+    children = [_children(parents) for parents in trees.parents.tolist()]
     children = children * len(samplers) if len(children) == 1 else children
     paths = [[0] for _ in samplers]
     emitted: list[list[int]] = [[] for _ in samplers]
@@ -88,8 +87,8 @@ def accept_walking(tokens: Tensor, forest: Forest, logits: Tensor, positions: Se
         at = [paths[row][-1] for row in active]
         where_at = [lines[row][node] for row, node in zip(active, at, strict=True)]
         reached = logits if len(where_at) == len(logits) else logits[where_at]  # a copy of 128 rows costs as much as their draw
-        where = [positions[row] + len(paths[row]) for row in active]
-        picked = sample(reached, where, [samplers[row] for row in active])
+        token_positions = [positions[row] + len(paths[row]) for row in active]
+        picked = sample(reached, token_positions, [samplers[row] for row in active])
         going = []
         for place, (row, node, token) in enumerate(zip(active, at, picked, strict=True)):
             request = samplers[row].request
@@ -110,7 +109,7 @@ def accept_walking(tokens: Tensor, forest: Forest, logits: Tensor, positions: Se
 
 
 def _children(parents: Sequence[int]) -> list[list[int]]:
-    """The nodes below each node."""
+    """The children of each node."""
     found: list[list[int]] = [[] for _ in parents]
     for node, parent in enumerate(parents[1:], start=1):
         found[parent].append(node)
@@ -123,7 +122,7 @@ def _child(children: Sequence[int], drafted: Sequence[int], token: int) -> int |
 
 def _typical_child(sampler: Sampler, typical: Typical, logits: Tensor, children: Sequence[int],
                    drafted: Sequence[int]) -> int | None:
-    """The likeliest child that typical acceptance lets stand, or None."""
+    """The most probable child that typical acceptance allows, or None."""
     filled = [child for child in children if drafted[child] >= 0]
     if not filled:
         return None
@@ -131,6 +130,6 @@ def _typical_child(sampler: Sampler, typical: Typical, logits: Tensor, children:
     p = log_p.exp()
     entropy = -torch.where(p > 0, p * log_p, 0.0).sum()
     bound = torch.clamp(typical.alpha * torch.exp(-entropy), max=typical.threshold)
-    chances = p[torch.tensor([drafted[child] for child in filled], device=p.device)]
-    best = int(chances.argmax())
-    return filled[best] if bool(chances[best] > bound) else None
+    probs = p[torch.tensor([drafted[child] for child in filled], device=p.device)]
+    best = int(probs.argmax())
+    return filled[best] if bool(probs[best] > bound) else None

@@ -1,4 +1,4 @@
-"""Draft heads: what is trained. One file a kind, shared parts beside them, put together in `registry`."""
+"""Draft heads, the part that is trained: one file per kind, shared parts in `base`, the table of kinds in `registry`."""
 
 from lazy_loader import attach_stub
 

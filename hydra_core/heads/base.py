@@ -1,4 +1,4 @@
-"""What Medusa, Hydra and Hydra++ share: MLP heads that end in the base's own width and vocabulary rows.
+"""What Medusa, Hydra and Hydra++ share: MLP heads with the base's width as output, followed by rows of the base's vocabulary.
 
 Letters: B rows, T positions, K heads, D width, Vd draft vocabulary. Head i at position t predicts x_{t+2+i}.
 """
@@ -17,11 +17,11 @@ from hydra_core.base.native import native_head
 from hydra_core.base.vocabulary import BaseVocabulary, VocabHead
 from hydra_core.heads.config import HeadsConfig
 from hydra_core.heads.draft_vocab import DraftVocab
-from hydra_core.kernels.library import rows_available
+from hydra_core.kernels import ops
 
 
 class ResBlock(nn.Module):
-    """x + SiLU(W x + b); where the input is wider than the output, a learned projection carries the residual.
+    """x + SiLU(W x + b); where the input is wider than the output, the residual goes through a learned projection.
 
     W starts at zero, so a square block starts as the identity (Medusa, arXiv 2401.10774).
     """
@@ -35,11 +35,11 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width_in] to [..., width]."""
-        carried = x if self.skip is None else self.skip(x)
-        return carried + F.silu(self.inner(x))
+        residual = x if self.skip is None else self.skip(x)
+        return residual + F.silu(self.inner(x))
 
     def frozen(self) -> list[FrozenLinear]:
-        """Its one matrix, what is carried made beside what is added."""
+        """Its one matrix; the projection of the residual is computed in the same product."""
         return [_side_by_side(self.inner, self.skip)]
 
 
@@ -58,13 +58,13 @@ class GatedBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width_in] to [..., width]."""
-        carried = x if self.skip is None else self.skip(x)
+        residual = x if self.skip is None else self.skip(x)
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         mixed: Tensor = self.down(F.silu(gate) * up)
-        return carried + mixed
+        return residual + mixed
 
     def frozen(self) -> list[FrozenLinear]:
-        """Its two matrices, what is carried made beside gate and up."""
+        """Its two matrices; the projection of the residual is computed in the same product as gate and up."""
         return [_side_by_side(self.gate_up, self.skip), self.down.frozen()]
 
 
@@ -78,7 +78,7 @@ def _side_by_side(layer: PackableLinear, skip: PackableLinear | None) -> FrozenL
 
 
 class MlpHead(Packable):
-    """`num_blocks` blocks of their own (none shared), then, if wanted, an RMSNorm that starts as the base's final norm."""
+    """`num_blocks` blocks that no other head shares, then, with `final_norm`, an RMSNorm that starts as the base's final norm."""
 
     def __init__(self, width_in: int, vocabulary: BaseVocabulary, config: HeadsConfig) -> None:
         super().__init__()
@@ -93,21 +93,21 @@ class MlpHead(Packable):
 
     @property
     def weight(self) -> Tensor:
-        """The matrix [D, ...] that ends the last block."""
+        """The last matrix [D, ...] of the last block."""
         block = self.blocks[-1]
         assert isinstance(block, ResBlock | GatedBlock)
         return block.inner.weight if isinstance(block, ResBlock) else block.down.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., width_in] to [..., D], ready for the vocabulary rows."""
+        """[..., width_in] to [..., D], the input of the vocabulary rows."""
         for block in self.blocks:
             x = block(self.dropout(x))
         ended: Tensor = self.norm(x)
         return ended
 
     def pack(self, rows: VocabHead | None) -> None:
-        """Compile it with the vocabulary rows it ends in, or else (or where it ends in none) pack its layers one by one, where
-        either can be had here."""
+        """Compile the head together with the vocabulary `rows`. Where that is not possible, or without rows, pack its layers one
+        by one, if this machine has a packed layout."""
         if rows is not None and packable(self.weight) and rows.packed is not None:
             blocks = [block for block in self.blocks if isinstance(block, ResBlock | GatedBlock)]
             norm = self.norm.weight.detach() if isinstance(self.norm, nn.RMSNorm) else None
@@ -120,15 +120,15 @@ class MlpHead(Packable):
 
     @property
     def compiled(self) -> Any | None:
-        """The object that `native_head` makes, while nothing is differentiated."""
+        """The object that `native_head` makes, or None, also while gradients are enabled."""
         return None if torch.is_grad_enabled() else self._packed
 
 
 class HeadDrafter(nn.Module):
     """A set of draft heads over a frozen base.
 
-    Only what is trained lives in parameters; embedding and vocabulary rows belong to the base and are not saved.
-    Subclasses say what a head reads (`head_width`, `head_hidden`) and what stands for the hidden state (`features`).
+    Only trained tensors are parameters; embedding and vocabulary rows belong to the base and are not saved. Subclasses define
+    what a head reads (`head_width`, `head_hidden`) and what replaces the hidden state (`features`).
     """
 
     def __init__(self, config: HeadsConfig, vocabulary: BaseVocabulary, draft_vocab: DraftVocab) -> None:
@@ -146,7 +146,7 @@ class HeadDrafter(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """A trained tensor [D, ...]: its dtype and device are those of all the heads."""
+        """A trained tensor [D, ...]; all heads have its dtype and device."""
         return self._head(0).weight
 
     def _head(self, i: int) -> MlpHead:
@@ -155,21 +155,20 @@ class HeadDrafter(nn.Module):
         return head
 
     def bytes_read(self, depth: int) -> int:
-        """Memory that drafting with the first `depth` heads reads of their matrices and of the vocabulary's rows, which each of
-        them ends in."""
+        """Bytes that drafting with the first `depth` heads reads: their matrices, and the vocabulary rows once per head."""
         made = min(depth, len(self.heads))
         matrices = [weight for i in range(made) for weight in self._head(i).parameters() if weight.ndim == 2]
         return sum(map(draft_bytes, matrices)) + depth * draft_bytes(self.rows.weight)
 
     def pack(self) -> None:
-        """Lay the weights out for decoding, where this machine has a faster layout; going on training undoes it."""
+        """Pack the weights for decoding where this machine has a faster layout; further training undoes it."""
         self.rows = self.rows.for_drafting()
         for i in range(len(self.heads)):
             self._head(i).pack(None if self.config.recurrent else self.rows)
 
     def with_draft_vocab(self, draft_vocab: DraftVocab) -> HeadDrafter:
-        """The same heads drafting other tokens: they end in the base's width, so any of its vocabulary rows will do. Weights
-        are shared; what was packed is packed again at the next use."""
+        """The same heads with another draft vocabulary: their output has the base's width, so any of its vocabulary rows can
+        follow. Weights are shared; packed weights are packed again at the next use."""
         other = copy.copy(self)
         other.draft_vocab, other.config = draft_vocab, self.config.model_copy(update={"draft_vocab_size": len(draft_vocab)})
         other.rows = self.vocabulary.head.restrict(draft_vocab.ids.to(self.vocabulary.head.weight.device))
@@ -180,24 +179,22 @@ class HeadDrafter(nn.Module):
         return self.vocabulary.width
 
     def features(self, hidden: Tensor, positions: Tensor, mask: Tensor, wanted: Tensor | None = None) -> Tensor:
-        """What the heads read in place of the hidden states, teacher forced.
+        """What the heads read in place of the hidden states, teacher-forced.
 
         `hidden`: [B, T, D] of the base's last layer after its final norm; `positions`: [B, T] int64; `mask`: [B, 1, T, T]
-        bool, true where a position may look; `wanted`: [B, T] bool, the positions that heads will read, None for all. Returns
-        [B, T, D], of which only the wanted positions mean anything.
+        bool, true where a position may attend; `wanted`: [B, T] bool, the positions that heads will read, None for all. Returns
+        [B, T, D], of which only the wanted positions are meaningful.
         """
         return hidden.to(self.weight.dtype)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Base embeddings [..., D] of `tokens` [...] int64, RMS-normalised unless the config says otherwise.
 
-        Raw embeddings are an order of magnitude smaller than hidden states: joined as they are, heads hardly hear them.
+        Raw embeddings are an order of magnitude smaller than hidden states: without normalisation they hardly affect a head.
         """
         table = self.vocabulary.embedding
-        if self.config.normalise_embeddings and self._head(0).compiled is not None and table.dtype == torch.bfloat16 and (
-                rows_available()):
-            made: Tensor = torch.ops.hydra_heads.rows_embedded(table, tokens, self.norm_eps)
-            return made
+        if self.config.normalise_embeddings and self._head(0).compiled is not None and ops.supports_embed_rms_norm(table):
+            return ops.embed_rms_norm(table, tokens, self.norm_eps)
         raw = F.embedding(tokens, table).to(self.weight.dtype)
         return F.rms_norm(raw, (raw.shape[-1],), eps=self.norm_eps) if self.config.normalise_embeddings else raw
 
@@ -213,25 +210,25 @@ class HeadDrafter(nn.Module):
         return self.rows(hidden)
 
     def candidate_logits(self, i: int, features: Tensor, path: Tensor) -> Tensor:
-        """While decoding: logits [B, W, Vd] float32 of head `i` after W paths a row.
+        """While decoding: logits [B, W, Vd] float32 of head `i` after W paths per sequence.
 
         `features`: [B, D]; `path`: [B, W, i + 1, D], `embed` of each path's tokens.
         """
         if (compiled := self._head(i).compiled) is not None:
-            logits: Tensor = compiled.logits(features, self._heard(path))
+            logits: Tensor = compiled.logits(features, self._path_read(path))
             return logits
         return self.draft_logits(self.head_hidden(i, features[:, None].expand(-1, path.shape[1], -1), path))
 
     def candidates(self, i: int, features: Tensor, path: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """The `count` likeliest of those, or all there are, best first: indices [B, W, count] int64 into the draft vocabulary
-        and probabilities float32."""
+        """The `count` most probable tokens by these logits, or all there are, best first: indices [B, W, count] int64 into the
+        draft vocabulary and probabilities float32."""
         if (compiled := self._head(i).compiled) is not None:
-            indices, values = compiled.top_k(features, self._heard(path), count)
+            indices, values = compiled.top_k(features, self._path_read(path), count)
             return indices, values
         logits = self.candidate_logits(i, features, path)
         best = logits.softmax(-1).topk(min(count, logits.shape[-1]), dim=-1)
         return best.indices, best.values
 
-    def _heard(self, path: Tensor) -> Tensor:
-        """What of a path goes into a head: nothing where it reads the hidden state alone."""
+    def _path_read(self, path: Tensor) -> Tensor:
+        """The part of a path that a head reads: nothing where it reads the hidden state alone."""
         return path if self.config.sequential else path[:, :, :0]

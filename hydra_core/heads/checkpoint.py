@@ -1,17 +1,14 @@
-"""Heads on disk: safetensors, strict in every direction.
+"""Heads on disk, as safetensors. Loading is strict: nothing may be missing, unexpected or of another shape.
 
     FOLDER/config.json        schema version, base identity, architecture, draft vocabulary size
     FOLDER/model.safetensors  trained tensors and the draft vocabulary's ids
     FOLDER/tree.json          the tree for each batch size
-    FOLDER/provenance.json    how they came to be
+    FOLDER/provenance.json    how they were made
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +21,9 @@ from torch import Tensor
 
 from hydra_core.base.vocabulary import BaseIdentity, BaseVocabulary
 from hydra_core.errors import InputError
+from hydra_core.files import atomic_file, atomic_folder
 from hydra_core.heads import DraftVocab, HeadDrafter, HeadsConfig, build_drafter
-from hydra_core.tree.topology import TreeSet
+from hydra_core.tree.draft_tree import TreeSet
 
 SCHEMA_VERSION = 1
 DRAFT_IDS = "draft_vocab.ids"
@@ -33,7 +31,7 @@ DRAFT_IDS = "draft_vocab.ids"
 
 @dataclass(frozen=True)
 class LoadedHeads:
-    """Heads ready to decode or to go on training, with their trees."""
+    """Heads ready to decode or to be trained further, with their trees."""
 
     drafter: HeadDrafter
     trees: TreeSet
@@ -42,50 +40,33 @@ class LoadedHeads:
 
 def save_checkpoint(folder: Path, drafter: HeadDrafter, identity: BaseIdentity, trees: TreeSet,
                     provenance: dict[str, Any]) -> None:
-    """Write the whole folder or nothing: it is made under a temporary name, then renamed over an older one."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in drafter.state_dict().items()}
-        tensors[DRAFT_IDS] = drafter.draft_vocab.ids.cpu()
+    """Write the whole folder or nothing; an existing one is replaced when the new one is complete."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in drafter.state_dict().items()}
+    tensors[DRAFT_IDS] = drafter.draft_vocab.ids.cpu()
+    config = {
+        "schema_version": SCHEMA_VERSION,
+        "base": {"name": identity.name, "digest": identity.digest, "weight_format": identity.weight_format},
+        "heads": drafter.config.model_dump(),
+        "vocab_size": drafter.draft_vocab.size,
+        "draft_vocab_size": len(drafter.draft_vocab),
+        "width": drafter.vocabulary.width,
+    }
+    with atomic_folder(folder) as temporary:
         save_file(tensors, temporary / "model.safetensors")
-        config = {
-            "schema_version": SCHEMA_VERSION,
-            "base": {"name": identity.name, "digest": identity.digest, "weight_format": identity.weight_format},
-            "heads": drafter.config.model_dump(),
-            "vocab_size": drafter.draft_vocab.size,
-            "draft_vocab_size": len(drafter.draft_vocab),
-            "width": drafter.vocabulary.width,
-        }
         for name, value in (("config", config), ("tree", trees.to_json()), ("provenance", provenance)):
             text = json.dumps(value, indent=2, sort_keys=True)
             (temporary / f"{name}.json").write_text(text, encoding="utf-8")
-        _replace_folder(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def restrict_checkpoint(folder: Path, draft_vocab: DraftVocab) -> None:
-    """Let the heads in `folder` draft these tokens alone; tensors stay as they are."""
+    """Restrict the heads in `folder` to drafting these tokens; trained tensors do not change."""
     tensors, config = _read_tensors(folder / "model.safetensors"), _read_json(folder / "config.json")
     tensors[DRAFT_IDS] = draft_vocab.ids
     config["draft_vocab_size"] = config["heads"]["draft_vocab_size"] = len(draft_vocab)
-    save_file(tensors, folder / "model.safetensors.part")
-    os.replace(folder / "model.safetensors.part", folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-
-
-def _replace_folder(temporary: Path, folder: Path) -> None:
-    """Put a finished folder in place; an older one stands until the new one is complete."""
-    os.chmod(temporary, 0o755)
-    if not folder.exists():
-        os.replace(temporary, folder)
-        return
-    older = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent)) / "was"
-    os.replace(folder, older)
-    os.replace(temporary, folder)
-    shutil.rmtree(older.parent, ignore_errors=True)
+    with atomic_file(folder / "model.safetensors") as temporary:
+        save_file(tensors, temporary)
+    with atomic_file(folder / "config.json") as temporary:
+        temporary.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def load_checkpoint(folder: Path, vocabulary: BaseVocabulary, dtype: torch.dtype = torch.float32) -> LoadedHeads:
@@ -122,7 +103,7 @@ def load_checkpoint(folder: Path, vocabulary: BaseVocabulary, dtype: torch.dtype
 
 
 def _check_base(folder: Path, config: dict[str, Any], vocabulary: BaseVocabulary) -> None:
-    """The digest must agree; the weight format may differ, since heads only ever draft."""
+    """Compare the digest; the weight format may differ, since heads only draft."""
     base = config.get("base")
     if not isinstance(base, dict) or "digest" not in base:
         raise InputError(f"{folder}/config.json: base: names no digest")
@@ -146,7 +127,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}): is this a heads checkpoint?") from None
+        raise InputError(f"{path}: cannot be read ({error.strerror}): name the folder of a heads checkpoint") from None
     except ValueError as error:
         raise InputError(f"{path}: is not valid JSON ({error})") from None
     if not isinstance(value, dict):

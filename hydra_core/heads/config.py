@@ -1,4 +1,4 @@
-"""What a trained drafter is made of: the part of a checkpoint's config.json that is a choice."""
+"""Architecture of a set of draft heads: the part of a checkpoint's config.json that the user chooses."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ class HeadsConfig(BaseModel):
     num_blocks: int = Field(0, ge=0, description="MLP blocks a head; 0: 1 for medusa and hydra, 2 for hydra++")
     draft_vocab_size: int = Field(8192, ge=0, description="most frequent tokens that may be drafted; 0: all of them")
     loss: Literal["auto", "data", "teacher", "acceptance", "hybrid"] = Field(
-        "auto", description="target: the token itself (data) or the base's distribution: its cross-entropy (teacher), the "
-                            "overlap with it (acceptance), from the one to the other as the overlap grows (hybrid); auto: "
+        "auto", description="target: the token itself (data), or the base's distribution by cross-entropy (teacher), by overlap "
+                            "(acceptance) or by both (hybrid: cross-entropy first, then the overlap as it grows); auto: "
                             "teacher for hydra++, data for the others")
-    hybrid_decay: float = Field(3.0, ge=0, description="how soon hybrid leaves cross-entropy for the overlap; 0: never")
-    head_decay: float = Field(1.0, gt=0, le=1, description="head i's loss weighs head_decay ** i; 1: all the same")
+    hybrid_decay: float = Field(3.0, ge=0, description="how fast hybrid changes from cross-entropy to the overlap; 0: never")
+    head_decay: float = Field(1.0, gt=0, le=1, description="weight of head i's loss is head_decay ** i; 1: equal weights")
     mask_lost: bool = Field(False, description="heads learn only where every head before them drafts the right token")
     dropout: float = Field(0.0, ge=0, lt=1, description="of the heads while they train")
-    normalise_embeddings: bool = Field(True, description="token embeddings brought to RMS 1; false: as they are (published)")
-    final_norm: bool = Field(True, description="an RMSNorm ends each head, started as the base's own; false: none (published)")
+    normalise_embeddings: bool = Field(True, description="scale token embeddings to RMS 1; false: raw (as published)")
+    final_norm: bool = Field(True, description="end heads with an RMSNorm that starts as the base's; false: none (as published)")
     mlp: Literal["residual", "gated"] = Field(
-        "residual", description="a head's blocks: x + SiLU(W x + b) (published) or x + W3 (SiLU(W1 x) * (W2 x))")
+        "residual", description="a head's blocks: x + SiLU(W x + b) (as published) or x + W3 (SiLU(W1 x) * (W2 x))")
 
     recurrent: bool = Field(
-        False, description="hydra and hydra++: one head for every depth, fed with what it made of the token before in place of "
-                           "the hidden state, instead of one of its own for each")
+        False, description="hydra and hydra++: one head for all depths, which reads its own output at the token before "
+                           "in place of the hidden state, instead of a head per depth")
 
     @model_validator(mode="after")
-    def _hears_tokens(self) -> HeadsConfig:
+    def _check_recurrent(self) -> HeadsConfig:
         if self.recurrent and not self.sequential:
-            raise ValueError(f"recurrent heads hear the tokens drafted before them: not with kind={self.kind}")
+            raise ValueError(f"recurrent heads read the tokens drafted before them, which kind={self.kind} does not")
         return self
 
     @model_validator(mode="before")
     @classmethod
     def _resolve(cls, values: object) -> object:
-        """Turn 0 and auto into what they stand for, so that a saved config says what was built."""
+        """Replace 0 and auto by their meaning, so that a saved config says what was built."""
         if isinstance(values, dict) and values.get("kind") in ("medusa", "hydra", "hydra++"):
             plus = values["kind"] == "hydra++"
             values = dict(values)
@@ -65,7 +65,7 @@ class HeadsConfig(BaseModel):
 
     @property
     def reads_teacher(self) -> bool:
-        """Whether the loss is made of the base's probabilities, so that every position counts."""
+        """Whether the loss uses the base's probabilities, so that every position counts."""
         return self.loss != "data"
 
     @property

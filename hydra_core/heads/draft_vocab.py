@@ -1,6 +1,6 @@
 """The draft vocabulary: only frequent tokens may be drafted, so a head costs a fraction of the base's projection.
 
-Restricting drafts is lossless: verification still looks at every token (FR-Spec, arXiv 2502.14856).
+Restricting drafts is lossless: verification still considers every token (FR-Spec, arXiv 2502.14856).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 class DraftVocab:
     """Tokens that may be drafted, most frequent first.
 
-    `ids`: [Vd] int64 token ids without repetition; `size`: the whole vocabulary's V. Raises ValueError for ids that
+    `ids`: [Vd] int64 distinct token ids; `size`: size V of the whole vocabulary. Raises ValueError for ids that
     repeat or lie outside the vocabulary.
     """
 
@@ -31,7 +31,7 @@ class DraftVocab:
 
     @classmethod
     def rank(cls, counts: Tensor, size: int, always: Sequence[int] = ()) -> DraftVocab:
-        """The `size` most frequent tokens by `counts` [V], ties to the lower id, with `always` among them.
+        """The `size` most frequent tokens by `counts` [V], ties to the lower id; `always`: ids that are included in any case.
 
         `size` 0 takes the whole vocabulary, in its own order.
         """
@@ -45,20 +45,20 @@ class DraftVocab:
         return cls(order[by_count], vocabulary)
 
     def smaller(self, size: int, always: Sequence[int] = ()) -> DraftVocab:
-        """The `size` most frequent of these, with those of `always` that are here among them."""
+        """The `size` most frequent of these tokens; `always`: ids that are kept in any case, where they are here."""
         needed = torch.isin(self.ids, torch.tensor(list(always), dtype=torch.int64))
-        others = (~needed).cumsum(0) <= size - int(needed.sum())  # those before, themselves counted
+        others = (~needed).cumsum(0) <= size - int(needed.sum())  # tokens up to this one
         return DraftVocab(self.ids[needed | others], self.size)
 
     @cached_property
     def index_of(self) -> Tensor:
-        """[V] int64: a token's place in the draft vocabulary, -1 outside it."""
-        with torch.inference_mode(False):  # made while validating, it must still serve a training step
+        """[V] int64: a token's index in the draft vocabulary, -1 outside it."""
+        with torch.inference_mode(False):  # it may be made during validation and used in a training step
             index = torch.full((self.size,), -1, dtype=torch.int64)
             index[self.ids] = torch.arange(len(self.ids))
         return index
 
     def coverage(self, counts: Tensor) -> float:
-        """Share of the counted tokens that the draft vocabulary holds; 0 when nothing was counted."""
+        """Share of the counted tokens that are in the draft vocabulary; 0 when nothing is counted."""
         total = int(counts.sum())
         return int(counts[self.ids].sum()) / total if total else 0.0

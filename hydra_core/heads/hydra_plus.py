@@ -13,14 +13,15 @@ from hydra_core.heads.prefix import PrefixLayer
 
 
 class HydraPlusPlus(Hydra):
-    """Sequential heads over a prefix layer; deeper MLPs and the teacher's distribution are its config's defaults."""
+    """Sequential heads over a prefix layer; its config defaults to deeper MLPs and the teacher's distribution."""
 
     def __init__(self, config: HeadsConfig, vocabulary: BaseVocabulary, draft_vocab: DraftVocab) -> None:
         super().__init__(config, vocabulary, draft_vocab)
         self.prefix = PrefixLayer(vocabulary.config)
 
     def features(self, hidden: Tensor, positions: Tensor, mask: Tensor, wanted: Tensor | None = None) -> Tensor:
-        return self.prefix(super().features(hidden, positions, mask), positions, mask, wanted)
+        features: Tensor = self.prefix(super().features(hidden, positions, mask), positions, mask, wanted)
+        return features
 
     def bytes_read(self, depth: int) -> int:
         prefix = sum(draft_bytes(weight) for weight in self.prefix.parameters() if weight.ndim == 2)

@@ -8,7 +8,8 @@ from hydra_core.heads.base import HeadDrafter
 
 
 class Medusa(HeadDrafter):
-    """Independent heads: what was drafted before makes no difference to them."""
+    """Independent heads: they do not depend on the tokens drafted before."""
 
     def head_hidden(self, i: int, features: Tensor, path: Tensor) -> Tensor:
-        return self.heads[i](features)
+        hidden: Tensor = self.heads[i](features)
+        return hidden

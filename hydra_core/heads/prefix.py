@@ -18,8 +18,8 @@ from hydra_core.base.native import is_native, native_decoder, real_tokens, run_n
 class PrefixLayer(Packable):
     """A Llama decoder layer in the base's own shape, then an RMSNorm.
 
-    The projections back into the stream start at zero, so that the layer starts as the normalised hidden state and
-    training only ever adds to it.
+    The projections back into the residual start at zero, so the layer starts as the normalised hidden state and training only
+    adds to it.
     """
 
     def __init__(self, config: Any) -> None:
@@ -51,34 +51,34 @@ class PrefixLayer(Packable):
 
     @property
     def tables(self) -> tuple[Tensor, ...]:
-        """cos and sin of the positions so far, as `Rotary` keeps them."""
+        """cos and sin of the positions so far, the tensors that `Rotary` holds."""
         return () if self._rotary is None else (self._rotary.cos, self._rotary.sin)
 
     def forward(self, hidden: Tensor, positions: Tensor, mask: Tensor, wanted: Tensor | None = None) -> Tensor:
-        """Teacher forced: `hidden` [B, T, D], `positions` [B, T], `mask` [B, 1, T, T] bool; returns [B, T, D].
+        """Teacher-forced: `hidden` [B, T, D], `positions` [B, T] int64, `mask` [B, 1, T, T] bool; returns [B, T, D].
 
-        With `wanted` [B, T] bool the others are zeros: of a prompt, which is there to be looked at, keys and values are all
-        that is made.
+        With `wanted` [B, T] bool the other positions are zeros: for a prompt, which is only attended to, keys and values are
+        enough.
         """
         qkv = self.qkv(self.input_norm(hidden))
         batch, tokens, _ = qkv.shape
         split = qkv.view(batch, tokens, self.query_heads + 2 * self.kv_heads, self.head_width)
         cos, sin = self._rotary_like(qkv).at(positions)
-        turned = rotate(split[:, :, :self.query_heads + self.kv_heads], cos, sin)
-        keys = turned[:, :, self.query_heads:].transpose(1, 2)
+        rotated = rotate(split[:, :, :self.query_heads + self.kv_heads], cos, sin)
+        keys = rotated[:, :, self.query_heads:].transpose(1, 2)
         values = split[:, :, self.query_heads + self.kv_heads:].transpose(1, 2)
-        queries, groups, scale = turned[:, :, :self.query_heads], self.query_heads // self.kv_heads, self.head_width ** -0.5
+        queries, groups, scale = rotated[:, :, :self.query_heads], self.query_heads // self.kv_heads, self.head_width ** -0.5
         if wanted is None:
             return self._finish(hidden, grouped_attention(queries, keys, values, mask.repeat(1, 1, groups, 1), scale))
         columns, real = _wanted_first(wanted)
         line = torch.arange(batch, device=columns.device)[:, None]
-        asked = mask[:, 0][line, columns][:, None].repeat(1, 1, groups, 1)
-        mixed = grouped_attention(queries[line, columns], keys, values, asked, scale)
+        rows_mask = mask[:, 0][line, columns][:, None].repeat(1, 1, groups, 1)
+        mixed = grouped_attention(queries[line, columns], keys, values, rows_mask, scale)
         made = self._finish(hidden[wanted], mixed[real])
         return torch.zeros_like(hidden).masked_scatter(wanted[..., None], made)
 
     def pack(self) -> None:
-        """Lay the weights out for decoding and compile the step, where either can be had here."""
+        """Pack the weights for decoding and compile the step, where this machine can do either."""
         if not packable(self.qkv.weight):
             return
         matrices = [self.qkv, self.output, self.gate_up, self.down]
@@ -90,12 +90,13 @@ class PrefixLayer(Packable):
         self._packed = native_decoder([layer], self.query_heads, self.kv_heads, self.head_width, self.eps)
 
     def step(self, hidden: Tensor, cache: KVCache, step: Step, counts: Tensor | None = None) -> Tensor:
-        """While decoding: [B, N, D] newly committed hidden states on top of the cache, of each row the first `counts` [B]; writes
-        their keys and values."""
+        """While decoding: [B, N, D] from newly committed hidden states [B, N, D], the first `counts` [B] of each row; writes
+        their keys and values to the cache."""
         cos, sin = self._rotary_like(hidden).at(step.positions, step.span)
         if self._packed is not None and is_native(real_tokens(hidden.shape, counts), hidden.dtype) and not step.fixed:
-            stream = run_natively(self._packed, hidden.float(), cache, step, cos, sin, counts)
-            return self.norm(stream.to(hidden.dtype))
+            residual = run_natively(self._packed, hidden.float(), cache, step, cos, sin, counts)
+            ended: Tensor = self.norm(residual.to(hidden.dtype))
+            return ended
         qkv = self.qkv(self.input_norm(hidden))
         mask = grouped_mask(step.mask, self.query_heads // self.kv_heads)
         return self._finish(hidden, cached_attention(qkv, self.query_heads, cache, 0, step, cos, sin, mask))
@@ -103,10 +104,11 @@ class PrefixLayer(Packable):
     def _finish(self, hidden: Tensor, mixed: Tensor) -> Tensor:
         hidden = hidden + self.output(mixed)
         gate, up = self.gate_up(self.mlp_norm(hidden)).chunk(2, dim=-1)
-        return self.norm(hidden + self.down(F.silu(gate) * up))
+        ended: Tensor = self.norm(hidden + self.down(F.silu(gate) * up))
+        return ended
 
     def cache_bytes(self, rows: int, slots: int) -> int:
-        """What `allocate` will take."""
+        """Bytes that `allocate` takes."""
         return KVCache.bytes_for(1, rows, slots, self.kv_heads, self.head_width, self.qkv.weight.dtype)
 
     def allocate(self, rows: int, slots: int) -> KVCache:
@@ -117,7 +119,8 @@ class PrefixLayer(Packable):
 
 
 def _wanted_first(wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """The wanted columns of every line [B, Q], in order, and which of them are: a line with fewer than Q has others behind."""
+    """The wanted columns of every row, first [B, Q] int64, and which of these are wanted [B, Q] bool: a row with fewer than Q
+    wanted columns is filled with others."""
     most = max(1, int(wanted.sum(1).max()))
     columns = wanted.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
     return columns, wanted.gather(1, columns)

@@ -1,4 +1,4 @@
-"""The one place where kinds of draft heads are put together."""
+"""The table of the kinds of draft heads."""
 
 from __future__ import annotations
 

@@ -16,11 +16,9 @@ import torch
 from filelock import FileLock
 
 log = logging.getLogger(__name__)
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "draw.h", "lines.h", "pages.h", "rows.h"))
+MAIN_SOURCE = "native.cpp"
+"""The file that is compiled; it includes all the others."""
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-std=c++20", "-fPIC", "-shared", "-w")
-
-ROWS_BLOCK = 32
-"""Outputs of a matrix come in so many in the layouts of `rows.h`."""
 
 
 def library_folder() -> Path:
@@ -29,10 +27,16 @@ def library_folder() -> Path:
     return (Path(home) if home else Path.home() / ".cache") / "hydra-heads"
 
 
+def sources() -> tuple[Path, ...]:
+    """All C++ files of this folder, by name."""
+    folder = Path(__file__).parent
+    return tuple(sorted([*folder.glob("*.cpp"), *folder.glob("*.h")]))
+
+
 @lru_cache(maxsize=1)
 def sources_digest() -> str:
-    """Tells one version of the library from another."""
-    return hashlib.sha256("\0".join(path.read_text(encoding="utf-8") for path in SOURCES).encode()).hexdigest()[:16]
+    """A digest of all C++ sources: one version of the library has another than the next."""
+    return hashlib.sha256("\0".join(path.read_text(encoding="utf-8") for path in sources()).encode()).hexdigest()[:16]
 
 
 @lru_cache(maxsize=1)
@@ -52,20 +56,6 @@ def load_library() -> bool:
     return True
 
 
-@lru_cache(maxsize=1)
-def rows_available() -> bool:
-    """Whether `rows.h` runs here and is the faster one: on a processor with AMX its own tiles must have been compiled in, or
-    oneDNN has the better instruction for many rows."""
-    library = torch.ops.hydra_heads
-    return load_library() and bool(library.rows_available()) and (
-        bool(library.tiles_available()) or not torch.cpu._is_amx_tile_supported())
-
-
-def tiles_available() -> bool:
-    """Whether `rows.h` multiplies by AMX's tiles here."""
-    return rows_available() and bool(torch.ops.hydra_heads.tiles_available())
-
-
 def _compiled(compiler: str, folder: Path) -> Path:
     """The shared library, from `folder` or compiled into it. Raises OSError or CalledProcessError."""
     from torch.utils.cpp_extension import include_paths, library_paths
@@ -81,7 +71,8 @@ def _compiled(compiler: str, folder: Path) -> Path:
                 made = Path(temporary) / target.name
                 subprocess.run(
                     [compiler, *FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
-                     *(f"-isystem{path}" for path in include_paths()), str(SOURCES[0]), "-o", str(made),
+                     *(f"-isystem{path}" for path in include_paths()), str(Path(__file__).with_name(MAIN_SOURCE)),
+                     "-o", str(made),
                      *(f"-L{path}" for path in library_paths()), "-ltorch", "-ltorch_cpu", "-lc10"],
                     capture_output=True, text=True, check=True)
                 os.replace(made, target)

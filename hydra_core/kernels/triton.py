@@ -1,12 +1,15 @@
-"""Triton kernels for what lies between a decoder's matrix products on a GPU: add and normalise, turn and store, gate.
+"""Triton kernels for the operations between a decoder's matrix products on a GPU: residual add with RMSNorm, rotary
+positions with the write to the KV cache, and SiLU with the product by the gate.
 
-As single PyTorch operators these are some twenty launches a layer, each of a few microseconds of work: at a step's few
-rows they take as long as the products themselves. Three kernels do the same, with intermediate values in float32.
+As single PyTorch operators these take some twenty launches per layer, each with a few microseconds of work: for the few
+tokens of a decoding step they take as long as the matrix products themselves. Three kernels do the same work, with
+intermediate values in float32.
 
-    M = B * N nodes, D width, H key/value heads, G query heads for each, d head width, S slots
+    B sequences, N nodes per sequence, D width, I inner width of the MLP, Hq query heads, H key/value heads, G = Hq / H,
+    d head width, S slots of the KV cache
 """
 # mypy: disable-error-code="no-untyped-def"
-# what a Triton kernel takes are addresses and numbers, for which there are no types
+# the arguments of a Triton kernel are addresses and numbers, for which there are no types
 
 from __future__ import annotations
 
@@ -16,27 +19,25 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from hydra_core.base.attention import HeadNorms
 if TYPE_CHECKING or importlib.util.find_spec("triton"):
     import triton
     import triton.language as tl
-else:  # PyTorch's CPU build comes without it
+else:  # PyTorch's CPU build does not install Triton
     triton = tl = None
 
-WIDEST = 16384
-"""Values of a row that one program holds."""
+MAX_WIDTH = 16384
+"""Largest D: one program holds a whole line of the residual."""
 
 
 def reason_unavailable(device: torch.device, dtype: torch.dtype, width: int, head_width: int) -> str | None:
-    """Why these kernels cannot stand for PyTorch's operators, or None."""
+    """Why these kernels cannot replace PyTorch's operators for a model of D `width`, or None if they can."""
     if device.type != "cuda":
         return f"device {device.type}"
     if triton is None:
         return "Triton is not installed"
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"dtype {dtype}"
-    if width > WIDEST or head_width & (head_width - 1) or head_width < 4:
+    if width > MAX_WIDTH or head_width & (head_width - 1) or head_width < 4:
         return f"width {width}, head width {head_width}"
     return None
 
@@ -44,20 +45,20 @@ def reason_unavailable(device: torch.device, dtype: torch.dtype, width: int, hea
 if triton is not None:
 
     @triton.jit
-    def _add_and_norm(stream, added, weight, normed, width, eps, ADDS: tl.constexpr, BLOCK: tl.constexpr):
+    def _fused_add_rms_norm(residual, added, weight, normed, width, eps, ADDS: tl.constexpr, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         column = tl.arange(0, BLOCK)
         inside = column < width
-        values = tl.load(stream + row * width + column, mask=inside, other=0.0)
+        values = tl.load(residual + row * width + column, mask=inside, other=0.0)
         if ADDS:
             values += tl.load(added + row * width + column, mask=inside, other=0.0).to(tl.float32)
-            tl.store(stream + row * width + column, values, mask=inside)
+            tl.store(residual + row * width + column, values, mask=inside)
         scale = 1.0 / tl.sqrt(tl.sum(values * values) / width + eps)
         values = values * scale * tl.load(weight + column, mask=inside, other=0.0)
         tl.store(normed + row * width + column, values.to(normed.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def _gate(gate_up, gated, inner, BLOCK: tl.constexpr):
+    def _silu_and_mul(gate_up, gated, inner, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = column < inner
@@ -67,7 +68,7 @@ if triton is not None:
         tl.store(gated + row * inner + column, product.to(gated.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def _turn_and_store(qkv, cos, sin, slots, query_norm, key_norm, queries, keys, values, nodes, row_stride, slot_stride, eps,
+    def _rope_and_cache(qkv, cos, sin, slots, query_norm, key_norm, queries, keys, values, nodes, row_stride, slot_stride, eps,
                         HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, NORMS: tl.constexpr):
         token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
         row, node = token // nodes, token % nodes
@@ -86,9 +87,9 @@ if triton is not None:
                 low = low * scale * tl.load(weight + column).to(tl.float32)
                 high = high * scale * tl.load(weight + HALF + column).to(tl.float32)
             at = token * WIDTH + column
-            turned_low = low * tl.load(cos + at).to(tl.float32) - high * tl.load(sin + at).to(tl.float32)
+            rotated_low = low * tl.load(cos + at).to(tl.float32) - high * tl.load(sin + at).to(tl.float32)
             high = high * tl.load(cos + at + HALF).to(tl.float32) + low * tl.load(sin + at + HALF).to(tl.float32)
-            low = turned_low
+            low = rotated_low
             if head < HEADS:
                 target = queries + (((row * KV_HEADS + head // GROUPS) * GROUPS + head % GROUPS) * nodes + node) * WIDTH
             else:
@@ -97,39 +98,40 @@ if triton is not None:
         tl.store(target + HALF + column, high.to(queries.dtype.element_ty))
 
 
-def add_and_norm(stream: Tensor, added: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """`stream` [..., D] float32 gets `added` [..., D] where there is one, in place; returns its RMSNorm in `dtype`.
+def fused_add_rms_norm(residual: Tensor, added: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """Add `added` [..., D], if given, to `residual` [..., D] float32 in place; return the sum's RMSNorm in `dtype`.
 
     `weight`: [D] float32.
     """
-    width = stream.shape[-1]
-    normed = torch.empty(stream.shape, dtype=dtype, device=stream.device)
-    _add_and_norm[(stream.numel() // width,)](stream, stream if added is None else added, weight, normed, width, eps,
-                                              ADDS=added is not None, BLOCK=triton.next_power_of_2(width))
+    width = residual.shape[-1]
+    normed = torch.empty(residual.shape, dtype=dtype, device=residual.device)
+    _fused_add_rms_norm[(residual.numel() // width,)](
+        residual, residual if added is None else added, weight, normed, width, eps,
+        ADDS=added is not None, BLOCK=triton.next_power_of_2(width))
     return normed
 
 
-def gate(gate_up: Tensor) -> Tensor:
+def silu_and_mul(gate_up: Tensor) -> Tensor:
     """SiLU(gate) * up: [..., 2 I] to [..., I]."""
     inner = gate_up.shape[-1] // 2
     gated = torch.empty((*gate_up.shape[:-1], inner), dtype=gate_up.dtype, device=gate_up.device)
-    _gate[(gate_up.numel() // (2 * inner), triton.cdiv(inner, 1024))](gate_up, gated, inner, BLOCK=1024)
+    _silu_and_mul[(gate_up.numel() // (2 * inner), triton.cdiv(inner, 1024))](gate_up, gated, inner, BLOCK=1024)
     return gated
 
 
-def turn_and_store(qkv: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, norms: HeadNorms | None,
-                   keys: Tensor, values: Tensor, heads: int) -> Tensor:
-    """Queries [B, H, G * N, d], normalised where there are `norms` and turned; keys and values go into
-    the cache.
+def rope_and_cache(qkv: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, keys: Tensor, values: Tensor, heads: int,
+                   query_norm: Tensor | None = None, key_norm: Tensor | None = None, norm_eps: float = 0.0) -> Tensor:
+    """Apply rotary positions to queries and keys, and write keys and values to one layer's KV cache.
 
-    `qkv`: [B, N, (Hq + 2 H) * d]; `cos`, `sin`: [B, N, 1, d]; `slots`: [B, N] int64; `keys`, `values`: [B, S, H, d], rows of
-    one layer's cache.
+    `qkv`: [B, N, (Hq + 2 H) * d]; `cos`, `sin`: [B, N, 1, d]; `slots`: [B, N] int64, where the nodes' keys and values go;
+    `keys`, `values`: [B, S, H, d], changed in place; `heads`: Hq; `query_norm`, `key_norm`: [d], weights of an RMSNorm of each
+    head before its rotation (Qwen3), both or neither. Returns the queries [B, H, G * N, d].
     """
     batch, nodes, _ = qkv.shape
     kv_heads, width = keys.shape[2:]
     queries = torch.empty(batch, kv_heads, heads // kv_heads * nodes, width, dtype=qkv.dtype, device=qkv.device)
-    query_norm, key_norm, eps = (norms.query, norms.key, norms.eps) if norms else (qkv, qkv, 0.0)
-    _turn_and_store[(batch * nodes, heads + 2 * kv_heads)](
-        qkv, cos, sin, slots, query_norm, key_norm, queries, keys, values, nodes, keys.stride(0), keys.stride(1), eps,
-        HEADS=heads, KV_HEADS=kv_heads, WIDTH=width, NORMS=norms is not None, num_warps=1)
+    normed = query_norm is not None and key_norm is not None
+    _rope_and_cache[(batch * nodes, heads + 2 * kv_heads)](
+        qkv, cos, sin, slots, query_norm if normed else qkv, key_norm if normed else qkv, queries, keys, values, nodes,
+        keys.stride(0), keys.stride(1), norm_eps, HEADS=heads, KV_HEADS=kv_heads, WIDTH=width, NORMS=normed, num_warps=1)
     return queries

@@ -1,4 +1,4 @@
-"""Who drafts while decoding: heads, copied text, both in a tree that is grown at each step, or nobody."""
+"""Proposers draft while decoding: with heads, with text copied from the context, with both in a dynamic tree, or not at all."""
 
 from lazy_loader import attach_stub
 

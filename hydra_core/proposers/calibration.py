@@ -1,32 +1,33 @@
-"""How long steps take here and now, against what a cost table foretells of them.
+"""How long steps take here and now, relative to what the cost table predicts.
 
 A table is measured once, on a machine that may have been slower or faster then, and in other proportions: other work on the
-same processors takes matrix products more time and reads of memory none, or the other way round. So what a plain step takes
-and what nodes add to it are each corrected by a factor of its own, learned from the steps that are taken. The factors move
-together until steps of different sizes tell them apart. They steer what is drafted; no token ever depends on them.
+same processors slows matrix products down but not reads of memory, or the other way round. So the time of a plain step and
+the time that nodes add to it are each corrected by a factor of its own, learned from the steps that are taken. The factors
+move together until steps of different sizes tell them apart. They steer what is drafted; no token ever depends on them.
 
-A Kalman filter (1960) of two values for each rough batch size; all deviations are shares of the value itself.
+A Kalman filter (1960) of two values for each power of two of the batch size; all deviations are relative to the value.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-ALIKE = 0.6
-"""How far the two factors are expected to move together, 1 being always."""
-AT_FIRST, DRIFT, NOISE = 0.5, 0.02, 0.1
-"""Deviations of a factor when nothing is known but one step, of its change from a step to the next, and of a step's time."""
+CORRELATION = 0.6
+"""Correlation of the two factors' changes."""
+INITIAL_DEVIATION, DRIFT, NOISE = 0.5, 0.02, 0.1
+"""Deviations: of a factor after one step, of its change from one step to the next, and of a step's time."""
 LARGEST_SURPRISE = 0.5
-"""A step that took longer or shorter than foretold by more than this share counts as one that did so by as much."""
+"""A step whose time differs from the prediction by more than this share counts as one that differs by this share."""
 APART = 4.0
-"""The two factors are never told further apart."""
+"""Largest ratio between the two factors."""
 RETURN = 0.01
-"""Share of what tells them apart that a step forgets: nodes that were dear and are no longer verified are tried again."""
+"""Share of the difference between the factors that each step forgets, so that nodes that were expensive and are no longer
+verified are tried again."""
 
 
 @dataclass
 class Factors:
-    """What a plain step takes, `plain`, and what nodes add, `nodes`, over what was foretold; the variances of both, and the
+    """Measured over predicted time of a plain step, `plain`, and of what nodes add, `nodes`; `variances`: of both, then the
     covariance."""
 
     plain: float
@@ -34,13 +35,13 @@ class Factors:
     variances: tuple[float, float, float]
 
     @classmethod
-    def known_from(cls, ratio: float) -> Factors:
-        """After one step that took `ratio` times as long as foretold."""
-        return cls(ratio, ratio, _variances(AT_FIRST * ratio))
+    def from_step(cls, ratio: float) -> Factors:
+        """After one step that took `ratio` times as long as predicted."""
+        return cls(ratio, ratio, _variances(INITIAL_DEVIATION * ratio))
 
 
 class CostCalibrator:
-    """Factors for each rough batch size, and one for drafting with heads."""
+    """Factors for each power of two of the batch size, and one for drafting with heads."""
 
     def __init__(self) -> None:
         self._factors: dict[int, Factors] = {}
@@ -48,47 +49,48 @@ class CostCalibrator:
         self._latest = 1.0
 
     def factors(self, batch: int) -> tuple[float, float]:
-        """By which the seconds of a plain step of `batch` rows are to be multiplied, and those that nodes add to it."""
-        known = self._factors.get(batch.bit_length())
-        return (known.plain, known.nodes) if known else (self._latest, self._latest)
+        """Factors on the seconds of a plain step of `batch` sequences, and on the seconds that nodes add to it."""
+        found = self._factors.get(batch.bit_length())
+        return (found.plain, found.nodes) if found else (self._latest, self._latest)
 
     @property
     def drafting(self) -> float:
-        """By which the seconds of drafting are to be multiplied."""
+        """Factor on the seconds of drafting."""
         return self._latest if self._drafting is None else self._drafting
 
-    def learn(self, batch: int, plain: float, nodes: float, took: float) -> None:
-        """A step was foretold to take `plain` seconds and `nodes` more, and took so many."""
+    def update(self, batch: int, plain: float, nodes: float, measured: float) -> None:
+        """A step predicted to take `plain` seconds and `nodes` more took `measured` seconds."""
         key = batch.bit_length()
-        known = self._factors.get(key)
-        if known is None:
-            self._factors[key] = Factors.known_from(took / (plain + nodes))
+        found = self._factors.get(key)
+        if found is None:
+            self._factors[key] = Factors.from_step(measured / (plain + nodes))
         else:
-            _correct(known, nodes / plain, took / plain)
+            _correct(found, nodes / plain, measured / plain)
         self._latest = self._factors[key].plain
 
-    def learn_drafting(self, foretold: float, took: float) -> None:
-        """Drafting with heads was foretold to take so many seconds, and took so many."""
-        ratio = took / foretold
-        known = ratio if self._drafting is None else self._drafting
-        surprise = min(max(ratio / known - 1, -LARGEST_SURPRISE), LARGEST_SURPRISE)
-        self._drafting = known * (1 + surprise * DRIFT / NOISE)
+    def update_drafting(self, predicted: float, measured: float) -> None:
+        """Drafting with heads, predicted to take `predicted` seconds, took `measured` seconds."""
+        ratio = measured / predicted
+        before = ratio if self._drafting is None else self._drafting
+        surprise = min(max(ratio / before - 1, -LARGEST_SURPRISE), LARGEST_SURPRISE)
+        self._drafting = before * (1 + surprise * DRIFT / NOISE)
 
 
 def _variances(deviation: float) -> tuple[float, float, float]:
     own = deviation * deviation
-    return own, own, ALIKE * own
+    return own, own, CORRELATION * own
 
 
-def _correct(known: Factors, share: float, took: float) -> None:
-    """One step in units of a plain one as foretold: nodes were to add `share` to it, and it took `took`."""
-    first, second, both = (value + more for value, more in zip(known.variances, _variances(DRIFT * known.plain), strict=True))
-    known.nodes += RETURN * (known.plain - known.nodes)
-    expected = known.plain + known.nodes * share
-    surprise = min(max(took - expected, -LARGEST_SURPRISE * expected), LARGEST_SURPRISE * expected)
+def _correct(factors: Factors, share: float, measured: float) -> None:
+    """One step in units of the predicted plain step: nodes were predicted to add `share`, and it took `measured`."""
+    drift = _variances(DRIFT * factors.plain)
+    first, second, both = (value + more for value, more in zip(factors.variances, drift, strict=True))
+    factors.nodes += RETURN * (factors.plain - factors.nodes)
+    expected = factors.plain + factors.nodes * share
+    surprise = min(max(measured - expected, -LARGEST_SURPRISE * expected), LARGEST_SURPRISE * expected)
     plain_gain, nodes_gain = first + both * share, both + second * share
     spread = plain_gain + nodes_gain * share + (NOISE * expected) ** 2
-    known.plain = max(known.plain + plain_gain / spread * surprise, 0.1 * known.plain)
-    known.nodes = min(max(known.nodes + nodes_gain / spread * surprise, known.plain / APART), known.plain * APART)
-    known.variances = (first - plain_gain * plain_gain / spread, second - nodes_gain * nodes_gain / spread,
-                       both - plain_gain * nodes_gain / spread)
+    factors.plain = max(factors.plain + plain_gain / spread * surprise, 0.1 * factors.plain)
+    factors.nodes = min(max(factors.nodes + nodes_gain / spread * surprise, factors.plain / APART), factors.plain * APART)
+    factors.variances = (first - plain_gain * plain_gain / spread, second - nodes_gain * nodes_gain / spread,
+                         both - plain_gain * nodes_gain / spread)

@@ -1,4 +1,4 @@
-"""Drafting that decides at every step: nothing, copied text, heads or both, and how many nodes, by expected gain."""
+"""Dynamic trees: each step decides whether to draft with copied text, heads, both or nothing, and how many nodes to verify."""
 
 from __future__ import annotations
 
@@ -11,41 +11,44 @@ import torch
 from torch import Tensor
 
 from hydra_core.heads import HeadDrafter
-from hydra_core.proposers import AdaptiveDrafter, NgramIndex
 from hydra_core.proposers.acceptance import AcceptanceEstimator, Bools, Floats, Ints, match_class
-from hydra_core.proposers.base import Accepted, PlainProposer, Proposal, StepTimes
+from hydra_core.proposers.base import Accepted, Proposal, StepTimes
 from hydra_core.proposers.calibration import CostCalibrator
-from hydra_core.proposers.growth import Candidates, Copied, Worth, add_copied, select, weigh_apart, weigh_together
+from hydra_core.proposers.candidate_tree import CandidateTrees, CopiedChains, merge_copied
 from hydra_core.proposers.head_features import HeadFeatures
+from hydra_core.proposers.ngram import NgramIndex
+from hydra_core.proposers.node_budget import DynamicTrees, NodeSelection, prune, select_equal_budget, select_shared_budget
+from hydra_core.proposers.plain import PlainProposer
+from hydra_core.proposers.settings import AdaptiveDrafter
 from hydra_core.sampling.sampler import Sampler, rank_scores
 
 WIDTH = 6
-"""Candidates taken from a node."""
+"""Candidates taken below a node."""
 BEAM = 4
-"""Nodes of a depth that are drafted on."""
+"""Nodes of one depth that are expanded."""
 MOST_NODES = 48
-"""Nodes of a row at most, whatever they cost."""
-SOME_NODES = 8
-"""Nodes a row from which on what a node costs is told from a measured table: between fewer the table's own noise is larger."""
-COMES_TRUE = 0.6
-"""Share of the paths that stand which one more head is thought to make longer, when it is asked whether it pays."""
+"""Most nodes of a sequence, whatever they cost."""
+SLOPE_NODES = 8
+"""Nodes per sequence from which on the cost of a node is read from a table: below, the noise of the table is larger."""
+DEEPER_SHARE = 0.6
+"""Share of the accepted paths that one more head is assumed to lengthen, when it is decided whether to run it."""
 RETRY_STEPS = 24
-"""Steps after which heads that did not seem to pay are tried again."""
-PATIENCE = 0.1
-"""Weight of a new step in the running figures."""
-SURENESS = (1.05, 1.5, 2.0, 3.0, 4.5)
-"""Copied text is told apart by the tokens a row that a step makes with it: heads add the less the more those are."""
-CLEAR, UNSURE_STEPS, SURE_STEPS = 1.3, 16, 128
-"""Where drafting is thought to make less than `CLEAR` times a plain step's tokens a second, one step in so many is a plain one,
-else one in so many more: what a plain step takes is known only from such."""
-SOON = 0.75
-"""The first of them comes after a quarter of those."""
-GAIN_AT_FIRST = 1.3
-"""How many times as fast a step with heads is thought to be before any was taken: they are tried."""
+"""After this many steps without heads they are tried again."""
+GAIN_WEIGHT = 0.1
+"""Weight of a new step in the moving average of what heads gain."""
+COPIED_EDGES = (1.05, 1.5, 2.0, 3.0, 4.5)
+"""Classes of copied text by its expected tokens per step and sequence: the more they are, the less heads add."""
+CLEAR_GAIN, UNCLEAR_STEPS, CLEAR_STEPS = 1.3, 16, 128
+"""Where drafting is expected to make fewer than `CLEAR_GAIN` times a plain step's tokens per second, one step in
+`UNCLEAR_STEPS` is a plain one, elsewhere one in `CLEAR_STEPS`: only plain steps tell what a plain step takes."""
+FIRST_PLAIN = 0.75
+"""Share of the way to the next plain step that is covered at the start: the first plain step comes early."""
+INITIAL_GAIN = 1.3
+"""Assumed gain of heads before any step used them, so that they are tried."""
 
 
 def most_nodes(drafter: AdaptiveDrafter) -> int:
-    """Nodes of the largest tree that can be grown: as many as were timed, and no more than there is to draft."""
+    """Nodes of the largest tree that can be drafted: as many as were timed, and no more than the drafter can fill."""
     limit = min(MOST_NODES, drafter.costs.most_nodes)
     if drafter.heads is None:
         return min(limit, drafter.ngram.length + 1 if drafter.ngram else 1)
@@ -53,9 +56,9 @@ def most_nodes(drafter: AdaptiveDrafter) -> int:
 
 
 @dataclass(frozen=True)
-class Foretold:
-    """What the cost table says of a step of `batch` rows, in seconds: a plain one's, what its nodes add, and drafting with heads,
-    0 without."""
+class PredictedCost:
+    """What the cost table predicts for a step of `batch` sequences, in seconds: of a plain step, what its nodes add, and
+    drafting with heads (0 without heads)."""
 
     batch: int
     plain: float
@@ -64,10 +67,10 @@ class Foretold:
 
 
 class DynamicTreeProposer(PlainProposer):
-    """Trees grown by learned chances and measured costs; see `growth` and `rates`.
+    """Trees of the nodes that make the most tokens per second, by learned acceptance and measured costs.
 
-    Heads run where the base does; what is made of their candidates is decided on the host, in small arrays that a GPU would
-    only wait for. `ragged`: see `Base.ragged`.
+    `rows`, `slots`: of the KV cache; `ragged`: see `Base.ragged`. Heads run on the base's device; what follows from their
+    candidates is decided on the host, in small arrays for which a GPU would only wait.
     """
 
     def __init__(self, drafter: AdaptiveDrafter, rows: int, slots: int, shared_noise: bool = True,
@@ -82,110 +85,107 @@ class DynamicTreeProposer(PlainProposer):
             heads.pack()
             self.inputs = HeadFeatures(heads, rows, slots)
             self.draft_ids = heads.draft_vocab.ids.to(self.device)
-        self.rates = AcceptanceEstimator(self.depths, rows)
-        self._seconds: dict[tuple[int, int], Floats] = {}
-        self._gains: dict[tuple[int, int], float] = {}  # speed of steps with heads over those without, see `_note`
-        self.pace = CostCalibrator()
-        self._foretold: Foretold | None = None  # of the step that is being taken
-        self._drafted: dict[int, float] = {}    # by rough batch size: share of the way to the next plain step, see `CLEAR`
-        self._idle = 0              # steps since heads were used
-        self._kinds: Ints | None = None
+        self.acceptance = AcceptanceEstimator(self.depths, rows)
+        self.calibrator = CostCalibrator()
+        self._seconds: dict[tuple[int, int], Floats] = {}        # by batch size and rounded context
+        self._head_gains: dict[tuple[int, int], float] = {}      # by situation, see `_update_head_gain`
+        self._to_plain: dict[int, float] = {}   # by rounded batch size: share of the way to the next plain step
+        self._steps_without_heads = 0
+        self._latest: tuple[DynamicTrees, PredictedCost] | None = None
 
     @property
     def features(self) -> Tensor:
-        """[R, D] that heads read, what waits included."""
+        """[R, D], what the heads read for each row, pending hidden states included."""
         self.inputs.catch_up()
         return self.inputs.features
 
-    # -- what is remembered of rows ------------------------------------------------------------------------------------
+    # -- what is remembered of sequences -------------------------------------------------------------------------------
 
     def admit(self, row: int, prompt_ids: Sequence[int]) -> None:
-        self.rates.restart(row)
+        self.acceptance.reset(row)
         if self.drafter.ngram is not None:
             self.indexes[row] = NgramIndex(self.drafter.ngram)
             self.indexes[row].extend(prompt_ids)
         if self.drafter.heads is not None:
             self.inputs.clear(row)
 
-    def observe(self, rows: tuple[int, int], hidden: Tensor, counts: Tensor) -> None:
+    def copy_prefix(self, source: int, target: int, count: int) -> None:
         if self.drafter.heads is not None:
-            self.inputs.observe(rows, hidden, counts)
+            self.inputs.copy_prefix(source, target, count)
 
-    def emit(self, row: int, tokens: Sequence[int]) -> None:
+    def commit(self, rows: tuple[int, int], hidden: Tensor, counts: Tensor, tokens: Sequence[Sequence[int]] = ()) -> None:
+        if self.drafter.heads is not None:
+            self.inputs.commit(rows, hidden, counts)
         if self.indexes:
-            self.indexes[row].extend(tokens)
+            for row, chosen in enumerate(tokens, start=rows[0]):
+                self.indexes[row].extend(chosen)
 
     def move(self, source: int, target: int) -> None:
-        self.rates.move(source, target)
+        self.acceptance.move(source, target)
         if self.indexes:
             self.indexes[target] = self.indexes[source]
         if self.drafter.heads is not None:
             self.inputs.move(source, target)
 
-    def copy_beginning(self, source: int, target: int, count: int) -> None:
-        if self.drafter.heads is not None:
-            self.inputs.copy_beginning(source, target, count)
-
-    def learn(self, proposal: Proposal, accepted: Accepted) -> None:
-        """File what stood and what did not."""
-        kinds = self._kinds
-        if kinds is None or kinds.shape[1] == 1:
+    def feedback(self, accepted: Accepted, times: StepTimes) -> None:
+        if self._latest is None:
             return
-        rows, stood = np.arange(len(kinds))[:, None], np.zeros(kinds.shape, dtype=np.bool_)
-        stood[rows, accepted.path.cpu().numpy()] = True
-        parents = proposal.forest.parents.numpy().clip(0)
-        known = kinds >= 0
-        self.rates.learn(kinds, known & stood[rows, parents], known & stood)
+        drafted, cost = self._latest
+        if drafted.kinds.shape[1] > 1:
+            self._learn_acceptance(drafted, accepted)
+        self.calibrator.update(cost.batch, cost.plain, cost.nodes, times.verify + times.accept + times.commit)
+        if cost.drafting > 0:
+            self.calibrator.update_drafting(cost.drafting, times.draft)
 
-    def timed(self, times: StepTimes) -> None:
-        told = self._foretold
-        if told is None:
-            return
-        self.pace.learn(told.batch, told.plain, told.nodes, times.verify + times.accept + times.commit)
-        if told.drafting > 0:
-            self.pace.learn_drafting(told.drafting, times.draft)
+    def _learn_acceptance(self, drafted: DynamicTrees, accepted: Accepted) -> None:
+        kinds = drafted.kinds
+        rows, kept = np.arange(len(kinds))[:, None], np.zeros(kinds.shape, dtype=np.bool_)
+        kept[rows, accepted.path.cpu().numpy()] = True
+        parents = drafted.trees.parents.numpy().clip(0)
+        learned = kinds >= 0
+        self.acceptance.update(kinds, learned & kept[rows, parents], learned & kept)
 
     # -- one draft -----------------------------------------------------------------------------------------------------
 
     def propose(self, roots: Tensor, positions: Sequence[int], samplers: Sequence[Sampler]) -> Proposal:
         sampled = np.array([sampler.request.temperature > 0 for sampler in samplers])
-        batch, drafting, roots_alone = len(positions), 0.0, Candidates.roots(roots.cpu().numpy())
-        if self._drafted.get(batch.bit_length(), 0.0) >= 1:
-            return self._proposal(roots_alone, self._nothing(positions), positions, 0.0)
+        batch, drafting, roots_alone = len(positions), 0.0, CandidateTrees.roots(roots.cpu().numpy())
+        if self._to_plain.get(batch.bit_length(), 0.0) >= 1:
+            return self._proposal(roots_alone, self._plain_selection(positions), positions, 0.0)
         copied = self._copied(batch)
-        candidates = roots_alone if copied is None else add_copied(roots_alone, copied, self.rates, sampled)
-        worth = self._weigh(candidates, positions, self.drafter.costs.draft_seconds(batch, 0))
-        if self.drafter.heads is not None and self._heads_pay(batch, worth):
-            alone = worth
-            candidates, drafting = self._grow(self.drafter.heads, roots_alone, positions, samplers, sampled, alone)
+        candidates = roots_alone if copied is None else merge_copied(roots_alone, copied, self.acceptance, sampled)
+        selection = self._select(candidates, positions, self.drafter.costs.draft_seconds(batch, 0))
+        if self.drafter.heads is not None and self._heads_pay(batch, selection):
+            without = selection
+            candidates, drafting = self._expand(self.drafter.heads, roots_alone, positions, samplers, sampled, without.gain)
             if copied is not None:
-                candidates = add_copied(candidates, copied, self.rates, sampled)
-            worth = self._weigh(candidates, positions, drafting)
-            self._note(batch, alone, worth)
+                candidates = merge_copied(candidates, copied, self.acceptance, sampled)
+            selection = self._select(candidates, positions, drafting)
+            self._update_head_gain(batch, without, selection)
         else:
-            self._idle += 1
-        return self._proposal(candidates, worth, positions, drafting)
+            self._steps_without_heads += 1
+        return self._proposal(candidates, selection, positions, drafting)
 
-    def _nothing(self, positions: Sequence[int]) -> Worth:
-        """A plain step."""
+    def _plain_selection(self, positions: Sequence[int]) -> NodeSelection:
+        """The roots alone: a plain step."""
         batch, seconds = len(positions), float(self._base_seconds(positions)[0])
-        return Worth(np.ones((batch, 1), dtype=np.bool_), 1.0, batch / seconds, seconds)
+        return NodeSelection(np.ones((batch, 1), dtype=np.bool_), 1.0, batch / seconds, seconds)
 
-    def _proposal(self, candidates: Candidates, worth: Worth, positions: Sequence[int], drafting: float) -> Proposal:
-        """The nodes that are worth it, and what is to be remembered of the step."""
-        grown = select(candidates, worth)
-        self._kinds = grown.kinds
-        self._foretold = self._foretell(positions, worth, drafting)
-        about = len(positions).bit_length()
-        if grown.forest.size == 1:
-            self._drafted[about] = 0.0
+    def _proposal(self, candidates: CandidateTrees, selection: NodeSelection, positions: Sequence[int],
+                  drafting: float) -> Proposal:
+        """The selected nodes; what `feedback` needs to know of the step is kept."""
+        drafted = prune(candidates, selection)
+        self._latest = drafted, self._predict(positions, selection, drafting)
+        size = len(positions).bit_length()
+        if drafted.trees.size == 1:
+            self._to_plain[size] = 0.0
         else:
-            steps = SURE_STEPS if worth.gain > CLEAR * self._nothing(positions).gain else UNSURE_STEPS
-            self._drafted[about] = self._drafted.get(about, SOON) + 1 / steps
-        return Proposal(torch.tensor(grown.tokens, device=self.device), grown.forest, worth.seconds)
+            clear = selection.gain > CLEAR_GAIN * self._plain_selection(positions).gain
+            self._to_plain[size] = self._to_plain.get(size, FIRST_PLAIN) + 1 / (CLEAR_STEPS if clear else UNCLEAR_STEPS)
+        return Proposal(torch.tensor(drafted.tokens, device=self.device), drafted.trees, selection.seconds)
 
-    def _copied(self, batch: int) -> Copied | None:
-        """What the text of each row would go on with, or None where no row finds anything."""
+    def _copied(self, batch: int) -> CopiedChains | None:
+        """The continuation that the text of each sequence suggests, or None where no sequence finds a match."""
         if self.drafter.ngram is None:
             return None
         length = min(self.drafter.ngram.length, self.max_nodes - 1)
@@ -193,40 +193,41 @@ class DynamicTreeProposer(PlainProposer):
         if length < 1 or not any(match.matched for match in found):
             return None
         tokens = np.array([match.tokens or (-1,) * length for match in found])
-        return Copied(tokens, np.array([match_class(match.matched) for match in found]))
+        return CopiedChains(tokens, np.array([match_class(match.matched) for match in found]))
 
-    def _grow(self, heads: HeadDrafter, known: Candidates, positions: Sequence[int], samplers: Sequence[Sampler],
-              sampled: Bools, copied: Worth) -> tuple[Candidates, float]:
-        """Candidates of every head, the likeliest nodes of a depth drafted on, and what drafting them is foretold to take.
+    def _expand(self, heads: HeadDrafter, roots: CandidateTrees, positions: Sequence[int], samplers: Sequence[Sampler],
+                sampled: Bools, gain: float) -> tuple[CandidateTrees, float]:
+        """Candidates of every head, where the most probable nodes of a depth are expanded, and the predicted seconds of
+        drafting them.
 
-        `copied`: what is made without them. A node below one that is too unlikely to be verified is less likely still: such
-        paths are not drafted on.
+        `gain`: tokens per second without heads. A node below one that is too improbable to be verified is more improbable
+        still: such paths are not expanded.
         """
         self.inputs.catch_up()
         batch, costs = len(positions), self.drafter.costs
         rows, features = np.arange(batch)[:, None], self.inputs.features[:batch]
-        floor = copied.gain * self._seconds_of_a_node(positions)
-        at = np.zeros_like(known.tokens)                                        # [B, W] nodes that are drafted on
-        going, chances = at == 0, known.chances                                 # [B, W] which of them are, and how likely
-        path, seconds = self._embedded(heads, known.tokens[going]), costs.draft_seconds(batch, 1)   # [P, depth + 1, D]
+        floor = gain * self._seconds_of_a_node(positions)
+        at = np.zeros_like(roots.tokens)                                        # [B, W] nodes that may be expanded
+        going, probs = at == 0, roots.path_probs                                # [B, W] which are, and how probable they are
+        path, seconds = self._embedded(heads, roots.tokens[going]), costs.draft_seconds(batch, 1)   # [P, depth + 1, D]
         first, columns = 1, []
         for depth in range(self.depths):
             whose = going.nonzero()[0]
             tokens, given = self._candidates(heads, depth, features, path, whose, positions, samplers)
-            kinds = self.rates.head_kinds(depth, given, sampled[whose])         # [P, width]
-            made = [np.full((*going.shape, kinds.shape[1]), -1) for _ in range(2)]
-            made[0][going], made[1][going] = tokens, kinds
-            below = (chances * going)[..., None] * self.rates.chances(made[1].clip(0))
-            tokens, kinds, below = (part.reshape(batch, -1) for part in (*made, below))     # [B, W * width]
+            kinds = self.acceptance.head_kinds(depth, given, sampled[whose])    # [P, width]
+            spread = [np.full((*going.shape, kinds.shape[1]), -1) for _ in range(2)]
+            spread[0][going], spread[1][going] = tokens, kinds
+            below = (probs * going)[..., None] * self.acceptance.probabilities(spread[1].clip(0))
+            tokens, kinds, below = (part.reshape(batch, -1) for part in (*spread, below))   # [B, W * width]
             width = tokens.shape[1] // at.shape[1]
             columns.append((tokens, at.repeat(width, axis=1), kinds, below))
             if depth + 1 == self.depths:
                 break
             best = (-below).argsort(axis=1, kind="stable")[:, :BEAM]
-            chances = below[rows, best]
-            now = (chances > floor) & (tokens[rows, best] >= 0)
+            probs = below[rows, best]
+            now = (probs > floor) & (tokens[rows, best] >= 0)
             price = costs.deeper_seconds(now.sum() / BEAM, depth + 1)
-            if not COMES_TRUE * chances[now].sum() > price * self.pace.drafting * copied.gain:
+            if not DEEPER_SHARE * probs[now].sum() > price * self.calibrator.drafting * gain:
                 break
             seconds += price
             at, first = first + best, first + below.shape[1]
@@ -236,18 +237,18 @@ class DynamicTreeProposer(PlainProposer):
             path = torch.cat((above, self._embedded(heads, tokens[rows, best][now])), dim=1)
             going = now
         tokens, parents, kinds, below = (np.concatenate(parts, 1) for parts in zip(*columns, strict=True))
-        return known.joined(tokens, parents, kinds, below, len(columns)), seconds
+        return roots.extended(tokens, parents, kinds, below, len(columns)), seconds
 
     def _embedded(self, heads: HeadDrafter, tokens: Ints) -> Tensor:
-        """Paths of one token each: [P, 1, D] where heads run, of `tokens` [P] on the host."""
+        """Paths of one token each: [P, 1, D] on the heads' device, of `tokens` [P] on the host."""
         return heads.embed(torch.tensor(tokens, device=self.device))[:, None]
 
     def _candidates(self, heads: HeadDrafter, depth: int, features: Tensor, path: Tensor, whose: Ints,
                     positions: Sequence[int], samplers: Sequence[Sampler]) -> tuple[Ints, Floats]:
-        """Tokens [P, width] and the head's probabilities of them, on the host, below paths [P, depth + 1, D] of rows `whose`
-        [P]."""
+        """Tokens [P, width] below paths [P, depth + 1, D] and the head's probabilities of them, on the host; `whose`: [P], the
+        sequence of each path."""
         batch = len(features)
-        if not heads.config.sequential:  # what was drafted makes no difference: once for each row
+        if not heads.config.sequential:  # the path makes no difference: once for each sequence
             own, whose = whose, np.arange(batch)
             path = features.new_zeros(batch, depth + 1, 0)
         elif len(whose) != batch or depth:
@@ -255,69 +256,73 @@ class DynamicTreeProposer(PlainProposer):
         if not self.shared_noise or not any(sampler.request.temperature for sampler in samplers):
             indices, values = heads.candidates(depth, features, path[:, None], WIDTH)
         else:
-            standing = [position + depth + 1 for position in positions]
-            logits = rank_scores(heads.candidate_logits(depth, features, path[:, None]), standing, samplers, self.draft_ids,
-                                 torch.tensor(whose, device=self.device))
+            token_positions = [position + depth + 1 for position in positions]
+            logits = rank_scores(heads.candidate_logits(depth, features, path[:, None]), token_positions, samplers,
+                                 self.draft_ids, torch.tensor(whose, device=self.device))
             values, indices = logits.softmax(-1).topk(min(WIDTH, logits.shape[-1]), dim=-1)
-        tokens, chances = self.draft_ids[indices[:, 0]].cpu().numpy(), values[:, 0].cpu().double().numpy()
-        return (tokens, chances) if heads.config.sequential else (tokens[own], chances[own])
+        tokens, probs = self.draft_ids[indices[:, 0]].cpu().numpy(), values[:, 0].cpu().double().numpy()
+        return (tokens, probs) if heads.config.sequential else (tokens[own], probs[own])
 
-    # -- what pays -----------------------------------------------------------------------------------------------------
+    # -- expected gain -------------------------------------------------------------------------------------------------
 
-    def _weigh(self, candidates: Candidates, positions: Sequence[int], drafting: float) -> Worth:
-        """What of them pays, where drafting takes so many seconds by the table."""
-        seconds = self._base_seconds(positions) + drafting * self.pace.drafting
-        return weigh_apart(candidates, seconds, self.max_nodes) if self.ragged else weigh_together(candidates, seconds)
+    def _select(self, candidates: CandidateTrees, positions: Sequence[int], drafting: float) -> NodeSelection:
+        """The nodes to verify; `drafting`: seconds of drafting by the table."""
+        seconds = self._base_seconds(positions) + drafting * self.calibrator.drafting
+        if self.ragged:
+            return select_shared_budget(candidates, seconds, self.max_nodes)
+        return select_equal_budget(candidates, seconds)
 
     def _base_seconds(self, positions: Sequence[int]) -> Floats:
-        """As `_verify_seconds`, at the pace that steps go."""
-        seconds, (plain, nodes) = self._verify_seconds(positions), self.pace.factors(len(positions))
-        return plain * seconds[0] + nodes * (seconds - seconds[0])
+        """As `_verify_seconds`, corrected by what recent steps took."""
+        seconds, (plain, nodes) = self._verify_seconds(positions), self.calibrator.factors(len(positions))
+        corrected: Floats = plain * seconds[0] + nodes * (seconds - seconds[0])
+        return corrected
 
-    def _foretell(self, positions: Sequence[int], worth: Worth, drafting: float) -> Foretold:
-        seconds, kept = self._verify_seconds(positions), worth.kept.sum(1)
+    def _predict(self, positions: Sequence[int], selection: NodeSelection, drafting: float) -> PredictedCost:
+        seconds, kept = self._verify_seconds(positions), selection.kept.sum(1)
         most = int(kept.sum()) - len(kept) if self.ragged else int(kept.max()) - 1
-        return Foretold(len(positions), float(seconds[0]), float(seconds[most] - seconds[0]), drafting)
+        return PredictedCost(len(positions), float(seconds[0]), float(seconds[most] - seconds[0]), drafting)
 
     def _verify_seconds(self, positions: Sequence[int]) -> Floats:
-        """Seconds of the base's part of a step of rows that stand at `positions`, by nodes of every row, [most]; where the base
-        packs, by nodes of all rows together beside the roots."""
+        """Seconds of the base's part of a step at `positions`: by nodes per sequence; for a ragged base by nodes of all
+        sequences together beside the roots."""
         batch, context = len(positions), self._context(positions)
-        known = self._seconds.get((batch, context))
-        if known is None:
-            # more nodes never take less, whatever the noise of a table says
-            known = np.maximum.accumulate(self.drafter.costs.verify_curve(batch, self.max_nodes, context))
-            if self.ragged:  # the costs are straight between whole nodes a row
+        seconds = self._seconds.get((batch, context))
+        if seconds is None:
+            # more nodes never take less time, whatever the noise of a table says
+            seconds = np.maximum.accumulate(self.drafter.costs.verify_curve(batch, self.max_nodes, context))
+            if self.ragged:  # linear between whole numbers of nodes per sequence
                 nodes = 1 + np.arange(batch * (self.max_nodes - 1) + 1) / batch
-                known = np.interp(nodes, np.arange(1, self.max_nodes + 1), known)
-            self._seconds[batch, context] = known
-        return known
+                seconds = np.interp(nodes, np.arange(1, self.max_nodes + 1), seconds)
+            self._seconds[batch, context] = seconds
+        return seconds
 
     def _seconds_of_a_node(self, positions: Sequence[int]) -> float:
-        """What a node of one row adds to a step, where larger trees make it cheapest."""
+        """What a node of one sequence adds to a step, at the tree size at which it adds least."""
         seconds, rows = self._base_seconds(positions), len(positions) if self.ragged else 1
-        more = (seconds - seconds[0])[(SOME_NODES - 1) * rows:]
-        each = more / ((SOME_NODES - 1) * rows + np.arange(len(more)))
+        more = (seconds - seconds[0])[(SLOPE_NODES - 1) * rows:]
+        each = more / ((SLOPE_NODES - 1) * rows + np.arange(len(more)))
         return max(float(each.min(initial=np.inf)), 0.0) / (1 if self.ragged else len(positions))
 
-    def _heads_pay(self, batch: int, worth: Worth) -> bool:
-        """Whether heads were faster than what is copied alone when that was as sure as now; now and then simply tried."""
-        return self._idle >= RETRY_STEPS or self._gains.get(_situation(batch, worth), GAIN_AT_FIRST) > 1
+    def _heads_pay(self, batch: int, without: NodeSelection) -> bool:
+        """Whether heads were faster than copied text alone in situations like this one; from time to time they are tried."""
+        gain = self._head_gains.get(_situation(batch, without), INITIAL_GAIN)
+        return self._steps_without_heads >= RETRY_STEPS or gain > 1
 
     def _context(self, positions: Sequence[int]) -> int:
-        """Committed tokens of a row in the mean, as the nearest power of two and no less than the costs tell apart: a few
-        numbers, for which a step's seconds are remembered."""
+        """Mean committed tokens per sequence, rounded to a power of two and at least the context of the cost table: few
+        different values, for each of which the seconds are kept."""
         mean = sum(positions) / len(positions)
-        return max(2 ** round(math.log2(max(mean, 1))), self.drafter.costs.context)
+        return max(1 << round(math.log2(max(mean, 1))), self.drafter.costs.context)
 
-    def _note(self, batch: int, alone: Worth, together: Worth) -> None:
-        """How many tokens a second are foretold with heads, over those without, where copied text is as sure as here."""
-        where = _situation(batch, alone)
-        known = self._gains.get(where, GAIN_AT_FIRST)
-        self._gains[where] = known + PATIENCE * (together.gain / alone.gain - known)
-        self._idle = 0
+    def _update_head_gain(self, batch: int, without: NodeSelection, selection: NodeSelection) -> None:
+        """Expected tokens per second with heads over those without, a moving average for each situation."""
+        where = _situation(batch, without)
+        before = self._head_gains.get(where, INITIAL_GAIN)
+        self._head_gains[where] = before + GAIN_WEIGHT * (selection.gain / without.gain - before)
+        self._steps_without_heads = 0
 
 
-def _situation(batch: int, copied: Worth) -> tuple[int, int]:
-    """About how many rows there are, and how sure their copied drafts."""
-    return batch.bit_length(), sum(copied.expected > edge for edge in SURENESS)
+def _situation(batch: int, copied: NodeSelection) -> tuple[int, int]:
+    """The rounded batch size and the class of the copied drafts."""
+    return batch.bit_length(), sum(copied.expected_tokens > edge for edge in COPIED_EDGES)

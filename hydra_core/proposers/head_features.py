@@ -1,4 +1,4 @@
-"""Hidden states that the prefix layer has not read yet: steps drafted without heads leave theirs for later."""
+"""Hidden states that the prefix layer has not read yet: a step that drafts without heads leaves its own for later."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from hydra_core.base.kv_cache import KVCache
 from hydra_core.base.model import PREFILL_CHUNK
 from hydra_core.heads import HeadDrafter
 from hydra_core.heads.hydra_plus import HydraPlusPlus
-from hydra_core.tree.topology import chain
+from hydra_core.tree.batch import chain
 
 ROOM = 64
-"""Tokens of a row that may wait; more are read at once."""
+"""Hidden states of a row that may be pending; longer input is read at once."""
 
 
 class HeadFeatures:
     """What heads read at each row's last committed position: `features` [R, D], up to date after `catch_up`.
 
-    The prefix layer's cache always covers a row's committed tokens but those that wait here. `recorded`: only rows that
-    decode may wait, from the first on; see `RecordedDrafts`.
+    The cache of the prefix layer always covers a row's committed tokens except the pending ones. `rows`, `slots`: of the
+    base's KV cache; `recorded`: only rows that decode may have pending hidden states, see `RecordedDrafts`.
     """
 
     def __init__(self, drafter: HeadDrafter, rows: int, slots: int, recorded: bool = False) -> None:
@@ -27,28 +27,31 @@ class HeadFeatures:
         self.features = torch.zeros(rows, weight.shape[0], dtype=weight.dtype, device=weight.device)
         self.prefix = drafter.prefix if isinstance(drafter, HydraPlusPlus) else None
         self.cache: KVCache | None = self.prefix.allocate(rows, slots + ROOM) if self.prefix else None
-        self.waiting = torch.zeros(rows, ROOM if self.prefix else 0, weight.shape[0], dtype=weight.dtype, device=weight.device)
+        self.pending = torch.zeros(rows, ROOM if self.prefix else 0, weight.shape[0], dtype=weight.dtype, device=weight.device)
         self.counts = torch.zeros(rows, dtype=torch.int64, device=weight.device)
-        self.most = 0  # an upper bound of counts, known without asking a GPU
+        self.most_pending = 0  # an upper bound of `counts` that the host knows without a question to the GPU
         self.recorded = recorded
 
     def clear(self, row: int) -> None:
-        """Another text begins in `row`."""
+        """A new sequence takes `row`."""
         self.counts[row] = 0
         if self.cache is not None:
             self.cache.clear_rows((row, row + 1))
 
-    def observe(self, rows: tuple[int, int], hidden: Tensor, counts: Tensor) -> None:
-        """Newly committed hidden states [B, M, D], the first `counts` [B] of each row."""
+    def commit(self, rows: tuple[int, int], hidden: Tensor, counts: Tensor) -> None:
+        """Take newly committed hidden states [B, M, D], the first `counts` [B] of each row; M may be 0."""
         hidden = hidden.to(self.features.dtype)
         width = hidden.shape[1]
+        if width == 0:
+            return
         if self.prefix is None:
             self._keep_last(rows, hidden, counts)
-        elif self.most + width <= ROOM and not (self.recorded and rows[0]):
+        elif self.most_pending + width <= ROOM and not (self.recorded and rows[0]):
             index = self.counts[rows[0]:rows[1], None] + torch.arange(width, device=hidden.device)
-            self.waiting[rows[0]:rows[1]].scatter_(1, index[..., None].expand_as(hidden), hidden)
+            self.pending[rows[0]:rows[1]].scatter_(1, index[..., None].expand_as(hidden), hidden)
             self.counts[rows[0]:rows[1]] += counts
-            self.most = int(self.counts.max()) if hidden.device.type == "cpu" else self.most + width
+            on_host = hidden.device.type == "cpu"
+            self.most_pending = int(self.counts.max()) if on_host else self.most_pending + width
         else:
             self.catch_up()
             for start in range(0, width, PREFILL_CHUNK):
@@ -56,28 +59,28 @@ class HeadFeatures:
                 self._read(rows, piece, (counts - start).clamp(0, piece.shape[1]))
 
     def catch_up(self) -> None:
-        """Read what waits, of all rows in one call."""
-        if self.most == 0 or self.prefix is None:
+        """Read the pending hidden states of all rows in one call."""
+        if self.most_pending == 0 or self.prefix is None:
             return
         longest = int(self.counts.max())
         if longest:
             rows = int(self.counts.nonzero().max()) + 1
-            self._read((0, rows), self.waiting[:rows, :longest], self.counts[:rows].clone())
+            self._read((0, rows), self.pending[:rows, :longest], self.counts[:rows].clone())
             self.counts.zero_()
-        self.most = 0
+        self.most_pending = 0
 
-    def read_waiting(self, rows: int, width: int, span: int) -> None:
-        """Read `width` tokens, of which some may wait, of the first `rows` rows: what is read is known to the device alone.
+    def read_pending(self, rows: int, width: int, kv_len: int) -> None:
+        """Read up to `width` pending hidden states of each of the first `rows` rows; only the device knows how many there are.
 
-        `span`: slots that attention reads, as `KVCache.plan` takes it.
+        `kv_len`: slots that attention reads, as `KVCache.plan` takes it.
         """
         counts = self.counts[:rows]
-        self._read((0, rows), self.waiting[:rows, :width], counts, span)
+        self._read((0, rows), self.pending[:rows, :width], counts, kv_len)
         counts.zero_()
 
-    def _read(self, rows: tuple[int, int], hidden: Tensor, counts: Tensor, span: int | None = None) -> None:
+    def _read(self, rows: tuple[int, int], hidden: Tensor, counts: Tensor, kv_len: int | None = None) -> None:
         assert self.prefix is not None and self.cache is not None
-        step = self.cache.plan(rows, chain(hidden.shape[1]), span)
+        step = self.cache.plan(rows, chain(hidden.shape[1]), kv_len)
         hidden = self.prefix.step(hidden, self.cache, step, counts)
         self.cache.lengths[rows[0]:rows[1]] += counts
         self._keep_last(rows, hidden, counts)
@@ -89,14 +92,14 @@ class HeadFeatures:
         self.features[rows[0]:rows[1]] = torch.where((counts > 0)[:, None], last, kept)
 
     def move(self, source: int, target: int) -> None:
-        """Row `source` goes on in place `target`."""
+        """The sequence of row `source` continues in row `target`."""
         self.features[target] = self.features[source]
         if self.cache is not None:
             self.cache.move_row(source, target)
-            self.waiting[target], self.counts[target] = self.waiting[source], self.counts[source]
+            self.pending[target], self.counts[target] = self.pending[source], self.counts[source]
             self.counts[source] = 0
 
-    def copy_beginning(self, source: int, target: int, count: int) -> None:
+    def copy_prefix(self, source: int, target: int, count: int) -> None:
         """Row `target` begins with the first `count` tokens of row `source`."""
         if self.cache is not None:
             self.catch_up()

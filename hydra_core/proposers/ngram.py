@@ -1,4 +1,7 @@
-"""Prompt lookup: continue as the text did where the last tokens stood before (PLD). Needs no training."""
+"""Prompt lookup decoding: if the last tokens occurred before, draft what followed them there. Needs no training.
+
+Prompt lookup decoding (Saxena, 2023), https://github.com/apoorvumang/prompt-lookup-decoding.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 LONGEST_MATCH = 32
-"""Tokens compared to tell a good match from a chance one; more say nothing more."""
+"""Most tokens that are compared to tell a good match from a chance one; more tell nothing more."""
 KEPT_ENDS = 8
-"""Occurrences of an n-gram that are remembered, the latest ones."""
+"""Latest occurrences of an n-gram that are remembered."""
 
 
 @dataclass(frozen=True)
 class NgramDrafter:
     """Settings of n-gram lookup.
 
-    The last `max_match` tokens, then fewer down to `min_match`, are looked for in prompt and output. Of the latest
-    occurrences the one is taken before which most tokens agree; at most `length` tokens that followed it are drafted as
-    a chain.
+    The last `max_match` tokens are looked up in prompt and output, then fewer, down to `min_match`. Among the latest
+    occurrences, the one with the longest agreeing context is taken; up to `length` tokens that followed it are drafted as a
+    chain. Raises ValueError unless 1 <= min_match <= max_match and length >= 1.
     """
 
     max_match: int = 3
@@ -34,7 +37,7 @@ class NgramDrafter:
 
 @dataclass(frozen=True)
 class Match:
-    """`tokens`: what may come next; `matched`: how many tokens before them agree, 0 where there is no match."""
+    """`tokens`: the predicted continuation; `matched`: how many tokens before it agree, 0 where there is no match."""
 
     tokens: tuple[int, ...] = ()
     matched: int = 0
@@ -42,7 +45,7 @@ class Match:
 
 @dataclass
 class NgramIndex:
-    """One row's tokens and, for each n-gram, where its latest occurrences but the current one ended.
+    """The tokens of one sequence and, for each n-gram, where its latest occurrences before the current one ended.
 
     Adding a token and looking up a match take a bounded number of operations, however long the text.
     """
@@ -64,10 +67,10 @@ class NgramIndex:
             self.tokens.append(token)
 
     def match(self, length: int) -> Match:
-        """`length` tokens that may come next.
+        """Predict the next `length` tokens.
 
-        A match that runs up to the end of the text is carried on periodically, as LZ77 copies do: text that has begun
-        to repeat itself is drafted to full length.
+        A match that reaches the end of the text is continued periodically, as LZ77 copies are: text that has begun to repeat
+        itself is drafted to full length.
         """
         for size in range(self.drafter.max_match, self.drafter.min_match - 1, -1):
             ends = self._ends.get(tuple(self.tokens[-size:])) if len(self.tokens) >= size else None
@@ -77,11 +80,11 @@ class NgramIndex:
                 return Match(tuple(self.tokens[end + i % period] for i in range(length)), matched)
         return Match()
 
-    def _agreeing(self, end: int, known: int) -> int:
-        """Tokens before `end` that agree with the newest ones; the last `known` are known to."""
+    def _agreeing(self, end: int, least: int) -> int:
+        """Number of tokens before `end` that agree with the newest ones, of which the last `least` are known to agree."""
         tokens, last = self.tokens, len(self.tokens)
         most = min(end, LONGEST_MATCH)
-        count = known
+        count = least
         while count < most and tokens[end - 1 - count] == tokens[last - 1 - count]:
             count += 1
         return count

@@ -1,4 +1,4 @@
-"""The session of each drafter, put together in one place."""
+"""The one place that makes the proposer of each drafter."""
 
 from __future__ import annotations
 
@@ -6,16 +6,21 @@ import torch
 
 from hydra_core.base.graphs import recorder_for
 from hydra_core.heads import HeadDrafter
-from hydra_core.proposers import AdaptiveDrafter, Drafter, NgramDrafter
-from hydra_core.proposers.base import HeadProposer, PlainProposer, Proposer
+from hydra_core.proposers.base import Proposer
 from hydra_core.proposers.dynamic import DynamicTreeProposer, most_nodes
-from hydra_core.tree.topology import TreeSet
+from hydra_core.proposers.heads import HeadProposer
+from hydra_core.proposers.ngram import NgramDrafter
+from hydra_core.proposers.plain import PlainProposer
+from hydra_core.proposers.settings import AdaptiveDrafter, Drafter
+from hydra_core.tree.draft_tree import TreeSet
 
 
 def open_proposer(drafter: Drafter | None, trees: TreeSet, rows: int, slots: int, shared_noise: bool = True,
-                 device: torch.device | str = "cpu", graphs: bool | None = None, ragged: bool = False) -> Proposer:
-    """The session of a drafter for `rows` rows of at most `slots` tokens; `device`, `ragged`: the base's; `graphs`: as of
-    `Engine`."""
+                  device: torch.device | str = "cpu", graphs: bool | None = None, ragged: bool = False) -> Proposer:
+    """The proposer of `drafter` for a KV cache of `rows` rows and `slots` slots each.
+
+    `trees`: the fixed trees, used by heads alone; `device`, `ragged`: the base's; `shared_noise`, `graphs`: see `Engine`.
+    """
     if drafter is None:
         return PlainProposer()
     if isinstance(drafter, HeadDrafter):

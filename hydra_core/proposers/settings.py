@@ -1,4 +1,4 @@
-"""Heads and copied text together, each where it pays."""
+"""What may be given to the engine as a drafter, and the settings of a dynamic tree."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from hydra_core.tree.costs import StepCosts, unmeasured_costs
 
 @dataclass(frozen=True)
 class AdaptiveDrafter:
-    """Trees grown at every step, from `heads`, from the text (`ngram`), from both or not at all, by expected gain.
+    """A dynamic tree at every step: from `heads`, from copied text (`ngram`), from both or from neither, whatever is expected
+    to make the most tokens per second.
 
-    `costs`: what steps take on this machine; a rough guess when not given.
+    `costs`: how long steps take on this machine; a rough guess by default.
     """
 
     heads: HeadDrafter | None = None

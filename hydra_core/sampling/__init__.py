@@ -1,4 +1,4 @@
-"""What a request asks for, and the base's choice of the next token."""
+"""Requests with their sampling settings, and the choice of the next token."""
 
 from lazy_loader import attach_stub
 

@@ -1,7 +1,7 @@
 """Sampling as an argmax: Gumbel noise that is a function of (seed, choice, position, token id) and of nothing else.
 
-A token is argmax(logits / T + noise). Whoever asks, in any batch and any order, gets the same noise, so speculative
-sampling equals plain sampling with the same seed token for token, and drafters may rank by the very same noise.
+A token is argmax(logits / T + noise) (Gumbel-max trick). The noise is the same in any batch and order, so speculative sampling
+equals plain sampling with the same seed token for token, and drafters can rank their candidates with the same noise.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 HIGHEST = 16.64
-"""No noise is greater: the largest uniform is 1 - 2**-24, and -log(-log(1 - 2**-24)) = 16.6355."""
+"""Upper bound of the noise: the largest uniform is 1 - 2**-24, and -log(-log(1 - 2**-24)) = 16.6355."""
 
 _MASK32 = 0xFFFF_FFFF
 _MASK64 = 0xFFFF_FFFF_FFFF_FFFF
@@ -32,14 +32,14 @@ def _signed32(value: int) -> int:
 
 
 def position_key(seed: int, position: int, choice: int = 0) -> Key:
-    """Two signed 32-bit words for one draw. `choice`: which of several answers to one prompt is drawn."""
+    """Two signed 32-bit words for one draw. `choice`: number of the answer where one prompt has several."""
     stream = _mix64((_mix64(seed & _MASK64) + choice * 0xD1B5_4A32_D192_ED03) & _MASK64)
     key = _mix64((stream + position * 0x9E37_79B9_7F4A_7C15) & _MASK64)
     return _signed32(key & _MASK32), _signed32(key >> 32)
 
 
 def gumbel(keys: Sequence[Key], ids: Tensor) -> Tensor:
-    """Standard Gumbel noise [len(keys), len(ids)] float32 for token `ids` [n] int64, one `position_key` a row."""
+    """Standard Gumbel noise [len(keys), len(ids)] float32 for token `ids` [n] int64, one `position_key` per row."""
     words = torch.tensor(keys, dtype=torch.int32, device=ids.device).view(-1, 2)
     return _hashed(ids[None], words[:, :1], words[:, 1:])
 

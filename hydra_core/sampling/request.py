@@ -1,4 +1,4 @@
-"""What a request asks for."""
+"""A request: prompt, sampling settings and limits."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from hydra_core.errors import InputError
 
 MOST_LOGPROBS = 20
 LEAST_TEMPERATURE = 1e-4
-"""Below it a draw is greedy but for rounding: 0 says so exactly."""
+"""Below it a draw is greedy except for rounding errors; 0 is exactly greedy."""
 
 
 @dataclass(frozen=True)
 class Typical:
     """Typical acceptance (Medusa, arXiv 2401.10774): LOSSY, answers differ from plain decoding.
 
-    A drafted token stands when its probability exceeds min(threshold, alpha * exp(-entropy)).
+    A drafted token is accepted when its probability exceeds min(threshold, alpha * exp(-entropy)).
     """
 
     threshold: float = 0.09
@@ -27,13 +27,13 @@ class Typical:
 class Request:
     """One sequence to decode.
 
-    `temperature` 0 is greedy; above it tokens are drawn by noise that depends on `seed`, `choice` and position alone.
+    `temperature` 0 is greedy; above 0, tokens are drawn with noise that depends only on seed, choice and position.
     Logits are processed in the order: repetition, presence and frequency penalty, temperature, top-k, top-p, min-p. The
-    repetition penalty counts prompt and answer, the other two the answer. `stop_ids` replaces the base's own
-    end-of-turn ids when given; `stop` strings end an answer with the token that completes one (they need a tokenizer).
+    repetition penalty counts prompt and answer, the other two only the answer. `stop_ids` replaces the base's own
+    end-of-turn ids when given; `stop` strings end an answer with the token that completes one (the base needs a tokenizer).
     The stop token is the last one of the result. `logprobs`: how many of the most likely tokens are reported at each
-    position, with the chosen one, from the base's unprocessed logits; None reports nothing. `speculate`: whether drafts
-    are made; without them the tokens are the same, one a step.
+    position, with the chosen one, from the base's unprocessed logits; None reports nothing. `speculate`: whether tokens
+    are drafted; without drafts the answer is the same, one token per step.
     """
 
     id: str
@@ -55,7 +55,7 @@ class Request:
     speculate: bool = True
 
     def __post_init__(self) -> None:
-        """Lists become tuples; what is neither is left for `check` to refuse."""
+        """Convert lists to tuples; `check` refuses other types."""
         for name in ("prompt_ids", "stop_ids", "stop"):
             value = getattr(self, name)
             if isinstance(value, list):
@@ -63,12 +63,12 @@ class Request:
 
     @property
     def penalised(self) -> bool:
-        """Whether the choice of a token depends on those before it by more than the base's logits."""
+        """Whether penalties make the choice of a token depend on the tokens before it."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
     @property
     def truncated(self) -> bool:
-        """Whether the least likely tokens are cut off before a draw."""
+        """Whether improbable tokens are cut off before a draw."""
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
 
     def check(self, vocab_size: int, context_limit: int, *, texts: bool = True) -> None:
@@ -133,7 +133,7 @@ class Request:
 
 
 def choices(request: Request, count: int) -> list[Request]:
-    """`count` requests for as many answers to one prompt: other noise, other ids (`id/0`, `id/1`, ...), else equal."""
+    """`count` requests for as many answers to one prompt: equal but for the noise and the ids (`id/0`, `id/1`, ...)."""
     return [replace(request, id=f"{request.id}/{choice}", choice=choice) for choice in range(count)]
 
 

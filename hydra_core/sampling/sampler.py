@@ -1,4 +1,4 @@
-"""The base's choice of the next token, row by row and in any batch the same, and the drafters' ranking by its noise."""
+"""The base's choice of the next token, the same in any batch, and the drafters' ranking with its noise."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from hydra_core.base.vocabulary import argmax
-from hydra_core.kernels.library import load_library
+from hydra_core.kernels import ops
 from hydra_core.sampling.noise import gumbel, position_key
 from hydra_core.sampling.request import Request, TokenLogprob
 
 
 class Sampler:
-    """How one row draws: its request's settings, and the token counts that penalties need.
+    """How one sequence chooses its tokens: the request's settings, and the token counts that penalties need.
 
-    `simple`: the choice is the argmax of the base's logits and nothing more is asked.
+    `simple`: the choice is the argmax of the base's logits, and no log probabilities are reported.
     """
 
     def __init__(self, request: Request, vocab_size: int, device: torch.device | str = "cpu") -> None:
@@ -32,12 +32,12 @@ class Sampler:
             self.in_prompt[torch.tensor(request.prompt_ids, device=device)] = True
 
     def record(self, token: int) -> None:
-        """Count a token that now stands."""
+        """Count a chosen token."""
         if self.counts is not None:
             self.counts[token] += 1
 
     def process(self, logits: Tensor) -> Tensor:
-        """Penalties, temperature and truncation: scores [V] float32 from `logits` [V]; what is cut is -inf."""
+        """Penalties, temperature and truncation: scores [V] float32 from `logits` [V]; tokens that are cut off are -inf."""
         request = self.request
         if self.counts is not None and self.in_prompt is not None:
             seen = self.in_prompt | (self.counts > 0)
@@ -46,7 +46,7 @@ class Sampler:
             logits = logits - request.presence_penalty * (self.counts > 0) - request.frequency_penalty * self.counts
         if request.temperature == 0:
             return logits
-        scores = logits / torch.tensor([request.temperature], device=logits.device)  # as rows are divided together
+        scores = logits / torch.tensor([request.temperature], device=logits.device)  # rounds as `_processed` does
         if 0 < request.top_k < scores.shape[-1]:
             scores = scores.masked_fill(scores < scores.topk(request.top_k).values[-1], -math.inf)
         if request.top_p < 1:
@@ -59,7 +59,7 @@ class Sampler:
 def _nucleus(scores: Tensor, mass: float) -> Tensor:
     """Keep the fewest most likely tokens that hold `mass` of the probability; the most likely one always stays."""
     probabilities = torch.softmax(scores, dim=-1)
-    # tokens below this hold less than 1 - mass together: they are cut in any case, and a full sort is saved
+    # tokens below this hold less than 1 - mass together: cutting them off first avoids a full sort
     candidates = (probabilities > (1 - mass) / len(scores)).nonzero()[:, 0]
     ordered, order = probabilities[candidates].sort(descending=True, stable=True)
     before = ordered.cumsum(0) - ordered
@@ -68,16 +68,16 @@ def _nucleus(scores: Tensor, mass: float) -> Tensor:
 
 
 def sample(logits: Tensor, positions: Sequence[int], samplers: Sequence[Sampler]) -> list[int]:
-    """The token of each of R rows from `logits` [R, V] float32; `positions`: where the tokens will stand."""
+    """Choose the token of each of R sequences from `logits` [R, V] float32; `positions`: [R], positions of these tokens."""
     scores = _processed(logits, samplers)
     drawing = [sampler.request.temperature > 0 for sampler in samplers]
     if not any(drawing):
         greedy: list[int] = argmax(scores).tolist()
         return greedy
     keys = [_key(sampler, position) for sampler, position in zip(samplers, positions, strict=True)]
-    if scores.device.type == "cpu" and load_library():
+    if ops.supports_sample_tokens(scores):
         words = torch.tensor(keys, dtype=torch.int32)
-        drawn: list[int] = torch.ops.hydra_heads.draw(scores, words, torch.tensor(drawing)).tolist()
+        drawn: list[int] = ops.sample_tokens(scores, words, torch.tensor(drawing)).tolist()
         return drawn
     noise = gumbel(keys, torch.arange(scores.shape[1], device=scores.device))
     warm = torch.tensor(drawing, device=scores.device)[:, None]
@@ -86,7 +86,7 @@ def sample(logits: Tensor, positions: Sequence[int], samplers: Sequence[Sampler]
 
 
 def _processed(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
-    """What each row chooses by: [R, V]. Rows that only have a temperature are divided by it together."""
+    """Scores [R, V] by which each sequence chooses. Where they only have temperatures, all are divided together."""
     requests = [sampler.request for sampler in samplers]
     if any(request.penalised or request.truncated for request in requests):
         return torch.stack([sampler.process(row) for row, sampler in zip(logits, samplers, strict=True)])
@@ -101,10 +101,10 @@ def _key(sampler: Sampler, position: int) -> tuple[int, int]:
 
 def rank_scores(logits: Tensor, positions: Sequence[int], samplers: Sequence[Sampler], ids: Tensor,
                 whose: Tensor | None = None) -> Tensor:
-    """What drafters rank candidates by: logits / temperature + the noise of the draw to come; greedy rows keep logits.
+    """Scores by which drafters rank candidates: logits / temperature + the noise of the coming draw; greedy: the logits.
 
-    `logits`: [B, S, n] over token `ids` [n]; `positions`: [B], where a row's candidates would stand; `whose`: [P] int64 rows of
-    `logits` [P, S, n], where it has more or fewer for some of them than one.
+    `logits`: [B, S, n] over token `ids` [n]; `positions`: [B], position of each sequence's candidates; `whose`: [P] int64, the
+    sequence of each row of `logits` [P, S, n], where a sequence may have several rows or none.
     """
     temperatures = [sampler.request.temperature for sampler in samplers]
     if not any(temperatures):
@@ -119,7 +119,7 @@ def rank_scores(logits: Tensor, positions: Sequence[int], samplers: Sequence[Sam
 
 
 def token_logprob(logits: Tensor, token: int, count: int) -> TokenLogprob:
-    """Log probabilities at `logits` [V] of `token` and of the `count` likeliest."""
+    """Log probabilities at `logits` [V] of `token` and of the `count` most probable tokens."""
     values = torch.log_softmax(logits.float(), dim=-1)
     best = values.topk(min(count, len(values)))
     top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""Which positions each head reads and what it must predict: the one place that knows the offsets.
+"""Which positions each head reads and which token it must predict: the one place that knows the offsets.
 
     position          t        t+1       t+2       t+3
     token             x_t      x_{t+1}   x_{t+2}   x_{t+3}
@@ -10,7 +10,7 @@
     head i at t reads h_t, e(x_{t+1}) ... e(x_{t+1+i})   and predicts x_{t+2+i}; its teacher is lm_head(h_{t+1+i})
 
 A position counts for head i when x_{t+2+i} is a response token of the same row; the teacher position t+1+i lies before
-it and so inside the row too. While decoding, the earliest t is the last prompt position: its root x_{t+1} is the first
+it, so it is inside the row too. While decoding, the earliest t is the last prompt position: its root x_{t+1} is the first
 response token. Training may start earlier, with prompt tokens in the path, as long as the target is the response's.
 """
 
@@ -45,7 +45,7 @@ class HeadSlice:
 def head_slice(head: int, spans: Spans, *, decoding: bool = False) -> HeadSlice:
     """Positions of head `head` in packed rows, row by row in order.
 
-    `decoding=True` keeps only positions that a decoder can be at (t from the last prompt token on).
+    `decoding=True` keeps only positions at which a decoder drafts (t from the last prompt token on).
     """
     first = spans.prompt_lengths - (1 if decoding else 2 + head)
     features = _ranges(spans.starts, first.clamp(min=0), spans.lengths - 2 - head)
@@ -54,30 +54,30 @@ def head_slice(head: int, spans: Spans, *, decoding: bool = False) -> HeadSlice:
 
 
 def head_slice_count(head: int, prompt_tokens: int, tokens: int) -> int:
-    """How many positions `head_slice` gives for one row, without building them."""
+    """The number of positions of `head_slice` for one row, without building them."""
     return max(0, tokens - 2 - head - max(0, prompt_tokens - 2 - head))
 
 
 def target_range(head: int, prompt_tokens: int, tokens: int) -> range:
-    """Offsets in a row of the tokens that head `head` is asked to predict there."""
+    """Offsets in a row of the tokens that head `head` must predict."""
     return range(max(prompt_tokens, 2 + head), max(prompt_tokens, 2 + head, tokens))
 
 
 def teacher_positions(spans: Spans) -> Tensor:
-    """Flat indices [M] of every position whose hidden state teaches some head: the union over heads, row by row."""
+    """Flat indices [M] of every position that is the teacher of some head: the union over heads, row by row."""
     first = (spans.prompt_lengths - 1).clamp(min=1)
     return _ranges(spans.starts, first, spans.lengths - 1)
 
 
 def feature_positions(spans: Spans, heads: int) -> Tensor:
-    """Flat indices of every t that one of the first `heads` heads learns from or drafts at."""
+    """Flat indices of every t at which one of the first `heads` heads learns or drafts."""
     return _ranges(spans.starts, (spans.prompt_lengths - 1 - heads).clamp(min=0), spans.lengths - 2)
 
 
 def draft_positions(spans: Spans) -> Tensor:
-    """Flat indices [P] of t at every step a decoder could take: the last prompt token to the last but two of the row.
+    """Flat indices [P] of t at every step that a decoder could take: the last prompt token to the last but two of the row.
 
-    That is response tokens - 1 positions a row: the first response token comes with the prefill.
+    That is one position less than response tokens per row: the first response token comes from the prefill.
     """
     return _ranges(spans.starts, spans.prompt_lengths - 1, spans.lengths - 2)
 

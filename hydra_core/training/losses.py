@@ -1,21 +1,21 @@
-"""Training targets and their losses: plain ones to read, and a chunked one to run.
+"""Training targets and their losses: the formulas as a reference, and a chunked implementation that is used.
 
 p: the base's probabilities over its FULL vocabulary, gathered on the draft vocabulary and not renormalised, so that a
-position whose mass lies outside weighs less instead of being stretched; q: the head's, which sum to 1 there.
+position whose mass lies outside has less weight instead of being rescaled; q: the head's, which sum to 1 there.
 
-    data        -log q of the token itself; a target outside the draft vocabulary is ignored and counted
-    teacher     C = -sum_v p_v log q_v, the forward KL divergence but for a constant
+    data        -log q of the token itself; a target outside the draft vocabulary is ignored, and counted as such
+    teacher     C = -sum_v p_v log q_v, the forward KL divergence up to a constant
     acceptance  -log a, a = sum_v min(p_v, q_v): the chance that sampling with rejection accepts a token drawn from q
-    hybrid      s C + (1 - s)(1 - a), s = exp(-decay a) taken as a constant: C while they are far apart, then the overlap
+    hybrid      s C + (1 - s)(1 - a), s = exp(-decay a) without gradient: C while they are far apart, then the overlap
 
-The last two are the LK losses of arXiv 2602.23881: the mass outside adds nothing to a there too. Two things differ in
-hybrid. The paper takes one s for all positions of a head in a batch, from their mean overlap; here each position has its
-own, so that the loss does not depend on what else is in the batch or on which rank. And C stays as above, not renormalised.
-Where p_v = q_v exactly, the gradient of min goes half to each, as autograd has it.
+The last two are the LK losses of arXiv 2602.23881, where the mass outside adds nothing to a either. Two things differ in
+hybrid. The paper uses one s for all positions of a head in a batch, from their mean overlap; here each position has its own,
+so the loss does not depend on the rest of the batch or on the rank. And C is not renormalised. Where p_v = q_v exactly, half
+of the gradient of min goes to each, as in autograd.
 
-Why chunked: at 49k or 128k vocabularies the logits of all positions and heads do not fit, and on a CPU they do not fit
-the cache. The vocabulary rows are frozen, so each chunk's gradient with respect to the head's output is all that has to
-be kept; it is made in the forward pass while the chunk's logits are at hand.
+Why chunked: with vocabularies of 49k or 128k tokens the logits of all positions and heads do not fit the memory, and on a CPU
+not the cache. The vocabulary rows are frozen, so only each chunk's gradient with respect to the head's output must be kept;
+it is computed in the forward pass, while the chunk's logits exist.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from torch import Tensor
 
 Project = Callable[[Tensor], Tensor]
 CHUNK = {"cpu": 128, "cuda": 1024}
-"""Rows of a chunk, by device: on a CPU its logits stay in a core's share of the cache; on a GPU they keep it busy, and those of a
-vocabulary of 150,000 are 0.6 GB."""
+"""Rows per chunk, by device: on a CPU the logits fit a core's share of the cache; on a GPU they keep it busy, and with a
+vocabulary of 150,000 tokens they take 0.6 GB."""
 
 
 def rows_at_once(tensor: Tensor) -> int:
-    """Rows of a chunk where `tensor` lies."""
+    """Rows per chunk on the device of `tensor`."""
     return CHUNK.get(tensor.device.type, CHUNK["cuda"])
 
 
@@ -56,8 +56,8 @@ class DataTarget:
 
 @dataclass(frozen=True)
 class TeacherTarget:
-    """Rows of a shared table of the base's probabilities, table [M, Vd] float, rows [n] int64, and what is made of them;
-    `decay` is hybrid's alone."""
+    """The base's probabilities: `rows` [n] int64 of a shared `table` [M, Vd] float, and the `loss` computed from them; `decay`
+    is used by hybrid alone."""
 
     table: Tensor
     rows: Tensor
@@ -77,7 +77,7 @@ Target = DataTarget | TeacherTarget
 
 
 def reference_loss(logits: Tensor, target: Target) -> Tensor:
-    """Sum over positions of the loss of logits [n, Vd], float32 or float64, written as the formula reads."""
+    """Sum over positions of the loss of logits [n, Vd], float32 or float64, written as in the formula."""
     log_q = F.log_softmax(logits, dim=-1)
     if isinstance(target, DataTarget):
         return F.nll_loss(log_q, target.index, ignore_index=-1, reduction="sum")
@@ -93,7 +93,7 @@ def reference_loss(logits: Tensor, target: Target) -> Tensor:
 
 
 def chunked_loss(hidden: Tensor, project: Project, target: Target, chunk: int | None = None) -> Tensor:
-    """The same sum for logits = project(hidden), hidden [n, D], never holding more than [chunk, Vd] of them.
+    """The same sum for logits = project(hidden), hidden [n, D], with at most [chunk, Vd] logits in memory.
 
     `project` must have no trainable parameters: gradients reach `hidden` alone.
     """
@@ -102,14 +102,14 @@ def chunked_loss(hidden: Tensor, project: Project, target: Target, chunk: int | 
 
 
 def chunked_loss_and_best(hidden: Tensor, project: Project, target: Target, chunk: int | None = None) -> tuple[Tensor, Tensor]:
-    """The same, and the likeliest draft token of each position: indices in the draft vocabulary [n] int64."""
+    """`chunked_loss`, and the argmax draft token of each position: indices in the draft vocabulary [n] int64."""
     loss, best = _ChunkedLoss.apply(hidden, project, target, chunk or rows_at_once(hidden), True)  # type: ignore[no-untyped-call]
     return loss, best
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, project: Project, target: Target, chunk: int,  # type: ignore[override]
+    def forward(ctx: Any, hidden: Tensor, project: Project, target: Target, chunk: int,
                 ranked: bool) -> tuple[Tensor, Tensor]:
         best = torch.empty(hidden.shape[0] if ranked else 0, dtype=torch.int64, device=hidden.device)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
@@ -131,13 +131,13 @@ class _ChunkedLoss(torch.autograd.Function):
         return (total if hidden.dtype == torch.float64 else total.float()), best
 
     @staticmethod
-    def backward(ctx: Any, outer: Tensor, _: Tensor) -> tuple[Tensor | None, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, outer: Tensor, _: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return (None if gradient is None else gradient * outer.to(gradient.dtype)), None, None, None, None
 
 
 def _value_and_slope(logits: Tensor, target: Target, wanted: bool) -> tuple[Tensor, Tensor | None]:
-    """Summed loss (float64 scalar) and its derivative by logits [n, Vd]; of a cross-entropy: mass * q - p."""
+    """Summed loss (float64 scalar) and its derivative by logits [n, Vd]; for a cross-entropy that is mass * q - p."""
     log_q = torch.log_softmax(logits, dim=-1)
     if isinstance(target, DataTarget):
         mask = target.index >= 0
@@ -158,10 +158,10 @@ def _value_and_slope(logits: Tensor, target: Target, wanted: bool) -> tuple[Tens
 
 def _overlap_value_and_slope(p: Tensor, q: Tensor, crossed: Tensor | None, decay: float,
                              wanted: bool) -> tuple[Tensor, Tensor | None]:
-    """Of `acceptance`, or of `hybrid` where the cross-entropies `crossed` [n] are given; overwrites p and q [n, Vd].
+    """`_value_and_slope` of `acceptance`, or of `hybrid` with the cross-entropies `crossed` [n]; overwrites p and q [n, Vd].
 
     Only entries where q is the smaller move the overlap a: with m = 1 there, da/dz_j = q_j (m_j - sum_v m_v q_v). No entry
-    of it is larger than a, so -log a has a slope of at most 1 however small a is.
+    of it is larger than a, so the slope of -log a is at most 1 however small a is.
     """
     overlap = torch.minimum(p, q).sum(dim=-1)
     safe = overlap.clamp_min(torch.finfo(overlap.dtype).tiny)
@@ -183,7 +183,7 @@ def _overlap_value_and_slope(p: Tensor, q: Tensor, crossed: Tensor | None, decay
 def log_partition(hidden: Tensor, vocabulary_logits: Project, chunk: int | None = None) -> Tensor:
     """Log of the base's softmax denominator over its FULL vocabulary at hidden [M, D]: [M] float32.
 
-    Four bytes a token that cost a whole vocabulary projection: worth keeping when rows are seen more than once.
+    Four bytes per token that cost a projection to the whole vocabulary: they are stored when rows are read more than once.
     """
     found, chunk = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device), chunk or rows_at_once(hidden)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Head metrics as counts that add up over batches and ranks; ratios are taken last."""
+"""Head metrics as counts, which are summed over batches and ranks before ratios are computed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TOP = 5
 @dataclass(frozen=True)
 class HeadCounts:
     """Sums per head: loss [K] float64, positions it counted [K] int64, positions ranked [K] int64, hits [K, TOP] int64
-    (hits[:, j]: the token stood among the first j + 1), targets outside the draft vocabulary [K] int64.
+    (hits[:, j]: the token is among the top j + 1), targets outside the draft vocabulary [K] int64.
     """
 
     loss: Tensor

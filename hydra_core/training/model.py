@@ -1,4 +1,4 @@
-"""One drafter under training: a packed batch in, its loss out; and the same for measuring on held-out rows."""
+"""A drafter in training: the loss of a packed batch, and metrics on held-out rows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from hydra_core.tree.simulation import RankRows
 
 @dataclass(frozen=True)
 class TeacherTable:
-    """Probabilities of the whole batch, made once: table [M, Vd]; each flat token's row in it [n], -1 for none."""
+    """The base's probabilities for the whole batch: `table` [M, Vd] float32; `row_of` [n] int64, the row of each flat token, -1
+    for none."""
 
     table: Tensor
     row_of: Tensor
@@ -37,7 +38,8 @@ class TeacherTable:
 class HeadTraining(nn.Module):
     """Wraps a drafter so that one call is one batch; its parameters are the drafter's.
 
-    `plain`: losses as they are written, to compare with: every head has the base's softmax made anew and all its logits kept.
+    `plain`: the reference losses, to compare with: the base's softmax is computed again for every head, and all logits are
+    kept.
     """
 
     def __init__(self, drafter: HeadDrafter, vocabulary: BaseVocabulary, plain: bool = False) -> None:
@@ -52,12 +54,12 @@ class HeadTraining(nn.Module):
     def forward(self, packed: Packed, divisors: Tensor) -> tuple[Tensor, Tensor]:
         """Mean over heads of (summed loss / divisors[i]), and the summed losses [K] float64 without gradient.
 
-        `divisors`: [K] positive; from the counts of the whole step, so that it does not matter how rows were dealt to
-        ranks. With `head_decay` the mean is weighted. With `mask_lost` a head's sum is over the positions t where every
-        head before it, asked at t with the true tokens as path, found its target the likeliest: where greedy decoding
-        would still be on the draft. Masked positions add nothing and are not computed; divisors still count them, so the
-        later a head, the less it weighs, by as much as it is reached less often. Targets outside the draft vocabulary are
-        lost; a head whose target would lie in the prompt was not asked and loses nothing.
+        `divisors`: [K] positive; from the counts of the whole step, so that the distribution of rows over ranks makes no
+        difference. With `head_decay` the mean is weighted. With `mask_lost` a head's sum is over the positions t where every
+        head before it has its target as argmax, given the true tokens as path: where greedy decoding would still accept the
+        draft. Masked positions add nothing and are not computed; divisors still count them, so a later head has less weight
+        the less often it is reached. Targets outside the draft vocabulary count as missed; a head whose target would lie in
+        the prompt is skipped and masks nothing.
         """
         features, embedded = head_inputs(self.drafter, packed)
         tokens = packed.token_ids.flatten()
@@ -85,7 +87,7 @@ class HeadTraining(nn.Module):
 
     @torch.no_grad()
     def evaluate(self, packed: Packed) -> tuple[HeadCounts, RankRows]:
-        """Loss counts, hits and rank tuples at the positions a decoder can be at, none of them masked."""
+        """Loss counts, hits and rank tuples at the positions at which a decoder drafts, without masking."""
         features, embedded = head_inputs(self.drafter, packed)
         tokens = packed.token_ids.flatten()
         rows = rank_tuples(self.drafter, features, embedded, self.index_of[tokens], packed.spans)
@@ -104,13 +106,13 @@ class HeadTraining(nn.Module):
         return HeadCounts(loss, counted, ranked, hits, outside), rows
 
     def _teacher(self, packed: Packed) -> TeacherTable | None:
-        """Heads share teacher positions all but entirely: once a batch instead of once a head."""
+        """Computed once per batch instead of once per head, since heads share almost all teacher positions."""
         if not self.drafter.config.reads_teacher:
             return None
         at = teacher_positions(packed.spans)
         hidden = packed.hidden.flatten(0, 1)[at]
-        known = packed.log_partitions
-        log_partitions = log_partition(hidden, self.vocabulary.head) if known is None else known.flatten()[at]
+        stored = packed.log_partitions
+        log_partitions = log_partition(hidden, self.vocabulary.head) if stored is None else stored.flatten()[at]
         table = teacher_probabilities(hidden, self.drafter.draft_logits, log_partitions)
         row_of = torch.full((packed.token_ids.numel(),), -1, dtype=torch.int64, device=at.device)
         row_of[at] = torch.arange(len(at), device=at.device)

@@ -1,9 +1,9 @@
-"""Rows of different lengths laid into lines, so that no arithmetic is spent on padding and none sees another row.
+"""Rows of different lengths packed into lines, so that little is computed for padding and no row attends to another.
 
     line 0   a a a a a b b b b .      segment 0 0 0 0 0 1 1 1 1 -1     position 0 1 2 3 4 0 1 2 3 0
     line 1   c c c c c c c d d d      segment 2 2 2 2 2 2 2 3 3 3      position 0 1 2 3 4 5 6 0 1 2
 
-A token's flat index is line * width + column; a row is contiguous in it, so an offset inside a row is an offset in it.
+A token's flat index is line * width + column. The flat indices of a row are contiguous.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 @dataclass(frozen=True)
 class FeatureRow:
     """One answered prompt: `token_ids` [T] int64 (prompt, then response), `hidden` [T, D] after the base's final norm,
-    `log_partitions` [T] float32 of the base's softmax at each position where they are known already.
+    `log_partitions` [T] float32 of the base's softmax at each position, where they are stored.
     """
 
     token_ids: Tensor
@@ -35,7 +35,7 @@ class FeatureRow:
 
 @dataclass(frozen=True)
 class Spans:
-    """Where rows lie in flat token indices: `starts`, `lengths`, `prompt_lengths`, each [R] int64."""
+    """The flat token indices of rows: `starts`, `lengths`, `prompt_lengths`, each [R] int64."""
 
     starts: Tensor
     lengths: Tensor
@@ -49,7 +49,7 @@ class Spans:
 @dataclass(frozen=True)
 class Packed:
     """Rows in lines of one width: token_ids [B, C] int64, hidden [B, C, D], positions [B, C] int64,
-    mask [B, 1, C, C] bool (True where query i may read key j: same row, j <= i), normalisers [B, C] float32 if known.
+    mask [B, 1, C, C] bool (True where query i may read key j: same row, j <= i), log_partitions [B, C] float32 if stored.
     """
 
     token_ids: Tensor
@@ -63,9 +63,9 @@ class Packed:
         """The same batch on another device."""
         at = self.spans
         spans = Spans(at.starts.to(device), at.lengths.to(device), at.prompt_lengths.to(device))
-        known = None if self.log_partitions is None else self.log_partitions.to(device)
+        stored = None if self.log_partitions is None else self.log_partitions.to(device)
         return Packed(self.token_ids.to(device), self.hidden.to(device), self.positions.to(device),
-                      self.mask.to(device), spans, known)
+                      self.mask.to(device), spans, stored)
 
 
 def assign_lines(lengths: Sequence[int], width: int) -> list[list[int]]:
@@ -90,7 +90,7 @@ def assign_lines(lengths: Sequence[int], width: int) -> list[list[int]]:
 
 
 def pack_rows(rows: Sequence[FeatureRow], width: int | None = None) -> Packed:
-    """Lay `rows` into lines of `width` tokens; without it one line [1, T] holds them all.
+    """Pack `rows` into lines of `width` tokens; without `width`, into one line [1, T].
 
     Narrow lines keep attention cheap (its cost grows with the line's square); spans stay in the order of `rows`.
     Raises ValueError for no rows or a row longer than `width`.
@@ -105,8 +105,8 @@ def pack_rows(rows: Sequence[FeatureRow], width: int | None = None) -> Packed:
     positions = torch.zeros(shape, dtype=torch.int64)
     segments = torch.full(shape, -1, dtype=torch.int64)
     hidden = torch.zeros(*shape, rows[0].hidden.shape[1], dtype=rows[0].hidden.dtype)
-    known = all(row.log_partitions is not None for row in rows)
-    log_partitions = torch.zeros(shape) if known else None
+    stored = all(row.log_partitions is not None for row in rows)
+    log_partitions = torch.zeros(shape) if stored else None
     starts = [0] * len(rows)
     for number, line in enumerate(lines):
         column = 0
@@ -126,7 +126,9 @@ def pack_rows(rows: Sequence[FeatureRow], width: int | None = None) -> Packed:
 
 
 def row_mask(segments: Tensor) -> Tensor:
-    """[B, 1, C, C] bool from segments [B, C]: same segment and not later. Padding is one too: no query is empty."""
+    """[B, 1, C, C] bool from segments [B, C]: same segment and not later.
+
+    Padding is a segment too, so every query attends to something."""
     same = segments[:, :, None] == segments[:, None, :]
     causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
     return (same & causal)[:, None]

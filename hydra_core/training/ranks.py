@@ -1,4 +1,4 @@
-"""At which rank each head would have drafted the true next token, position by position."""
+"""The rank at which each head drafts the true next token, for each position."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def ranks_of(hidden: Tensor, project: Project, index: Tensor, chunk: int | None 
 
 
 def rank_rows(drafter: HeadDrafter, packed: Packed) -> RankRows:
-    """Rank tuples of every step a decoder could take on the packed rows, with the true tokens as path (teacher forced).
+    """Rank tuples of every step that a decoder could take on the packed rows, with the true tokens as path (teacher-forced).
 
-    On an accepted path these are exactly the inputs of decoding, so walking the tuples is decoding.
+    On an accepted path these are exactly the inputs of decoding, so walking the tuples simulates decoding.
     """
     with torch.no_grad():
         features, embedded = head_inputs(drafter, packed)
@@ -42,7 +42,7 @@ def rank_rows(drafter: HeadDrafter, packed: Packed) -> RankRows:
 
 
 def head_inputs(drafter: HeadDrafter, packed: Packed) -> tuple[Tensor, Tensor]:
-    """Features of the flat tokens that heads read (other rows of them mean nothing) and embeddings of all, [n, D] each."""
+    """Features and embeddings of the flat tokens, [n, D] each; features are meaningful only where heads read them."""
     wanted = torch.zeros(packed.token_ids.numel(), dtype=torch.bool, device=packed.token_ids.device)
     wanted[feature_positions(packed.spans, drafter.num_heads)] = True
     features = drafter.features(packed.hidden, packed.positions, packed.mask, wanted.view(packed.token_ids.shape))
@@ -50,7 +50,7 @@ def head_inputs(drafter: HeadDrafter, packed: Packed) -> tuple[Tensor, Tensor]:
 
 
 def rank_tuples(drafter: HeadDrafter, features: Tensor, embedded: Tensor, index: Tensor, spans: Spans) -> RankRows:
-    """The same from what is at hand for the flat tokens: features and embeddings [n, D], draft index [n] int64."""
+    """`rank_rows` from features and embeddings [n, D] of the flat tokens and their draft index [n] int64."""
     at = draft_positions(spans)
     counts = (spans.lengths - spans.prompt_lengths - 1).clamp(min=0)
     end = torch.repeat_interleave(spans.starts + spans.lengths, counts)

@@ -1,4 +1,4 @@
-"""Draft trees: their shape here, the search for the one that pays best beside it."""
+"""Draft trees: their shape, the cost of a decoding step, and the search for the tree that decodes fastest."""
 
 from lazy_loader import attach_stub
 

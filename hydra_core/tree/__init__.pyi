@@ -1,4 +1,4 @@
-from .forest import Forest
-from .topology import PLAIN, RankPath, Topology, Tree, TreeSet, chain, default_trees
+from .batch import TreeBatch, chain
+from .draft_tree import PLAIN, DraftTree, RankPath, TreeSet, default_trees
 
-__all__ = ["PLAIN", "Forest", "RankPath", "Topology", "Tree", "TreeSet", "chain", "default_trees"]
+__all__ = ["PLAIN", "DraftTree", "RankPath", "TreeBatch", "TreeSet", "chain", "default_trees"]

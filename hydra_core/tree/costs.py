@@ -1,4 +1,4 @@
-"""What a decoding step takes on a machine, by rows, nodes, depth and context: measured points and straight lines between them."""
+"""Seconds of a decoding step on a machine, by batch size, nodes, depth and context: linear interpolation of measured points."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Surface = Mapping[int, Mapping[int, float]]
 
 @dataclass(frozen=True)
 class StepCosts:
-    """Measured seconds of a step's two parts, a record that goes through JSON unchanged.
+    """Measured seconds of the two parts of a step. Survives a round trip through JSON unchanged.
 
-    `verify`: batch size -> {nodes: seconds} of one base forward, commit included, over `context` committed tokens a row;
-    1 node is plain decoding.
-    `draft`: batch size -> {depth: seconds} of growing a tree that deep; depth 0 is what drafting costs before any head.
-    `far`: longer context -> the same as `verify` at a few of its points. Attention is linear in context, so what a step
-    costs more there than at `context` is drawn between these points, and laid on `verify`.
-    Raises ValueError unless the first two know some batch size, each of those a point, and all of `far` is longer.
+    `verify`: batch size -> {nodes per sequence: seconds} of one base forward, commit included, over `context` committed tokens
+    per sequence; 1 node is plain decoding.
+    `draft`: batch size -> {depth: seconds} of drafting a tree of that depth; depth 0 is drafting without heads.
+    `far`: longer context -> the same as `verify` at a few of its points. Attention is linear in context, so the difference to
+    `verify` is interpolated between these points and added to `verify`.
+    Raises ValueError for a table or batch size without points, and for a context in `far` that is not longer than `context`.
     """
 
     verify: Surface
@@ -41,12 +41,12 @@ class StepCosts:
             raise ValueError(f"far: contexts must be longer than {self.context}")
 
     def seconds(self, batch: int, nodes: int, depth: int, context: int = 0) -> float:
-        """One step of `batch` rows of `context` committed tokens with a tree of that size and depth; plain decoding
+        """One step of `batch` sequences of `context` committed tokens with a tree of that size and depth; plain decoding
         (1 node) drafts nothing."""
         return self.verify_seconds(batch, nodes, context) + (self.draft_seconds(batch, depth) if nodes > 1 else 0.0)
 
     def verify_seconds(self, batch: int, nodes: int, context: int = 0) -> float:
-        """The base's part; rows shorter than the `context` of the table cost what those of that length do."""
+        """The base's part. Sequences shorter than the `context` of the table cost as much as those of that length."""
         near = _at(self.verify, batch, nodes)
         if context <= self.context or not self.far:
             return near
@@ -54,7 +54,7 @@ class StepCosts:
         return near + interpolate({self.context: 0.0, **more}, context)
 
     def verify_curve(self, batch: int, most: int, context: int = 0) -> NDArray[np.float64]:
-        """`verify_seconds` of 1, 2, ... `most` nodes at once."""
+        """`verify_seconds` of 1, 2, ... `most` nodes: [most] float64."""
         nodes = range(1, most + 1)
         if most not in self._curves:
             self._curves[most] = {0: {size: np.array([interpolate(points, count) for count in nodes])
@@ -68,15 +68,17 @@ class StepCosts:
         return near[1] + interpolate({self.context: np.zeros(most), **dict(far)}, context)
 
     def draft_seconds(self, batch: int, depth: int) -> float:
-        """The drafter's part: the same at any context, since all it has of attention is one prefix layer."""
+        """The drafter's part: the same at any context, since its only attention is one prefix layer."""
         return _at(self.draft, batch, depth)
 
     def deeper_seconds(self, batch: float, depth: int) -> float:
-        """What of it head `depth` (the first is 0) takes; as many paths were drafted on as `batch` rows have at most."""
+        """The part of `draft_seconds` that head `depth` (the first is 0) takes; `batch`: paths that it expands, as a number of
+        sequences that expand as many as they may."""
         return max(_at(self.draft, batch, depth + 1) - _at(self.draft, batch, depth), 0.0)
 
     def _more(self, table: Surface, batch: int, nodes: int) -> float:
-        """Seconds by which the far `table` lies above `verify`. No rows cost nothing more, so one batch size gives a slope."""
+        """Seconds by which the far `table` lies above `verify`. The difference is 0 for no sequences, so one batch size is enough
+        for a slope."""
         return interpolate({0: 0.0, **{size: interpolate(points, nodes) for size, points in self._above(table).items()}}, batch)
 
     def _above(self, table: Surface) -> Surface:
@@ -85,29 +87,30 @@ class StepCosts:
 
     @property
     def most_nodes(self) -> int:
-        """The largest tree that was measured."""
+        """Nodes of the largest tree that was measured."""
         return max(nodes for points in self.verify.values() for nodes in points)
 
     def to_json(self) -> dict[str, Any]:
+        """The table with string keys, as JSON needs them."""
         return {"verify": _to_json(self.verify), "draft": _to_json(self.draft), "context": self.context,
                 "far": {str(context): _to_json(table) for context, table in self.far.items()}}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> StepCosts:
-        """Read what `to_json` wrote. Raises KeyError or ValueError when it is something else."""
+        """Read the output of `to_json`. Raises KeyError or ValueError for other content."""
         return cls(_from_json(values["verify"]), _from_json(values["draft"]), int(values["context"]),
                    {int(context): _from_json(table) for context, table in values["far"].items()})
 
 
 def unmeasured_costs() -> StepCosts:
-    """In plain steps of one row, before anything is measured: what a small model on a CPU takes in bf16, roughly."""
+    """A rough guess before anything is measured, in units of a plain step of one sequence: a small bf16 model on a CPU."""
     return StepCosts({1: {1: 1.0, 2: 1.06, 8: 1.15, 16: 1.2, 32: 1.35}, 4: {1: 1.1, 8: 1.5, 32: 2.6},
                       16: {1: 1.5, 8: 3.2, 32: 6.5}, 64: {1: 3.1, 8: 8.3, 32: 30.0}},
                      {1: {0: 0.03, 4: 0.2}, 16: {0: 0.06, 4: 0.5}})
 
 
 def interpolate(points: Mapping[int, Value], at: float) -> Value:
-    """Linear between measured points, the slope of the last two beyond them; arrays are taken value by value.
+    """Linear between measured points, with the slope of the last two beyond them; arrays elementwise.
 
     Raises ValueError for no points.
     """
@@ -121,7 +124,7 @@ def interpolate(points: Mapping[int, Value], at: float) -> Value:
     slope = (points[high] - points[low]) / (high - low)
     if at <= high:
         return points[low] + slope * (at - low)
-    # Beyond the last point noise must not promise ever cheaper steps.
+    # Beyond the last point, noise must not predict ever cheaper steps.
     return points[high] + (np.maximum(slope, 0.0) if isinstance(slope, np.ndarray) else max(slope, 0.0)) * (at - high)
 
 

@@ -1,14 +1,14 @@
-"""Scoring a draft tree without decoding: walk the rank tuples of held-out rows.
+"""Score a draft tree without decoding: walk the rank tuples of held-out rows.
 
 A row of R response tokens at positions p .. p + R - 1 has a tuple for each t = p - 1 .. p + R - 3: entry i is the rank
 at which head i, fed the true path, drafted x_{t+2+i}. Decoding starts at t = p - 1 with the first response token as
-root (it comes with the prefill and takes no step). A step accepts as many tokens as the longest tree path that begins
-the tuple, emits one more of the base's own, and so moves on by accepted + 1:
+root (it comes from the prefill and takes no step). A step accepts as many tokens as the longest tree path that is a prefix of
+the tuple, emits one more token of the base, and moves forward by accepted + 1:
 
     response   r0 | r1 r2 r3 | r4 | r5 r6 |        steps 3, tokens after the first 6, tokens per step 2
     tuple at   t=p-1 (accepts 2)  t=p+2 (0)  t=p+3 (1)
 
-The last step may be cut by the end of the row, exactly as an engine's is by its limit or a stop token.
+The end of the row may cut the last step short, as a limit or stop token does in the engine.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hydra_core.tree.topology import Tree
+from hydra_core.tree.draft_tree import DraftTree
 
 MISS = 2**31 - 1
 """The rank of a token that cannot be drafted, or that lies beyond the row's end."""
@@ -38,6 +38,7 @@ class RankRows:
 
     @property
     def heads(self) -> int:
+        """K, the entries of a tuple."""
         return self.ranks.shape[1]
 
     @classmethod
@@ -51,7 +52,7 @@ class RankRows:
 
 @dataclass(frozen=True)
 class Walk:
-    """What a walk came to, counts only: base forwards after prefill, and tokens after each row's first."""
+    """The counts of a walk: base forwards after prefill, and tokens after the first of each row."""
 
     steps: int
     tokens: int
@@ -61,12 +62,12 @@ class Walk:
 
     @property
     def tokens_per_step(self) -> float:
-        """1.0 for nothing walked: that is plain decoding."""
+        """1.0, as plain decoding, for a walk without steps."""
         return self.tokens / self.steps if self.steps else 1.0
 
 
-def accepted_lengths(tree: Tree, ranks: Tensor) -> Tensor:
-    """How many tokens `tree` has accepted at each tuple of ranks [P, K]: [P] int64."""
+def accepted_lengths(tree: DraftTree, ranks: Tensor) -> Tensor:
+    """Number of tokens that `tree` accepts at each tuple of ranks [P, K]: [P] int64."""
     accepted = torch.zeros(ranks.shape[0], dtype=torch.int64)
     matched: dict[tuple[int, ...], Tensor] = {(): torch.ones(ranks.shape[0], dtype=torch.bool)}
     for path in tree.paths:  # parents come first
@@ -79,21 +80,21 @@ def accepted_lengths(tree: Tree, ranks: Tensor) -> Tensor:
 
 
 def walk_steps(accepted: Tensor, positions: tuple[int, ...]) -> Tensor:
-    """Steps each row takes when it moves on by accepted + 1 from its first position: [rows] int64."""
+    """Steps of each row when it moves forward by accepted + 1 from its first position: [rows] int64."""
     counts = torch.tensor(positions, dtype=torch.int64)
     ends = torch.cumsum(counts, 0)
     at = ends - counts
     steps = torch.zeros_like(counts)
     live = at < ends
-    while bool(live.any()):  # all rows at once: as many rounds as the longest row has steps
+    while bool(live.any()):  # all rows together: as many rounds as the longest row has steps
         steps += live
         at = torch.where(live, at + 1 + accepted[torch.where(live, at, 0)], at)
         live = at < ends
     return steps
 
 
-def walk(tree: Tree, rows: RankRows) -> Walk:
-    """Steps and tokens of decoding `rows` with `tree`; the plain tree gives one step a token.
+def walk(tree: DraftTree, rows: RankRows) -> Walk:
+    """Steps and tokens of decoding `rows` with `tree`; the plain tree takes one step per token.
 
     Raises ValueError if the tree is deeper than the rows have heads.
     """

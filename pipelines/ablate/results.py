@@ -7,8 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Measured:
-    """A variant over its seeds: held-out tokens per step and top-1 of the first head; `spread`: half of a 95 % interval of the
-    mean by Student's t, None for one seed; `response_tokens`: it learned from; `seconds`: of one training, in the mean."""
+    """Results of one variant over its seeds, on held-out rows.
+
+    `tokens_per_step`, `top1` (by head) and `seconds` (of one training) are means over the seeds. `spread` is half of the 95 %
+    interval of the mean of `tokens_per_step` (Student's t), None for one seed. `response_tokens`: number of answer tokens that
+    the heads learned from.
+    """
 
     seeds: int
     tokens_per_step: float

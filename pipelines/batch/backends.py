@@ -1,7 +1,7 @@
-"""Who answers the rows of `batch`: the deployment's handle, an endpoint over HTTP, or an engine in this process.
+"""The backends that answer rows of `batch`: the deployment's handle, an endpoint over HTTP, or an engine in this process.
 
-A full queue means wait, and so does a replica that died: Serve starts another. What is wrong with a row comes back as a
-reply that says so.
+A request waits while the queue is full and while Serve replaces a replica that died. A row that cannot be answered gets a
+response that says why.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from pipelines.serve.openai.responses import CHAT, TEXT, response
 from pipelines.serve.replica import DecodeServer
 from pipelines.serve.user_config import heads_of
 
-LONGEST_WAIT = 5.0     # seconds between tries while a queue is full
-PATIENCE = 600.0       # seconds without any answer after which nobody is thought to be there
+LONGEST_WAIT = 5.0     # seconds between two tries while a queue is full
+PATIENCE = 600.0       # seconds without any answer after which the backend counts as gone
 TRIES = 3              # for a row at which the server itself fails
 BUSY = (429, 502, 503, 504)
-"""HTTP: a full queue, or a proxy whose server is starting."""
+"""HTTP statuses of a full queue, and of a proxy whose server is starting."""
 
 
 @dataclass(frozen=True)
 class RequestSettings:
-    """How rows are asked; plain values. One of `app_name`, `address` and `embedded` says whom; `model`: the name asked for;
-    `most_choices`: answers that one row may ask for."""
+    """How rows become requests, and where they go; plain values. One of `app_name`, `address` and `embedded` is given. `model`:
+    the name in a request; `most_choices`: the maximum of `n`, the answers of one row."""
 
     model: str
     max_new_tokens: int
@@ -58,8 +58,8 @@ class RequestSettings:
 
 @dataclass(frozen=True)
 class Response:
-    """What came of one row. `status` 200: `columns` are the answer's; else `message` says why there is none. `body`: the
-    response or error in OpenAI's shape, for a row that was in it."""
+    """The response to one row. `status` 200: `columns` hold the answer; else `message` says why there is none. `body`: the
+    response or error in OpenAI's format, for a row in that format."""
 
     status: int
     message: str = ""
@@ -68,7 +68,7 @@ class Response:
 
 
 class Backend(Protocol):
-    """Answers one row; many threads ask at once."""
+    """Answers one row; many threads call it at once."""
 
     retry_policy: RetryPolicy
 
@@ -76,15 +76,15 @@ class Backend(Protocol):
 
 
 Answers = Callable[[Generation], list[Answer] | Refusal]
-"""All answers to one request, or why there are none."""
+"""All answers to one request, or the reason why there are none."""
 
 
 class ServerError(Exception):
-    """The server itself failed at this row, or at another one beside it."""
+    """The server itself failed, at this row or at another one in the same batch."""
 
 
 class Overloaded(Exception):
-    """Not now: wait `seconds`, or as long as the one who waits thinks fit."""
+    """The server has no room now: try again after `seconds`; None: the caller chooses."""
 
     def __init__(self, why: str, seconds: float | None = None) -> None:
         super().__init__(why)
@@ -92,14 +92,14 @@ class Overloaded(Exception):
 
 
 def open_backend(settings: RequestSettings) -> Backend:
-    """The asker that `settings` names. Raises InputError for an API key that is not there."""
+    """The backend that `settings` names. Raises InputError for an API key that is not set."""
     if settings.address:
         return HttpBackend(settings)
     return DeploymentBackend(settings, _embedded(settings.embedded) if settings.embedded else _deployment(str(settings.app_name)))
 
 
 class DeploymentBackend:
-    """Asks something that takes a `Generation`."""
+    """Sends a `Generation` to the deployment, or to an engine of this process."""
 
     def __init__(self, settings: RequestSettings, answers: Answers) -> None:
         self.settings, self.answers = settings, answers
@@ -113,18 +113,18 @@ class DeploymentBackend:
                                        settings.most_choices)
         except ApiError as error:
             return Response(error.status, error.message, body=error.body())
-        found = self._patiently(generation)
+        found = self._with_retries(generation)
         if isinstance(found, Refusal):
             return Response(found.status, found.message, body=ApiError(found.status, found.message).body())
         kind = CHAT if row.url == URLS[0] else TEXT
         body = response(kind, settings.model, generation, found) if row.body is not None else None
         return Response(200, columns=_answer_columns(found[0]), body=body)
 
-    def _patiently(self, generation: Generation) -> list[Answer] | Refusal:
-        """Through full queues and dying replicas, but not through a fault at this very row again and again.
+    def _with_retries(self, generation: Generation) -> list[Answer] | Refusal:
+        """Wait while the queue is full or a replica is replaced, and retry after a server error, `TRIES` times in all.
 
-        A fault takes every row in flight with it. Those are tried again one at a time, so that a row that is the fault's
-        cause uses up its own tries and nobody else's.
+        An error fails every request in flight. They are retried one at a time, so that a row that causes the error uses up
+        its own tries and those of no other row.
         """
         try:
             return self._answers(generation)
@@ -144,7 +144,7 @@ class DeploymentBackend:
         return found
 
     def _once(self, generation: Generation) -> list[Answer] | Refusal:
-        # a killed job's request may still be decoding, and this one is asked again when a replica dies
+        # a new id: an earlier request of this row may still be decoding, from a killed job or before its replica died
         found = self.answers(replace(generation, id=f"{generation.id}-{uuid.uuid4().hex}"))
         if isinstance(found, Refusal) and found.status in (429, 503):
             raise Overloaded(found.message)
@@ -173,16 +173,16 @@ def _deployment(app_name: str) -> Answers:
 
 
 def _embedded(args: AppArgs) -> Answers:
-    """An engine of this process, with an event loop in a thread of its own."""
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # a line for each answer is for a server's log
-    server, loop, mending = DecodeServer(args), asyncio.new_event_loop(), threading.Lock()
+    """An engine in this process, with an event loop in a thread of its own."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # it logs each answer, which is meant for a server's log
+    server, loop, restarting = DecodeServer(args), asyncio.new_event_loop(), threading.Lock()
     threading.Thread(target=loop.run_forever, name="embedded", daemon=True).start()
 
     def run(work: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(work, loop).result()
 
     def answers(generation: Generation) -> list[Answer] | Refusal:
-        with mending:
+        with restarting:
             if server.failed:
                 run(server.restart())
         try:
@@ -196,7 +196,7 @@ def _embedded(args: AppArgs) -> Answers:
 
 
 class HttpBackend:
-    """Asks an OpenAI-compatible endpoint; a row that is in that shape already is sent as it is."""
+    """Sends rows to an OpenAI-compatible endpoint; a row in OpenAI's format is sent as it is."""
 
     def __init__(self, settings: RequestSettings) -> None:
         self.settings = settings
@@ -217,7 +217,7 @@ class HttpBackend:
         try:
             return Response(200, columns=_columns(found, time.perf_counter() - started), body=found)
         except (KeyError, IndexError, TypeError):
-            return Response(500, "the endpoint's answer is not in OpenAI's shape", body=found)
+            return Response(500, "the endpoint's answer is not in OpenAI's format", body=found)
 
     def _once(self, url: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         address = str(self.settings.address).rstrip("/")
@@ -234,7 +234,7 @@ class HttpBackend:
 
 
 def api_key(variable: str | None) -> dict[str, str]:
-    """The header that carries the key. Raises InputError when the variable does not hold one."""
+    """The header with the API key in environment variable `variable`. Raises InputError when it is not set."""
     if variable is None:
         return {}
     if not (key := os.environ.get(variable, "").strip()):
@@ -243,35 +243,39 @@ def api_key(variable: str | None) -> dict[str, str]:
 
 
 class RetryPolicy:
-    """Waits for someone who is busy, for all threads together; `over`: nobody is to wait any longer."""
+    """How long requests wait for a backend without room; shared by all threads.
 
-    def __init__(self, whom: str) -> None:
-        self.whom, self.heard, self.over = whom, time.monotonic(), False
+    `backend`: its name in messages; `stopped`: no thread waits any longer.
+    """
+
+    def __init__(self, backend: str) -> None:
+        self.backend, self.last_answer, self.stopped = backend, time.monotonic(), False
 
     def wait(self, ask: Callable[[], Any]) -> Any:
-        """What `ask` returns once it no longer raises Busy. Raises InputError after `PATIENCE` without any answer."""
+        """The result of `ask`, called again while it raises Overloaded. Raises InputError after `PATIENCE` seconds without any
+        answer to any thread."""
         wait = 0.1
         while True:
             try:
                 found = ask()
-                self.heard = time.monotonic()
+                self.last_answer = time.monotonic()
                 return found
-            except Overloaded as busy:
-                if self.over or time.monotonic() - self.heard > PATIENCE:
-                    raise InputError(f"{self.whom}: has answered nothing for {PATIENCE:.0f} s ({busy}): run again when it does"
-                                     ) from None
-                time.sleep(min(wait if busy.seconds is None else busy.seconds, LONGEST_WAIT))
+            except Overloaded as overloaded:
+                if self.stopped or time.monotonic() - self.last_answer > PATIENCE:
+                    raise InputError(f"{self.backend}: has answered nothing for {PATIENCE:.0f} s ({overloaded}): run again "
+                                     "when it does") from None
+                time.sleep(min(wait if overloaded.seconds is None else overloaded.seconds, LONGEST_WAIT))
                 wait = min(2 * wait, LONGEST_WAIT)
 
 
 def _columns(body: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """The columns of an answer as far as OpenAI's shape tells them; token ids it does not."""
+    """The columns of an answer as far as OpenAI's format has them; it has no token ids."""
     choice, usage = body["choices"][0], body.get("usage") or {}
-    told = usage.get("speculative") or {}
+    counts = usage.get("speculative") or {}
     text = choice["message"]["content"] if "message" in choice else choice["text"]
     return {"text": text or "", "token_ids": None, "tokens": usage.get("completion_tokens"),
-            "finish_reason": choice.get("finish_reason"), "steps": told.get("steps"), "drafted": told.get("drafted"),
-            "accepted": told.get("accepted"), "tokens_per_step": told.get("tokens_per_step"), "latency_seconds": seconds}
+            "finish_reason": choice.get("finish_reason"), "steps": counts.get("steps"), "drafted": counts.get("drafted"),
+            "accepted": counts.get("accepted"), "tokens_per_step": counts.get("tokens_per_step"), "latency_seconds": seconds}
 
 
 def _error_message(body: dict[str, Any]) -> str:
@@ -293,5 +297,3 @@ def _seconds(text: str | None) -> float | None:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-

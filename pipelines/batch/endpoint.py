@@ -1,4 +1,4 @@
-"""An endpoint that `batch` is given by address: whether it answers, and what decodes there."""
+"""An endpoint that the user gives by address: whether it answers, and which model it decodes."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import urllib.request
 from typing import Any
 
 from hydra_core.errors import InputError
-from pipelines.serve.model_identity import Serving
+from pipelines.serve.model_identity import ModelDigest
 
 SECONDS = 10
 FOREIGN = "unknown"
 
 
-def ask_endpoint(address: str, model: str, headers: dict[str, str]) -> Serving:
-    """What answers there for `model`; of a server that is not ours no more is known than its name for it.
+def ask_endpoint(address: str, model: str, headers: dict[str, str]) -> ModelDigest:
+    """What the endpoint decodes under the name `model`; a server of another kind tells no more than that name.
 
-    Raises InputError for an address where nothing answers, that is not ready, refuses the key, or does not serve `model`.
+    Raises InputError when nothing answers there, or when the endpoint is not ready, refuses the key, or does not serve `model`.
     """
     root = address.rstrip("/")
     listed = _get(address, f"{root}/v1/models", headers).get("data")
@@ -27,15 +27,15 @@ def ask_endpoint(address: str, model: str, headers: dict[str, str]) -> Serving:
                          "serve.app_name")
     try:
         info = _get(address, f"{root}/ready", headers)
-        return Serving(info["base"], info["context_limit"], info["configuration"])
+        return ModelDigest(info["base"], info["context_limit"], info["configuration"])
     except Unready:
         raise
     except (InputError, KeyError):
-        return Serving(model, 0, FOREIGN)
+        return ModelDigest(model, 0, FOREIGN)
 
 
 class Unready(InputError):
-    """Something answers there, but not yet."""
+    """The endpoint answers, and is not ready yet."""
 
 
 def _get(address: str, url: str, headers: dict[str, str]) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def _get(address: str, url: str, headers: dict[str, str]) -> dict[str, Any]:
             value = json.loads(answer.read())
     except urllib.error.HTTPError as error:
         if error.code == 503:
-            raise Unready(f"batch.address={address}: is not ready (503 from {url}): run again when it is") from None
+            raise Unready(f"batch.address={address}: is not ready (503 from {url}): run again later") from None
         hint = ": set batch.key_variable" if error.code in (401, 403) else ""
         raise InputError(f"batch.address={address}: refuses {url} ({error.code} {error.reason}){hint}") from None
     except (OSError, ValueError) as error:

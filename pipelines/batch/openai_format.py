@@ -1,4 +1,4 @@
-"""Rows of `batch` as requests: to the engine's own record, and to OpenAI's shape for HTTP; lines of its Batch format back."""
+"""Rows of `batch` as requests, to the engine or in OpenAI's format over HTTP; responses as lines of its Batch format."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from pipelines.serve.openai.requests import ChatRequest, CompletionRequest
 CHAT, COMPLETION = URLS
 LIMITS = ("max_tokens", "max_completion_tokens")
 STREAMING = ("stream", "stream_options")
-"""What changes how an answer comes and not what it is: a batch takes it whole."""
+"""Parameters that change how an answer is delivered; a batch always takes it whole."""
 
 
 def generation_of(row: BatchRow, model: str, max_new_tokens: int, temperature: float, seed: int,
                   most_choices: int) -> Generation:
-    """The engine's request. For a row in OpenAI's shape the settings are its own; `max_new_tokens` and `seed` stand in for
-    those it leaves out. Raises ApiError for a body that the endpoint would refuse."""
+    """The engine's request. A row in OpenAI's format has its own settings; `max_new_tokens` and `seed` are the defaults for
+    those that it omits. Raises ApiError for a body that the endpoint would refuse."""
     if row.body is None:
         return Generation(f"batch-{row.id}", max_new_tokens, temperature, seed, messages=row.messages, prompt_ids=row.prompt_ids,
                           prompt=row.prompt if row.messages is None and row.prompt_ids is None else None)
@@ -56,7 +56,7 @@ def request_of(row: BatchRow, model: str, max_new_tokens: int, temperature: floa
 
 
 def output_line(row_id: str, status: int, body: dict[str, Any] | None, message: str = "") -> dict[str, Any]:
-    """One line of a Batch output or errors file; without a status the row never was a request."""
+    """One line of a Batch output or errors file; status 0: the row was never sent."""
     request_id = content_id("batch", row_id)
     answered = None if not status else {"status_code": status, "request_id": f"req_{request_id}", "body": body or {}}
     error = None if status == 200 else {"code": "invalid_row" if not status else f"status_{status}", "message": message}
@@ -64,8 +64,7 @@ def output_line(row_id: str, status: int, body: dict[str, Any] | None, message: 
 
 
 def _body(body: dict[str, Any], model: str, seed: int, max_new_tokens: int) -> dict[str, Any]:
-    """The request with what it leaves out, so that whoever answers gives the same; the same seed in every run makes a row's
-    answer the same."""
+    """The request completed by defaults, so that every server decodes it alike; a fixed seed makes an answer reproducible."""
     limit = {} if any(body.get(name) is not None for name in LIMITS) else {"max_tokens": max_new_tokens}
     return {"model": model, "seed": seed} | {name: value for name, value in body.items() if name not in STREAMING} | limit
 

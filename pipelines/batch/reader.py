@@ -1,4 +1,4 @@
-"""What `batch` reads: rows of prompts or of OpenAI's Batch format, one at a time, and the order in which they are asked."""
+"""What `batch` reads: rows of prompts or of OpenAI's Batch format, one at a time, and the order in which they are sent."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from pipelines.serve.messages import is_text
 
 URLS = ("/v1/chat/completions", "/v1/completions")
 WINDOW = 2048
-"""Rows that are held to be put in order."""
+"""Rows that are held in memory to be sorted."""
 BEGINNING = 128
-"""Characters of a text that count as its beginning; a chat's is its system message, whole."""
+"""Characters of a text that count as its beginning; the beginning of a chat is its whole system message."""
 LOOKED_AT = 100
-"""Lines at a file's start by which its format is told."""
+"""Lines at the start of a file that decide its format."""
 
 
 @dataclass(frozen=True)
 class BatchRow:
-    """One row to answer. Given is one of `prompt` (templated), `messages`, `prompt_ids` and `body`, a request to `url` in
-    OpenAI's shape. `row`: its number in the file from 1."""
+    """One row to answer. One of `prompt` (templated), `messages`, `prompt_ids` and `body` is given; `body` is a request to `url`
+    in OpenAI's format. `row`: its number in the file, from 1."""
 
     id: str
     row: int
@@ -45,7 +45,7 @@ class BatchRow:
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that nobody can answer, under the id that it has in the errors file."""
+    """A row that is not a request, under the id that it has in the errors file."""
 
     id: str
     row: int
@@ -54,15 +54,15 @@ class BadRow:
 
 @dataclass
 class Reading:
-    """The rows of an input, each id once, and how many it had in all; `refuse` is told of those that nobody can answer. Of
-    what has been read only the ids' digests are kept."""
+    """Reads the rows of an input, each id once, and counts them. `refuse`: called for rows that are not requests. Only the
+    digests of ids are kept in memory."""
 
     refuse: Callable[[BadRow], None]
     rows: int = 0
     skipped: int = 0
 
     def todo(self, source: Iterable[BatchRow | BadRow], known: Set[bytes]) -> Iterator[BatchRow]:
-        """Rows that are not `known`; one whose id stood before is skipped."""
+        """The rows whose ids are not `known`; a row whose id occurred before is skipped."""
         seen: set[bytes] = set()
         for item in source:
             self.rows += 1
@@ -78,13 +78,13 @@ class Reading:
 
 
 def digest(row_id: str) -> bytes:
-    """16 bytes for an id of any length."""
+    """16 bytes (BLAKE2b) that stand for an id of any length."""
     return hashlib.blake2b(row_id.encode(), digest_size=16).digest()
 
 
 def input_kind(section: BatchSection) -> str:
-    """`parquet`, `jsonl` or `openai`. Raises InputError for a file that is missing, or no chat or completion of OpenAI's
-    where `batch.format` asks for that."""
+    """`parquet`, `jsonl` or `openai`. Raises InputError for a missing file, and for a file in another format than OpenAI's Batch
+    format where `batch.format` asks for that."""
     if section.source is None:
         kind = "parquet"
     else:
@@ -101,13 +101,13 @@ def input_kind(section: BatchSection) -> str:
 
 
 def output_kind(section: BatchSection) -> str:
-    """The input's own kind unless another is asked for. Raises InputError as `input_kind` does."""
+    """The kind of the input, unless `batch.format` names another. Raises InputError as `input_kind` does."""
     kind = input_kind(section)
     return kind if section.format == "auto" else section.format
 
 
 def read_rows(config: RunConfig) -> Iterator[BatchRow | BadRow]:
-    """Every row of the input, in its order. Raises InputError for a file without one usable row."""
+    """Every row of the input, in order. Raises InputError for a file without a usable row."""
     section = config.batch
     if section.source is None:
         yield from _held_out(config)
@@ -119,8 +119,8 @@ def read_rows(config: RunConfig) -> Iterator[BatchRow | BadRow]:
 
 
 def ordered(rows: Iterable[BatchRow], window: int = WINDOW) -> Iterator[BatchRow]:
-    """Rows with one beginning together, the longest first: the engine copies a beginning from a row that decodes, and rows
-    of a length pad little and end together. At most `window` rows are held."""
+    """Sort rows so that those with the same beginning follow each other, and long ones come first: the engine reuses the keys
+    and values of a shared prefix, and sequences of similar length need little padding. At most `window` rows are held."""
     source = iter(rows)
     while held := list(islice(source, window)):
         shared = Counter(_beginning(row) for row in held)
@@ -129,7 +129,7 @@ def ordered(rows: Iterable[BatchRow], window: int = WINDOW) -> Iterator[BatchRow
 
 
 def write_blocks(folder: Path, rows: Iterable[BatchRow], size: int) -> list[Path]:
-    """Rows to files of `size` rows for actors that may be anywhere; what lay in `folder` goes."""
+    """Write rows to files of `size` rows each, for actors on any node; earlier files in `folder` are deleted."""
     remove_blocks(folder)
     folder.mkdir(parents=True)
     source, paths = iter(rows), []
@@ -141,13 +141,13 @@ def write_blocks(folder: Path, rows: Iterable[BatchRow], size: int) -> list[Path
 
 
 def read_block(path: Path) -> list[BatchRow]:
-    """The rows of one such file."""
+    """The rows of one file of `write_blocks`."""
     with path.open(encoding="utf-8") as lines:
         return [BatchRow(**json.loads(line)) for line in lines]
 
 
 def remove_blocks(folder: Path) -> None:
-    """Drop the files of `write_blocks`, and their folder."""
+    """Delete the files of `write_blocks` and their folder."""
     for path in folder.glob("block-*.jsonl"):
         path.unlink()
     if folder.exists():
@@ -161,7 +161,7 @@ def _row(item: PromptRow) -> BatchRow:
 
 
 def _held_out(config: RunConfig) -> Iterator[BatchRow]:
-    """The prompts of this run's `distill`: the held-out ones, and the others after them where `limit` is more."""
+    """The prompts of this run's `distill`: the held-out ones, and after them the others where `limit` is larger."""
     rows = read_parts(RunPaths.of(config).stage("distill") / "prompts", PROMPTS).to_pylist()
     held_out = sorted((row for row in rows if row["split"] == "held_out"), key=lambda row: row["prompt_id"])
     rest = sorted((row for row in rows if row["split"] != "held_out"), key=lambda row: row["prompt_id"])
@@ -177,7 +177,7 @@ def _is_openai(path: Path) -> bool:
 
 
 def _openai(path: str, limit: int | None, one_choice: bool) -> Iterator[BatchRow | BadRow]:
-    """`one_choice`: the output has room for one answer a row."""
+    """`one_choice`: a row of the output holds one answer."""
     for number, value in islice(read_values(Path(path)), limit):
         if isinstance(value, RowError):
             yield BadRow(f"row-{number}", number, value.message)
@@ -191,7 +191,7 @@ def _openai(path: str, limit: int | None, one_choice: bool) -> Iterator[BatchRow
 
 
 def _problem(value: Any, one_choice: bool) -> str | None:
-    """What is wrong with one line of the Batch format."""
+    """What is wrong with one line of the Batch format; None: nothing."""
     if not isinstance(value, dict):
         return "is not an object with custom_id, method, url and body"
     if not isinstance(value.get("custom_id"), str) or not value["custom_id"]:
@@ -210,7 +210,7 @@ def _problem(value: Any, one_choice: bool) -> str | None:
 
 
 def _texts(row: BatchRow) -> list[str]:
-    """The texts of a row, as far as its shape is what it should be; only the order depends on them."""
+    """The texts of a row as far as it is well-formed; only the order of rows depends on them."""
     body = row.body or {}
     messages = row.messages or body.get("messages")
     if isinstance(messages, list) and messages:

@@ -1,4 +1,4 @@
-"""The report of a `batch` run: how fast, how well drafts were accepted, what failed and why."""
+"""The report of a `batch` run: throughput, acceptance of drafts, and errors by kind."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pipelines.batch.writer import OutputTotals
 
 def report(rows: OutputTotals, errors: OutputTotals, before: OutputTotals, skipped: int, seconds: float,
            label: str) -> dict[str, Any]:
-    """Figures of the whole output; throughput is that of the rows this run has answered, `before` those that stood.
+    """Figures of the whole output. Throughput counts the rows that this run answered, without `before`, those of earlier runs.
 
-    `acceptance`: accepted drafts of those that were made; `tokens_per_step` leaves out the first token of an answer, which
-    comes with its prompt. None where an endpoint does not tell, or nothing was left to do. `latency_*`: seconds.
+    `acceptance`: share of drafts that were accepted; `tokens_per_step` excludes the first token of an answer, which comes from
+    the prefill. None where an endpoint does not report them, or where nothing was left to do. `latency_*`: seconds.
     """
     tokens, fresh = rows.tokens - before.tokens, len(rows.ids) - len(before.ids)
     figures: dict[str, Any] = {

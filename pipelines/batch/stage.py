@@ -1,12 +1,11 @@
 """`batch`: offline generation over a prompt file, through the Serve deployment; resumable row by row.
 
-Rows stream: what is held of a data set is a window of rows that are put in order, those in flight, and 16 bytes an id.
+Rows stream: in memory are a window of rows that are being sorted, the rows in flight, and 16 bytes for each id.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,25 +35,26 @@ from pipelines.runtime.artifacts import (
     finished,
     require_manifest,
     stage_folder,
-    write_text,
 )
+from pipelines.runtime.console import say
+from pipelines.runtime.files import write_text
 from pipelines.runtime.lock import only_run
 from pipelines.runtime.ray_cluster import check_workers, ensure_ray, run_blocks
-from pipelines.serve.instance import running_instance
+from pipelines.serve.instance import ask_replicas, running_instance
 from pipelines.serve.messages import AppArgs
-from pipelines.serve.model_identity import Serving, serving_of
-from pipelines.serve.replicas import ask_replicas
+from pipelines.serve.model_identity import ModelDigest, model_digest
 from pipelines.serve.stage import check_args, find_args, start_app
 from pipelines.tracking import Tracker
 
 STAGE = "batch"
 SUCCESS = "_SUCCESS"
-HOW = {"concurrency", "rows_per_file", "max_error_share", "input", "output", "partition", "engine", "address", "key_variable"}
-"""Settings that change no answer: a run that failed may go on with others. The input counts by what it holds."""
+EXECUTION_FIELDS = {"concurrency", "rows_per_file", "max_error_share", "input", "output", "partition", "engine", "address",
+                    "key_variable"}
+"""Settings that change no answer: a run that failed may continue with others. The input counts by its content."""
 
 
 def run_batch(config: RunConfig) -> StageResult:
-    """Answer every row once. Raises InputError for the user's mistakes, while another run is at the same output, and when too
+    """Answer every row once. Raises InputError for the user's mistakes, while another run writes the same output, and when too
     many rows fail."""
     args, serving = _serving(config)
     folder, wanted = _folder(config), _fingerprint(config, serving)
@@ -63,9 +63,9 @@ def run_batch(config: RunConfig) -> StageResult:
     tracker = Tracker.open(config)
     if args is not None:
         check_args(args)
-    next(read_rows(config), None)  # a file without a usable row is told of before anything starts
+    next(read_rows(config), None)  # raises for a file without a usable row before anything starts
     with only_run(folder, Path(config.storage)):
-        if (done := _done(folder, wanted)) is not None:  # by the run that had the lock until now
+        if (done := _done(folder, wanted)) is not None:  # finished by the run that held the lock until now
             return done
         with stage_folder(config, STAGE, folder, wanted) as stage, tracker.start(STAGE, fingerprint=wanted) as run:
             (folder / SUCCESS).unlink(missing_ok=True)
@@ -85,25 +85,25 @@ def run_batch(config: RunConfig) -> StageResult:
 
 
 def batch_finished(config: RunConfig) -> bool:
-    """Whether `run_batch` would find this very work done. Raises InputError for a model, base or input that is not there."""
+    """Whether `run_batch` would find the same work finished. Raises InputError for a missing model, base or input."""
     return finished(_folder(config), _fingerprint(config, _serving(config)[1])) is not None
 
 
 def _done(folder: Path, wanted: str) -> StageResult | None:
-    """The result of a finished run, told of; its marker is put back where a kill came before it."""
+    """The result of a finished run, with a line for the user. Writes the success marker where a kill prevented that."""
     if (done := finished(folder, wanted)) is not None:
-        print(f"batch: {folder} is finished already, with {done.figures['rows']} rows: nothing to do", file=sys.stderr)
+        say(STAGE, f"{folder} is finished already, with {done.figures['rows']} rows: nothing to do")
         if not (folder / SUCCESS).exists():
             write_text(folder / SUCCESS, "")
     return done
 
 
-def _serving(config: RunConfig) -> tuple[AppArgs | None, Serving]:
-    """The application to start or find, none for an endpoint somewhere else, and what decodes there."""
+def _serving(config: RunConfig) -> tuple[AppArgs | None, ModelDigest]:
+    """The application to start or find (None for an endpoint given by address), and the digest of its model."""
     if config.batch.address:
         return None, ask_endpoint(config.batch.address, config.serve.app_name, api_key(config.batch.key_variable))
     args = find_args(config)
-    return args, serving_of(args)
+    return args, model_digest(args)
 
 
 def _folder(config: RunConfig) -> Path:
@@ -111,9 +111,9 @@ def _folder(config: RunConfig) -> Path:
     return Path(section.target) if section.target else RunPaths.of(config).stage(STAGE, section.partition)
 
 
-def _fingerprint(config: RunConfig, serving: Serving) -> str:
-    """What a `batch` folder is the answer to: settings, rows, and what decodes (not by which name it was asked for)."""
-    settings = config.batch.model_dump(exclude=HOW) | {"format": output_kind(config.batch)}
+def _fingerprint(config: RunConfig, serving: ModelDigest) -> str:
+    """Digest of settings, input rows and the model; the name under which the model was requested has no part in it."""
+    settings = config.batch.model_dump(exclude=EXECUTION_FIELDS) | {"format": output_kind(config.batch)}
     return fingerprint(STAGE, settings | asdict(serving), {"input": _input_digest(config)})
 
 
@@ -123,18 +123,18 @@ def _input_digest(config: RunConfig) -> str:
     return content_id(*(file_digest(file) for file in prompt_files(Path(config.batch.source))))
 
 
-def _answer_all(config: RunConfig, folder: Path, args: AppArgs | None, serving: Serving) -> tuple[dict[str, Any], int]:
-    """Answer what does not stand yet and count: the report, and how many rows were read."""
+def _answer_all(config: RunConfig, folder: Path, args: AppArgs | None, serving: ModelDigest) -> tuple[dict[str, Any], int]:
+    """Answer the rows that have no answer yet, and count: returns the report and the number of rows read."""
     section, kind = config.batch, output_kind(config.batch)
     for part in ("rows", "errors"):
         sweep(folder / part)
-    for path in parts(folder / "errors", kind):  # failed rows are tried again
+    for path in parts(folder / "errors", kind):  # failed rows are retried
         path.unlink()
     before = deduplicate(folder / "rows", kind, BATCH)
-    print(f"batch: {len(before.ids)} rows stood already", file=sys.stderr)
+    say(STAGE, f"{len(before.ids)} rows were answered already")
     request_settings = RequestSettings(config.serve.app_name, section.max_new_tokens, section.temperature, section.seed,
-                    config.serve.max_batch_size)
-    with _answerers(config, args, serving, request_settings) as (request_settings, label):
+                                       config.serve.max_batch_size)
+    with _backend(config, args, serving, request_settings) as (request_settings, label):
         output = Output(str(folder), kind, label, section.rows_per_file)
         started = time.perf_counter()
         reading = _stream(config, folder, before, BatchSettings(output, request_settings, in_flight(config)))
@@ -142,12 +142,12 @@ def _answer_all(config: RunConfig, folder: Path, args: AppArgs | None, serving: 
     rows = deduplicate(folder / "rows", kind, BATCH)
     errors = deduplicate(folder / "errors", kind, BATCH_ERRORS, elsewhere=rows.ids)
     counted = len(rows.ids), len(errors.ids), reading.skipped
-    print(f"batch: {reading.rows} rows = {counted[0]} ok + {counted[1]} errors + {counted[2]} skipped", file=sys.stderr)
+    say(STAGE, f"{reading.rows} rows = {counted[0]} ok + {counted[1]} errors + {counted[2]} skipped")
     return report(rows, errors, before, reading.skipped, seconds, label), reading.rows
 
 
 def _stream(config: RunConfig, folder: Path, before: OutputTotals, settings: BatchSettings) -> Reading:
-    """Rows from the input to whoever answers: from here, or through files to actors that hold engines."""
+    """Send rows from the input to the backend: from this process, or through files to actors that hold engines."""
     refused = Writer(settings.output)
     reading = Reading(refused.refuse)
     rows = ordered(reading.todo(read_rows(config), before.ids))
@@ -166,17 +166,17 @@ def _stream(config: RunConfig, folder: Path, before: OutputTotals, settings: Bat
 
 
 def in_flight(config: RunConfig) -> int:
-    """Requests that are asked at a time, of one worker where each has an engine: enough that no row of a replica is idle while
-    the next request comes, few enough that those behind others can go where there is room."""
+    """Requests in flight; of one worker, where each worker has an engine. Enough that no slot of a replica is idle until the
+    next request arrives, and few enough that waiting requests can go to the replica that has room first."""
     serve, section = config.serve, config.batch
     replicas = 1 if section.engine == "embedded" else max(serve.replicas, serve.max_replicas or 0)
     return section.concurrency or 2 * serve.max_batch_size * replicas
 
 
 @contextmanager
-def _answerers(config: RunConfig, args: AppArgs | None, serving: Serving,
-               settings: RequestSettings) -> Iterator[tuple[RequestSettings, str]]:
-    """Whom to ask, and the label of what answers; a Ray or an application started for it ends with the block."""
+def _backend(config: RunConfig, args: AppArgs | None, serving: ModelDigest,
+             settings: RequestSettings) -> Iterator[tuple[RequestSettings, str]]:
+    """Request settings that name the backend, and the model's label. What is started here (Ray, an application) ends with it."""
     section = config.batch
     if args is None:
         yield replace(settings, address=section.address, key_variable=section.key_variable), str(serving.base)
@@ -191,10 +191,10 @@ def _answerers(config: RunConfig, args: AppArgs | None, serving: Serving,
 
 
 @contextmanager
-def _application(config: RunConfig, args: AppArgs, serving: Serving) -> Iterator[tuple[str, str]]:
-    """Name and label of the running application, or of one of our own that goes when the rows are done.
+def _application(config: RunConfig, args: AppArgs, serving: ModelDigest) -> Iterator[tuple[str, str]]:
+    """Name and label of the running application, or of one that is started here and stopped with the block.
 
-    Raises InputError when one of the asked name runs that is not ready or decodes with something else.
+    Raises InputError when an application of that name is not ready or decodes with another model.
     """
     name, instance = config.serve.app_name, running_instance()
     if instance is None or name not in instance.applications:
@@ -204,17 +204,17 @@ def _application(config: RunConfig, args: AppArgs, serving: Serving) -> Iterator
     if (status := instance.applications[name][0]) != "RUNNING":
         raise InputError(f"serve.app_name={name}: the application of that name is {status}: wait, delete it or choose another")
     info = ask_replicas(name)
-    running = Serving(info["base"], info["context_limit"], info["configuration"])
+    running = ModelDigest(info["base"], info["context_limit"], info["configuration"])
     if running != serving:
         raise InputError(f"serve.app_name={name}: runs {info['label']} ({running}), but {args.label} ({serving}) is asked "
-                         "for: choose another name or stop it")
+                         "for: choose another name or stop that application")
     yield name, info["label"]
 
 
 @contextmanager
-def _own_application(config: RunConfig, args: AppArgs, serving: Serving) -> Iterator[str]:
-    """An application for this output alone, at no route: nobody else comes to depend on it. One that a killed run left
-    behind under the same name is ended first, since who holds the output's lock is its only user."""
+def _own_application(config: RunConfig, args: AppArgs, serving: ModelDigest) -> Iterator[str]:
+    """An application for this output alone, without a route, so that nobody else uses it. One of the same name, which a killed
+    run left behind, is deleted first: the holder of the output's lock is its only user."""
     name = f"{args.app_name}-batch-{content_id(str(_folder(config)))}"
     if (instance := running_instance()) is not None and name in instance.applications:
         serve.delete(name)

@@ -1,14 +1,12 @@
-"""What `batch` writes: parts of answers and parts of errors, in Parquet, JSONL or the lines of OpenAI's Batch output.
+"""What `batch` writes: parts of answers and of errors, as Parquet, JSONL or lines of OpenAI's Batch output.
 
-A part is written under a temporary name and renamed. A job that was killed may leave one more part behind after the next
-has begun, and an actor that starts a block again writes rows twice: `deduplicate` leaves each row in one place.
+A part appears whole or not at all. A killed job may still write a part after the next job has started, and an actor that
+restarts a block writes its rows twice: `deduplicate` keeps each row once.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Iterator
@@ -24,6 +22,7 @@ from pipelines.batch.openai_format import output_line
 from pipelines.batch.reader import BadRow, BatchRow, digest
 from pipelines.rows.parquet_parts import part_files, write_part
 from pipelines.rows.schemas import ERRORS, check_schema, content_id
+from pipelines.runtime.files import atomic_file
 
 META = {b"hydra_heads_schema": b"1"}
 BATCH = pa.schema([
@@ -32,12 +31,12 @@ BATCH = pa.schema([
     ("accepted", pa.int32()), ("tokens_per_step", pa.float32()), ("latency_seconds", pa.float32()), ("model", pa.string()),
 ], metadata=META)
 BATCH_ERRORS = pa.schema([*ERRORS, ("row", pa.int64()), ("kind", pa.string())], metadata=META)
-"""`kind`: `input`, a row that is none; `refused`, as a prompt that is too long; `failed`, the server's own fault."""
+"""`kind`: `input`, a row that is not a request; `refused`, such as a prompt that is too long; `failed`, a server error."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """Where answers and errors go, and how. `label`: the model's, for the `model` column."""
+    """Where answers and errors go, and in which format. `label`: the text of the `model` column."""
 
     folder: str
     kind: str
@@ -62,22 +61,22 @@ class Writer:
         self._errors: list[dict[str, Any]] = []
         self.done = self.failed = 0
 
-    def add(self, row: BatchRow, reply: Response) -> None:
-        """One row and what came of it."""
-        if reply.status != 200:
-            kind = "failed" if reply.status >= 500 else "refused"
-            self._error(row.id, row.row, kind, reply.status, reply.message, reply.body)
+    def add(self, row: BatchRow, response: Response) -> None:
+        """Add one row and its response."""
+        if response.status != 200:
+            kind = "failed" if response.status >= 500 else "refused"
+            self._error(row.id, row.row, kind, response.status, response.message, response.body)
             return
         self.done += 1
         if self.output.kind == "openai":
-            self._rows.append(output_line(row.id, 200, reply.body))
+            self._rows.append(output_line(row.id, 200, response.body))
         else:
-            self._rows.append({"id": row.id, "row": row.row, **reply.columns, "model": self.output.label})
+            self._rows.append({"id": row.id, "row": row.row, **response.columns, "model": self.output.label})
         if len(self._rows) >= self.output.rows_per_file:
             self._rows = self._write(self.output.rows, self._rows, BATCH)
 
     def refuse(self, bad: BadRow) -> None:
-        """A row that could not be asked."""
+        """Add a row that could not be sent."""
         self._error(bad.id, bad.row, "input", 0, bad.message, None)
 
     def flush(self) -> None:
@@ -101,7 +100,7 @@ class Writer:
 
 @dataclass
 class OutputTotals:
-    """What the parts of a folder hold, each row once. `ids`: digests; `latencies`: seconds, those that are known."""
+    """Totals over the parts of a folder, each row once. `ids`: digests; `latencies`: in seconds, where known."""
 
     ids: set[bytes] = field(default_factory=set)
     tokens: int = 0
@@ -117,8 +116,8 @@ class OutputTotals:
         if "custom_id" in row:
             answered = row.get("response") or {}
             usage = (answered.get("body") or {}).get("usage") or {}
-            told = usage.get("speculative") or {}
-            row = told | {"tokens": usage.get("completion_tokens"), "kind": _error_kind(row)}
+            counts = usage.get("speculative") or {}
+            row = counts | {"tokens": usage.get("completion_tokens"), "kind": _error_kind(row)}
         tokens, steps = row.get("tokens") or 0, row.get("steps") or 0
         self.tokens, self.steps = self.tokens + tokens, self.steps + steps
         self.later_tokens += max(0, tokens - 1) if steps else 0
@@ -131,12 +130,12 @@ class OutputTotals:
 
 
 def deduplicate(folder: Path, kind: str, schema: pa.Schema, elsewhere: set[bytes] | None = None) -> OutputTotals:
-    """Read every part, one at a time, and take out rows that an earlier one holds, or that stand `elsewhere`."""
+    """Read every part, one at a time; remove rows that an earlier part or `elsewhere` (digests of ids) holds. Returns totals."""
     found = OutputTotals()
     taken = elsewhere or set()
     rewritten: set[Path] = set()
     for path in parts(folder, kind):
-        if path in rewritten:  # a part is named by its rows: what was left of an earlier one took this name
+        if path in rewritten:  # a part is named after its rows: the rest of an earlier part has this name now
             continue
         rows = list(_read(path, kind, schema))
         kept = []
@@ -160,7 +159,7 @@ def parts(folder: Path, kind: str) -> list[Path]:
 
 
 def read_batch_rows(folder: Path, kind: str) -> Iterator[dict[str, Any]]:
-    """Rows that finished parts hold, a part at a time."""
+    """Rows of the finished parts, one part in memory at a time."""
     for path in parts(folder, kind):
         yield from _read(path, kind, BATCH)
 
@@ -177,12 +176,9 @@ def _read(path: Path, kind: str, schema: pa.Schema) -> Iterator[dict[str, Any]]:
 def _write_rows(folder: Path, rows: list[dict[str, Any]], schema: pa.Schema, kind: str) -> Path:
     if kind == "parquet":
         return write_part(folder, rows, schema)
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=".part-", suffix=".tmp", dir=folder)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as handle:
-        handle.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path = folder / f"part-{content_id(sorted(_id(row) for row in rows))}.jsonl"
-    os.replace(temporary, path)
+    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as handle:
+        handle.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     return path
 
 
@@ -191,7 +187,7 @@ def _id(row: dict[str, Any]) -> str:
 
 
 def _error_kind(row: dict[str, Any]) -> str | None:
-    """The kind of a line of an errors file, told by its status."""
+    """The kind of a line of an errors file, from its status."""
     if row["error"] is None:
         return None
     if row["response"] is None:

@@ -1,11 +1,13 @@
-"""The load of `bench`: so many requests kept in flight on one engine, a new one sent when one ends; as clients see it."""
+"""The closed-loop part of `bench`: a fixed number of requests in flight on one engine, a new one sent when one ends.
+
+The figures are those that clients see.
+"""
 
 from __future__ import annotations
 
 import gc
 import hashlib
 import random
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,28 +18,39 @@ from typing import Any
 import numpy as np
 import torch
 
-from hydra_core.base import Base, load_base
+from hydra_core.base import Base
 from hydra_core.decoding import Engine, Result
 from hydra_core.errors import InputError
 from hydra_core.proposers import Drafter
 from hydra_core.sampling import Request
 from hydra_core.tree import TreeSet
-from pipelines.bench.plan import FOREIGN, PLAIN, BenchPlan, Question, append_row, make_drafter, read_lines, room_for
+from pipelines.bench.plan import (
+    FOREIGN,
+    PLAIN,
+    BenchPlan,
+    Question,
+    append_row,
+    make_drafter,
+    read_lines,
+    requests_for,
+    room_for,
+)
+from pipelines.runtime.console import say
 
 WARM_UP_TOKENS = 8
-TIMES_THE_LEVEL, FEWEST_REQUESTS = 4, 16
-"""Requests of a level where no count is asked for: so many times the level, so that its last ones, which have the engine
-more and more to themselves, are few; and never fewer than that."""
+REQUESTS_PER_SLOT, FEWEST_REQUESTS = 4, 16
+"""Requests of a level where the settings give no number: a multiple of the level, so that the last ones, which share the
+engine with fewer and fewer others, are a small part; and a minimum."""
 
 
 @dataclass(frozen=True)
-class LoadRow:
-    """One contender at one level in one round.
+class ConcurrencyRow:
+    """One contender at one level of concurrency in one round.
 
-    `level`: requests in flight; `tokens`: up to each answer's end; `seconds`: from the first request's sending to the last
-    one's end; `steps`: base forwards over drafts, and `row_steps` the rows they held, summed; `first_token`, `between`:
-    50th and 99th percentile in seconds, see `Seen` (`between` None where no answer has a second token); `answers`: a digest
-    of the token ids of each, in the requests' order.
+    `level`: requests in flight; `tokens`: up to the end of each answer; `seconds`: from sending the first request to the end
+    of the last one; `steps`: base forwards after prefill, `row_steps`: the sequences in them, summed; `first_token`,
+    `between`: 50th and 99th percentile in seconds, see `ClientTimes` (`between` None where no answer has a second token);
+    `answers`: a digest of each answer's token ids, in the order of the requests.
     """
 
     round: int
@@ -53,12 +66,12 @@ class LoadRow:
 
 
 @dataclass
-class Seen:
-    """What clients saw of a load, in seconds of wall time.
+class ClientTimes:
+    """What the clients measured, in seconds of wall time.
 
-    `first_token`: of each request, from its sending to the end of the step that brought its first token; `between`: of each
-    later token, from the one before it: k tokens that a step brings at once, dt after the last ones, came dt / k apart.
-    Tokens of the same step as the first one have no time of their own and are left out.
+    `first_token`: for each request, from sending it to the end of the step that produced its first token; `between`: for each
+    later token, the time since the token before it. k tokens that one step produces, dt after the previous ones, count as
+    k times dt / k. Tokens of the same step as the first one have no time of their own and are left out.
     """
 
     results: dict[str, Result] = field(default_factory=dict)
@@ -67,58 +80,57 @@ class Seen:
     between: list[float] = field(default_factory=list)
 
 
-def read_load(path: Path) -> list[LoadRow]:
-    """Rows written so far; a line cut short by a kill is left out."""
-    return [LoadRow(**values | {"first_token": tuple(values["first_token"]), "answers": tuple(values["answers"]),
+def read_concurrency(path: Path) -> list[ConcurrencyRow]:
+    """Rows written so far; a line that a kill cut short is left out."""
+    return [ConcurrencyRow(**values | {"first_token": tuple(values["first_token"]), "answers": tuple(values["answers"]),
                                 "between": values["between"] and tuple(values["between"])}) for values in read_lines(path)]
 
 
-def check_load(plan: BenchPlan, questions: Sequence[Question]) -> None:
-    """Raise InputError when the caches of the largest level do not fit the memory: told before anything is timed."""
+def check_concurrency(plan: BenchPlan, questions: Sequence[Question]) -> None:
+    """Raise InputError when the caches of the highest level do not fit the memory, before anything is timed."""
     if not _todo(plan):
         return
-    base = _load_base(plan)
+    base = plan.base.load(plan.cache)
     for method in _methods(plan):
         _engine(method, max(plan.concurrency), make_drafter(method, plan, base, measured=False), plan, base, questions)
-        _let_go(base)
+        _free_memory(base)
 
 
-def measure_load(plan: BenchPlan, questions: Sequence[Question]) -> None:
-    """Every contender at every level, taking turns; what stands already is not run again.
+def measure_concurrency(plan: BenchPlan, questions: Sequence[Question]) -> None:
+    """Every contender at every level, in turn; what the file already holds is not measured again.
 
-    One engine stands at a time: a large level may leave room for no second one. Each starts knowing nothing of what its
-    drafts are worth.
+    One engine exists at a time, since a high level may leave no memory for a second one. Each starts without acceptance
+    statistics.
     """
     if not (todo := _todo(plan)):
         return
-    base = _load_base(plan)
+    base = plan.base.load(plan.cache)
     drafters = {method: make_drafter(method, plan, base) for method in _methods(plan)}
     for number, level, method in todo:
-        requests = make_requests(questions, plan.concurrency_requests or _usual_requests(level), plan)
-        row = LoadRow(number, level, method, *_measure(_engine(method, level, drafters[method], plan, base, questions),
+        requests = make_requests(questions, plan.concurrency_requests or _default_requests(level), plan)
+        row = ConcurrencyRow(number, level, method, *_measure(_engine(method, level, drafters[method], plan, base, questions),
                                                        requests, level))
-        _let_go(base)
-        append_row(Path(plan.load_file), row)
-        print(f"bench: load, {level} at once, {method}: {row.tokens / row.seconds:.0f} tokens/s", file=sys.stderr, flush=True)
+        _free_memory(base)
+        append_row(Path(plan.concurrency_file), row)
+        say("bench", f"concurrency {level}, {method}: {row.tokens / row.seconds:.0f} tokens/s")
 
 
 def make_requests(questions: Sequence[Question], count: int, plan: BenchPlan) -> list[Request]:
-    """`count` requests: all questions as often as they go into it, and for the rest some from all over the list; in an order
-    that mixes categories and is the same for every contender and level."""
+    """`count` requests: every question equally often, and for the remainder questions spread over the list. Their order mixes
+    categories and is the same for every contender and level."""
     whole, rest = divmod(count, len(questions))
     chosen = [*questions] * whole + [questions[place * len(questions) // rest] for place in range(rest)]
     random.Random(0).shuffle(chosen)
-    return [Request(f"{place} {question.id}", question.prompt_ids, plan.max_new_tokens, plan.temperature)
-            for place, question in enumerate(chosen)]
+    return requests_for(chosen, plan.max_new_tokens, plan.temperature, numbered=True)
 
 
-def drive(engine: Engine, requests: Sequence[Request], level: int,
-          clock: Callable[[], float] = time.perf_counter) -> Seen:
-    """Keep `level` requests in flight until all of them are done; `clock` tells seconds.
+def run_closed_loop(engine: Engine, requests: Sequence[Request], level: int,
+          clock: Callable[[], float] = time.perf_counter) -> ClientTimes:
+    """Keep `level` requests in flight until all `requests` are done; `clock` gives seconds.
 
     Raises InputError for a request that cannot be decoded.
     """
-    source, seen = iter(requests), Seen()
+    source, seen = iter(requests), ClientTimes()
     sent: dict[str, float] = {}
     latest: dict[str, float] = {}
     began = clock()
@@ -144,12 +156,12 @@ def drive(engine: Engine, requests: Sequence[Request], level: int,
     return seen
 
 
-def summarise_load(rows: Sequence[LoadRow]) -> dict[str, Any]:
+def summarise_concurrency(rows: Sequence[ConcurrencyRow]) -> dict[str, Any]:
     """Level -> method -> figures.
 
-    `tokens_per_second`: all rounds pooled; `speed_vs_plain`: its ratio to plain's at the same level in the same round,
-    median over rounds, and their `range`; `*_ms`: percentiles of each round, median over rounds; `rows_running`: rows of a
-    mean step; `tokens_per_step`: of one row; `identical`: share of answers equal to plain's by token ids.
+    `tokens_per_second`: all rounds pooled; `speed_vs_plain`: its ratio to plain's at the same level in the same round, as the
+    median over rounds, with their `range`; `*_ms`: percentiles of each round, median over rounds; `rows_running`: sequences in
+    an average step; `tokens_per_step`: for one sequence; `identical`: share of answers with the same token ids as plain's.
     """
     plain = {(row.round, row.level): row for row in rows if row.method == PLAIN}
     figures: dict[str, Any] = {}
@@ -182,13 +194,13 @@ def _milliseconds(name: str, rounds: Sequence[tuple[float, float]]) -> dict[str,
 # -- parts of a measurement --------------------------------------------------------------------------------------------
 
 def _methods(plan: BenchPlan) -> tuple[str, ...]:
-    """Contenders that are an engine's."""
+    """Contenders that use the engine."""
     return tuple(method for method in plan.methods if method not in FOREIGN)
 
 
 def _todo(plan: BenchPlan) -> list[tuple[int, int, str]]:
-    """(Round, level, method) still to be run; contenders take turns at being first."""
-    done = {(row.round, row.level, row.method) for row in read_load(Path(plan.load_file))}
+    """(Round, level, method) that are not measured yet; the first place rotates among contenders."""
+    done = {(row.round, row.level, row.method) for row in read_concurrency(Path(plan.concurrency_file))}
     methods, levels = _methods(plan), tuple(dict.fromkeys(plan.concurrency))
     turns = [(number, level, (number + place) % len(methods)) for number in range(plan.rounds)
              for place, level in enumerate(levels)]
@@ -196,18 +208,13 @@ def _todo(plan: BenchPlan) -> list[tuple[int, int, str]]:
             if (number, level, method) not in done]
 
 
-def _usual_requests(level: int) -> int:
-    return max(FEWEST_REQUESTS, TIMES_THE_LEVEL * level)
-
-
-def _load_base(plan: BenchPlan) -> Base:
-    return load_base(plan.base.model, dtype=plan.base.dtype, device=plan.base.device, cache=Path(plan.cache),
-                     context_limit=plan.base.context_limit)
+def _default_requests(level: int) -> int:
+    return max(FEWEST_REQUESTS, REQUESTS_PER_SLOT * level)
 
 
 def _engine(method: str, level: int, drafter: tuple[Drafter | None, TreeSet | None], plan: BenchPlan, base: Base,
             questions: Sequence[Question]) -> Engine:
-    """An engine of `level` rows. Raises InputError when it does not fit the memory."""
+    """An engine with `level` slots. Raises InputError when it does not fit the memory."""
     limit = room_for(base, plan.max_new_tokens, questions)
     try:
         return Engine(base, *drafter, max_batch_size=level, context_limit=limit, shared_noise=plan.shared_noise)
@@ -215,19 +222,19 @@ def _engine(method: str, level: int, drafter: tuple[Drafter | None, TreeSet | No
         raise InputError(f"bench.concurrency: {level} requests at once with {method}: {error}") from None
 
 
-def _let_go(base: Base) -> None:
-    """Give back the memory of an engine that nobody holds any more: the next one asks how much is free."""
+def _free_memory(base: Base) -> None:
+    """Free the memory of an engine that is no longer referenced: the next one checks how much is available."""
     gc.collect()
     if base.device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def _measure(engine: Engine, requests: Sequence[Request], level: int) -> tuple[Any, ...]:
-    """The figures of a `LoadRow`, after a warm-up."""
+    """The figures of a `ConcurrencyRow`, after a warm-up."""
     engine.generate([replace(request, max_new_tokens=min(WARM_UP_TOKENS, request.max_new_tokens))
                      for request in requests[:level]])
     before = engine.times.steps
-    seen = drive(engine, requests, level)
+    seen = run_closed_loop(engine, requests, level)
     results = [seen.results[request.id] for request in requests]
     return (sum(len(result.token_ids) for result in results), seen.seconds, engine.times.steps - before,
             sum(result.steps for result in results), _percentiles(seen.first_token), _percentiles(seen.between),

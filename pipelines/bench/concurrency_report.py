@@ -1,60 +1,45 @@
-"""What `bench` shows of its load: a table for people, Markdown, metrics and a plot."""
+"""What `bench` shows of its closed-loop part: a table, Markdown, metrics and a figure."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from pipelines.bench.plan import PLAIN
+from pipelines.runtime.figures import new_figure, save_figure
+from pipelines.runtime.tables import Table
 
-COLUMNS = ("at once", "method", "tokens/s", "vs plain", "range over rounds", "first token p50 / p99 ms",
-           "between tokens p50 / p99 ms", "rows", "tokens/step", "identical")
+TITLE = "By concurrency: requests in flight, a new one sent when one ends"
+COLUMNS = ("concurrency", "method", "tokens/s", "vs plain", "range over rounds", "first token p50 / p99 ms",
+           "between tokens p50 / p99 ms", "sequences", "tokens/step", "identical")
 
 
-def load_table(load: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The cells of `summarise_load`'s figures, level by level, fastest first."""
-    return [(level, method, f"{f['tokens_per_second']:.0f}", _cell(f["speed_vs_plain"], 2, "x"),
-             "-" if f["range"] is None else f"{f['range'][0]:.2f} - {f['range'][1]:.2f}",
-             *(f"{_cell(f[f'{name}_p50_ms'], 1)} / {_cell(f[f'{name}_p99_ms'], 1)}"
-               for name in ("first_token", "between_tokens")),
-             _cell(f["rows_running"], 1), _cell(f["tokens_per_step"], 2),
-             "-" if f["identical"] is None else f"{100 * f['identical']:.0f} %")
-            for level, methods in load.items()
-            for method, f in sorted(methods.items(), key=lambda item: -item[1]["tokens_per_second"])]
+def concurrency_table(load: dict[str, Any]) -> Table:
+    """The figures of `summarise_concurrency`, level by level, the fastest method first; no rows where it was not measured."""
+    return Table(COLUMNS, [(level, method, f"{f['tokens_per_second']:.0f}", _cell(f["speed_vs_plain"], 2, "x"),
+                            "-" if f["range"] is None else f"{f['range'][0]:.2f} - {f['range'][1]:.2f}",
+                            *(f"{_cell(f[f'{name}_p50_ms'], 1)} / {_cell(f[f'{name}_p99_ms'], 1)}"
+                              for name in ("first_token", "between_tokens")),
+                            _cell(f["rows_running"], 1), _cell(f["tokens_per_step"], 2),
+                            "-" if f["identical"] is None else f"{100 * f['identical']:.0f} %")
+                           for level, methods in load.items()
+                           for method, f in sorted(methods.items(), key=lambda item: -item[1]["tokens_per_second"])], TITLE)
 
 
 def _cell(value: float | None, digits: int, unit: str = "") -> str:
     return "-" if value is None else f"{value:.{digits}f}{unit}"
 
 
-def load_markdown(load: dict[str, Any]) -> str:
-    """A section of the report, or nothing where no load was measured."""
+def concurrency_markdown(load: dict[str, Any]) -> str:
+    """A section of the report, or nothing where it was not measured."""
     if not load:
         return ""
-    lines = ["", "## Requests at once, a new one sent when one ends", "", "| " + " | ".join(COLUMNS) + " |",
-             "|" + "---|" * len(COLUMNS), *("| " + " | ".join(cells) + " |" for cells in load_table(load)), "",
-             "First token: from sending a request to the end of the step that brought it. Between tokens: a step that brings",
-             "k tokens of an answer at once, dt after the last ones, counts as k times dt / k. Rows: decoding in a mean step."]
-    return "\n".join(lines) + "\n"
+    return (f"\n## {TITLE}\n\n{concurrency_table(load).markdown()}\n"
+            "First token: from sending a request to the end of the step that produced it. Between tokens: k tokens that one\n"
+            "step produces, dt after the previous ones, count as k times dt / k. Sequences: decoding in an average step.\n")
 
 
-def print_load(load: dict[str, Any], stream: Any) -> None:
-    """The same table on a terminal; nothing where no load was measured."""
-    from rich.console import Console
-    from rich.table import Table
-
-    if not load:
-        return
-    table = Table(title="Requests at once, a new one sent when one ends")
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "method" else "right")
-    for cells in load_table(load):
-        table.add_row(*cells)
-    Console(file=stream, width=150).print(table)
-
-
-def load_metrics(load: dict[str, Any]) -> dict[str, float]:
+def concurrency_metrics(load: dict[str, Any]) -> dict[str, float]:
     """`load.LEVEL.METHOD.FIGURE` -> value, for MLflow."""
     metrics: dict[str, float] = {}
     for level, methods in load.items():
@@ -65,12 +50,10 @@ def load_metrics(load: dict[str, Any]) -> dict[str, float]:
     return metrics
 
 
-def plot_load(load: dict[str, Any], path: Path) -> None:
-    """Write a PNG: left, speed against plain by requests at once, with the range over rounds; right, time to first token,
-    the 50th percentile as a line and the 99th dashed."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4), layout="constrained")
+def plot_concurrency(load: dict[str, Any], path: Path) -> None:
+    """Write a PNG. Left: speed against plain by concurrency, with the range over rounds. Right: time to first token, the 50th
+    percentile as a solid line and the 99th as a dashed one."""
+    figure = new_figure(11, 4)
     left, right = figure.subplots(1, 2)
     for number, method in enumerate(dict.fromkeys(method for methods in load.values() for method in methods)):
         points = [(int(level), methods[method]) for level, methods in load.items() if method in methods]
@@ -89,8 +72,6 @@ def plot_load(load: dict[str, Any], path: Path) -> None:
     for axis in (left, right):
         axis.set_xscale("log", base=2)
         axis.set_xticks([int(level) for level in load], list(load))
-        axis.set_xlabel("requests at once")
+        axis.set_xlabel("requests in flight")
         axis.legend()
-    temporary = path.with_name(f".{path.name}.part")
-    figure.savefig(temporary, dpi=120, format="png")
-    os.replace(temporary, path)
+    save_figure(figure, path)

@@ -2,7 +2,7 @@
 
     pip install 'hydra-heads[llama]'
 
-It reads the same token ids, is as greedy, ends at the same tokens and counts them as everybody else does.
+It reads the same token ids, decodes greedily, stops at the same tokens and counts them as the other contenders do.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def check_llama(model: str) -> None:
 
 
 def llama_contender(plan: BenchPlan, base: Base, room: int) -> Callable[[tuple[int, ...], int], Outcome]:
-    """llama.cpp with `plan.threads` threads and a context of `room` tokens, in the file's own weight format; each prompt
-    is computed from its beginning, whatever was decoded before.
+    """llama.cpp with `plan.threads` threads and a context of `room` tokens, in the file's own weight format. No prompt reuses
+    the cache of an earlier one.
 
     Raises InputError where it cannot run.
     """
@@ -50,7 +50,7 @@ def llama_contender(plan: BenchPlan, base: Base, room: int) -> Callable[[tuple[i
     stops = set(base.stop_ids)
 
     def sample() -> int:
-        """The likeliest token after what was evaluated last; of equals the first, as everywhere."""
+        """The argmax of the last evaluated position; the first one of equal logits, as in every other contender."""
         logits = llama_cpp.llama_get_logits_ith(llm.ctx, -1)
         return int(np.ctypeslib.as_array(logits, shape=(base.vocab_size,)).argmax())
 

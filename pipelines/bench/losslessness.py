@@ -1,28 +1,45 @@
-"""The identity checks of `bench`: fp32 answers against the naive loop, and what parts bf16 answers from plain ones."""
+"""The losslessness checks of `bench`: answers against the naive loop, and where answers differ from plain decoding's.
+
+An answer that differs is compared in fp32 logits: at a near-tie two ways of summing choose differently, which is no loss.
+"""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from hydra_core.base import Base, load_base
+from hydra_core.base import Base
 from hydra_core.decoding import Engine, compare, naive_generate
 from hydra_core.sampling import Request
-from pipelines.bench.plan import FOREIGN, PLAIN, BenchPlan, Question, Row, append_row, read_lines, room_for, split_sweep
+from pipelines.bench.plan import (
+    FOREIGN,
+    PLAIN,
+    BenchPlan,
+    Question,
+    Row,
+    append_row,
+    read_lines,
+    requests_for,
+    room_for,
+    split_sweep,
+)
 from pipelines.bench.plan import make_drafter as drafter_of
-from pipelines.bench.turns import prompt_of
+from pipelines.bench.questions import prompt_of
+from pipelines.runtime.console import say
 
 ARRIVAL_STEPS = 3
 """Engine steps between two arrivals in the staggered batch."""
 
 
 @dataclass(frozen=True)
-class IdentityRow:
-    """One answer judged. `dtype`: fp32 (against the naive loop) or the run's own (against plain); `rows`: of the running
-    batch it was made in, 0 for an answer that was timed; `index`, `gap`: where it first differs, and by how much in logits;
-    `turn`: of the question, from 0."""
+class LosslessnessRow:
+    """The verdict on one answer.
+
+    `dtype`: the weight format; `rows`: size of the batch in which the answer was decoded and compared with the naive loop, 0
+    for a timed answer, which is compared with plain's; `index`, `gap`: position of the first difference, and its size in
+    logits; `turn`: of the question, from 0.
+    """
 
     question: str
     method: str
@@ -34,17 +51,17 @@ class IdentityRow:
     turn: int = 0
 
 
-def read_identity(path: Path) -> list[IdentityRow]:
-    return [IdentityRow(**values) for values in read_lines(path)]
+def read_losslessness(path: Path) -> list[LosslessnessRow]:
+    return [LosslessnessRow(**values) for values in read_lines(path)]
 
 
 def check_differences(plan: BenchPlan, questions: list[Question], rows: list[Row]) -> None:
-    """Judge every timed answer that differs from plain decoding's in the run's own weight format; where several rounds differ
-    alike, once."""
+    """Give a verdict on every timed answer that differs from plain decoding's in the run's weight format; once where several
+    rounds differ."""
     if plan.temperature:
         return
-    path = Path(plan.identity_file)
-    done = {(row.question, row.turn, row.method) for row in read_identity(path)
+    path = Path(plan.losslessness_file)
+    done = {(row.question, row.turn, row.method) for row in read_losslessness(path)
             if row.dtype == plan.base.dtype and row.rows == 0}
     asked = {question.id: question for question in questions}
     plain = {(row.round, row.question, row.turn): row.token_ids for row in rows if row.method == PLAIN}
@@ -57,21 +74,21 @@ def check_differences(plan: BenchPlan, questions: list[Question], rows: list[Row
         before = [plain[row.round, row.question, turn] for turn in range(row.turn)]
         prompt = prompt_of(asked[row.question], before, exact, exact.context_limit)
         found = compare(exact, prompt, plain[row.round, row.question, row.turn], row.token_ids)
-        append_row(path, IdentityRow(row.question, row.method, plan.base.dtype, 0, found.verdict, found.index, found.gap,
+        append_row(path, LosslessnessRow(row.question, row.method, plan.base.dtype, 0, found.verdict, found.index, found.gap,
                                      row.turn))
         done.add(key)
 
 
-def check_identity(plan: BenchPlan, questions: list[Question]) -> None:
-    """Greedy, in every format of the plan: each engine contender against the naive loop, alone and in a batch with
+def check_losslessness(plan: BenchPlan, questions: list[Question]) -> None:
+    """Compare each engine contender with the naive loop: greedy, in every format of the plan, alone and in a batch with
     staggered arrivals."""
     for dtype in plan.identity_formats:
         _check_format(plan, questions, dtype)
 
 
 def _check_format(plan: BenchPlan, questions: list[Question], dtype: str) -> None:
-    path = Path(plan.identity_file)
-    done = {(row.question, row.method, row.rows) for row in read_identity(path) if row.dtype == dtype and row.rows}
+    path = Path(plan.losslessness_file)
+    done = {(row.question, row.method, row.rows) for row in read_losslessness(path) if row.dtype == dtype and row.rows}
     methods = [method for method in plan.methods if method not in FOREIGN and split_sweep(method, plan.heads)[1] is None]
     batches = [1] + [plan.identity_batch] * (plan.identity_batch > 1)
     chosen = questions[:plan.identity_prompts]
@@ -79,14 +96,13 @@ def _check_format(plan: BenchPlan, questions: list[Question], dtype: str) -> Non
             if any((question.id, method, rows) not in done for question in chosen)]
     if not todo:
         return
-    base = load_base(plan.base.model, dtype=dtype, device=plan.base.device, cache=Path(plan.cache),
-                     context_limit=plan.base.context_limit)
+    base = plan.base.load(plan.cache, dtype=dtype)
     limit = room_for(base, plan.max_new_tokens, questions)
-    requests = [Request(question.id, question.prompt_ids, plan.max_new_tokens) for question in chosen]
+    requests = requests_for(chosen, plan.max_new_tokens)
     wanted = {}
     for count, request in enumerate(requests, start=1):
         wanted[request.id] = naive_generate(base, request, limit).token_ids
-        _say(f"{dtype} identity, naive loop, prompt {count}/{len(requests)}")
+        say("bench", f"{dtype} losslessness, naive loop, prompt {count}/{len(requests)}")
     exact: Base | None = None
     for method, rows in todo:
         engine = Engine(base, *drafter_of(method, plan, base, measured=False), max_batch_size=rows, context_limit=limit)
@@ -98,12 +114,13 @@ def _check_format(plan: BenchPlan, questions: list[Question], dtype: str) -> Non
             if answer != reference:
                 differing, exact = differing + 1, exact or _exact(plan, dtype)
             found = compare(exact or base, prompt, reference, answer)
-            append_row(path, IdentityRow(request_id, method, dtype, rows, found.verdict, found.index, found.gap))
-        _say(f"{dtype} identity, {method}, batch of {rows}: {len(requests) - differing} of {len(requests)} token for token")
+            append_row(path, LosslessnessRow(request_id, method, dtype, rows, found.verdict, found.index, found.gap))
+        say("bench", f"{dtype} losslessness, {method}, batch of {rows}: {len(requests) - differing} of {len(requests)} answers "
+                     "are identical")
 
 
 def _answers(engine: Engine, requests: list[Request], rows: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """One after another for a batch of one; else a new one every few steps."""
+    """(Request id, token ids) of each answer: one request after another for a batch of one, else a new one every few steps."""
     if rows == 1:
         for request in requests:
             yield request.id, engine.generate([request])[0].token_ids
@@ -119,8 +136,5 @@ def _answers(engine: Engine, requests: list[Request], rows: int) -> Iterator[tup
 
 
 def _exact(plan: BenchPlan, dtype: str) -> Base:
-    return load_base(plan.base.model, dtype=dtype, device=plan.base.device, cache=Path(plan.cache), widen=True)
-
-
-def _say(text: str) -> None:
-    print(f"bench: {text}", file=sys.stderr, flush=True)
+    """The same weights, computed in fp32, with the model's own context limit."""
+    return plan.base.load(plan.cache, dtype=dtype, context_limit=None, widen=True)

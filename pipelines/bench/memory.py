@@ -1,4 +1,4 @@
-"""The most memory that the one-at-a-time part of `bench` took."""
+"""Peak memory of the part of `bench` that decodes single requests."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from typing import Any
 
 import torch
 
-from pipelines.runtime.artifacts import write_text
+from pipelines.runtime.files import write_text
 
 
 class PeakMemory:
-    """Bytes at the highest point, kept in a file that a resumed run adds to.
+    """Peak bytes, kept in a file that a resumed run updates.
 
-    All contenders share one process and one copy of the base, so resident memory is told once, for all of them together.
-    On a GPU the highest allocation while each one decodes is told apart; what the others hold then is part of it.
+    All contenders share one process and one copy of the base, so resident memory is one number for all of them. On a GPU the
+    peak allocation while each contender decodes is a number of its own, which includes what the others hold.
     """
 
     def __init__(self, path: Path, device: torch.device) -> None:
         self.path, self.device = path, device
         self.peaks = read_memory(path)
-        with suppress(OSError):  # a Ray worker may have done other work before
+        with suppress(OSError):  # resets the peak: a Ray worker may have done other work before
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
     @contextmanager
     def of(self, method: str) -> Iterator[None]:
-        """Watch what is allocated on the GPU while `method` decodes."""
+        """Record the peak GPU allocation while `method` decodes."""
         if self.device.type != "cuda":
             yield
             return
@@ -44,7 +44,7 @@ class PeakMemory:
 
 
 def read_memory(path: Path) -> dict[str, Any]:
-    """What `PeakMemory` wrote: `resident_peak_bytes`, and on a GPU `cuda_peak_bytes` by contender; nothing where no file is."""
+    """What `PeakMemory` wrote: `resident_peak_bytes`, and on a GPU `cuda_peak_bytes` by contender; empty without a file."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError):
@@ -52,18 +52,18 @@ def read_memory(path: Path) -> dict[str, Any]:
 
 
 def memory_markdown(memory: dict[str, Any]) -> str:
-    """The report's lines, or nothing where it was not measured."""
+    """A section of the report, or nothing where memory was not measured."""
     if not memory:
         return ""
-    lines = [f"Peak resident memory while they took turns: {memory['resident_peak_bytes'] / 2**30:.2f} GiB, of the one process "
-             "and the one copy of the base that all contenders share."]
-    lines += [f"Peak GPU memory while {method} decoded, what the others keep included: {peak / 2**30:.2f} GiB."
+    lines = [f"Peak resident memory: {memory['resident_peak_bytes'] / 2**30:.2f} GiB, for the one process and the one copy of "
+             "the base that all contenders share."]
+    lines += [f"Peak GPU memory while {method} decoded, including what the others hold: {peak / 2**30:.2f} GiB."
               for method, peak in memory.get("cuda_peak_bytes", {}).items()]
     return "\n" + "\n\n".join(lines) + "\n"
 
 
 def _resident_peak() -> int:
-    """Bytes since the last reset where the system tells, else since the process began."""
+    """Bytes since the last reset where the system reports it, else since the process began."""
     with suppress(OSError, ValueError):
         for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM:"):

@@ -1,20 +1,21 @@
-"""What the parts of `bench` share: the plan, the questions, the rows they write, and how a contender is made."""
+"""What the parts of `bench` share: the plan, the questions, the rows that they write, and how an engine contender is made."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra_core.base import Base, resolve_base
-from hydra_core.base.formats import DTYPES
-from hydra_core.bundled import BUNDLED
+from hydra_core.base import Base
+from hydra_core.bundled import BUNDLED, EARLIER
 from hydra_core.errors import InputError
 from hydra_core.heads.checkpoint import load_checkpoint
 from hydra_core.proposers import AdaptiveDrafter, Drafter, NgramDrafter
+from hydra_core.sampling import Request
 from hydra_core.tree import TreeSet
 from hydra_core.tree.costs import unmeasured_costs
 from pipelines.config import BaseSection
@@ -25,19 +26,20 @@ PLAIN, TRANSFORMERS, NGRAM = "plain", "transformers", "ngram"
 LOOKUP = "transformers-lookup"
 """transformers' own prompt lookup."""
 COMBINED = "combined"
-"""The last of the heads and copied text, in trees grown at each step."""
-GROWN = (COMBINED, BUNDLED)
-"""`shipped` is the same with the heads that come with the package."""
+"""The last of the run's heads together with n-gram drafts, in dynamic trees."""
+DYNAMIC_TREES = (COMBINED, BUNDLED)
+"""Contenders with dynamic trees. `bundled` is the same as `combined` with the heads that come with the package."""
 LLAMA = "llama.cpp"
 """On the base's own GGUF file, where llama-cpp-python is installed."""
 FOREIGN = (TRANSFORMERS, LOOKUP, LLAMA)
+"""Contenders that are not this project's engine."""
 SWEEP = "sweep.json"
-"""Beside a checkpoint's `tree.json`: the trees of other sizes that contenders `NAME@N` draft with."""
+"""Beside a checkpoint's `tree.json`: trees of other sizes, which the contenders `NAME@N` draft with."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """One prompt to decode, already as token ids; `turns`: the user's words turn by turn where more than one may follow."""
+    """One prompt to decode, as token ids; `turns`: the user's text of each turn, where a question has several."""
 
     id: str
     category: str
@@ -47,15 +49,17 @@ class Question:
 
 @dataclass(frozen=True)
 class BenchPlan:
-    """Everything the measuring task needs; plain values, so that Ray can ship it. `heads`: name -> checkpoint folder;
-    `batch_app`: what `batch` would decode with, None: it is not timed."""
+    """Everything that the measuring task needs, as plain values, since Ray serialises it.
+
+    `heads`: name -> checkpoint folder; `batch_app`: what `batch` would decode with, None: `batch` is not timed.
+    """
 
     base: BaseSection
     cache: str
     rows_file: str
-    identity_file: str
+    losslessness_file: str
     batch_file: str
-    load_file: str
+    concurrency_file: str
     memory_file: str
     methods: tuple[str, ...]
     heads: dict[str, str]
@@ -84,10 +88,10 @@ class BenchPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a contender made of one prompt. Seconds are wall time; `steps` are base forwards after prefill.
+    """One contender's answer to one prompt. Seconds are wall time; `steps` are base forwards after prefill.
 
-    `accepted_lengths`: steps that accepted 0, 1, 2, ... drafts. Of an engine: the seconds of its phases, which are part of
-    `decode_seconds`, and `predicted_seconds`, what a cost table foretold for its steps; 0 where nothing is known of them.
+    `accepted_lengths`: number of steps that accepted 0, 1, 2, ... drafts. For an engine: the seconds of its phases, which are
+    part of `decode_seconds`, and `predicted_seconds`, what a cost table predicts for its steps; 0 where they are unknown.
     """
 
     token_ids: tuple[int, ...]
@@ -116,28 +120,33 @@ class Row(Outcome):
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Rows written so far; a line cut short by a kill is left out, and what older files do not hold is not known."""
+    """Rows written so far. A line that a kill cut short is left out; fields that an older file lacks get their defaults."""
     return [Row(**values | {name: tuple(values.get(name, ())) for name in ("token_ids", "accepted_lengths")})
             for values in read_lines(path)]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSONL file that a kill may have cut; none where there is no file."""
+    """The complete lines of a JSONL file that a kill may have cut short; none where there is no file."""
     values = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             values.append(json.loads(line))
         except json.JSONDecodeError:
             continue
-    return values
+    return [value | {"method": contender(value["method"])} if "method" in value else value for value in values]
+
+
+def contender(name: str) -> str:
+    """A contender's present name, from a file that an earlier version may have written."""
+    return re.sub(rf"^{EARLIER}(?=@|$)", BUNDLED, name)
 
 
 def append_row(path: Path, row: Any) -> None:
-    """Write a record's line, for good, after whatever stands there."""
+    """Append a record as one line; it is on the disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as handle:
         if handle.tell() and not _ends_with_newline(handle):
-            handle.write(b"\n")  # a killed run left half a line: keep it apart
+            handle.write(b"\n")  # a killed run left half a line: it must not become part of this one
         handle.write(json.dumps(asdict(row)).encode() + b"\n")
         handle.flush()
         os.fsync(handle.fileno())
@@ -149,7 +158,7 @@ def _ends_with_newline(handle: Any) -> bool:
 
 
 def make_drafter(method: str, plan: BenchPlan, base: Base, *, measured: bool = True) -> tuple[Drafter | None, TreeSet | None]:
-    """What drafts for an engine contender; `measured`: trees are grown by this machine's step costs, not by a guess."""
+    """Drafter and trees of an engine contender. `measured`: dynamic trees use this machine's step costs, not default ones."""
     if method == PLAIN:
         return None, None
     heads = None
@@ -157,7 +166,7 @@ def make_drafter(method: str, plan: BenchPlan, base: Base, *, measured: bool = T
         name, nodes = split_sweep(method, plan.heads)
         folder = combined_heads(plan.heads) if method == COMBINED else plan.heads[name]
         loaded = load_checkpoint(Path(folder), base.vocabulary, base.dtype)
-        if method not in GROWN:
+        if method not in DYNAMIC_TREES:
             return loaded.drafter, loaded.trees if nodes is None else sweep_tree(loaded.folder, nodes)
         heads = loaded.drafter
     costs = machine_costs(base, Path(plan.cache), heads) if measured else unmeasured_costs()
@@ -165,25 +174,25 @@ def make_drafter(method: str, plan: BenchPlan, base: Base, *, measured: bool = T
 
 
 def combined_heads(heads: Mapping[str, str]) -> str:
-    """The checkpoint folder that `combined` drafts with: the last of the run's own, by the order of `train.drafters`."""
+    """The checkpoint folder that `combined` drafts with: the last one of the run, in the order of `train.drafters`."""
     return own_heads(heads)[-1]
 
 
 def own_heads(heads: Mapping[str, str]) -> list[str]:
-    """Checkpoint folders of the run itself, without the package's."""
+    """Checkpoint folders of the run itself, without those of the package."""
     return [folder for name, folder in heads.items() if name != BUNDLED]
 
 
 def split_sweep(method: str, heads: Mapping[str, str]) -> tuple[str, int | None]:
-    """The heads that a contender drafts with, and of `NAME@N` the most nodes of its tree; None: the trees of `tree.json`."""
+    """The heads that a contender drafts with, and for `NAME@N` the maximum nodes N of its tree; None: those of `tree.json`."""
     name, found, nodes = method.rpartition("@")
     return (name, int(nodes)) if found and method not in heads and nodes.isdecimal() else (method, None)
 
 
 def sweep_tree(folder: Path, nodes: int) -> TreeSet:
-    """The largest tree of at most `nodes` nodes that stands beside the heads in `folder`, for every batch size.
+    """The largest tree of at most `nodes` nodes among those beside the heads in `folder`, for every batch size.
 
-    Raises InputError when there is none, or the file is not what `tree` writes.
+    Raises InputError when there is none, or when the file is not what `tree` writes.
     """
     path = folder / SWEEP
     try:
@@ -196,19 +205,16 @@ def sweep_tree(folder: Path, nodes: int) -> TreeSet:
     return TreeSet({1: trees[size]})
 
 
-def transformers_model(plan: BenchPlan, base: Base) -> Any:
-    """transformers' own model on the same folder and weight format, its `generate` plainly greedy: a generation config
-    beside the weights may hold penalties and suppressed tokens, which nobody else here heeds."""
-    from transformers import AutoModelForCausalLM, GenerationConfig
-
-    folder = resolve_base(plan.base.model, Path(plan.cache)).folder
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[plan.base.dtype], use_safetensors=True)
-    model.generation_config = GenerationConfig(do_sample=False, use_cache=True, pad_token_id=0,
-                                               eos_token_id=list(base.stop_ids) or None)
-    return model.to(base.device).eval()
+def requests_for(questions: Sequence[Question], limits: int | Sequence[int], temperature: float = 0.0, *,
+                 numbered: bool = False) -> list[Request]:
+    """One request for each question, in order. `limits`: maximum new tokens of all, or of each; `numbered`: ids begin with the
+    request's number, since a question may occur several times."""
+    each = [limits] * len(questions) if isinstance(limits, int) else limits
+    return [Request(f"{number} {question.id}" if numbered else question.id, question.prompt_ids, limit, temperature)
+            for number, (question, limit) in enumerate(zip(questions, each, strict=True))]
 
 
 def room_for(base: Base, max_new_tokens: int, questions: Sequence[Question]) -> int:
-    """Tokens a row needs for the longest question and its answer, at most what the base holds."""
+    """Cache slots, in tokens, that a sequence needs for the longest question and its answer; at most the base's context limit."""
     longest = max(len(question.prompt_ids) for question in questions) + max_new_tokens
     return min(base.context_limit, longest)

@@ -1,40 +1,39 @@
-"""The pictures of `bench`: speed by method, speed by method and category, how many drafts a step accepts."""
+"""The figures of `bench`: speed by method, speed by method and category, accepted drafts of a step."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipelines.bench.report import category_names
 from pipelines.bench.step_breakdown import by_speed
-from pipelines.profiling.report import save_figure
+from pipelines.runtime.figures import new_figure, save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SPEED, CATEGORIES, ACCEPTED = "report.png", "categories.png", "accepted.png"
 COLOURS = ("#4878a8", "#6aa84f", "#e0883a", "#b85450", "#8566a8", "#7a6a58", "#c77cab", "#7f7f7f", "#b5a642", "#4aa8b0")
 GROUP = 0.8
-"""Width of a group of bars, its distance to the next one being 1."""
+"""Width of a group of bars; the distance between groups is 1."""
 
 
 def draw(figures: dict[str, Any], folder: Path) -> list[Path]:
-    """Write every picture that there are figures for, as PNG, whole or not at all; returns the files."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
+    """Write every figure for which there are values, as a PNG; returns the files."""
     made = {SPEED: speed_plot(figures), CATEGORIES: category_plot(figures), ACCEPTED: accepted_plot(figures)}
     for name, figure in made.items():
         (folder / name).unlink(missing_ok=True)
         if figure is not None:
-            save_figure(figure, folder / name, FigureCanvasAgg)
+            save_figure(figure, folder / name)
     return [folder / name for name, figure in made.items() if figure is not None]
 
 
-def speed_plot(figures: dict[str, Any]) -> Any:
+def speed_plot(figures: dict[str, Any]) -> Figure:
     """Speed against plain with its interval, and tokens per step."""
-    from matplotlib.figure import Figure
-
     names = by_speed(figures)
-    figure = Figure(figsize=(9, 0.6 * len(names) + 1.6), layout="constrained")
+    figure = new_figure(9, 0.6 * len(names) + 1.6)
     left, right = figure.subplots(1, 2, sharey=True)
     speeds = [figures[name]["speed_vs_plain"] or 0 for name in names]
     spreads = [figures[name]["spread"] or [speed, speed] for name, speed in zip(names, speeds, strict=True)]
@@ -49,8 +48,8 @@ def speed_plot(figures: dict[str, Any]) -> Any:
     return figure
 
 
-def category_plot(figures: dict[str, Any]) -> Any:
-    """Speed against plain, one group of bars a category, one bar a contender; None where there is but one category."""
+def category_plot(figures: dict[str, Any]) -> Figure | None:
+    """Speed against plain, one group of bars a category, one bar a contender; None where there is only one category."""
     categories = category_names(figures)
     bars = {name: [(figures[name]["categories"].get(category) or {}).get("speed_vs_plain") or 0 for category in categories]
             for name in by_speed(figures)}
@@ -61,8 +60,8 @@ def category_plot(figures: dict[str, Any]) -> Any:
     return figure
 
 
-def accepted_plot(figures: dict[str, Any]) -> Any:
-    """Share of steps by how many drafts they accept, of the contenders that draft; None where there is none."""
+def accepted_plot(figures: dict[str, Any]) -> Figure | None:
+    """Share of steps by accepted drafts, for the contenders that draft; None where there is none."""
     lengths = {name: figures[name]["accepted_lengths"] for name in by_speed(figures)
                if len(figures[name]["accepted_lengths"]) > 1}
     if not lengths:
@@ -74,11 +73,9 @@ def accepted_plot(figures: dict[str, Any]) -> Any:
     return figure
 
 
-def _grouped(bars: dict[str, list[float]], labels: list[str], what: str) -> Any:
+def _grouped(bars: dict[str, list[float]], labels: list[str], what: str) -> Figure:
     """One group of bars a label, one bar a name."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(max(6.0, 1.2 + len(labels) * (0.4 + 0.16 * len(bars))), 4), layout="constrained")
+    figure = new_figure(max(6.0, 1.2 + len(labels) * (0.4 + 0.16 * len(bars))), 4)
     axis = figure.subplots()
     width, places = GROUP / len(bars), np.arange(len(labels))
     for number, (name, heights) in enumerate(bars.items()):

@@ -7,22 +7,23 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.bench.losslessness import IdentityRow
+from pipelines.bench.losslessness import LosslessnessRow
 from pipelines.bench.plan import PLAIN, TRANSFORMERS, BenchPlan, Row
 from pipelines.bench.step_breakdown import by_speed, step_figures
+from pipelines.runtime.tables import Table
 
 RESAMPLES = 2000
 
 
-def summarise(rows: list[Row], identity: list[IdentityRow]) -> dict[str, Any]:
+def summarise(rows: list[Row], identity: list[LosslessnessRow]) -> dict[str, Any]:
     """`methods.<name>` -> figures, as the stage's JSON line holds them.
 
     `tokens_per_step`: tokens after the first over base forwards after prefill, pooled. `speed_vs_*`: ratio of mean
-    per-question tokens/s, turns and rounds of a question pooled, prefill included; `decode_speed_vs_plain` without it.
-    `spread`: 95 % interval of `speed_vs_plain` over resampled questions. `identical`: share of answers, of all turns, equal
-    to plain's by token ids; `differing`: the verdicts on those that are not; `fp32`: verdicts against the
-    naive loop, `naive` in every format that was checked; `categories`: tokens per step and ratios of each. And what
-    `step_figures` says.
+    per-question tokens/s, turns and rounds of a question pooled, prefill included; `decode_speed_vs_plain`: without prefill.
+    `spread`: 95 % interval of `speed_vs_plain` over resampled questions (bootstrap). `identical`: share of answers, of all
+    turns, with the same token ids as plain's; `differing`: the verdicts on the others; `fp32`: verdicts against the naive
+    loop, `naive`: the same in every format that was checked; `categories`: tokens per step and ratios of each. And the
+    figures of `step_figures`.
     """
     methods = list(dict.fromkeys(row.method for row in (*rows, *identity)))
     by = {method: [row for row in rows if row.method == method] for method in methods}
@@ -72,7 +73,7 @@ def _categories(rows: list[Row], plain: list[Row], transformers: list[Row]) -> d
 
 
 def _rates(rows: list[Row], prefill: bool = True) -> dict[str, float]:
-    """Tokens per second of each question, turns and rounds pooled. Without prefill first tokens do not count."""
+    """Tokens per second of each question, turns and rounds pooled. Without prefill, first tokens do not count."""
     totals: dict[str, list[float]] = {}
     for row in rows:
         seconds = row.decode_seconds + (row.prefill_seconds if prefill else 0.0)
@@ -103,7 +104,7 @@ def _spread(rows: list[Row], against: list[Row]) -> list[float] | None:
     return [round(float(low), 3), round(float(high), 3)]
 
 
-def _verdicts(identity: list[IdentityRow], method: str) -> dict[str, int] | None:
+def _verdicts(identity: list[LosslessnessRow], method: str) -> dict[str, int] | None:
     own = [row for row in identity if row.method == method]
     if not own:
         return None
@@ -121,7 +122,7 @@ def _round(value: float | None, digits: int = 3) -> float | None:
 
 
 COLUMNS = ("method", "tokens/step", "vs plain", "95 % interval", "decode only", "vs transformers", "identical (bf16)",
-           "fp32 identity")
+           "fp32 lossless")
 
 
 def metrics_of(figures: dict[str, Any]) -> dict[str, float]:
@@ -137,13 +138,14 @@ def metrics_of(figures: dict[str, Any]) -> dict[str, float]:
     return metrics
 
 
-def table_rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The report's cells, fastest first."""
+def method_table(figures: dict[str, Any], title: str, dtype: str) -> Table:
+    """The contenders, the fastest first; no rows where no single request was decoded."""
     ordered = [(name, figures[name]) for name in by_speed(figures)]
-    return [(name, _cell(f["tokens_per_step"], 2), _cell(f["speed_vs_plain"], 2, "x"),
-             "-" if f["spread"] is None else f"{f['spread'][0]:.2f} - {f['spread'][1]:.2f}",
-             _cell(f["decode_speed_vs_plain"], 2, "x"), _cell(f["speed_vs_transformers"], 2, "x"),
-             _identical_cell(f), _identity_cell(f["fp32"])) for name, f in ordered]
+    return Table([column.replace("bf16", dtype) for column in COLUMNS],
+                 [(name, _cell(f["tokens_per_step"], 2), _cell(f["speed_vs_plain"], 2, "x"),
+                   "-" if f["spread"] is None else f"{f['spread'][0]:.2f} - {f['spread'][1]:.2f}",
+                   _cell(f["decode_speed_vs_plain"], 2, "x"), _cell(f["speed_vs_transformers"], 2, "x"),
+                   _identical_cell(f), _losslessness_cell(f["fp32"])) for name, f in ordered], title)
 
 
 def _cell(value: float | None, digits: int, unit: str = "") -> str:
@@ -151,14 +153,14 @@ def _cell(value: float | None, digits: int, unit: str = "") -> str:
 
 
 def _identical_cell(figures: dict[str, Any]) -> str:
-    """The share, and how many of the others are more than a near-tie apart."""
+    """The share of identical answers, and how many of the others differ by more than a near-tie."""
     if figures["identical"] is None:
         return "-"
     wrong = (figures["differing"] or {}).get("different", 0)
     return f"{100 * figures['identical']:.0f} %" + (f", {wrong} not near-ties" if wrong else "")
 
 
-def _identity_cell(fp32: dict[str, int] | None) -> str:
+def _losslessness_cell(fp32: dict[str, int] | None) -> str:
     if fp32 is None:
         return "-"
     ties = f" + {fp32['near_tie']} near-ties" if fp32["near_tie"] else ""
@@ -167,37 +169,33 @@ def _identity_cell(fp32: dict[str, int] | None) -> str:
 
 def markdown(figures: dict[str, Any], title: str, dtype: str) -> str:
     """The table of single requests under its title, or the title alone where none was decoded."""
-    if not figures:
-        return f"# {title}\n"
-    columns = [column.replace("bf16", dtype) if "bf16" in column else column for column in COLUMNS]
-    lines = [f"# {title}", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(cells) + " |" for cells in table_rows(figures)]
-    return "\n".join(lines) + "\n"
+    return f"# {title}\n" + (f"\n{method_table(figures, title, dtype).markdown()}" if figures else "")
+
+
+def category_table(figures: dict[str, Any]) -> Table:
+    """Speed against plain and tokens per step of each category; no rows where there is only one category."""
+    names = category_names(figures)
+    rows = [(method, *(_category_cell(values["categories"].get(name, {})) for name in names))
+            for method, values in figures.items()]
+    return Table(("method", *names), rows if len(names) > 1 else (), CATEGORIES)
 
 
 def category_markdown(figures: dict[str, Any]) -> str:
-    """Speed against plain and tokens per step of every category, or nothing where there is but one."""
-    names = category_names(figures)
-    if len(names) < 2:
+    """A section of the report, or nothing where there is only one category."""
+    table = category_table(figures)
+    if not table.rows:
         return ""
-    lines = ["", f"## {CATEGORIES}", "", "| method | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|",
-             *("| " + " | ".join(cells) + " |" for cells in category_rows(figures, names))]
+    text = f"\n## {CATEGORIES}\n\n{table.markdown()}"
     if any(len(values["rounds"]) > 1 for values in figures.values()):
-        lines += ["", "Against plain, round by round: " + "; ".join(
+        text += "\nAgainst plain, round by round: " + "; ".join(
             f"{method} {', '.join(_cell(value, 2) for value in values['rounds'])}" for method, values in figures.items()
-            if method != PLAIN) + "."]
-    return "\n".join(lines) + "\n"
+            if method != PLAIN) + ".\n"
+    return text
 
 
 def category_names(figures: dict[str, Any]) -> list[str]:
-    """All that any contender was asked, in the order in which they came."""
+    """The categories of all contenders, in the order in which they occur."""
     return list(dict.fromkeys(name for values in figures.values() for name in values["categories"]))
-
-
-def category_rows(figures: dict[str, Any], names: list[str]) -> list[tuple[str, ...]]:
-    """The cells of each contender."""
-    return [(method, *(_category_cell(values["categories"].get(name, {})) for name in names))
-            for method, values in figures.items()]
 
 
 def _category_cell(found: dict[str, Any]) -> str:
@@ -206,48 +204,16 @@ def _category_cell(found: dict[str, Any]) -> str:
     return f"{_cell(found.get('speed_vs_plain'), 2, 'x')}{between} ({_cell(found.get('tokens_per_step'), 2)})"
 
 
-def print_categories(figures: dict[str, Any], stream: Any) -> None:
-    """The same table on a terminal, or nothing where there is but one category."""
-    from rich.console import Console
-    from rich.table import Table
-
-    names = category_names(figures)
-    if len(names) < 2:
-        return
-    table = Table(title=CATEGORIES)
-    for column in ("method", *names):
-        table.add_column(column, justify="left" if column == "method" else "right")
-    for cells in category_rows(figures, names):
-        table.add_row(*cells)
-    Console(file=stream, width=max(80, 16 + 26 * len(names))).print(table)
-
-
 def batch_markdown(batches: dict[str, Any], plan: BenchPlan) -> str:
     """The throughput table, or nothing where it was not measured."""
     if not batches:
         return ""
     prompts = max(figures["prompts"] for methods in batches.values() for figures in methods.values())
-    lines = ["", f"## {prompts} prompts, {plan.max_batch_size} rows", "",
-             "| limits | method | tokens/s | vs transformers | range over rounds | vs the engine called directly |",
-             "|---|---|---|---|---|---|"]
+    rows = []
     for workload, methods in batches.items():
         for name, f in methods.items():
             low, high = f["range"] or (None, None)
-            lines.append(f"| {workload} | {name} | {f['tokens_per_second']:.0f} | {_cell(f['speed_vs_transformers'], 2, 'x')} "
-                         f"| {_cell(low, 2)} - {_cell(high, 2)} | {_cell(f.get('speed_vs_engine'), 2, 'x')} |")
-    return "\n".join(lines) + "\n"
-
-
-def print_table(figures: dict[str, Any], title: str, dtype: str, stream: Any) -> None:
-    """The same table on a terminal, or nothing where no single request was decoded."""
-    from rich.console import Console
-    from rich.table import Table
-
-    if not figures:
-        return
-    table = Table(title=title)
-    for column in COLUMNS:
-        table.add_column(column.replace("bf16", dtype), justify="left" if column == "method" else "right")
-    for cells in table_rows(figures):
-        table.add_row(*cells)
-    Console(file=stream, width=140).print(table)
+            rows.append((workload, name, f"{f['tokens_per_second']:.0f}", _cell(f["speed_vs_transformers"], 2, "x"),
+                         f"{_cell(low, 2)} - {_cell(high, 2)}", _cell(f.get("speed_vs_engine"), 2, "x")))
+    columns = ("limits", "method", "tokens/s", "vs transformers", "range over rounds", "vs the engine called directly")
+    return f"\n## {prompts} prompts, batches of {plan.max_batch_size}\n\n{Table(columns, rows).markdown()}"

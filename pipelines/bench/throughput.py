@@ -1,9 +1,8 @@
-"""The throughput of `bench`: many prompts through a running batch against transformers' padded batches."""
+"""The throughput part of `bench`: many prompts through continuous batching, against transformers' padded batches."""
 
 from __future__ import annotations
 
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -12,15 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from hydra_core.base import Base, load_base
+from hydra_core.base import Base
 from hydra_core.decoding import Engine, load_heads
 from hydra_core.sampling import Request
 from pipelines.batch import reader as batch_rows
 from pipelines.batch.backends import RequestSettings
 from pipelines.batch.worker import BatchSettings, BatchWorker
 from pipelines.batch.writer import BATCH, Output, deduplicate
+from pipelines.bench.hf_transformers import batch_contender
 from pipelines.bench.plan import (
     LLAMA,
     LOOKUP,
@@ -30,21 +28,22 @@ from pipelines.bench.plan import (
     append_row,
     make_drafter,
     read_lines,
+    requests_for,
     room_for,
-    transformers_model,
 )
 from pipelines.profiling.cost_cache import machine_costs
+from pipelines.runtime.console import say
 from pipelines.serve.messages import AppArgs
 
 ENGINE, BATCH_JOB = "engine", "batch"
-"""What `batch` decodes with, called directly, and as the job does it: rows from and to files, one engine in the process."""
+"""The engine of `batch` called directly, and the `batch` job itself: rows from and to files, one engine in the process."""
 LIMITS = (16, 400)
-"""Between these the answers' limits are drawn in the ragged workload."""
+"""The ragged workload draws each answer's maximum of new tokens between these."""
 
 
 @dataclass(frozen=True)
 class BatchRow:
-    """One contender on one workload in one round: `equal` limits or `ragged` ones; `tokens` up to each row's end."""
+    """One contender on one workload (`equal` or `ragged` limits) in one round; `tokens`: up to the end of each answer."""
 
     round: int
     workload: str
@@ -59,7 +58,7 @@ def read_batches(path: Path) -> list[BatchRow]:
 
 
 def measure_batches(plan: BenchPlan, questions: list[Question]) -> None:
-    """Every contender on both workloads, taking turns; what stands already is not run again."""
+    """Every contender on both workloads, in turn; what the file already holds is not measured again."""
     chosen, methods = questions[:plan.batch_prompts], tuple(method for method in plan.methods if method not in (LOOKUP, LLAMA))
     if not chosen:
         return
@@ -70,29 +69,27 @@ def measure_batches(plan: BenchPlan, questions: list[Question]) -> None:
             for method in _turned(names, number) if (number, workload, method) not in done]
     if not todo:
         return
-    base = load_base(plan.base.model, dtype=plan.base.dtype, device=plan.base.device, cache=Path(plan.cache),
-                     context_limit=plan.base.context_limit)
+    base = plan.base.load(plan.cache)
     contenders = {method: _contender(method, plan, base, chosen) for method in methods}
     contenders |= {} if plan.batch_app is None else _batch_contenders(plan, plan.batch_app, base, chosen)
     for run in contenders.values():
-        run([Request(question.id, question.prompt_ids, 4) for question in chosen[:plan.max_batch_size]])
+        run(requests_for(chosen[:plan.max_batch_size], 4))
     for number, workload, method in todo:
         requests = make_requests(chosen, workload, plan.max_new_tokens, base.context_limit)
         began = time.perf_counter()
         tokens = contenders[method](requests)
         row = BatchRow(number, workload, method, len(chosen), tokens, time.perf_counter() - began)
         append_row(path, row)
-        print(f"bench: batch, {workload} limits, {method}: {tokens / row.seconds:.0f} tokens/s", file=sys.stderr, flush=True)
+        say("bench", f"batch, {workload} limits, {method}: {tokens / row.seconds:.0f} tokens/s")
 
 
 def make_requests(questions: Sequence[Question], workload: str, max_new_tokens: int, context_limit: int) -> list[Request]:
-    """Greedy requests; ragged limits depend on a question's place alone. None exceeds what the context has room for, as
-    transformers would go on beyond it."""
+    """Greedy requests. Ragged limits depend on a question's position alone. None exceeds the context limit, beyond which
+    transformers would continue."""
     room = context_limit - max(len(question.prompt_ids) for question in questions)
     dice = random.Random(0)
     limits = [dice.randint(*LIMITS) if workload == "ragged" else max_new_tokens for _ in questions]
-    return [Request(question.id, question.prompt_ids, min(limit, room))
-            for question, limit in zip(questions, limits, strict=True)]
+    return requests_for(questions, [min(limit, room) for limit in limits])
 
 
 def _turned(methods: tuple[str, ...], number: int) -> tuple[str, ...]:
@@ -102,7 +99,7 @@ def _turned(methods: tuple[str, ...], number: int) -> tuple[str, ...]:
 
 def _contender(method: str, plan: BenchPlan, base: Base, questions: list[Question]) -> Callable[[list[Request]], int]:
     if method == TRANSFORMERS:
-        return _transformers(plan, base)
+        return batch_contender(plan, base)
     limit = room_for(base, max(plan.max_new_tokens, LIMITS[1]), questions)
     engine = Engine(base, *make_drafter(method, plan, base), max_batch_size=plan.max_batch_size, context_limit=limit)
     return lambda requests: sum(len(result.token_ids) for result in engine.generate(requests))
@@ -110,7 +107,7 @@ def _contender(method: str, plan: BenchPlan, base: Base, questions: list[Questio
 
 def _batch_contenders(plan: BenchPlan, app: AppArgs, base: Base,
                       questions: list[Question]) -> dict[str, Callable[[list[Request]], int]]:
-    """The same configuration twice: its engine called directly, and driven by the worker of `batch`."""
+    """The same decoding configuration twice: its engine called directly, and through the worker of `batch`."""
     limit = room_for(base, max(plan.max_new_tokens, LIMITS[1]), questions)
     app = replace(app, base=app.base | {"context_limit": limit}, max_batch_size=plan.max_batch_size,
                   max_queued=2 * plan.max_batch_size, threads=plan.threads)
@@ -125,7 +122,7 @@ def _batch_contenders(plan: BenchPlan, app: AppArgs, base: Base,
 
 
 def _as_batch(worker: BatchWorker, requests: list[Request]) -> int:
-    """Rows in the order in which `batch` asks them, answers to files; returns their tokens."""
+    """Send rows in the order in which `batch` sends them and write the answers to files; returns the number of tokens."""
     rows = (batch_rows.BatchRow(request.id, number, url=batch_rows.URLS[1], body={
         "prompt": list(request.prompt_ids), "max_tokens": request.max_new_tokens, "temperature": 0.0})
         for number, request in enumerate(requests, start=1))
@@ -139,39 +136,9 @@ def _as_batch(worker: BatchWorker, requests: list[Request]) -> int:
         return found.tokens
 
 
-def _transformers(plan: BenchPlan, base: Base) -> Callable[[list[Request]], int]:
-    """`generate` on left-padded batches, each of which runs until its longest row is done."""
-    model = transformers_model(plan, base)
-    stops = set(base.stop_ids)
-
-    def run(requests: list[Request]) -> int:
-        tokens = 0
-        for start in range(0, len(requests), plan.max_batch_size):
-            batch = requests[start:start + plan.max_batch_size]
-            longest = max(len(request.prompt_ids) for request in batch)
-            ids = torch.zeros(len(batch), longest, dtype=torch.int64)
-            mask = torch.zeros_like(ids)
-            for row, request in enumerate(batch):
-                ids[row, -len(request.prompt_ids):] = torch.tensor(request.prompt_ids)
-                mask[row, -len(request.prompt_ids):] = 1
-            with torch.inference_mode():
-                output = model.generate(ids.to(base.device), attention_mask=mask.to(base.device),
-                                        max_new_tokens=max(request.max_new_tokens for request in batch))
-            for request, row_ids in zip(batch, output[:, longest:].tolist(), strict=True):
-                tokens += _length(row_ids[:request.max_new_tokens], stops)
-        return tokens
-
-    return run
-
-
-def _length(tokens: Sequence[int], stops: set[int]) -> int:
-    """Tokens up to the stop token, which counts."""
-    return next((place for place, token in enumerate(tokens, start=1) if token in stops), len(tokens))
-
-
 def summarise_batches(rows: list[BatchRow]) -> dict[str, Any]:
-    """workload -> method -> tokens per second, its ratio to transformers in the same round (median), and the range; of the
-    batch job also that to its engine."""
+    """Workload -> method -> tokens per second, its ratio to transformers in the same round (median) and the range of that; for
+    the batch job also the ratio to its engine."""
     figures: dict[str, Any] = {}
     for workload in dict.fromkeys(row.workload for row in rows):
         own = [row for row in rows if row.workload == workload]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from hydra_core.errors import InputError
+from pipelines.bench.plan import contender
 from pipelines.config import RunConfig
+from pipelines.config.section import Section
 from pipelines.runtime.artifacts import StageResult
+from pipelines.runtime.tables import Table
 from pipelines.tracking import RunRecord, find_benches
 
 NOT_A_RECIPE = ("name", "storage", "ray_address", "tracking.", "compare.", "serve.", "batch.", "promote.", "load.", "generate.",
@@ -31,10 +30,20 @@ def run_compare(config: RunConfig) -> StageResult:
 
 
 def recipe_differences(benches: list[RunRecord]) -> dict[str, list[str | None]]:
-    """Setting -> its value in each bench, for the settings that are not the same in all and say how results came about."""
-    names = sorted({name for bench in benches for name in bench.params if not name.startswith(NOT_A_RECIPE)})
-    values = {name: [bench.params.get(name) for bench in benches] for name in names}
+    """Setting -> its value in each bench, for the settings that influence results and are not the same in all. Settings that
+    were renamed are compared under their present names."""
+    params = [_present_names(bench.params) for bench in benches]
+    names = sorted({name for found in params for name in found if not name.startswith(NOT_A_RECIPE)})
+    values = {name: [found.get(name) for found in params] for name in names}
     return {name: found for name, found in values.items() if len(set(found)) > 1}
+
+
+def _present_names(params: dict[str, str]) -> dict[str, str]:
+    """`params` of a bench that an earlier version may have recorded, with the names that settings and heads have now."""
+    sections = {name: field.annotation for name, field in RunConfig.model_fields.items()}
+    now = {f"{name}.{before}": f"{name}.{after}" for name, kind in sections.items()
+           if isinstance(kind, type) and issubclass(kind, Section) for before, after in kind.renamed.items()}
+    return {now.get(name, name): contender(value) for name, value in params.items()}
 
 
 def _methods(bench: RunRecord) -> dict[str, dict[str, float]]:
@@ -43,23 +52,19 @@ def _methods(bench: RunRecord) -> dict[str, dict[str, float]]:
     for key, value in bench.metrics.items():
         method, _, figure = key.rpartition(".")
         if figure in FIGURES:
-            found.setdefault(method, {})[figure] = value
+            found.setdefault(contender(method), {})[figure] = value
     return dict(sorted(found.items(), key=lambda item: -item[1].get("speed_vs_plain", 0.0)))
 
 
 def _print(benches: list[RunRecord], differences: dict[str, list[str | None]],
            methods: list[dict[str, dict[str, float]]]) -> None:
-    console = Console(file=sys.stderr, width=max(80, 40 + 34 * len(benches)))
     heads = [f"{bench.name} ({bench.run_id[:8]})" for bench in benches]
     if differences:
-        table = Table("setting", *heads, title="What differs")
-        for name, values in differences.items():
-            table.add_row(name, *("-" if value is None else value for value in values))
-        console.print(table)
-    table = Table("method", *heads, title="Tokens per step, speed against plain (95 % interval), against transformers")
-    for method in dict.fromkeys(name for found in methods for name in found):
-        table.add_row(method, *(_cell(found.get(method)) for found in methods))
-    console.print(table)
+        Table(("setting", *heads), [(name, *("-" if value is None else value for value in values))
+                                    for name, values in differences.items()], "Settings that differ").show()
+    Table(("method", *heads), [(method, *(_cell(found.get(method)) for found in methods))
+                               for method in dict.fromkeys(name for found in methods for name in found)],
+          "Tokens per step, speed against plain (95 % interval), against transformers").show()
 
 
 def _cell(figures: dict[str, Any] | None) -> str:

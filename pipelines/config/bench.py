@@ -16,7 +16,7 @@ class BenchSection(Section):
                                          "load_requests": "concurrency_requests"}
 
     prompts: str | None = Field(None, description="JSONL of `prompt` or Spec-Bench's format; default: held-out prompts")
-    heads: str | None = Field(None, description="one checkpoint folder, or `shipped`, to bench instead of this run's own")
+    heads: str | None = Field(None, description="one checkpoint folder, or `bundled`, to bench instead of this run's own")
     limit: int | None = Field(None, ge=1, description="number of questions; default: all")
     max_new_tokens: int = Field(64, ge=1, description="length limit of an answer, in tokens")
     rounds: int = Field(1, ge=1, description="how often each question is timed")

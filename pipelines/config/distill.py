@@ -49,7 +49,7 @@ class DistillSection(Section):
     workers: Workers = Workers()
     max_batch_size: int = Field(32, ge=1, description="sequences that one worker decodes together")
     heads: str | None = Field(
-        None, description="heads or configuration folder, or `shipped`, to decode with: the same rows in less time")
+        None, description="heads or configuration folder, or `bundled`, to decode with: the same rows in less time")
     rows_per_file: int = Field(64, ge=1, description="rows in a part file: the most work that a killed run loses")
     features: Literal["all", "held_out"] = Field(
         "all", description="rows whose hidden states are stored; held_out: enough for train.features=online")

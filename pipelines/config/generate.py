@@ -12,7 +12,7 @@ class GenerateSection(Section):
 
     prompts: tuple[str, ...] = Field((), description="user turns, answered one after the other; none: standard input")
     model: str | None = Field(
-        None, description="models:/NAME@alias, a folder, `shipped` or `plain`; default: champion, else the bundled heads")
+        None, description="models:/NAME@alias, a folder, `bundled` or `plain`; default: champion, else the bundled heads")
     max_new_tokens: int = Field(256, ge=1, description="length limit of an answer, in tokens")
     temperature: float = Field(0.0, ge=0, description="sampling temperature; 0: greedy")
     seed: int = Field(0, description="of sampled answers")

@@ -19,7 +19,7 @@ class ServeSection(Section):
     renamed: ClassVar[dict[str, str]] = {"max_batch": "max_batch_size"}
 
     model: str | None = Field(
-        None, description="models:/NAME@alias, a folder, `shipped` or `plain`; default: champion, else the bundled heads")
+        None, description="models:/NAME@alias, a folder, `bundled` or `plain`; default: champion, else the bundled heads")
     app_name: str = Field("hydra-heads", description="name of the Serve application, and of the model in requests")
     host: str = Field("127.0.0.1", description="address to listen at; 0.0.0.0: open to other machines")
     port: int = Field(8000, ge=0, le=65535, description="port to listen at; 0: any free one")

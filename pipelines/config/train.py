@@ -29,7 +29,7 @@ class TrainSection(Section):
         },
         description="name -> architecture; all are trained unless `only` names one")
     only: str | None = Field(None, description="train this drafter alone")
-    start: dict[str, str] = Field(default_factory=dict, description="drafter -> heads folder, or `shipped`, whose weights it "
+    start: dict[str, str] = Field(default_factory=dict, description="drafter -> heads folder, or `bundled`, whose weights it "
                                                                     "starts from, for example with more rows; default: random")
     dry_run: bool = Field(False, description="train nothing; save untrained heads under `train-dry`, to try serving with")
     features: Literal["stored", "online"] = Field(

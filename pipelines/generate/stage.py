@@ -1,4 +1,4 @@
-"""`generate`: answers to a few prompts in this process, as they come: no Ray, no server."""
+"""`generate`: answers to a few prompts in this process, written as they are decoded; without Ray, without a server."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from hydra_core.base import load_base
 from hydra_core.decoding import Engine, check_heads, load_heads
 from hydra_core.decoding.text import TextStream
 from hydra_core.errors import InputError
@@ -16,21 +15,21 @@ from hydra_core.sampling import Request
 from pipelines.config import RunConfig
 from pipelines.profiling.cost_cache import machine_costs
 from pipelines.runtime.artifacts import RunPaths, StageResult
+from pipelines.runtime.console import say
 from pipelines.tracking.lookup import find_model
 
 
 def run_generate(config: RunConfig) -> StageResult:
-    """Answer `generate.prompts` one after the other, the text written to stderr as it is made.
+    """Answer `generate.prompts` one after the other. The text goes to stderr while it is decoded.
 
-    Raises InputError for no prompt, one that does not fit the context, and a model that cannot be had.
+    Raises InputError for no prompt, one that does not fit the context, and a model that is not available.
     """
     section, cache = config.generate, RunPaths.of(config).cache
     prompts = _prompts(section.prompts)
     model = find_model(config, section.model)
     if section.threads is not None:
         torch.set_num_threads(section.threads)
-    base = load_base(config.base.model, dtype=config.base.dtype, device=config.base.device, cache=cache,
-                     context_limit=config.base.context_limit)
+    base = config.base.load(cache)
     if model.folder is not None:
         check_heads(model.folder, base.vocabulary)
     requests = [Request(str(number), tuple(base.encode_prompt(prompt)), section.max_new_tokens, section.temperature, section.seed)
@@ -40,7 +39,7 @@ def run_generate(config: RunConfig) -> StageResult:
     drafter, trees = load_heads(model.folder, base, partial(machine_costs, base, cache)) if model.folder else (None, None)
     room = min(base.context_limit, max(len(request.prompt_ids) for request in requests) + section.max_new_tokens)
     engine = Engine(base, drafter, trees, max_batch_size=1, context_limit=room)
-    print(f"generate: {model.label} drafts for {base.identity}", file=sys.stderr, flush=True)
+    say("generate", f"{model.label} drafts for {base.identity}")
     answers = [_answer(engine, request) for request in requests]
     return StageResult("generate", None, {}, {"answers": answers, "model": model.label})
 
@@ -53,7 +52,7 @@ def _prompts(asked: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _answer(engine: Engine, request: Request) -> dict[str, Any]:
-    """The answer and its figures; its text goes to stderr piece by piece."""
+    """Text and figures of one answer; its text also goes to stderr piece by piece."""
     text, result = TextStream(engine.base.decode, request.stop), None
     engine.add(request)
     while result is None:

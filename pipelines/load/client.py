@@ -1,4 +1,4 @@
-"""Streaming requests to an OpenAI-compatible endpoint, timed: so many in flight, or at a constant rate."""
+"""Timed streaming requests to an OpenAI-compatible endpoint: closed loop (fixed concurrency) or open loop (constant rate)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ OK, REFUSED, FAILED, LOST = "ok", "refused", "failed", "lost"
 
 @dataclass(frozen=True)
 class Sent:
-    """One request. `outcome`: ok (a whole answer), refused (429), failed (any other status, or a stream that broke), lost (no
-    end in time); `at`: seconds from the first request on; `first`: seconds to the first text; `gaps`: seconds between its
-    pieces; `tokens`: of the answer, as the endpoint counts them."""
+    """One request. `outcome`: ok (a complete answer), refused (429), failed (any other status, or a broken stream), lost (no
+    end in time); `at`: seconds since the first request; `first`: seconds to the first text; `gaps`: seconds between its pieces;
+    `tokens`: of the answer, as the endpoint counts them; `why`: the reason for any other outcome than ok."""
 
     outcome: str
     at: float
@@ -32,7 +32,7 @@ class Sent:
 
 @dataclass(frozen=True)
 class Target:
-    """Where and what is asked."""
+    """The endpoint and the settings of requests. `patience`: seconds after which a request counts as lost."""
 
     address: str
     model: str
@@ -41,8 +41,8 @@ class Target:
     patience: float
 
 
-async def closed_loop(target: Target, prompts: Sequence[str], requests: int, in_flight: int) -> list[Sent]:
-    """`requests` in all, `in_flight` at a time."""
+async def closed_loop(target: Target, prompts: Sequence[str], requests: int, concurrency: int) -> list[Sent]:
+    """Send `requests` requests in all and keep `concurrency` of them in flight."""
     left = iter(range(requests))
     found: list[Sent] = []
 
@@ -53,20 +53,23 @@ async def closed_loop(target: Target, prompts: Sequence[str], requests: int, in_
             for number in left:
                 found.append(await _ask(session, target, prompts[number % len(prompts)], started))
 
-        await asyncio.gather(*(worker() for _ in range(in_flight)))
+        await asyncio.gather(*(worker() for _ in range(concurrency)))
     return found
 
 
 async def open_loop(target: Target, prompts: Sequence[str], rate: float, seconds: float,
-                    say: Callable[[str], None]) -> list[Sent]:
-    """A request every 1 / `rate` seconds for `seconds`, come what may of those before; then all ends are waited for."""
+                    sent: Callable[[], None]) -> list[Sent]:
+    """Send a request every 1 / `rate` seconds for `seconds`, whether or not earlier ones have ended; then wait for all ends.
+
+    `sent`: called after each request is sent.
+    """
     async with _session(target) as session:
         started = time.perf_counter()
         tasks = []
         for number in range(max(1, round(rate * seconds))):
             await asyncio.sleep(max(0.0, started + number / rate - time.perf_counter()))
             tasks.append(asyncio.create_task(_ask(session, target, prompts[number % len(prompts)], started)))
-        say(f"{len(tasks)} sent, {sum(task.done() for task in tasks)} ended")
+            sent()
         return list(await asyncio.gather(*tasks))
 
 

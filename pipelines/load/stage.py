@@ -1,5 +1,4 @@
-"""`load`: requests at a constant rate against the endpoint, up to twice what it can answer: how long they wait, what is refused,
-and that nothing is lost.
+"""`load`: requests to the endpoint at constant rates, up to twice its capacity: latencies, refusals, and that nothing is lost.
 
     RUN/load/rates.jsonl, report.json, report.md, load.png
 """
@@ -7,7 +6,6 @@ and that nothing is lost.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -21,13 +19,15 @@ from pipelines.batch.backends import api_key
 from pipelines.batch.endpoint import ask_endpoint
 from pipelines.config import RunConfig
 from pipelines.load.client import FAILED, LOST, OK, REFUSED, Sent, Target, closed_loop, open_loop, run
-from pipelines.load.report import draw, markdown, print_rates
+from pipelines.load.report import draw, markdown, rate_table
 from pipelines.rows.parquet_parts import read_parts
 from pipelines.rows.prompt_reader import PromptRow, read_prompt_rows
 from pipelines.rows.schemas import PROMPTS, content_id
-from pipelines.runtime.artifacts import RunPaths, StageResult, fingerprint, finished, require_manifest, stage_folder, write_text
+from pipelines.runtime.artifacts import RunPaths, StageResult, fingerprint, finished, require_manifest, stage_folder
+from pipelines.runtime.console import Progress, say
+from pipelines.runtime.files import write_text
 from pipelines.runtime.ray_cluster import ensure_ray
-from pipelines.serve.model_identity import Serving, serving_of
+from pipelines.serve.model_identity import ModelDigest, model_digest
 from pipelines.serve.stage import find_args, resolve_args, serving_params, start_app
 from pipelines.tracking import Tracker
 
@@ -35,7 +35,7 @@ STAGE = "load"
 
 
 def run_load(config: RunConfig) -> StageResult:
-    """Measure capacity, then every rate. Raises InputError for prompts or an endpoint that are not there."""
+    """Measure capacity, then every rate. Raises InputError for missing prompts, and when the endpoint does not answer."""
     prompts = _prompts(config)
     folder = RunPaths.of(config).stage(STAGE)
     settings = config.load.model_dump(mode="json") | {"serve": config.serve.model_dump(mode="json", exclude={"update"})}
@@ -46,14 +46,14 @@ def run_load(config: RunConfig) -> StageResult:
     tracker = Tracker.open(config)
     with (stage_folder(config, STAGE, folder, wanted) as stage, _endpoint(config, serves) as (target, label),
           tracker.start(STAGE, fingerprint=wanted, params={"serves": label}) as tracked):
-        (folder / "rates.jsonl").unlink(missing_ok=True)  # of a run that was killed: another hour, another capacity
+        (folder / "rates.jsonl").unlink(missing_ok=True)  # of a killed run: the capacity may have been another one then
         capacity = _capacity(config, target, prompts)
         rates = [_at(config, target, prompts, share, capacity, folder) for share in config.load.rates]
         figures = {"label": label, "capacity": capacity, "rates": rates}
         write_text(folder / "report.json", json.dumps(figures, indent=2))
         write_text(folder / "report.md", markdown(figures, config.load))
         draw(figures, folder / "load.png")
-        print_rates(figures, sys.stderr)
+        rate_table(figures).show()
         tracked.log_metrics({f"load.x{rate['share']:g}.{name}": value for rate in rates for name, value in rate.items()
                              if isinstance(value, (int, float))})
         files = [folder / name for name in ("report.json", "report.md", "load.png", "rates.jsonl")]
@@ -77,17 +77,17 @@ def _prompts(config: RunConfig) -> list[str]:
     return found
 
 
-def _serves(config: RunConfig) -> Serving:
-    """What decodes there now."""
+def _serves(config: RunConfig) -> ModelDigest:
+    """The digest of the model that the endpoint decodes now."""
     section = config.load
     if section.address:
         return ask_endpoint(section.address, config.serve.app_name, api_key(section.key_variable))
-    return serving_of(find_args(config))
+    return model_digest(find_args(config))
 
 
 @contextmanager
-def _endpoint(config: RunConfig, serves: Serving) -> Iterator[tuple[Target, str]]:
-    """The endpoint that is named, where `serves` decodes, or an application of our own that goes afterwards."""
+def _endpoint(config: RunConfig, serves: ModelDigest) -> Iterator[tuple[Target, str]]:
+    """The endpoint that the settings name, which decodes `serves`, or an application that ends with the block; and a label."""
     section = config.load
     headers = api_key(section.key_variable)
 
@@ -107,7 +107,7 @@ def _endpoint(config: RunConfig, serves: Serving) -> Iterator[tuple[Target, str]
 
 
 def _capacity(config: RunConfig, target: Target, prompts: list[str]) -> dict[str, float]:
-    """Requests and tokens a second with a full batch always in flight, after a first one that nobody counts."""
+    """Requests and tokens per second with a full batch always in flight, after a warm-up that does not count."""
     section, slots = config.load, config.serve.max_batch_size * config.serve.replicas
     warm = run(closed_loop(target, prompts, slots, slots))
     sent = run(closed_loop(target, prompts, max(section.capacity_requests, slots), slots))
@@ -115,24 +115,25 @@ def _capacity(config: RunConfig, target: Target, prompts: list[str]) -> dict[str
         raise InputError(f"load: {target.address} does not answer: {wrong.outcome} ({wrong.why})")
     seconds = max(one.at + one.seconds for one in sent)
     found = {"requests_per_second": len(sent) / seconds, "tokens_per_second": sum(one.tokens for one in sent) / seconds}
-    _say(f"capacity: {found['requests_per_second']:.2f} requests/s, {found['tokens_per_second']:.0f} tokens/s")
+    say(STAGE, f"capacity: {found['requests_per_second']:.2f} requests/s, {found['tokens_per_second']:.0f} tokens/s")
     return {name: round(value, 3) for name, value in found.items()}
 
 
 def _at(config: RunConfig, target: Target, prompts: list[str], share: float, capacity: dict[str, float],
         folder: Path) -> dict[str, Any]:
-    """One rate: its figures; what became of every request stands in rates.jsonl."""
+    """The figures of one rate; the outcome of every request is written to rates.jsonl."""
     section, rate = config.load, share * capacity["requests_per_second"]
-    _say(f"{share:g} times capacity: {rate:.2f} requests/s for {section.seconds:g} s")
-    sent = run(open_loop(target, prompts, rate, section.seconds, _say))
+    say(STAGE, f"{share:g} times capacity: {rate:.2f} requests/s for {section.seconds:g} s")
+    with Progress(STAGE, "requests sent", total=max(1, round(rate * section.seconds))) as progress:
+        sent = run(open_loop(target, prompts, rate, section.seconds, progress.advance))
     with (folder / "rates.jsonl").open("a", encoding="utf-8") as file:
         file.writelines(json.dumps({"share": share} | asdict(one)) + "\n" for one in sent)
     return {"share": share, "rate": round(rate, 3)} | summarise(sent, section.first_token_seconds)
 
 
 def summarise(sent: list[Sent], first_token_seconds: float) -> dict[str, Any]:
-    """Counts by outcome, percentiles in milliseconds, tokens a second of all answers and of those that began in time
-    (goodput), over the time from the first request to the last end."""
+    """Counts by outcome, percentiles in milliseconds, tokens per second of all answers and of those whose first token came in
+    time (goodput), over the time from the first request to the last end."""
     answered = [one for one in sent if one.outcome == OK]
     seconds = max(one.at + one.seconds for one in sent)
     good = [one for one in answered if one.first is not None and one.first <= first_token_seconds]
@@ -147,7 +148,3 @@ def summarise(sent: list[Sent], first_token_seconds: float) -> dict[str, Any]:
 def _percentiles(name: str, seconds: list[float]) -> dict[str, float | None]:
     return {f"{name}_p{share}_ms": round(float(np.percentile(seconds, share)) * 1e3, 1) if seconds else None
             for share in (50, 99)}
-
-
-def _say(text: str) -> None:
-    print(f"load: {text}", file=sys.stderr, flush=True)

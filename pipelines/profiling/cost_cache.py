@@ -1,11 +1,12 @@
-"""What decoding steps take on this machine: measured once for a base and its weight format, and kept in the cache.
+"""Seconds of decoding steps on this machine: measured once for a base and its weight format, then read from the cache.
 
-    CACHE/costs/verify-KEY.json   the base's forward, by context, rows and nodes
-    CACHE/costs/draft-KEY.json    the drafter's own work, by rows and depth, for heads of one shape
-    CACHE/costs/curves-KEY.json   the base's forward up to its longest context, for people to look at
+    CACHE/costs/verify-KEY.json   the base's forward, by context, batch size and nodes
+    CACHE/costs/draft-KEY.json    the drafter's own work, by batch size and depth, for heads of one shape
+    CACHE/costs/curves-KEY.json   the base's forward up to its longest context, for reports
 
-KEY is a digest of the machine's fingerprint and of what was timed: another processor, thread count, torch or weight
-format measures anew. Whoever needs a step's seconds asks here, so that nothing is timed twice.
+KEY is a digest of the machine's fingerprint and of the points that were timed: with another processor, thread count, torch
+version or weight format the steps are measured again. Every module that needs the seconds of a step calls this one, so that
+nothing is timed twice.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,42 +25,43 @@ from hydra_core.base import Base
 from hydra_core.heads import HeadDrafter
 from hydra_core.kernels.library import sources_digest
 from hydra_core.tree.costs import StepCosts, unmeasured_costs
-from hydra_core.tree.topology import Tree
+from hydra_core.tree.draft_tree import DraftTree
 from pipelines.config import TreeSection
 from pipelines.profiling.step_timing import Group, Point, draft_seconds, that_fit, verify_seconds
-from pipelines.runtime.artifacts import write_text
+from pipelines.runtime.console import Progress, say
+from pipelines.runtime.files import write_text
 
 SCHEMA = 8
-DEFAULTS = TreeSection()
+DEFAULTS = TreeSection.model_validate({})
 TOKENS_AT_ONCE = {"cpu": 512}
-"""Rows times nodes that are worth timing, by device: trees that cost more never paid."""
+"""Largest product of batch size and nodes that is timed, by device: larger trees cost more than they gain."""
 FAR_ROWS = 64
-"""Rows that are timed over long contexts at most; more follow from these."""
+"""Largest batch size that is timed over long contexts; times of larger ones are extrapolated."""
 CURVE_CONTEXTS, CURVE_BATCHES, CURVE_NODES, CURVE_REPEATS = (256, 1024, 2048, 4096), (1, 4, 16), (1, 8, 16, 32), 3
 
-Say = Callable[[str], None]
 Times = Mapping[Any, float]
-"""Seconds by what was timed, a tuple of whole numbers."""
+"""Seconds of each timed point, which is a tuple of integers."""
 
 
 def fingerprint_of_machine(device: torch.device) -> dict[str, Any]:
-    """What a time depends on, readable."""
+    """The properties of this machine that a measured time depends on, in readable form."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "system": platform.machine()}
 
 
 def machine_costs(base: Base, cache: Path, heads: HeadDrafter | None = None, settings: TreeSection = DEFAULTS,
-                  trees: Mapping[int, Tree] | None = None, timing: bool = True) -> StepCosts:
-    """Costs of this machine, from the cache or timed now (less than a minute for a small base).
+                  trees: Mapping[int, DraftTree] | None = None, timing: bool = True) -> StepCosts:
+    """Step costs on this machine: read from the cache, or measured now (less than a minute for a small base).
 
-    `settings`: batch sizes, node counts, contexts and repeats; `trees`: the fixed tree of each depth that `heads` will
-    fill; None where trees are grown. Sizes that do not fit the base's context or the memory are left out. Raises
-    NotTimed where `timing` is false and nothing is kept.
+    `settings`: batch sizes, node counts, contexts and repeats; `trees`: the fixed tree of each depth that `heads` fill, None
+    for dynamic trees. Sizes that do not fit the base's context or the memory are left out. Raises NotTimed when `timing` is
+    false and the cache has no costs.
     """
     groups = groups_to_time(settings, base.context_limit, TOKENS_AT_ONCE.get(base.device.type))
     context, smallest, nodes = groups[0]
-    verify = _kept(cache, "verify", base, {"groups": groups, "repeats": settings.repeats}, timing, lambda say: verify_seconds(
-        base, that_fit(base, groups) or [(context, smallest, count) for count in nodes], settings.repeats, say))
+    wanted = {"groups": groups, "repeats": settings.repeats}
+    verify = _cached(cache, "verify", base, wanted, timing, lambda advance: verify_seconds(
+        base, that_fit(base, groups) or [(context, smallest, count) for count in nodes], settings.repeats, advance))
     far = {at: _surface(verify, at) for at in sorted({at for at, *_ in verify})}
     near = far.pop(context)
     if heads is None or trees == {}:
@@ -69,42 +70,44 @@ def machine_costs(base: Base, cache: Path, heads: HeadDrafter | None = None, set
     fixed = None if trees is None else {depth: tree.paths for depth, tree in trees.items()}
     batches = sorted(near)
     timed = {"heads": shape, "trees": fixed, "batches": batches, "context": context, "repeats": settings.repeats}
-    draft = _kept(cache, "draft", base, timed, timing, lambda say: draft_seconds(
-        base, heads, trees, batches, context, settings.repeats, say))
+    draft = _cached(cache, "draft", base, timed, timing, lambda advance: draft_seconds(
+        base, heads, trees, batches, context, settings.repeats, advance))
     return StepCosts(near, _table(draft), context, far)
 
 
 def known_costs(base: Base, cache: Path, heads: HeadDrafter | None = None) -> StepCosts:
-    """Costs as `machine_costs` has kept them, else a guess: for a machine at work, which could only be timed wrongly."""
+    """Step costs from the cache, else estimates: for a machine that is busy, where measured times would be wrong."""
     try:
         return machine_costs(base, cache, heads, timing=False)
     except NotTimed:
-        _say("not timed on this machine yet, which is at work: trees are grown by a guess until the next start")
+        say("costs", "steps are not timed on this machine yet, and it is busy: dynamic trees use estimates until the next start")
         return unmeasured_costs()
 
 
 def step_curves(base: Base, cache: Path) -> dict[Point, float]:
-    """Seconds of the base's part of a step from short contexts to the longest that the base holds, as memory allows."""
+    """Seconds of the base's part of a step, from short contexts to the longest that the base and the memory hold."""
     nodes = tuple(count for count in CURVE_NODES if 2 * count <= base.context_limit) or (1,)
     longest = base.context_limit - nodes[-1]
     groups = [(context, batch, nodes) for context in sorted({*(at for at in CURVE_CONTEXTS if at < longest), longest})
               for batch in CURVE_BATCHES]
-    return dict(_kept(cache, "curves", base, {"groups": groups, "repeats": CURVE_REPEATS}, True, lambda say: verify_seconds(
-        base, that_fit(base, groups), CURVE_REPEATS, say)))
+    timed = {"groups": groups, "repeats": CURVE_REPEATS}
+    return dict(_cached(cache, "curves", base, timed, True, lambda advance: verify_seconds(
+        base, that_fit(base, groups), CURVE_REPEATS, advance)))
 
 
 def groups_to_time(settings: TreeSection, limit: int, tokens: int | None) -> list[Group]:
-    """What `machine_costs` times of a base that holds `limit` tokens: all sizes at one context, then a few over longer ones.
+    """The points that `machine_costs` times for a base with a context of `limit` tokens: all sizes at one context, then a few
+    at longer ones.
 
-    `tokens`: rows times nodes at most, but for the two smallest trees of a batch size; None: any.
+    `tokens`: largest product of batch size and nodes, which the two smallest trees of a batch size may exceed; None: no limit.
     """
     nodes = sorted({1, *(count for count in settings.node_counts if count < limit)})
     room = limit - nodes[-1]
     context = min(settings.context, room)
     groups: list[Group] = []
     for batch in sorted(set(settings.batch_sizes)):
-        worth = [count for count in nodes if tokens is None or batch * count <= tokens]
-        groups.append((context, batch, tuple(worth if len(worth) > 1 else nodes[:2])))
+        timed = [count for count in nodes if tokens is None or batch * count <= tokens]
+        groups.append((context, batch, tuple(timed if len(timed) > 1 else nodes[:2])))
     for far in sorted({min(far, room) for far in settings.far_contexts}):
         if far >= 2 * context:
             groups += [(far, batch, _few(sizes)) for at, batch, sizes in groups if at == context and batch <= FAR_ROWS]
@@ -112,7 +115,7 @@ def groups_to_time(settings: TreeSection, limit: int, tokens: int | None) -> lis
 
 
 def _few(sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """The first, a middle one and the last."""
+    """The first, the middle and the last."""
     return tuple(sorted({sizes[0], sizes[len(sizes) // 2], sizes[-1]}))
 
 
@@ -121,7 +124,7 @@ def _surface(times: Times, context: int) -> dict[int, dict[int, float]]:
 
 
 def _table(times: Times) -> dict[int, dict[int, float]]:
-    """(Row, column) -> value as row -> column -> value."""
+    """Nest {(row, column): value} as {row: {column: value}}."""
     table: dict[int, dict[int, float]] = {}
     for (row, column), value in sorted(times.items()):
         table.setdefault(row, {})[column] = value
@@ -129,34 +132,33 @@ def _table(times: Times) -> dict[int, dict[int, float]]:
 
 
 class NotTimed(Exception):
-    """No costs are kept, and this is no time to take them."""
+    """The cache has no costs, and the caller does not want them measured now."""
 
 
-def _kept(cache: Path, what: str, base: Base, timed: dict[str, Any], timing: bool, measure: Callable[[Say], Times]) -> Times:
+def _cached(cache: Path, what: str, base: Base, timed: dict[str, Any], timing: bool,
+            measure: Callable[[Callable[[], None]], Times]) -> Times:
+    """Times from the cache, else those of `measure`, which calls its argument after every round."""
     native = getattr(base.decoder, "native", None) is not None
     machine = fingerprint_of_machine(base.device) | {"native": sources_digest() if native else None}
-    timed = {"schema": SCHEMA, "base": str(base.identity)} | timed
+    timed = {"schema": SCHEMA, "base": str(base.identity), **timed}
     key = hashlib.sha256(json.dumps([machine, timed], sort_keys=True).encode()).hexdigest()[:16]
     path = cache / "costs" / f"{what}-{key}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):  # two processes that measure at once would time each other
+    with FileLock(f"{path}.lock"):  # of two processes that measure at the same time, each would slow the other
         if (found := _read(path)) is not None:
             return found
         if not timing:
             raise NotTimed
-        _say(f"timing {what} steps on this machine, once")
-        times = measure(lambda text: _say(f"{what}: {text}"))
+        say("costs", f"timing {what} steps on this machine, once")
+        with Progress("costs", f"rounds of {what} steps", int(timed["repeats"]) + 1) as progress:
+            times = measure(progress.advance)
         seconds = [[*point, value] for point, value in times.items()]
         write_text(path, json.dumps({"machine": machine, "timed": timed, "seconds": seconds}))
     return times
 
 
-def _say(text: str) -> None:
-    print(f"costs: {text}", file=sys.stderr, flush=True)
-
-
 def _read(path: Path) -> Times | None:
-    """Times that were kept, or None where there are none that can be read."""
+    """The times in a file of the cache, or None if there is no readable one."""
     try:
         seconds = json.loads(path.read_text(encoding="utf-8"))["seconds"]
         return {tuple(int(at) for at in point): float(value) for *point, value in seconds}

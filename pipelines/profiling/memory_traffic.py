@@ -1,4 +1,7 @@
-"""What a step of one row reads of memory: the heads' bytes and time beside the base's. Such a step is as long as its reading."""
+"""Memory that a step of one sequence reads: the heads' bytes and time beside the base's.
+
+Such a step takes about as long as reading the weights does.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from hydra_core.tree.search import StepCosts
 
 @dataclass(frozen=True)
 class Reads:
-    """Bytes and seconds of a plain step of one row, and of drafting for it with the first `depth` heads."""
+    """Bytes and seconds of a plain step of one sequence, and of drafting for it with the first `depth` heads."""
 
     depth: int
     base_bytes: int
@@ -30,16 +33,19 @@ class Reads:
                 "seconds_share": round(self.draft_seconds / self.base_seconds, 4)}
 
     def sentence(self) -> str:
-        """The same in words."""
-        told = self.figures()
-        return (f"drafting with {self.depth} heads reads {told['draft_mb']:.1f} MB, {told['draft_gb_per_s']} GB/s; a plain step "
-                f"{told['base_mb']:.1f} MB, {told['base_gb_per_s']} GB/s: {told['bytes_share']:.0%} of its bytes, "
-                f"{told['seconds_share']:.0%} of its time")
+        """The figures as one sentence."""
+        figures = self.figures()
+        return (f"drafting with {self.depth} heads reads {figures['draft_mb']:.1f} MB, {figures['draft_gb_per_s']} GB/s; "
+                f"a plain step {figures['base_mb']:.1f} MB, {figures['base_gb_per_s']} GB/s: {figures['bytes_share']:.0%} of its "
+                f"bytes, {figures['seconds_share']:.0%} of its time")
 
 
 def reads_of(base: Base, heads: HeadDrafter, costs: StepCosts) -> Reads | None:
-    """From the weights' sizes and what was timed; None where the base runs through transformers, whose layouts are its own, or
-    where one row or drafting was not timed."""
+    """Compute `Reads` from the sizes of the weights and from measured times.
+
+    None where the base runs through transformers, whose weight layouts are not known here, and where `costs` has no times for
+    one sequence or for drafting.
+    """
     depth = max(costs.draft.get(1, {0: 0.0}))
     if not isinstance(base.decoder, FusedDecoder) or 1 not in costs.verify or not depth:
         return None

@@ -1,27 +1,27 @@
-"""`tree.curves=true`: how a step grows with nodes, rows and context, up to the longest that the base holds.
+"""`tree.curves=true`: how the time of a step grows with nodes, batch size and context, up to the base's longest context.
 
     RUN/tree/curves/curves.json, curves.md, curves.png
 
-It needs no heads, and a run that has its trees already may still be asked for it.
+It needs no heads, and works in a run whose trees are chosen already.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 import torch
 
-from hydra_core.base import load_base, resolve_base
+from hydra_core.base import resolve_base
 from hydra_core.tree.costs import StepCosts
 from pipelines.config import RunConfig
 from pipelines.profiling.cost_cache import fingerprint_of_machine, machine_costs, step_curves
-from pipelines.profiling.report import curve_grids, errors, markdown, plot_curves, print_grids
+from pipelines.profiling.report import curve_tables, errors, markdown, plot_curves
 from pipelines.profiling.step_timing import Point
-from pipelines.runtime.artifacts import RunPaths, StageResult, fingerprint, finished, stage_folder, write_text
+from pipelines.runtime.artifacts import RunPaths, StageResult, fingerprint, finished, stage_folder
+from pipelines.runtime.files import write_text
 from pipelines.runtime.logs import speak
 from pipelines.runtime.ray_cluster import ensure_ray, measuring_resources
 from pipelines.tracking import Tracker
@@ -31,7 +31,7 @@ STAGE, CURVES = "tree", "curves"
 
 @dataclass(frozen=True)
 class Curves:
-    """Seconds by context, rows and nodes; the cost table that decisions are taken by; and the machine of both."""
+    """Seconds by (context, batch size, nodes); the cost table that trees are chosen with; and the machine of both."""
 
     points: dict[Point, float]
     costs: StepCosts
@@ -39,7 +39,10 @@ class Curves:
 
 
 def run_curves(config: RunConfig, tracker: Tracker) -> StageResult:
-    """Measure, or find what this run has measured, and print it. Figures: how far the cost table lies off these points."""
+    """Measure the curves, or read those that this run has measured, and print them.
+
+    Figures: relative errors of the cost table at these points.
+    """
     folder, cache = RunPaths.of(config).stage(STAGE, CURVES), RunPaths.of(config).cache
     wanted = fingerprint(STAGE, {CURVES: config.base.model_dump(mode="json"), "threads": config.tree.threads},
                          {"base": resolve_base(config.base.model, cache).digest})
@@ -59,24 +62,24 @@ def run_curves(config: RunConfig, tracker: Tracker) -> StageResult:
             run.log_metrics({f"{CURVES}.{name}": float(value) for name, value in off.items()})
             done = stage.finish(StageResult(STAGE, run.run_id, {CURVES: str(folder / "curves.png")}, dict(off)), files)
     kept = json.loads((folder / "curves.json").read_text(encoding="utf-8"))["points"]
-    print_grids(curve_grids({(context, batch, nodes): value for context, batch, nodes, value in kept}, config.base.dtype),
-                sys.stderr)
+    points = {(context, batch, nodes): value for context, batch, nodes, value in kept}
+    for table in curve_tables(points, config.base.dtype):
+        table.show()
     return done
 
 
 def measure_curves(values: dict[str, Any]) -> Curves:
-    """Runs in one Ray task, so that only one thing runs while clocks are read."""
+    """Measure everything in this one Ray task, so that nothing else of the run disturbs the times."""
     speak()
     config = RunConfig.model_validate(values)
     torch.set_num_threads(config.tree.threads)
     cache = RunPaths.of(config).cache
-    base = load_base(config.base.model, dtype=config.base.dtype, device=config.base.device, cache=cache,
-                     context_limit=config.base.context_limit)
+    base = config.base.load(cache)
     return Curves(step_curves(base, cache), machine_costs(base, cache, None, config.tree), fingerprint_of_machine(base.device))
 
 
 def _page(config: RunConfig, found: Curves, off: dict[str, float | int]) -> str:
     lines = [f"On {', '.join(f'{name}: {value}' for name, value in found.machine.items())}.", "",
-             f"The cost table that trees are chosen by foretells these {off['points']} points within "
+             f"The cost table that trees are chosen with predicts these {off['points']} points within "
              f"{100 * off['median_error']:.1f} % in the median, {100 * off['largest_error']:.1f} % at most."]
-    return markdown(f"{config.base.model}: what a step of the base takes", lines, curve_grids(found.points, config.base.dtype))
+    return markdown(f"{config.base.model}: what a step of the base takes", lines, curve_tables(found.points, config.base.dtype))

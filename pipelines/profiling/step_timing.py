@@ -14,28 +14,29 @@ from hydra_core.decoding.memory import free_bytes, workspace_bytes
 from hydra_core.decoding.verify import accept
 from hydra_core.heads import HeadDrafter
 from hydra_core.proposers import AdaptiveDrafter
-from hydra_core.proposers.base import HeadProposer
 from hydra_core.proposers.dynamic import MOST_NODES, DynamicTreeProposer
+from hydra_core.proposers.heads import HeadProposer
 from hydra_core.sampling.request import Request
 from hydra_core.sampling.sampler import Sampler
+from hydra_core.tree.batch import TreeBatch, chain
 from hydra_core.tree.costs import StepCosts
-from hydra_core.tree.topology import Topology, Tree, TreeSet, chain
+from hydra_core.tree.draft_tree import DraftTree, TreeSet
 
 Job = Callable[[], None]
 Key = TypeVar("Key", bound=Hashable)
 Point = tuple[int, int, int]
-"""Committed tokens of a row, rows, nodes of a row."""
+"""Committed tokens of a sequence, batch size, nodes of a sequence."""
 Group = tuple[int, int, tuple[int, ...]]
-"""The points of one context and batch size: the same, with several node counts."""
+"""The points of one context and batch size: as `Point`, with several node counts."""
 SHARE_OF_MEMORY = 0.5
-"""Of what is free: the most that timing takes."""
+"""Largest share of the free memory that timing takes."""
 
 
 def that_fit(base: Base, groups: Iterable[Group]) -> list[Point]:
-    """The points of those groups that the base's context and half of the free memory hold; what is short goes first.
+    """The points of those groups that fit the base's context and half of the free memory, short contexts first.
 
-    A batch size has one cache, as long as its longest point. A group fits whole or not at all, since one point alone says
-    nothing of what a node costs.
+    Each batch size has one cache, as long as its longest point. A group is timed as a whole or not at all, since one point
+    alone does not tell the cost of a node.
     """
     free, slots, points = SHARE_OF_MEMORY * free_bytes(base.device), dict[int, int](), list[Point]()
     for context, batch, nodes in sorted(groups):
@@ -49,8 +50,8 @@ def that_fit(base: Base, groups: Iterable[Group]) -> list[Point]:
 
 
 def verify_seconds(base: Base, points: Sequence[Point], repeats: int,
-                   say: Callable[[str], None] = lambda text: None) -> dict[Point, float]:
-    """Seconds of forward, choice, acceptance and commit at each point.
+                   advance: Callable[[], None] = lambda: None) -> dict[Point, float]:
+    """Seconds of forward, argmax, acceptance and commit at each point; `advance` is called after each round.
 
     Raises ValueError for a point that does not fit the base.
     """
@@ -63,27 +64,27 @@ def verify_seconds(base: Base, points: Sequence[Point], repeats: int,
                 for batch, cache in caches.items()}
 
     def job(context: int, batch: int, nodes: int) -> Job:
-        forest, cache = bushy(nodes).forest, caches[batch]
+        trees, cache = bushy(nodes), caches[batch]
         tokens = torch.full((batch, nodes), 5, dtype=torch.int64, device=base.device)
 
         def run() -> None:
             cache.lengths[:] = context
-            hidden = forwards[batch](tokens, forest, context)
-            accepted = accept(tokens, forest, base.argmax(hidden))
+            hidden = forwards[batch](tokens, trees, context)
+            accepted = accept(tokens, trees, base.argmax(hidden))
             cache.commit((0, batch), accepted.path, accepted.counts)
 
         return run
 
-    return typical({point: job(*point) for point in points}, repeats, base.device, say)
+    return typical({point: job(*point) for point in points}, repeats, base.device, advance)
 
 
-def draft_seconds(base: Base, heads: HeadDrafter, trees: Mapping[int, Tree] | None, batches: Sequence[int], context: int,
-                  repeats: int, say: Callable[[str], None] = lambda text: None) -> dict[tuple[int, int], float]:
-    """(Batch size, depth) -> seconds of drafting, the prefix layer's catching up on the step's tokens included.
+def draft_seconds(base: Base, heads: HeadDrafter, trees: Mapping[int, DraftTree] | None, batches: Sequence[int], context: int,
+                  repeats: int, advance: Callable[[], None] = lambda: None) -> dict[tuple[int, int], float]:
+    """(Batch size, depth) -> seconds of drafting, including the forward of the prefix layer over the step's tokens.
 
-    Between two drafts the base reads its weights once, as it does while decoding: heads that still lay in the processor's
-    cache would seem cheaper than they are. `trees`: the fixed tree of each depth; None: trees are grown with so many heads,
-    0 of them from copied text alone.
+    Between two drafts the base reads its weights once, as it does while decoding: heads that are still in the processor's
+    cache would seem cheaper than they are. `trees`: the fixed tree of each depth; None: dynamic trees of so many heads, where 0
+    heads draft copied text alone.
     """
     def job(batch: int, depth: int) -> Job:
         proposer = _growing(base, heads, batch, depth, context) if trees is None else HeadProposer(
@@ -97,20 +98,20 @@ def draft_seconds(base: Base, heads: HeadDrafter, trees: Mapping[int, Tree] | No
         def run() -> None:
             if inputs is not None and inputs.cache is not None:
                 inputs.cache.lengths[:] = context
-            proposer.observe((0, batch), hidden, counts)
+            proposer.commit((0, batch), hidden, counts)
             proposer.propose(roots, positions, samplers)
 
         return run
 
     depths = range(heads.num_heads + 1) if trees is None else trees
     cache, token = base.allocate(1, 2), torch.full((1, 1), 5, dtype=torch.int64, device=base.device)
-    return typical({(batch, depth): job(batch, depth) for batch in batches for depth in depths}, repeats, base.device, say,
+    return typical({(batch, depth): job(batch, depth) for batch in batches for depth in depths}, repeats, base.device, advance,
                    before=lambda: base.forward(token, cache, (0, 1), chain(1)))
 
 
 def _growing(base: Base, heads: HeadDrafter, batch: int, depth: int, context: int) -> DynamicTreeProposer:
-    """A session that grows trees with `depth` heads whatever they cost, over text that repeats itself: there is something
-    to copy."""
+    """A proposer that drafts dynamic trees with `depth` heads whatever they cost, for a text that repeats itself, so that there
+    is something to copy."""
     free = StepCosts({1: {1: 1.0, MOST_NODES: 1.0}}, {1: {0: 0.0}})
     proposer = DynamicTreeProposer(AdaptiveDrafter(heads if depth else None, costs=free), batch, context + MOST_NODES,
                               device=base.device)
@@ -122,33 +123,34 @@ def _growing(base: Base, heads: HeadDrafter, batch: int, depth: int, context: in
 
 @torch.inference_mode()
 def typical(jobs: Mapping[Key, Job], repeats: int, device: torch.device,
-            say: Callable[[str], None], before: Callable[[], object] = lambda: None) -> dict[Key, float]:
-    """Seconds of each job, the lower quartile over `repeats` rounds, forwards and backwards in turn, after one to warm up.
+            advance: Callable[[], None], before: Callable[[], object] = lambda: None) -> dict[Key, float]:
+    """Seconds of each job: the lower quartile over `repeats` rounds, after one round to warm up.
 
-    What drifts on the machine (clock, other work) then touches all of them alike, and what disturbs it for a while, in three
-    rounds of four at most, none: these times are kept for good. `before` goes before every run, untimed.
+    Rounds go through the jobs forwards and backwards in turn, so that a drift of the machine (clock, other work) affects all
+    jobs alike. A disturbance in three of four rounds does not change the lower quartile; that matters as these times are kept.
+    `before` is called before every run and is not timed; `advance` after every round.
     """
     order = list(jobs)
     seconds: dict[Key, list[float]] = {key: [] for key in order}
     for repeat in range(repeats + 1):
         for key in order if repeat % 2 else reversed(order):
             before()
-            _settle(device)
+            _synchronise(device)
             began = time.perf_counter()
             jobs[key]()
-            _settle(device)
+            _synchronise(device)
             if repeat:
                 seconds[key].append(time.perf_counter() - began)
-        say(f"round {repeat} of {repeats}")
+        advance()
     return {key: sorted(values)[len(values) // 4] for key, values in seconds.items()}
 
 
-def bushy(nodes: int) -> Topology:
-    """A binary tree, about as deep as trees that pay are. A forward's cost depends on the nodes, not their shape."""
-    return Topology((-1, *((node - 1) // 2 for node in range(1, nodes))))
+def bushy(nodes: int) -> TreeBatch:
+    """A binary tree, about as deep as the trees that are chosen. The cost of a forward depends on the number of nodes alone."""
+    return TreeBatch.single((-1, *((node - 1) // 2 for node in range(1, nodes))))
 
 
-def _settle(device: torch.device) -> None:
-    """Wait for a GPU's queue to run dry, so that a clock reads its work."""
+def _synchronise(device: torch.device) -> None:
+    """Wait until a GPU has done its work, so that the clock includes it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,12 +1,12 @@
-"""Put a run's heads into the package.
+"""Package a run's heads: bundle them with the project's own Python package.
 
     python -m pipelines.promote.package_heads --config FILE DRAFTER NAME [section.field=value ...]
 
-    hydra_core/bundled/NAME/configuration.json, heads/    combined decoding, for every weight format of the base
-    hydra_core/bundled/NAME/recipe.yaml                   the run's configuration, without the places of one machine
-    hydra_core/bundled/NAME/recipe-1.yaml, ...            those of the trainings that it went on from, the first one first
-    hydra_core/bundled/NAME/curve.json                    held-out figures of every validation of each training, and the loss
-                                                          between them
+    hydra_core/bundled/NAME/configuration.json, heads/    dynamic trees, for every weight format of the base
+    hydra_core/bundled/NAME/recipe.yaml                   the run's configuration, without the paths of one machine
+    hydra_core/bundled/NAME/recipe-1.yaml, ...            those of the trainings that it started from, the first one first
+    hydra_core/bundled/NAME/curve.json                    held-out figures of every validation of each training, and the mean
+                                                          loss since the one before
 """
 
 from __future__ import annotations
@@ -25,24 +25,25 @@ from typing import Any
 import yaml
 
 from hydra_core.base import load_vocabulary
-from hydra_core.bundled import BUNDLED, FOLDER
+from hydra_core.bundled import FOLDER, is_bundled
 from hydra_core.decoding import DecodingConfiguration, save_configuration
 from hydra_core.decoding.configuration import ANY_FORMAT
 from hydra_core.errors import InputError
 from hydra_core.heads.checkpoint import load_checkpoint
 from hydra_core.proposers import NgramDrafter
 from pipelines.config import RunConfig, load_config, parse_override
-from pipelines.runtime.artifacts import RunPaths, write_text
+from pipelines.runtime.artifacts import RunPaths
+from pipelines.runtime.files import atomic_folder, write_text
 from pipelines.tracking import Tracker
 from pipelines.train.warm_start import start_folder
 
 LARGEST = 40e6
-"""Bytes that a package may grow by."""
+"""Bytes by which heads may enlarge the package."""
 
 
-def ship(config: RunConfig, drafter: str, target: Path) -> Path:
-    """Write the configuration folder `target`, an older one replaced. Raises InputError for heads that are not there, do not
-    load, or are too large to go with a package."""
+def package(config: RunConfig, drafter: str, target: Path) -> Path:
+    """Write the configuration folder `target`, in place of an older one. Raises InputError for heads that are missing, do not
+    load, or are too large for the package."""
     heads = RunPaths.of(config).stage("tree", drafter) / "heads"
     vocabulary = load_vocabulary(config.base.model, dtype=config.base.dtype, cache=RunPaths.of(config).cache)
     load_checkpoint(heads, vocabulary)
@@ -53,7 +54,7 @@ def ship(config: RunConfig, drafter: str, target: Path) -> Path:
     configuration = DecodingConfiguration(
         target.name, "combined", replace(vocabulary.identity, weight_format=ANY_FORMAT),
         NgramDrafter(ngram.max_match, ngram.min_match, ngram.length))
-    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+    with tempfile.TemporaryDirectory() as temporary:
         copy = Path(temporary) / "heads"
         shutil.copytree(heads, copy)
         provenance = json.loads((copy / "provenance.json").read_text(encoding="utf-8"))
@@ -66,13 +67,13 @@ def ship(config: RunConfig, drafter: str, target: Path) -> Path:
         write_text(made / "recipe.yaml", recipe)
         curve = [{"training": number} | point for number, (_, points) in enumerate(trainings, 1) for point in points]
         write_text(made / "curve.json", json.dumps(curve, indent=1))
-        shutil.rmtree(target, ignore_errors=True)
-        made.replace(target)
+        with atomic_folder(target) as folder:
+            shutil.copytree(made, folder, dirs_exist_ok=True)
     return target
 
 
 def without_places(value: Any) -> Any:
-    """The same with the last part alone of every absolute path in it."""
+    """The same value, where only the last part of each absolute path remains."""
     if isinstance(value, dict):
         return {name: without_places(inner) for name, inner in value.items() if name != "storage"}
     if isinstance(value, list | tuple):
@@ -92,11 +93,11 @@ Training = tuple[str, list[dict[str, float]]]
 
 
 def trainings_of(config: RunConfig, drafter: str, folder: Path) -> list[Training]:
-    """Every training that made the heads in `folder`, the first one first: those whose heads each other began with
-    (`train.start`) stand before it. Raises InputError where one of them left heads alone."""
+    """Every training that led to the heads in `folder`, the first one first: before each training the one whose heads it
+    started from (`train.start`). Raises InputError where nothing but the heads is left of one."""
     start = start_folder(config, drafter)
-    shipped = config.train.start.get(drafter) == BUNDLED
-    earlier = [] if start is None else _shipped_trainings(start.parent) if shipped else _trainings_behind(start)
+    bundled = is_bundled(config.train.start.get(drafter))
+    earlier = [] if start is None else _bundled_trainings(start.parent) if bundled else _trainings_behind(start)
     kept = config.model_dump(mode="json", by_alias=True, exclude={"storage": True, "train": {"start"}}, exclude_defaults=True)
     return [*earlier, (yaml.safe_dump(without_places(kept), sort_keys=False), learning_curve(config, drafter, folder))]
 
@@ -104,7 +105,7 @@ def trainings_of(config: RunConfig, drafter: str, folder: Path) -> list[Training
 def _trainings_behind(heads: Path) -> list[Training]:
     file = heads.parent / "config.yaml"
     if not file.is_file():
-        raise InputError(f"{heads}: lies in no folder of a training: how these heads came to be cannot be told")
+        raise InputError(f"{heads}: lies in no folder of a training, so the recipe of these heads is unknown")
     config, drafter = load_config(str(file)), heads.parent.name
     if drafter not in config.train.drafters:
         raise InputError(f"{heads.parent}: its config.yaml trains {', '.join(config.train.drafters)}: give the folder its "
@@ -112,7 +113,7 @@ def _trainings_behind(heads: Path) -> list[Training]:
     return trainings_of(config, drafter, heads.parent)
 
 
-def _shipped_trainings(folder: Path) -> list[Training]:
+def _bundled_trainings(folder: Path) -> list[Training]:
     curves: dict[int, list[dict[str, float]]] = {}
     for point in json.loads((folder / "curve.json").read_text(encoding="utf-8")):
         curves.setdefault(point.pop("training"), []).append(point)
@@ -122,7 +123,7 @@ def _shipped_trainings(folder: Path) -> list[Training]:
 
 
 def learning_curve(config: RunConfig, drafter: str, folder: Path) -> list[dict[str, float]]:
-    """For every validation of the training in `folder` its step, held-out figures, and the mean loss since the one before."""
+    """For each validation of the training in `folder`: its step, held-out figures, and the mean loss since the one before."""
     losses = [json.loads(line)["loss"] for line in (folder / "curve.jsonl").read_text(encoding="utf-8").splitlines()]
     run_id = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["result"]["run_id"]
     figures = ("tokens_per_step", *(f"head{head}_top1" for head in range(config.train.drafters[drafter].num_heads)))
@@ -145,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     words = parser.parse_args(argv)
     try:
         config = load_config(words.config, dict(map(parse_override, words.overrides)))
-        print(ship(config, words.drafter, FOLDER / words.name))
+        print(package(config, words.drafter, FOLDER / words.name))
     except InputError as error:
         sys.exit(f"error: {error}")
 

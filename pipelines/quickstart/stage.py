@@ -1,28 +1,27 @@
-"""`quickstart`: the whole chain, small, on one machine, with a summary people can read."""
+"""`quickstart`: the whole chain, small, on one machine, with a summary for people."""
 
 from __future__ import annotations
 
 import shlex
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 from hydra_core.errors import InputError
 from pipelines.batch.stage import batch_finished, run_batch
-from pipelines.bench.report import print_table
+from pipelines.bench.report import method_table
 from pipelines.bench.stage import run_bench
 from pipelines.config import RunConfig
 from pipelines.distill.stage import run_distill
 from pipelines.promote.stage import run_promote
 from pipelines.runtime.artifacts import MANIFEST, RunPaths, StageResult, damaged
+from pipelines.runtime.console import say
 from pipelines.runtime.programs import program
 from pipelines.runtime.ray_cluster import check_workers, ensure_ray
+from pipelines.runtime.tables import Table
 from pipelines.serve.instance import bindable_port, running_instance
 from pipelines.serve.stage import resolve_args, serving_params, start_app
 from pipelines.tracking import Tracker, ui_command
@@ -35,13 +34,13 @@ CHAIN: tuple[tuple[str, Callable[[RunConfig], StageResult]], ...] = (
 
 
 def run_quickstart(config: RunConfig) -> StageResult:
-    """Run every stage, skipping those whose manifest says that this very work is done.
+    """Run every stage, except those whose manifest says that the same work is finished.
 
-    Raises InputError at once for what a later stage would miss: MLflow, a compiler, CPUs, the port.
+    Raises InputError at once for what a later stage would lack: MLflow, a compiler, CPUs, the port.
     """
     tracker = Tracker.open(config)
     _drop_stale(config)
-    whole = _batch_stands(config)
+    whole = _batch_is_finished(config)
     if not whole:
         check_toolchain(config.train.workers.gpus > 0)
     with ensure_ray(config):
@@ -50,10 +49,10 @@ def run_quickstart(config: RunConfig) -> StageResult:
         try:
             results, seconds = _run_chain(config)
         except BaseException:
-            tracker.end_parent("FAILED")  # whichever stage was the last to end
+            tracker.end_parent("FAILED")  # its status is that of the last stage that ended
             raise
     _summary(config, results, seconds)
-    outputs = {name: str(RunPaths.of(config).stage(name)) for name in results} | {"model": results["promote"].outputs["model"]}
+    outputs = {name: str(_folder(config, name, results)) for name in results} | {"model": results["promote"].outputs["model"]}
     figures = {"seconds": {name: round(value, 1) for name, value in seconds.items()},
                "champion": results["promote"].figures["champion"], "why": results["promote"].figures["why"],
                "methods": results["bench"].figures["methods"],
@@ -63,7 +62,7 @@ def run_quickstart(config: RunConfig) -> StageResult:
 
 
 def _run_chain(config: RunConfig) -> tuple[dict[str, StageResult], dict[str, float]]:
-    """Result and seconds of every stage. The application is up while `batch` runs and down afterwards."""
+    """Result and seconds of every stage. The application runs while `batch` does, and is stopped afterwards."""
     results: dict[str, StageResult] = {}
     seconds: dict[str, float] = {}
     for name, run in CHAIN:
@@ -77,7 +76,7 @@ def _run_chain(config: RunConfig) -> tuple[dict[str, StageResult], dict[str, flo
 
 @contextmanager
 def _served(config: RunConfig) -> Iterator[None]:
-    """The champion's application, up and tracked as a stage of the chain."""
+    """Run the champion's application, tracked as a stage of the chain."""
     args = resolve_args(config)
     app = start_app(config, args)
     try:
@@ -88,24 +87,24 @@ def _served(config: RunConfig) -> Iterator[None]:
 
 
 def _timed(name: str, run: Callable[[RunConfig], StageResult], config: RunConfig) -> tuple[StageResult, float]:
-    _say(f"quickstart: {name} ...")
+    say("quickstart", f"{name} ...")
     started = time.perf_counter()
     result = run(config)
     taken = time.perf_counter() - started
-    _say(f"quickstart: {name} {'was done already' if result.skipped else f'took {taken / 60:.1f} min'}")
+    say("quickstart", f"{name} {'was done already' if result.skipped else f'took {taken / 60:.1f} min'}")
     return result, taken
 
 
-def _batch_stands(config: RunConfig) -> bool:
-    """Whether the whole chain has been run: what its last stage is made of stands too."""
+def _batch_is_finished(config: RunConfig) -> bool:
+    """Whether the whole chain is finished: the fingerprint of its last stage covers all the others."""
     try:
         return batch_finished(config)
-    except InputError:  # no champion or no rows yet
+    except InputError:  # there is no champion yet, or no rows
         return False
 
 
 def _check_cluster(config: RunConfig) -> None:
-    """Raise InputError for workers that will never fit and for a port in use: told now, not after half an hour."""
+    """Raise InputError for workers that never fit and for a port in use: at once, not after half an hour."""
     check_workers("distill.workers", config.distill.workers)
     check_workers("train.workers", config.train.workers)
     check_workers("serve.workers", config.serve.workers, config.serve.replicas)
@@ -114,9 +113,9 @@ def _check_cluster(config: RunConfig) -> None:
 
 
 def _drop_stale(config: RunConfig) -> None:
-    """A stage whose files were changed is made again, and comes out otherwise: what was built on it goes.
+    """Delete what was built on a stage whose files were changed: that stage runs again and its outputs will differ.
 
-    Not after `distill` and `promote`: both make the same again.
+    Not so for `distill` and `promote`: both produce the same outputs again.
     """
     stale = False
     for stage in ("train", "tree", "bench", "promote", "batch"):
@@ -125,29 +124,26 @@ def _drop_stale(config: RunConfig) -> None:
             shutil.rmtree(folder, ignore_errors=True)
         elif stage in ("train", "tree", "bench") and any(damaged(path.parent) for path in folder.rglob(MANIFEST)):
             stale = True
-            _say(f"quickstart: {folder}: its files were changed: it is made again, and so is what was built on it")
+            say("quickstart", f"{folder}: its files were changed: this stage and those that were built on it run again")
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def _folder(config: RunConfig, name: str, results: dict[str, StageResult]) -> Path:
+    """Where the outputs of a stage lie; for `bench` and `promote` the folder of the result that these settings ask for."""
+    output = {"bench": "report", "promote": "configuration"}.get(name)
+    return Path(results[name].outputs[output]).parent if output else RunPaths.of(config).stage(name)
 
 
 def _summary(config: RunConfig, results: dict[str, StageResult], seconds: dict[str, float]) -> None:
-    """The table, the time of each stage, where things lie, and the two commands to go on with."""
+    """Print the bench's table, the time of each stage with its folder, and the next two commands."""
     methods: dict[str, Any] = results["bench"].figures["methods"]
-    print_table(methods, f"{config.name}: greedy, one request at a time, {config.bench.max_new_tokens} new tokens at most",
-                config.base.dtype, sys.stderr)
-    table = Table(title="Stages")
-    for column in ("stage", "minutes", "output"):
-        table.add_column(column)
-    for name, taken in seconds.items():
-        skipped = name in results and results[name].skipped
-        table.add_row(name, "done before" if skipped else f"{taken / 60:.1f}",
-                      "-" if name == "serve" else str(RunPaths.of(config).stage(name)))
-    Console(file=sys.stderr, width=140).print(table)
+    method_table(methods, f"{config.name}: greedy, one request at a time, at most {config.bench.max_new_tokens} new tokens",
+                 config.base.dtype).show()
+    Table(("stage", "minutes", "output"), [
+        (name, "done before" if name in results and results[name].skipped else f"{taken / 60:.1f}",
+         "-" if name == "serve" else str(_folder(config, name, results))) for name, taken in seconds.items()], "Stages").show()
     promoted = results["promote"].figures
-    _say(f"champion: {promoted['champion']} (version {promoted['version']}): {promoted['why']}")
-    _say(f"see it:   {ui_command(config)}")
-    saved = RunPaths.of(config).stage("promote") / "config.yaml"
+    say("champion", f"{promoted['champion']} (version {promoted['version']}): {promoted['why']}")
+    say("see it", f"  {ui_command(config)}")
+    saved = _folder(config, "promote", results) / "config.yaml"
     serve_command = [*program("hydra-heads", "jobs.cli"), "serve", "--config", str(saved)]
-    _say(f"serve it: {shlex.join(serve_command)}")
+    say("serve it", shlex.join(serve_command))

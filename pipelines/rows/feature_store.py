@@ -1,10 +1,10 @@
-"""Reading distilled rows back: an index in memory, hidden states a row group at a time, order a pure function.
+"""Reading distilled rows: an index in memory, hidden states by row group, and an order that is a pure function.
 
     shard 0   [row group 0][row group 1] ...       a block = one row group of one shard
     epoch     blocks shuffled, grouped into windows of bounded size, rows shuffled inside a window
 
-A window that holds everything is a full shuffle; a larger set is shuffled in pieces that fit the block cache, so memory
-does not grow with the data. The order depends on (seed, position) alone: a trainer resumes from its step number.
+A window that holds all blocks gives a full shuffle. A larger data set is shuffled in windows that fit the block cache, so that
+memory does not grow with the data. The order depends on (seed, position) alone: a trainer resumes from its step number.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class FeatureStore(RowStore):
     def open(cls, folder: Path, split: str, *, cache_bytes: int = CACHE_BYTES, share: float = 1.0) -> FeatureStore:
         """Index the shards `folder/*.parquet`.
 
-        `cache_bytes` bounds the hidden states kept in memory; `share`: of the split's rows that are taken. Raises InputError
+        `cache_bytes`: limit of the hidden states in memory; `share`: share of the split's rows that is taken. Raises InputError
         for an empty folder, a file that is not a feature shard, rows of different bases, or a split without rows.
         """
         paths = sorted(folder.glob("*.parquet"))
@@ -58,7 +58,7 @@ class FeatureStore(RowStore):
         return cls(reader.blocks, index, *kind, cache_bytes)
 
     def read(self, row: int) -> FeatureRow:
-        """One row with its hidden states. Raises InputError that names the row if their size is not what it says."""
+        """One row with its hidden states. Raises InputError, which names the row, if their size does not match its columns."""
         index, tokens = self.index, self.token_ids(row)
         values = self._hidden(int(index.block[row]))[int(index.place[row])].as_buffer()
         dtype, size = _DTYPES[self.dtype], HIDDEN_BYTES[self.dtype]
@@ -83,13 +83,13 @@ class FeatureStore(RowStore):
             self._held -= self._cache.popitem(last=False)[1].nbytes
         self._cache[block] = column
         self._held += column.nbytes
-        pa.default_memory_pool().release_unused()  # else what was read before stays with us beside what is kept
+        pa.default_memory_pool().release_unused()  # Arrow would keep the memory of earlier reads beside the cache
         return column
 
 
 @dataclass(frozen=True)
 class BatchOrder:
-    """Which rows make up each step: `block` [n] int64 of each row, `block_bytes` [blocks] int64."""
+    """The rows of each step. `block`: [n] int64, the block of each row; `block_bytes`: [blocks] int64."""
 
     block: np.ndarray
     block_bytes: np.ndarray
@@ -103,14 +103,15 @@ class BatchOrder:
         return cls(store.index.block, sizes, rows_per_step, seed, window_bytes)
 
     def total_steps(self, epochs: float) -> int:
-        """Steps that show every row at least `epochs` times."""
+        """Number of steps in which every row occurs at least `epochs` times."""
         return max(1, int(np.ceil(round(epochs * len(self.block) / self.rows_per_step, 9))))
 
     def rows(self, step: int) -> np.ndarray:
-        """[rows_per_step] int64 row numbers of step `step`: stretches of one epoch after the other."""
+        """Row numbers of step `step`, [rows_per_step] int64: consecutive places of one epoch after the other."""
         at = step * self.rows_per_step + np.arange(self.rows_per_step)
         epochs, places = at // len(self.block), at % len(self.block)
-        order = {int(epoch): self._epoch(int(epoch)) for epoch in np.unique(epochs)}  # looking one up costs its rows
+        # once for each epoch, as a look-up takes time in proportion to the rows
+        order = {int(epoch): self._epoch(int(epoch)) for epoch in np.unique(epochs)}
         return np.array([order[int(epoch)][place] for epoch, place in zip(epochs, places, strict=True)])
 
     def _epoch(self, epoch: int) -> np.ndarray:
@@ -119,7 +120,7 @@ class BatchOrder:
 
 @lru_cache(maxsize=4)
 def _epoch_order(block_of: bytes, block_bytes: bytes, seed: int, epoch: int, window_bytes: int) -> np.ndarray:
-    """A permutation of the rows for one epoch."""
+    """The permutation of the rows in one epoch, [n] int64."""
     block, sizes = np.frombuffer(block_of, np.int64), np.frombuffer(block_bytes, np.int64)
     random = np.random.default_rng([seed, epoch])
     used = np.unique(block)
@@ -131,18 +132,18 @@ def _epoch_order(block_of: bytes, block_bytes: bytes, seed: int, epoch: int, win
             filled, number = 0, number + 1
         window[name] = number
         filled += int(sizes[name])
-    # A random key inside the window and the window first: one sort shuffles all windows.
+    # Sorted by window, then by a random key: one sort shuffles all windows.
     order: np.ndarray = np.lexsort((random.permutation(len(block)), window[block]))
     return order
 
 
-def share_of(rows: np.ndarray, lengths: np.ndarray, rank: int, world: int) -> np.ndarray:
-    """The rows rank `rank` of `world` takes of one step, about equally many tokens each.
+def share_of(rows: np.ndarray, lengths: np.ndarray, rank: int, world_size: int) -> np.ndarray:
+    """The rows of one step that rank `rank` of `world_size` takes, so that all ranks have about as many tokens.
 
-    They are dealt longest first, to and fro.
+    Rows are dealt out longest first, to the ranks in ascending order, then in descending order, and so on.
     """
     ordered = rows[np.argsort(-lengths[rows], kind="stable")]
-    turn = np.arange(len(ordered)) % (2 * world)
-    dealt = np.where(turn < world, turn, 2 * world - 1 - turn)
+    turn = np.arange(len(ordered)) % (2 * world_size)
+    dealt = np.where(turn < world_size, turn, 2 * world_size - 1 - turn)
     share: np.ndarray = ordered[dealt == rank]
     return share

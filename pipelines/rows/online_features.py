@@ -1,4 +1,4 @@
-"""Hidden states made while training: the base runs in the trainer, and only token ids need be kept on disk."""
+"""Hidden states that are computed while training: the base runs in the trainer, and the disk holds token ids only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FORWARD_TOKENS = 4096  # padded tokens in one forward of the base
 
 
 class OnlineStore(RowStore):
-    """Answers of one split; `use` a base before reading rows. The driver, which only counts them, needs none."""
+    """Answers of one split. Call `use` with a base before `read_rows`; the driver, which only counts rows, needs no base."""
 
     _model: Base | None = None
 
@@ -35,11 +35,11 @@ class OnlineStore(RowStore):
         return cls(reader.blocks, index, base)
 
     def use(self, base: Base) -> None:
-        """Let `base` make the hidden states."""
+        """Set the base that computes the hidden states."""
         self._model = base
 
     def read_rows(self, rows: Sequence[int]) -> list[FeatureRow]:
-        """Rows with hidden states in the base's own dtype; as many rows go through the base together as fit."""
+        """Rows with hidden states in the base's own dtype; one forward takes as many rows as fit `FORWARD_TOKENS`."""
         assert self._model is not None
         found: dict[int, FeatureRow] = {}
         group: list[int] = []

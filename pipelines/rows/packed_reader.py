@@ -1,4 +1,4 @@
-"""Rows of a store as packed batches, with the base's log partition where it is known."""
+"""Rows of a store as packed batches, with the base's log partitions if they are computed."""
 
 from __future__ import annotations
 
@@ -16,40 +16,43 @@ from hydra_core.training.losses import log_partition
 from hydra_core.training.packing import FeatureRow, Packed, pack_rows
 from pipelines.rows.row_index import RowStore, disk_array
 
-ROW_TOKENS, LEAST_PROMPT = 1024, 32  # of a row longer than that the last are learned from, and so many of its prompt
-LOG_PARTITION_ROWS = 512  # positions whose logits are held at a time
-ROWS_AT_ONCE = 1024  # rows whose normalisers are computed between two exchanges
+ROW_TOKENS, LEAST_PROMPT = 1024, 32  # a longer row loses the beginning of its prompt, which keeps at least so many tokens
+LOG_PARTITION_ROWS = 512  # positions whose logits are in memory at a time
+ROWS_AT_ONCE = 1024  # rows whose log partitions are computed between two exchanges
 LINE_TOKENS = 256
-"""Width of a packed line unless a row is longer: attention over a line costs its square."""
+"""Width of a packed line, unless a row is longer: the cost of attention is the square of it."""
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """Which rank of how many."""
+    """The rank of this process, and the number of processes."""
 
     rank: int
     world_size: int
 
 
 def cropped(row: FeatureRow) -> FeatureRow:
-    """A row without the beginning of a long prompt: attention over a line costs its square, and one line is as wide as the
-    longest row. All of the answer stays, and `LEAST_PROMPT` tokens before it."""
+    """Cut the beginning of a long prompt, so that the row has `ROW_TOKENS` tokens if possible.
+
+    The whole answer stays, and at least `LEAST_PROMPT` tokens before it. A packed line is as wide as its longest row, and the
+    cost of attention is the square of its width.
+    """
     cut = min(len(row.token_ids) - ROW_TOKENS, row.prompt_tokens - LEAST_PROMPT)
     if cut <= 0:
         return row
-    known = None if row.log_partitions is None else row.log_partitions[cut:]
-    return FeatureRow(row.token_ids[cut:], row.prompt_tokens - cut, row.hidden[cut:], known)
+    log_partitions = None if row.log_partitions is None else row.log_partitions[cut:]
+    return FeatureRow(row.token_ids[cut:], row.prompt_tokens - cut, row.hidden[cut:], log_partitions)
 
 
 class RowReader:
-    """Packed batches from a store, with the base's softmax normalisers where they are known."""
+    """Packed batches from a store, with the base's log partitions (logsumexp of the logits) if they are set."""
 
     def __init__(self, store: RowStore) -> None:
         self.store = store
         self.log_partitions: np.ndarray | None = None  # [tokens of the store] float32
 
     def pack(self, rows: Sequence[int] | np.ndarray) -> Packed:
-        """Rows by number, packed into lines."""
+        """Read rows by number and pack them into lines."""
         numbers = [int(row) for row in rows]
         read = [cropped(self._with_log_partitions(*pair)) for pair in zip(numbers, self.store.read_rows(numbers), strict=True)]
         return pack_rows(read, max(LINE_TOKENS, *(row.token_ids.shape[0] for row in read)))
@@ -58,13 +61,14 @@ class RowReader:
         if self.log_partitions is None:
             return found
         offsets = self.store.index.offsets
-        known = torch.from_numpy(np.array(self.log_partitions[offsets[row]:offsets[row + 1]]))
-        return FeatureRow(found.token_ids, found.prompt_tokens, found.hidden, known)
+        log_partitions = torch.from_numpy(np.array(self.log_partitions[offsets[row]:offsets[row + 1]]))
+        return FeatureRow(found.token_ids, found.prompt_tokens, found.hidden, log_partitions)
 
     def compute_log_partitions(self, group: ProcessGroup, head: VocabHead, add_up: Callable[[Tensor], Tensor]) -> np.ndarray:
-        """Normalisers of all tokens, [sum] float32 mapped from a file: each rank computes its share, `add_up` sums them.
+        """Log partitions of all tokens, [sum] float32, mapped from a file.
 
-        A stretch of rows at a time, so that memory does not grow with the data.
+        Each rank computes a part, and `add_up` sums a tensor over ranks. At most `ROWS_AT_ONCE` rows are in memory, so that
+        memory does not grow with the data.
         """
         offsets = self.store.index.offsets
         with tempfile.TemporaryFile() as file:
@@ -76,11 +80,11 @@ class RowReader:
             places, parts = [], []
             for row in range(start + group.rank, stop, group.world_size):
                 (read,) = self.store.read_rows([row])
-                begin = max(read.prompt_tokens - 1, 0)  # earlier positions teach no head
+                begin = max(read.prompt_tokens - 1, 0)  # no head learns from earlier positions
                 first = int(offsets[row] - offsets[start])
                 places.append(torch.arange(first + begin, first + len(read.token_ids)))
-                parts.append(read.hidden[begin:].clone())  # of its own: else the whole row stays with it
-            if parts:  # together: a projection of few rows takes as long as one of many to turn the vocabulary's matrix
+                parts.append(read.hidden[begin:].clone())  # a copy: a view would keep the whole row in memory
+            if parts:  # in one call, since most of a call's time is spent on the vocabulary's matrix, whatever the rows
                 hidden = torch.cat(parts).to(head.weight.device)
                 found[torch.cat(places)] = log_partition(hidden, head, LOG_PARTITION_ROWS).cpu()
             whole[offsets[start]:offsets[stop]] = add_up(found).numpy()
@@ -88,7 +92,7 @@ class RowReader:
 
 
 def load_log_partitions(path: Path, tokens: int) -> np.ndarray | None:
-    """What an earlier start of the same run kept, or None."""
+    """The log partitions that an earlier training has cached, or None."""
     if not path.exists():
         return None
     found: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)

@@ -1,14 +1,12 @@
-"""Part files: how rows reach disk so that a kill loses at most the rows in flight.
+"""Part files: Parquet files of rows, written so that a kill loses at most the rows in flight.
 
-A part is written under a temporary name and renamed, and is named by the ids it holds: writing the same rows again
-replaces the part by itself. Resuming is reading the id column and leaving out what is there. Ray Data's own row-level
-resume needs a plan that begins with a file read and ends in a write, and turns itself off with a warning elsewhere.
+A part is written under a temporary name and then renamed. Its name is a digest of the ids in it, so that writing the same rows
+again replaces the part. A resumed run reads the id column and skips the rows that are there. Ray Data has a resume by rows
+too, but for plans that begin with a file read and end in a write; for other plans it turns itself off with a warning.
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,36 +16,31 @@ import pyarrow.parquet as pq
 
 from hydra_core.errors import InputError
 from pipelines.rows.schemas import check_schema, content_id
+from pipelines.runtime.files import atomic_file
 
 ROW_GROUP_BYTES = 64 << 20
 
 
 def write_part(folder: Path, rows: list[dict[str, Any]], contract: pa.Schema, key: str = "id") -> Path:
     """Write `rows` as one Parquet part of `contract`; returns its path."""
-    folder.mkdir(parents=True, exist_ok=True)
     table = pa.Table.from_pylist(rows, schema=contract)
     path = folder / f"part-{content_id(sorted(row[key] for row in rows))}.parquet"
     per_row = max(1, table.nbytes // max(1, len(rows)))
-    descriptor, temporary = tempfile.mkstemp(prefix=".part-", suffix=".tmp", dir=folder)
-    os.close(descriptor)
-    try:
+    with atomic_file(path) as temporary:
         pq.write_table(table, temporary, row_group_size=max(1, ROW_GROUP_BYTES // per_row))
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
     return path
 
 
 def part_files(folder: Path) -> list[Path]:
-    """Finished parts of a folder, in order of name."""
+    """Finished parts of a folder, sorted by name."""
     return sorted(folder.glob("part-*.parquet")) if folder.exists() else []
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed writers left behind."""
-    for path in folder.glob(".part-*.tmp") if folder.exists() else ():
-        path.unlink(missing_ok=True)
+    """Remove the temporary files that killed writers left behind, those of earlier versions (`.tmp`) too."""
+    for pattern in (".part-*.part", ".part-*.tmp"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def read_parts(folder: Path, contract: pa.Schema, columns: Iterable[str] | None = None) -> pa.Table:
@@ -59,7 +52,7 @@ def read_parts(folder: Path, contract: pa.Schema, columns: Iterable[str] | None 
 
 
 def finished_ids(folder: Path, contract: pa.Schema, key: str = "id") -> set[str]:
-    """Ids that finished parts hold."""
+    """Ids of the rows in finished parts."""
     return set(read_parts(folder, contract, [key])[key].to_pylist())
 
 

@@ -1,4 +1,4 @@
-"""Reading prompts: JSONL, Parquet, `datasets`. A bad row becomes an error row; only a bad file stops the job.
+"""Reading prompts from JSONL, Parquet or `datasets`. A bad row becomes a `RowError`; only a bad file stops the job.
 
 A row is `{"prompt": text}` or `{"messages": [{"role", "content"}, ...]}` (other columns are kept as `extra`), or
 Spec-Bench's `{"question_id", "category", "turns"}`, of which the first turn is the prompt.
@@ -22,8 +22,11 @@ PARQUET = (".parquet", ".pq")
 
 @dataclass(frozen=True)
 class PromptRow:
-    """One prompt: text or a chat. `row`: its number in the file from 1 (JSONL: of its line); `extra`: its other columns;
-    `turns`: all user turns of a row in Spec-Bench's format, of which `prompt` is the first."""
+    """One prompt: text or a chat.
+
+    `row`: its number in the file, from 1 (JSONL: number of its line); `extra`: its other columns; `turns`: all user turns of a
+    row in Spec-Bench's format, of which `prompt` is the first.
+    """
 
     row: int
     prompt: str | None
@@ -35,7 +38,7 @@ class PromptRow:
 
 @dataclass(frozen=True)
 class RowError:
-    """A row that cannot be used, and why."""
+    """A row that cannot be used, and the reason."""
 
     row: int
     message: str
@@ -55,7 +58,7 @@ def read_prompt_rows(path: str | Path, name: str = "prompt", limit: int | None =
 
 def read_dataset_rows(path: str, split: str, name: str = "prompt",
                       limit: int | None = None) -> Iterator[PromptRow | RowError]:
-    """Rows of a data set: a folder written by `save_to_disk`, or whatever `datasets.load_dataset` understands.
+    """Rows of a data set: a folder written by `save_to_disk`, or an argument of `datasets.load_dataset`.
 
     Raises InputError when it cannot be loaded or has no such split.
     """
@@ -67,20 +70,20 @@ def read_dataset_rows(path: str, split: str, name: str = "prompt",
             loaded = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
         else:
             loaded = datasets.load_dataset(path, split=split)
-    except Exception as error:  # the library raises a dozen types for "cannot be had"
+    except Exception as error:  # the library raises a dozen types when it cannot load a data set
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"prompts.path={path}: the data set cannot be loaded ({reason})") from None
     yield from _checked(enumerate(loaded, start=1), path, name, limit)
 
 
 def read_values(path: Path) -> Iterator[tuple[int, Any]]:
-    """The JSON value of every line of a file that is not blank, with its number from 1; a RowError for a line that has none."""
+    """Line number from 1 and JSON value of every line that is not blank; a RowError for a line that is not JSON."""
     yield from _jsonl(path)
 
 
 def count_rows(path: str | Path) -> int:
-    """Rows of a file or a folder of Parquet files as they are counted without reading any: lines that are not blank, or what
-    the files' own metadata say."""
+    """Number of rows of a file or a folder of Parquet files, without parsing them: lines that are not blank, or the number in
+    the metadata of the files."""
     files = prompt_files(Path(path))
     if Path(path).is_dir() or files[0].suffix.lower() in PARQUET:
         return sum(pq.read_metadata(file).num_rows for file in files)
@@ -89,13 +92,13 @@ def count_rows(path: str | Path) -> int:
 
 
 def prompt_files(path: Path) -> list[Path]:
-    """The files that hold the prompts of `path`, in order: itself, or a folder's Parquet files."""
+    """The files with the prompts of `path`, in order: `path` itself, or the Parquet files of a folder."""
     return sorted(file for file in path.iterdir() if file.suffix.lower() in PARQUET) if path.is_dir() else [path]
 
 
 def _checked(values: Iterable[tuple[int, Any]], where: str, name: str,
              limit: int | None) -> Iterator[PromptRow | RowError]:
-    """Parse each numbered value; a file without a single usable row is the user's mistake as a whole."""
+    """Parse each numbered value. Raises InputError for a file without a usable row."""
     seen, usable, first_error = 0, 0, ""
     held: list[RowError] = []
     for number, value in values:
@@ -121,7 +124,7 @@ def _checked(values: Iterable[tuple[int, Any]], where: str, name: str,
 def _parse(number: int, value: Any, where: str, name: str) -> PromptRow | RowError:
     if not isinstance(value, dict):
         return RowError(number, f"row {number}: is not an object with a `{name}` field")
-    if (column := _column_that_is_no_text(value)) is not None:
+    if (column := _column_without_utf8(value)) is not None:
         return RowError(number, f"row {number}: {column}: holds half a character (a lone surrogate): write it as UTF-8 text")
     source = str(value.get("source") or Path(where).name)
     if isinstance(value.get("turns"), list) and name not in value:
@@ -144,8 +147,8 @@ def _parse(number: int, value: Any, where: str, name: str) -> PromptRow | RowErr
     return RowError(number, f"row {number}: {name}: is empty or not text")
 
 
-def _column_that_is_no_text(row: dict[str, Any]) -> str | None:
-    """The first column that no file could hold as UTF-8: JSON can spell half a surrogate pair."""
+def _column_without_utf8(row: dict[str, Any]) -> str | None:
+    """Name of the first column that cannot be written as UTF-8, or None: JSON can express half a surrogate pair."""
     for name, value in row.items():
         try:
             json.dumps([name, value], ensure_ascii=False, default=repr).encode()
@@ -164,7 +167,7 @@ def _message_problem(messages: list[Any]) -> str | None:
 
 
 def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    """Values by line number; blank lines hold none."""
+    """Line number and value of every line that is not blank."""
     with path.open("rb") as handle:
         for number, raw in enumerate(handle, start=1):
             if raw.strip():
@@ -176,12 +179,12 @@ def _parsed_line(number: int, raw: bytes) -> Any:
         return json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError:
         return RowError(number, f"row {number}: is not UTF-8 text")
-    except (ValueError, RecursionError) as error:  # an endless number or nesting is no syntax error to `json`
+    except (ValueError, RecursionError) as error:  # for a very long number or deep nesting `json` raises no syntax error
         return RowError(number, f"row {number}: is not JSON ({getattr(error, 'msg', error)})")
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
-    """Rows by number, over all files of a folder."""
+    """Number and values of every row, counted over all files of a folder."""
     files, number = prompt_files(path), 0
     if not files:
         raise InputError(f"{path}: holds no .parquet file")
@@ -197,7 +200,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _rows_of(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | None]:
-    """The rows of a batch; None for one whose text is not UTF-8, which Arrow itself never checks."""
+    """The rows of a batch; None for a row whose text is not UTF-8, which Arrow does not check."""
     try:
         yield from batch.to_pylist()
     except UnicodeDecodeError:

@@ -1,7 +1,7 @@
-"""Which rows there are, without what is large in them: lengths in memory, token ids in a file of the operating system's.
+"""An index of rows without their hidden states: lengths in memory, token ids in a mapped temporary file.
 
-A row costs about 200 bytes of memory here, whatever its length: a thousandth of what its hidden states take. Token ids are
-written to an unnamed temporary file and mapped from it, so that the system may drop and reread them as it needs memory.
+A row takes about 200 bytes of memory, whatever its length: a thousandth of its hidden states. Token ids are written to an
+unnamed temporary file and mapped from it, so that the operating system may drop and reread pages when it needs memory.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _HIDDEN = ("hidden_dtype", "hidden_tokens", "hidden_width", "hidden_layer")
 
 @dataclass(frozen=True)
 class Block:
-    """One row group of one shard; the unit of reading."""
+    """One row group of one shard: the unit of reading."""
 
     path: Path
     group: int
@@ -38,8 +38,10 @@ class Block:
 
 @dataclass(frozen=True)
 class RowIndex:
-    """Everything but hidden states of n rows: ids; tokens [sum] int32 with offsets [n + 1] int64; prompt_tokens [n];
-    temperature [n] float64; block [n] int64 and place [n] int64 (row inside its block).
+    """All columns of n rows except hidden states.
+
+    `ids`: n texts; `tokens`: [sum] int32, prompt and response of each row; `offsets`: [n + 1] int64 into it; `prompt_tokens`:
+    [n] int64; `temperature`: [n] float64; `block`: [n] int64; `place`: [n] int64, the row inside its block.
     """
 
     ids: tuple[str, ...]
@@ -56,7 +58,7 @@ class RowIndex:
 
 
 class RowStore:
-    """Rows of one split, by number. `base`: identity of the base that made them. Subclasses say where hidden states are."""
+    """Rows of one split, by number. `base`: identity of the base that made them. Subclasses provide the hidden states."""
 
     def __init__(self, blocks: Sequence[Block], index: RowIndex, base: str) -> None:
         self.blocks, self.index, self.base = tuple(blocks), index, base
@@ -73,16 +75,16 @@ class RowStore:
         raise NotImplementedError
 
     def sample(self, rows: int, seed: int) -> np.ndarray:
-        """At most `rows` row numbers of a seeded shuffle, greedy rows alone where there are any.
+        """At most `rows` row numbers of a seeded shuffle; greedy rows only, if there are any.
 
-        A sampled answer is not what a greedy decoder meets; drafters rank by the draw's own noise there.
+        A greedy decoder does not produce sampled answers, and on them the noise of sampling would decide between drafters.
         """
         greedy = np.flatnonzero(self.index.temperature == 0)
         among = greedy if len(greedy) else np.arange(len(self))
         return np.random.default_rng([seed, 1]).permutation(among)[:rows]
 
     def response_counts(self, vocab_size: int) -> Tensor:
-        """How often each token was answered: [V] int64. Raises InputError for an id outside the vocabulary."""
+        """How often each token occurs in the answers: [V] int64. Raises InputError for an id outside the vocabulary."""
         counts = np.zeros(vocab_size, np.int64)
         for row, prompt in enumerate(self.index.prompt_tokens):
             answered = self.token_ids(row)[prompt:]
@@ -94,15 +96,15 @@ class RowStore:
 
 
 def disk_array(file: IO[bytes], dtype: Any, count: int) -> np.ndarray:
-    """`count` values of an open file, mapped: [count] of `dtype`, writable."""
+    """Map `count` values of an open file: [count] of `dtype`, writable."""
     return np.memmap(file, dtype=dtype, mode="r+", shape=(count,))  # type: ignore[no-any-return, call-overload]
 
 
 class IndexReader:
-    """Collects the light columns of the shards of `contract`, row group by row group.
+    """Reads the small columns of shards, row group by row group.
 
-    `share`: of the split's rows that are taken, told by their ids alone; `kinds`: (base, width, dtype) of the rows, the latter
-    two None where the contract has no hidden states.
+    `share`: share of the split's rows that is taken, which the ids alone decide; `kinds`: (base, width, dtype) of the rows, the
+    last two None where `contract` has no hidden states.
     """
 
     def __init__(self, split: str, contract: pa.Schema, share: float = 1.0) -> None:
@@ -116,10 +118,10 @@ class IndexReader:
         self.block: list[int] = []
         self.place: list[int] = []
         self.kinds: set[tuple[str, Any, Any]] = set()
-        self._tokens = tempfile.TemporaryFile()  # the index maps it and lets it go  # noqa: SIM115
+        self._tokens = tempfile.TemporaryFile()  # the index maps it, and closes it with the mapping  # noqa: SIM115
 
     def add(self, path: Path) -> None:
-        """Read one shard. Raises InputError for a file that is none, or a row that cannot be trained on."""
+        """Read one shard. Raises InputError for a file that is not a shard, or a row that cannot be trained on."""
         try:
             file = pq.ParquetFile(path)
         except (OSError, pa.ArrowException):
@@ -159,7 +161,7 @@ class IndexReader:
                              f"{row['hidden_dtype']!r} cannot be trained on")
         self.kinds.add((row["base"], row.get("hidden_width"), row.get("hidden_dtype")))
         if len(self.kinds) > 1:
-            raise InputError(f"{path}: row {row['id']}: rows of different bases or formats stand in one folder")
+            raise InputError(f"{path}: row {row['id']}: one folder holds rows of different bases or formats")
 
     def build(self, folder: Path) -> RowIndex:
         """The index of all rows. Raises InputError if there are none."""

@@ -1,7 +1,7 @@
-"""Row contracts between stages: names, Arrow types and identities, checked by producer and consumer.
+"""Schemas of the rows between stages: names, Arrow types and ids, checked by the writer and by the reader.
 
-prompt row -> response row -> feature row, and error rows from any of them. Token ids are kept and text is never
-tokenised again: template and end-of-turn differences silently lower acceptance.
+prompt row -> response row -> feature row, and error rows from any of them. Rows hold token ids, and no text is tokenised
+again: differences in the template or at the end of a turn would lower acceptance without an error.
 """
 
 from __future__ import annotations
@@ -52,22 +52,22 @@ ERRORS = pa.schema([("id", pa.string()), ("stage", pa.string()), ("message", pa.
 
 
 def content_id(*parts: Any) -> str:
-    """Stable 128-bit identity of JSON-able parts."""
+    """Stable 128-bit digest of JSON-able parts, 32 hexadecimal digits."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
 
 
 def split_of(prompt_id: str, held_out: float) -> str:
-    """`held_out` for about that share of prompts, decided by the prompt's own id alone."""
+    """`held_out` for about that share of prompts, else `train`. The prompt's id alone decides."""
     return "held_out" if is_in_share(prompt_id, held_out) else "train"
 
 
 def is_in_share(row_id: str, share: float) -> bool:
-    """Whether a row is among about that share of all rows; a larger share holds every smaller one."""
-    return share >= 1 or int(row_id[:8], 16) / 0x1_0000_0000 < share  # at 1 whatever its id looks like
+    """Whether a row belongs to about that share of all rows. A larger share contains every smaller one."""
+    return share >= 1 or int(row_id[:8], 16) / 0x1_0000_0000 < share  # at 1 ids need not be hexadecimal
 
 
 def check_schema(schema: pa.Schema, contract: pa.Schema, where: str) -> None:
-    """Raise InputError unless `schema` has the contract's columns, types and version."""
+    """Raise InputError unless `schema` has the columns, types and version of `contract`."""
     version = (schema.metadata or {}).get(b"hydra_heads_schema", b"none").decode()
     if version != str(SCHEMA_VERSION):
         raise InputError(f"{where}: schema version {version} is not {SCHEMA_VERSION}: make it again with this version")
@@ -81,7 +81,7 @@ def check_schema(schema: pa.Schema, contract: pa.Schema, where: str) -> None:
 
 def check_counts(stage: str, total: int, ok: int, errors: int, skipped: int, max_error_share: float,
                  hint: str = "see the errors file") -> None:
-    """Raise RuntimeError when rows were lost, InputError when too many failed; `hint` says where they are told of."""
+    """Raise RuntimeError when rows were lost, InputError when too many failed; `hint` says where to look."""
     if ok + errors + skipped != total:
         raise RuntimeError(f"{stage}: {ok} ok + {errors} errors + {skipped} skipped is not {total} rows read")
     if total and errors / total > max_error_share:

@@ -1,4 +1,4 @@
-"""The one way of drawing a figure: no window, no global state, a file that appears whole."""
+"""Drawing a figure without a window or global state, into a file that appears whole or not at all."""
 
 from __future__ import annotations
 

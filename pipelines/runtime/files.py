@@ -1,7 +1,8 @@
-"""The one way of writing a text or an array: whole or not at all."""
+"""Writing a text, an array or a copy of a folder that appears whole or not at all."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from hydra_core.files import atomic_file, atomic_folder
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["atomic_file", "atomic_folder", "write_array", "write_text"]
+__all__ = ["atomic_file", "atomic_folder", "copy_folder", "write_array", "write_text"]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -25,3 +26,9 @@ def write_array(path: Path, values: np.ndarray) -> None:
 
     with atomic_file(path) as temporary, temporary.open("wb") as file:
         np.save(file, values, allow_pickle=False)
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy `source` with all that is in it to `target`, in place of an older folder there."""
+    with atomic_folder(target) as temporary:
+        shutil.copytree(source, temporary, dirs_exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -33,11 +34,11 @@ def ensure_ray(config: RunConfig) -> Iterator[None]:
     address = config.ray_address or os.environ.get("RAY_ADDRESS")
     if address:
         try:
-            ray.init(address=address, log_to_driver=True, logging_level="warning")
+            ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
         except ConnectionError:
             raise InputError(f"ray_address={address}: no Ray cluster answers there") from None
     else:
-        ray.init(address="local", include_dashboard=False, log_to_driver=True, logging_level="warning",
+        ray.init(address="local", include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING,
                  runtime_env={"worker_process_setup_hook": "pipelines.runtime.logs.quieten_worker"})
     try:
         yield

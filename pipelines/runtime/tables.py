@@ -1,4 +1,4 @@
-"""The one way of showing figures in rows and columns: as Markdown in a report, as a table on a terminal."""
+"""Figures in rows and columns: as Markdown in a report, or as a table on a terminal."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 WIDTH = 130
 """Characters of a line where stderr is no terminal."""
+_NUMERIC = {*"0123456789-+", ""}
+"""First characters of a cell that holds a number, or nothing."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,16 @@ class Table:
         return "\n".join(text) + "\n"
 
     def show(self) -> None:
-        """Print it to stderr."""
+        """Print it to stderr: the title on a line of its own, columns of numbers aligned to the right."""
         from rich.console import Console
         from rich.table import Table as RichTable
 
-        table = RichTable(*self.columns, title=self.title or None)
+        table = RichTable()
+        for place, column in enumerate(self.columns):
+            numeric = all(row[place][:1] in _NUMERIC for row in self.rows)
+            table.add_column(column, justify="right" if numeric else "left")
         for row in self.rows:
             table.add_row(*row)
-        Console(file=sys.stderr, width=None if sys.stderr.isatty() else WIDTH).print(table)
+        console = Console(file=sys.stderr, width=None if sys.stderr.isatty() else WIDTH)
+        # not the table's own title, which rich would wrap to the width of the table
+        console.print(*([self.title] if self.title else []), table, highlight=False)

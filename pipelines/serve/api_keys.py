@@ -1,4 +1,4 @@
-"""API keys: read where the application is deployed, carried as digests alone, compared in constant time."""
+"""API keys: read where the application is deployed, passed on only as digests, compared in constant time."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from hydra_core.errors import InputError
 
 VARIABLE = "HYDRA_HEADS_API_KEYS"
 SHORTEST = 16
-"""Characters of a key: digests of shorter ones could be guessed."""
+"""Minimum characters of a key: the digests of shorter ones could be guessed."""
 
 
 def key_digests(path: str | None) -> tuple[str, ...]:
-    """sha256 in hex of the keys in the file `path` and in the environment variable, one a line or between commas there;
-    empty: no keys are asked for.
+    """sha256 in hex of the keys in the file `path` (one a line) and in the environment variable (separated by commas or lines);
+    empty: the endpoint needs no key.
 
-    Raises InputError, which never shows a key, for a file that cannot be read or that holds none, and for a bad key.
+    Raises InputError, whose message never contains a key, for a file that cannot be read or has no key, and for a bad key.
     """
     keys = [(VARIABLE, number, key) for number, key in enumerate(_words(os.environ.get(VARIABLE, "")), start=1)]
     if path is not None:
@@ -43,7 +43,7 @@ def _words(text: str) -> list[str]:
 
 
 def opens(authorization: str | None, digests: Sequence[str]) -> bool:
-    """Whether the header `Bearer KEY` holds one of the keys. Every digest is compared, whichever fits."""
+    """Whether the header `Bearer KEY` has one of the keys. All digests are compared, so that the time tells nothing."""
     scheme, _, key = (authorization or "").partition(" ")
     given = hashlib.sha256(key.strip().encode("utf-8", "replace")).hexdigest()
     fits = [hmac.compare_digest(given, digest) for digest in digests]

@@ -1,4 +1,4 @@
-"""The application: replicas that decode, and the OpenAI-compatible front before them."""
+"""The application: replicas that decode, and an OpenAI-compatible ingress in front of them."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from pipelines.serve.replica import DecodeServer
 from pipelines.serve.user_config import heads_of, without_heads
 
 SPARE_REQUESTS = 64
-"""Requests that the front takes besides those that are in flight, to be told that the queue is full, or of the health."""
+"""Requests that the ingress accepts beyond those in flight, to answer them with 429, or to report health."""
 BEHIND = 2
-"""Requests that a replica holds for each of its rows: one decodes and one waits behind it, since Serve looks for a free
-replica twice a second only. All others wait before the replicas, for whichever has room first."""
+"""Requests that a replica holds for each slot of its batch: one decodes and one waits, since Serve looks for a free replica
+only twice a second. All others wait in front of the replicas, for the one that has room first."""
 HEALTH_SECONDS = 2.0
-"""Between two looks at a replica: one whose engine failed is replaced after the third."""
+"""Between two health checks of a replica; Serve replaces it after three failed ones."""
 LOGS = LoggingConfig(encoding="JSON", enable_access_log=False)
 
 
 def build(args: AppArgs) -> serve.Application:
     """An unstarted application.
 
-    Replicas come and go with the answers in flight, about as many as an engine has rows for each, between `replicas` and
-    `max_replicas`. What decodes is Serve's `user_config`: changed alone, it leaves the replicas standing.
+    The number of replicas follows the answers in flight, between `replicas` and `max_replicas`; the target for each replica is
+    its batch size. The heads are Serve's `user_config`: where only they change, the replicas stay.
     """
     fixed = without_heads(args)
     most = max(args.replicas, args.max_replicas or 0)
@@ -51,12 +51,12 @@ def build(args: AppArgs) -> serve.Application:
 
 
 def _version(args: AppArgs) -> str:
-    """Names what does not change while an application runs, this program included."""
+    """Identifies what does not change while an application runs, the version of this package included."""
     text = json.dumps([metadata.version("hydra-heads"), asdict(args)], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _fixed(deployment: serve.Deployment, version: str) -> serve.Deployment:
-    """`deployment` under a version of our own: Serve draws one at each deploying, and would replace every replica where
-    only the heads have changed."""
+    """`deployment` with a version of our own: Serve draws a random one at each deployment, and would replace every replica
+    where only the heads changed."""
     return deployment.options(version=version, _internal=True)

@@ -1,4 +1,4 @@
-"""Engines on one base, driven by one thread, awaited from event loops."""
+"""The loop that runs the steps of engines in one thread, for requests that event loops await."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from hydra_core.decoding import Engine, StepOutput
 from hydra_core.errors import InputError
 from hydra_core.sampling import Request
 
-TELL_SECONDS = 5.0
-"""After which an idle host tells its load again: a gauge that nobody sets is gone from the next scrape but one."""
+REPORT_SECONDS = 5.0
+"""Between two reports of the load while the loop is idle: Prometheus drops a gauge that nobody sets for two scrapes."""
 
 
 @dataclass(frozen=True)
-class _Sink:
-    """Where a request's outputs go: a queue that belongs to an event loop."""
+class _OutputQueue:
+    """The queue of a request's outputs; it belongs to an event loop."""
 
     loop: asyncio.AbstractEventLoop
     queue: asyncio.Queue[StepOutput | Exception]
 
     def put(self, item: StepOutput | Exception) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is gone with the process that asked
+        with contextlib.suppress(RuntimeError):  # the caller's loop has ended
             self.loop.call_soon_threadsafe(self.queue.put_nowait, item)
 
 
@@ -38,19 +38,19 @@ class _Swap:
 
 @dataclass(frozen=True)
 class Load:
-    """How busy a replica is. `kv_use`: share of the newest engine's key and value slots that rows of all engines hold."""
+    """How busy a replica is. `kv_use`: tokens of all engines' sequences over the newest engine's key and value slots."""
 
     running: int
     waiting: int
     kv_use: float
 
 
-class EngineHost:
-    """Runs engines' steps in a thread of its own; requests come and go through a command queue.
+class EngineLoop:
+    """Runs the steps of engines in its own thread; requests arrive and are cancelled through a command queue.
 
-    New requests go to the newest engine; older ones stay until what they began is done. After an exception in a step
-    every request in flight fails with it and `failure` is set: the host is then dead. `after_step`: told the load
-    whenever it may have changed and every few seconds besides, in that thread.
+    New requests go to the newest engine; an older engine stays until its requests are finished. After an exception in a step
+    every request in flight fails with it, `failure` is set, and the loop has ended. `after_step`: called in that thread with
+    the load, whenever it may have changed and every few seconds.
     """
 
     def __init__(self, engine: Engine, after_step: Callable[[Load], None] | None = None) -> None:
@@ -58,8 +58,8 @@ class EngineHost:
         self.failure: Exception | None = None
         self._older: list[Engine] = []
         self._after_step = after_step
-        self._commands: queue.SimpleQueue[tuple[Request, _Sink] | str | _Swap | None] = queue.SimpleQueue()
-        self._sinks: dict[str, _Sink] = {}
+        self._commands: queue.SimpleQueue[tuple[Request, _OutputQueue] | str | _Swap | None] = queue.SimpleQueue()
+        self._outputs: dict[str, _OutputQueue] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -69,14 +69,14 @@ class EngineHost:
 
     async def stream(self, request: Request) -> AsyncIterator[StepOutput]:
         """Outputs of one request until its result. Leaving early cancels it. Raises InputError for a bad request."""
-        sink = _Sink(asyncio.get_running_loop(), asyncio.Queue())
-        self._commands.put((request, sink))
+        outputs = _OutputQueue(asyncio.get_running_loop(), asyncio.Queue())
+        self._commands.put((request, outputs))
         if self.failure is not None:
             self._refuse_commands(self.failure)
         done = False
         try:
             while not done:
-                item = await sink.queue.get()
+                item = await outputs.queue.get()
                 if isinstance(item, Exception):
                     done = True
                     raise item
@@ -87,8 +87,8 @@ class EngineHost:
                 self._commands.put(request.id)
 
     def swap(self, engine: Engine) -> Future[None]:
-        """Decode new requests with `engine`, once a warm-up on it has run. The future fails, and nothing is changed,
-        where the warm-up does."""
+        """Decode new requests with `engine` after a warm-up on it. When the warm-up fails, the future fails and nothing
+        changes."""
         command = _Swap(engine, Future())
         self._commands.put(command)
         if self.failure is not None:
@@ -96,7 +96,7 @@ class EngineHost:
         return command.done
 
     def close(self) -> None:
-        """Stop the thread after the step it is in."""
+        """Stop the thread after its current step."""
         self._commands.put(None)
         self._thread.join(timeout=30)
 
@@ -113,14 +113,14 @@ class EngineHost:
                     self._after_step(load_of(self._engines()))
         except Exception as error:
             self.failure = error
-            for sink in self._sinks.values():
-                sink.put(RuntimeError(f"the engine failed: {error}"))
-            self._sinks.clear()
+            for outputs in self._outputs.values():
+                outputs.put(RuntimeError(f"the engine failed: {error}"))
+            self._outputs.clear()
             self._refuse_commands(error)
 
     def _refuse_commands(self, failure: Exception) -> None:
-        """Nobody takes commands any more: whoever waits for an answer to one is told so. By the thread that died, and by
-        everyone who asks after that."""
+        """Fail all commands in the queue, since no thread takes them any more. The failed thread calls it, and later every
+        caller that adds a command."""
         with contextlib.suppress(queue.Empty):
             while True:
                 command = self._commands.get_nowait()
@@ -131,18 +131,18 @@ class EngineHost:
 
     def _step(self, engine: Engine) -> None:
         for output in engine.step() if engine.has_work else ():
-            sink = self._sinks.get(output.id)
+            outputs = self._outputs.get(output.id)
             if output.result is not None:
-                self._sinks.pop(output.id, None)
-            if sink is not None:
-                sink.put(output)
+                self._outputs.pop(output.id, None)
+            if outputs is not None:
+                outputs.put(output)
 
     def _take_commands(self) -> bool:
-        """Apply what has been asked; wait for something to do when idle. False: stop."""
+        """Apply the commands in the queue; wait for one when idle. False: stop."""
         while True:
             try:
                 idle = not any(engine.has_work for engine in self._engines())
-                command = self._commands.get(block=idle, timeout=TELL_SECONDS)
+                command = self._commands.get(block=idle, timeout=REPORT_SECONDS)
             except queue.Empty:
                 return True
             if command is None:
@@ -152,16 +152,16 @@ class EngineHost:
             elif isinstance(command, str):
                 for engine in self._engines():
                     engine.cancel(command)
-                self._sinks.pop(command, None)
+                self._outputs.pop(command, None)
             else:
                 self._add(*command)
 
-    def _add(self, request: Request, sink: _Sink) -> None:
+    def _add(self, request: Request, outputs: _OutputQueue) -> None:
         try:
             self.engine.add(request)
-            self._sinks[request.id] = sink
+            self._outputs[request.id] = outputs
         except InputError as error:
-            sink.put(error)
+            outputs.put(error)
 
     def _take_over(self, command: _Swap) -> None:
         try:
@@ -169,21 +169,21 @@ class EngineHost:
         except Exception as error:
             command.done.set_exception(error)
             return
-        if self.engine.has_work:  # else it goes at once, and its memory with it
+        if self.engine.has_work:  # else it is freed at once
             self._older.append(self.engine)
         self.engine = command.engine
         command.done.set_result(None)
 
 
 def warm_up(engine: Engine) -> None:
-    """Decode a few tokens: what is made at first use is made, and what cannot work fails here."""
+    """Decode a few tokens, so that first use happens here: compilation, allocation, and any failure."""
     engine.generate([Request("warm-up", (engine.base.vocab_size - 1,), 4, stop_ids=())])
 
 
 def load_of(engines: list[Engine]) -> Load:
-    """How busy `engines` are together, the newest last. For the thread that drives them."""
+    """How busy `engines` are together, the newest last. Call it from the thread that runs them."""
     rows = [row for engine in engines for row in
-            [*engine.scheduler.decoding, *(engine.scheduler.group.rows if engine.scheduler.group else ())]]
+            [*engine.scheduler.decoding, *(engine.scheduler.prefill.sequences if engine.scheduler.prefill else ())]]
     held = sum(len(row.request.prompt_ids) + len(row.tokens) for row in rows)
     newest = engines[-1]
     return Load(sum(engine.running for engine in engines), sum(engine.waiting for engine in engines),

@@ -1,7 +1,7 @@
-"""The OpenAI-compatible front: shapes in, shapes out; decoding is the replicas' business.
+"""The OpenAI-compatible ingress: it parses requests, sends them to replicas, and formats responses.
 
-Annotations are evaluated here, unlike elsewhere: Serve rebuilds the routes, and FastAPI then reads a request model that
-is only named in a string as a query parameter.
+Annotations are evaluated in this module, unlike elsewhere: Serve rebuilds the routes, and FastAPI would then read a request
+model whose name is a string as a query parameter.
 """
 
 import asyncio
@@ -21,32 +21,32 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
+from pipelines.serve.instance import together
 from pipelines.serve.messages import AppArgs, Generation, Refusal
 from pipelines.serve.metrics import FrontMetrics
-from pipelines.serve.middleware import KNOWN, Guard, Limits
+from pipelines.serve.middleware import KNOWN, Limits, RequestMiddleware
 from pipelines.serve.openai.errors import ApiError, not_ready, queue_full, refused
 from pipelines.serve.openai.requests import ChatRequest, CompletionRequest
 from pipelines.serve.openai.responses import CHAT, DONE, TEXT, Chunks, event, response
-from pipelines.serve.replicas import together
 
 log = logging.getLogger("ray.serve")
 PLAYGROUND = Path(__file__).with_name("playground.html")
 READY_SECONDS, HEALTH_SECONDS = 5.0, 0.8
-"""In which replicas must say that they are there; a probe of the health waits for a second at most."""
+"""Time limits for replicas to answer `/ready` and `/health`; a health probe often waits for one second at most."""
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-"""Nobody between us and the client is to keep an event back."""
+"""Headers that tell proxies not to buffer events."""
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"description": text, "content": {"application/json": {}}}
     for status, text in ((400, "a bad request"), (401, "no key"), (404, "an unknown model"), (408, "too slow"),
                          (413, "too long"), (429, "a full queue"), (503, "not ready"))}
 
 api = FastAPI(title="hydra-heads", description="OpenAI-compatible speculative decoding")
-api.add_middleware(Guard)
+api.add_middleware(RequestMiddleware)
 
 
 @api.get("/", include_in_schema=False)
 async def playground() -> FileResponse:
-    """The page on which to try it out."""
+    """The page in which to try the endpoint."""
     return FileResponse(PLAYGROUND, media_type="text/html")
 
 
@@ -58,7 +58,7 @@ async def _api_error(request: Request, error: ApiError) -> JSONResponse:
 @api.exception_handler(RequestValidationError)
 async def _malformed(request: Request, error: RequestValidationError) -> JSONResponse:
     first = error.errors()[0]
-    place = [part for part in first["loc"] if part != "body"]  # a number alone: where the JSON breaks off
+    place = [part for part in first["loc"] if part != "body"]  # a number: the position where the JSON is malformed
     param = place[0] if place and isinstance(place[0], str) else None
     return JSONResponse(ApiError(400, f"{param or 'body'}: {first['msg']}", param).body(), 400)
 
@@ -75,39 +75,39 @@ async def _unexpected(request: Request, error: Exception) -> JSONResponse:
 
 
 def _failed(error: Exception) -> ApiError:
-    """What a client is told of a fault; the log is told the rest."""
+    """The error that a client gets for a fault of the server; the details go to the log."""
     log.error("a request failed", exc_info=error)
     return ApiError(500, "the server failed; its log says why")
 
 
 async def _after(first: str, events: AsyncIterator[str]) -> AsyncIterator[str]:
-    """Defined before the class, as Serve copies what the routes know of when it decorates it."""
+    """Defined before the class, since Serve copies the globals of the routes when it decorates the class."""
     try:
         yield first
         async for item in events:
             yield item
     finally:
-        await events.aclose()  # type: ignore[attr-defined]  # gives the place back at once
+        await events.aclose()  # type: ignore[attr-defined]  # frees the slot at once
 
 
 @contextlib.contextmanager
-def _until_left(asked: Any) -> Iterator[Any]:
-    """What a replica was asked for; it is told where nobody waits for it any more."""
+def _cancelled_with_client(call: Any) -> Iterator[Any]:
+    """A call to a replica, which is cancelled when the client leaves."""
     try:
-        yield asked
+        yield call
     except (asyncio.CancelledError, GeneratorExit):
-        asked.cancel()
+        call.cancel()
         raise
 
 
 @serve.ingress(api)
 class Ingress:
-    """The HTTP front. It owns the bound of what is in flight over all replicas."""
+    """The HTTP ingress. It limits the answers in flight over all replicas."""
 
     def __init__(self, server: DeploymentHandle, args: AppArgs) -> None:
         self.server, self.args, self.in_flight = server, args, 0
         self.metrics = FrontMetrics()
-        Guard.limits = Limits(args.max_body_bytes, tuple(args.api_key_digests), count=self._count)
+        RequestMiddleware.limits = Limits(args.max_body_bytes, tuple(args.api_key_digests), count=self._count)
 
     def _count(self, route: str, status: int, seconds: float) -> None:
         self.metrics.request(route, status)
@@ -115,7 +115,7 @@ class Ingress:
 
     @api.get("/health", responses=ERRORS)
     async def health(self) -> Any:
-        """Whether this front lives and no replica that answers has failed."""
+        """Whether this ingress runs and no replica that answers has failed."""
         info = await self._info(HEALTH_SECONDS)
         if info is not None and info["failed"]:
             return JSONResponse({"status": "failed"}, 503)
@@ -123,8 +123,8 @@ class Ingress:
 
     @api.get("/ready", responses=ERRORS)
     async def ready(self, request: Request) -> Any:
-        """Whether requests are decoded now: a base is loaded and a warm-up ran. Whoever may ask for more is also told what
-        serves, how busy all replicas are together, and which heads one of them turned away."""
+        """Whether requests are decoded now: a base is loaded and the warm-up is done. With a valid key (or without keys) the
+        answer also has the model, the load of all replicas together, and the heads that one of them rejected."""
         info = await self._info(READY_SECONDS)
         if info is None or info["failed"]:
             return JSONResponse({"status": "starting" if info is None else "failed"}, 503)
@@ -141,12 +141,12 @@ class Ingress:
              "context_limit": info["context_limit"]}]}
 
     async def _info(self, seconds: float) -> dict[str, Any] | None:
-        """What the replicas say of themselves, together; None where none is there."""
+        """The combined `info` of all replicas; None where none answers."""
         try:
             found = await self.server.broadcast("info").results_async(timeout_s=seconds, return_exceptions=True)
             return together([info for info in found if isinstance(info, dict)])
         except Exception as error:
-            log.warning("no replica says what it is", extra={"why": f"{type(error).__name__}: {error}"[:200]})
+            log.warning("no replica answers", extra={"why": f"{type(error).__name__}: {error}"[:200]})
             return None
 
     @api.post("/v1/completions", responses=ERRORS)
@@ -173,8 +173,8 @@ class Ingress:
         return body.generation(prefix, self.args.max_new_tokens, default, self.args.max_batch_size)
 
     @contextlib.contextmanager
-    def _place(self, count: int) -> Iterator[None]:
-        """Room for `count` answers. Raises ApiError 429 where there is none."""
+    def _slots(self, count: int) -> Iterator[None]:
+        """Reserve room for `count` answers. Raises ApiError 429 when there is none, 503 when no replica can answer."""
         if self.in_flight + count > self.args.room * max(self.args.replicas, self.args.max_replicas or 0):
             raise queue_full(self.in_flight)
         self.in_flight += count
@@ -182,7 +182,7 @@ class Ingress:
             yield
         except BackPressureError:
             raise queue_full(self.in_flight) from None
-        except RayActorError:  # nothing is kept of what it had begun
+        except RayActorError:  # its unfinished answers are lost
             raise not_ready("the replica that answered has died; another one is being started") from None
         except DeploymentUnavailableError:
             raise not_ready("no replica can be started; the log says why") from None
@@ -191,21 +191,21 @@ class Ingress:
 
     async def _respond(self, kind: str, body: CompletionRequest | ChatRequest, generation: Generation) -> Any:
         if not body.stream:
-            with self._place(generation.n), _until_left(self.server.answers.remote(generation)) as answers:
+            with self._slots(generation.n), _cancelled_with_client(self.server.answers.remote(generation)) as answers:
                 found = await answers
             if isinstance(found, Refusal):
                 raise refused(found)
             return response(kind, body.model, generation, found)
         events = self._events(Chunks(kind, body.model, generation), body.include_usage)
-        first = await anext(events)  # a refusal comes before the first byte, while there is still time for a status
+        first = await anext(events)  # a refusal comes before the first byte, while the status can still be set
         return StreamingResponse(_after(first, events), media_type="text/event-stream", headers=STREAM_HEADERS)
 
     async def _events(self, chunks: Chunks, include_usage: bool) -> AsyncIterator[str]:
-        """Server-sent events of one response. Raises ApiError before the first of them alone."""
+        """Server-sent events of one response. Raises ApiError only before the first event."""
         begun = False
         try:
             stream = self.server.options(stream=True).stream
-            with self._place(chunks.generation.n), _until_left(stream.remote(chunks.generation)) as items:
+            with self._slots(chunks.generation.n), _cancelled_with_client(stream.remote(chunks.generation)) as items:
                 async for item in items:
                     if isinstance(item, Refusal):
                         raise refused(item)

@@ -1,4 +1,4 @@
-"""What crosses between ingress, replicas and batch jobs."""
+"""The messages between ingress, replicas and batch jobs."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Speculative = Literal["off", "drafter", "lossy-typical"]
-"""How an answer is decoded: plainly, with exact drafts, or by typical acceptance, which changes answers."""
+"""How an answer is decoded: without drafts, with exact drafts, or by typical acceptance, which changes answers."""
 
 
 def is_text(value: Any) -> bool:
-    """Whether strings in JSON-able `value` can be written as UTF-8: JSON can spell half a surrogate pair."""
+    """Whether all strings in the JSON-like `value` can be written as UTF-8: JSON can express half a surrogate pair."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -21,10 +21,10 @@ def is_text(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Generation:
-    """What is to be answered. Exactly one of `prompt` (templated), `text` (raw), `messages` and `prompt_ids` is given.
+    """A request to a replica. Exactly one of `prompt` (templated), `text` (raw), `messages` and `prompt_ids` is given.
 
-    `n`: answers to the one prompt, which differ by their noise; `logprobs`: how many likely tokens are told at each
-    position besides the chosen one, None: no probabilities at all.
+    `n`: answers to the prompt, which differ by their sampling noise; `logprobs`: the number of most likely tokens that are
+    returned at each position besides the sampled one, None: no log probabilities.
     """
 
     id: str
@@ -46,7 +46,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class Token:
-    """A token with its log probability, and the likeliest in its place as (text, log probability), best first."""
+    """A token with its log probability, and the top_k at its position as (text, log probability), best first."""
 
     text: str
     logprob: float
@@ -55,8 +55,8 @@ class Token:
 
 @dataclass(frozen=True)
 class Piece:
-    """Text that one step added to choice `index`. `depths`: of each of its tokens, 1, 2, ... for drafts that stood and 0
-    for the base's own; `tokens`: where probabilities were asked for."""
+    """Text that one step added to choice `index`. `depths`: for each of its tokens, 1, 2, ... for accepted drafts and 0
+    for the base's own token; `tokens`: where log probabilities were requested."""
 
     index: int
     text: str
@@ -67,7 +67,7 @@ class Piece:
 @dataclass(frozen=True)
 class Answer:
     """A finished answer: choice `index`. `latency_seconds`: from arrival at the replica to the last token; `drafted`,
-    `accepted` and `accepted_lengths` as in `Result`; `tokens`: where probabilities were asked for."""
+    `accepted` and `accepted_lengths` as in `Result`; `tokens`: where log probabilities were requested."""
 
     id: str
     text: str
@@ -90,7 +90,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why there is no answer. `status`: 400 for a bad request, 429 for a full queue."""
+    """Why there is no answer. `status`: 400 for a bad request, 429 for a full queue, 503 for a failed engine."""
 
     status: int
     message: str
@@ -98,12 +98,11 @@ class Refusal:
 
 @dataclass(frozen=True)
 class AppArgs:
-    """A resolved, validated application; `configuration` None decodes plainly. Plain values: Serve ships them as JSON.
+    """A resolved, validated application. `configuration` None: plain decoding. Plain values, since Serve sends them as JSON.
 
     `version`: of a registered model; `digest`: of the configuration's files, checked again where they are loaded;
-    `max_replicas`: None keeps `replicas`; `api_key_digests`: sha256 in hex of the keys that open the endpoint, none:
-    everybody may ask; `max_body_bytes`: of one request; `drain_seconds`: that a replica which is to go may take to finish
-    what it has begun.
+    `max_replicas`: None keeps `replicas`; `api_key_digests`: sha256 in hex of the valid keys, none: no key is needed;
+    `max_body_bytes`: of one request; `drain_seconds`: the time in which a replica that is stopped may finish its requests.
     """
 
     base: dict[str, Any]
@@ -128,5 +127,5 @@ class AppArgs:
 
     @property
     def room(self) -> int:
-        """Answers that one replica takes at once: those that decode and those that wait for a row."""
+        """Answers that one replica accepts at once: those that decode and those that wait for a slot."""
         return self.max_batch_size + self.max_queued

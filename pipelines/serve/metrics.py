@@ -1,4 +1,4 @@
-"""What a running application tells Prometheus: Ray exports it on every node, each name with `ray_` before it."""
+"""The metrics of a running application: Ray exports them to Prometheus on every node, with the prefix `ray_`."""
 
 from __future__ import annotations
 
@@ -14,40 +14,40 @@ COUNTERS = {
     "hydra_completion_tokens": "tokens answered",
     "hydra_decoding_steps": "base forwards of finished answers, after the prompt",
     "hydra_drafted_tokens": "draft tokens verified",
-    "hydra_accepted_tokens": "draft tokens that stood",
+    "hydra_accepted_tokens": "draft tokens accepted",
     "hydra_answers_cancelled": "answers whose client left",
-    "hydra_heads_rejected": "configurations that did not load, so that the old one stayed",
+    "hydra_heads_rejected": "configurations that did not load, so that the earlier one stayed",
 }
 GAUGES = {
-    "hydra_queue_size": "answers that wait for a row",
-    "hydra_batch_size": "rows that decode or take in their prompt",
+    "hydra_queue_size": "answers that wait for a slot of the batch",
+    "hydra_batch_size": "sequences that decode or are in prefill",
     "hydra_kv_use": "share of the key and value slots that hold tokens",
-    "hydra_heads_version": "version of the registered model that decodes, 0: not registered",
+    "hydra_heads_version": "version of the registered model in use, 0: not registered",
 }
 HISTOGRAMS = {
     "hydra_tokens_per_step": ("tokens after the first per base forward, of an answer", TOKENS),
     "hydra_first_token_seconds": ("from arrival at the replica to the first token", SECONDS),
-    "hydra_between_tokens_seconds": ("seconds of a step per token it gave", SECONDS),
+    "hydra_between_tokens_seconds": ("seconds of a step per token of the answer", SECONDS),
 }
 REQUESTS, DEPTHS = "hydra_requests", "hydra_steps_by_accepted_depth"
 NAMES = (*COUNTERS, *GAUGES, *HISTOGRAMS, REQUESTS, DEPTHS)
 
 
 def series() -> set[str]:
-    """The names under which Prometheus finds them."""
+    """The names of the series in Prometheus."""
     counters = {f"ray_{name}_total" for name in (*COUNTERS, REQUESTS, DEPTHS)}
     histograms = {f"ray_{name}_{part}" for name in HISTOGRAMS for part in ("bucket", "sum", "count")}
     return counters | histograms | {f"ray_{name}" for name in GAUGES}
 
 
 class ReplicaMetrics:
-    """Of one replica."""
+    """The metrics of one replica."""
 
     def __init__(self) -> None:
         self.counters = {name: Counter(name, text) for name, text in COUNTERS.items()}
         self.gauges = {name: Gauge(name, text) for name, text in GAUGES.items()}
         self.histograms = {name: Histogram(name, text, boundaries=edges) for name, (text, edges) in HISTOGRAMS.items()}
-        self.depths = Counter(DEPTHS, "steps in which at least so many drafts in a row stood", tag_keys=("depth",))
+        self.depths = Counter(DEPTHS, "steps that accepted at least so many drafts", tag_keys=("depth",))
         self.version = 0
 
     def load(self, load: Load) -> None:
@@ -65,7 +65,7 @@ class ReplicaMetrics:
         for name, value in (("prompt_tokens", answer.prompt_tokens), ("completion_tokens", len(answer.token_ids)),
                             ("decoding_steps", answer.steps), ("drafted_tokens", answer.drafted or 0),
                             ("accepted_tokens", answer.accepted)):
-            if value:  # a counter refuses to be raised by nothing
+            if value:  # a counter raises for 0
                 self.counters[f"hydra_{name}"].inc(value)
         if answer.steps:
             self.histograms["hydra_tokens_per_step"].observe(answer.tokens_per_step)
@@ -79,12 +79,12 @@ class ReplicaMetrics:
         self.counters["hydra_heads_rejected"].inc()
 
     def serves(self, version: int | None) -> None:
-        """Told with the next load."""
+        """Set the version; it is exported with the next load."""
         self.version = version or 0
 
 
 class FrontMetrics:
-    """Of one front: requests by route and status."""
+    """The metrics of one ingress: requests by route and status."""
 
     def __init__(self) -> None:
         self.requests = Counter(REQUESTS, "HTTP requests answered", tag_keys=("route", "status"))

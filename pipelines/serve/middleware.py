@@ -1,4 +1,4 @@
-"""What every request passes before it is read: its key, its size, its patience. And what becomes of it is counted."""
+"""The ASGI middleware that every request passes first: API key, size and time of the body; it also counts responses."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 OPEN = ("/", "/health", "/ready")
-"""Answered without a key: what a probe or a browser asks first. None of it decodes."""
+"""Paths that need no key: probes, and the page that a browser opens first. None of them decodes."""
 KNOWN = "hydra_heads.known"
-"""In a request's scope: whether whoever asks may be told more than a probe needs."""
+"""In a request's scope: whether the client has a valid key, and so may see more than a probe needs."""
 ROUTES = (*OPEN, "/v1/models", "/v1/completions", "/v1/chat/completions")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """`key_digests`: none, and everybody may ask; `body_seconds`: in which a request's body must have come; `count`: told
-    each request's route, status and seconds."""
+    """Limits of requests. `key_digests`: empty: no key is needed; `body_seconds`: in which a request's body must arrive;
+    `count`: called with the route, status and seconds of each request."""
 
     max_body_bytes: int
     key_digests: tuple[str, ...] = ()
@@ -33,9 +33,9 @@ class Limits:
     count: Callable[[str, int, float], None] = lambda route, status, seconds: None
 
 
-class Guard:
-    """ASGI middleware. Serve makes the application before the front knows its arguments: until `limits` is set, which the
-    front does as it is made, nobody is let in."""
+class RequestMiddleware:
+    """Checks key and body of each request. Serve creates the application before the ingress has its arguments, so every request
+    gets 503 until the ingress sets `limits`."""
 
     limits: ClassVar[Limits | None] = None
 
@@ -46,7 +46,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, seen = time.perf_counter(), [499]  # the client left, unless something is sent
+        began, seen = time.perf_counter(), [499]  # stays where the client leaves before a response
 
         async def counting(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
@@ -59,18 +59,18 @@ class Guard:
             await self.app(scope, _replayed(body, receive), counting)
         except ApiError as error:
             await _send(error, counting)
-        except _Gone:
+        except _Disconnected:
             return
         except Exception:
-            seen[0] = 500  # which whoever stands before us sends
+            seen[0] = 500  # the server around this application sends it
             raise
         finally:
-            if Guard.limits is not None:
+            if RequestMiddleware.limits is not None:
                 route = scope["path"] if scope["path"] in ROUTES else "other"
-                Guard.limits.count(route, seen[0], time.perf_counter() - began)
+                RequestMiddleware.limits.count(route, seen[0], time.perf_counter() - began)
 
     def _limits(self, scope: Scope) -> Limits:
-        limits = Guard.limits
+        limits = RequestMiddleware.limits
         if limits is None:
             raise ApiError(503, "the server is starting: try again later", headers={"Retry-After": "1"})
         given = _header(scope, b"authorization")
@@ -82,15 +82,15 @@ class Guard:
         return limits
 
 
-class _Gone(Exception):
-    """The client left before its request was whole."""
+class _Disconnected(Exception):
+    """The client left before its request was complete."""
 
 
 async def _body(scope: Scope, receive: Receive, limits: Limits) -> bytes:
-    """The whole body. Raises ApiError 413 for one that is too long, told or found so, and 408 for one that does not come."""
+    """The whole body. Raises ApiError 413 when it is too long, by its header or its size, and 408 when it does not arrive."""
     too_long = ApiError(413, f"the request is longer than the {limits.max_body_bytes} bytes allowed", code="request_too_large")
-    told = _header(scope, b"content-length") or "0"
-    if told.isdigit() and (len(told) > 18 or int(told) > limits.max_body_bytes):
+    length = _header(scope, b"content-length") or "0"
+    if length.isdigit() and (len(length) > 18 or int(length) > limits.max_body_bytes):
         raise too_long
     parts, size = [], 0
     try:
@@ -98,7 +98,7 @@ async def _body(scope: Scope, receive: Receive, limits: Limits) -> bytes:
             while True:
                 message = await receive()
                 if message["type"] == "http.disconnect":
-                    raise _Gone
+                    raise _Disconnected
                 parts.append(message.get("body", b""))
                 size += len(parts[-1])
                 if size > limits.max_body_bytes:
@@ -110,7 +110,7 @@ async def _body(scope: Scope, receive: Receive, limits: Limits) -> bytes:
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """`body` first, then what comes, which is that the client leaves."""
+    """A `receive` that gives `body` first, and then the real messages, such as a disconnect."""
     left: list[MutableMapping[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def next_message() -> MutableMapping[str, Any]:

@@ -1,4 +1,4 @@
-"""Which answers an application gives, so that a batch never takes another one's for its own."""
+"""The digest of the model that an application decodes, by which a batch recognises the right application."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pipelines.serve.messages import AppArgs
 
 
 @dataclass(frozen=True)
-class Serving:
-    """What decodes; where it is equal, answers are too.
+class ModelDigest:
+    """Identifies what decodes: applications with equal digests give equal answers.
 
-    `base`: identity, weight format included; `configuration`: digest of the folder's files, or `plain`.
+    `base`: the text of a `BaseIdentity`, weight format included; `configuration`: digest of the folder's files, or `plain`.
     """
 
     base: str
@@ -28,12 +28,11 @@ class Serving:
         return f"base {self.base}, context {self.context_limit}, configuration {self.configuration[:12]}"
 
 
-def serving_of(args: AppArgs) -> Serving:
-    """What an application of `args` would decode with; no weights are loaded. Raises InputError for a base or folder
-    that cannot be had."""
+def model_digest(args: AppArgs) -> ModelDigest:
+    """The digest of an application of `args`; no weights are loaded. Raises InputError for a missing base or folder."""
     model, cache = args.base["model"], Path(args.cache)
     resolved = resolve_base(model, cache)
-    return Serving(str(BaseIdentity(resolved.name, resolved.digest, args.base["dtype"])),
+    return ModelDigest(str(BaseIdentity(resolved.name, resolved.digest, args.base["dtype"])),
                    context_limit(model, cache=cache, asked=args.base["context_limit"]),
                    configuration_digest(args.configuration))
 
@@ -41,7 +40,7 @@ def serving_of(args: AppArgs) -> Serving:
 def configuration_digest(folder: str | Path | None) -> str:
     """Digest of the names and bytes in a configuration or heads folder; `plain` without one.
 
-    Raises InputError for a folder that is not there.
+    Raises InputError for a missing folder.
     """
     if folder is None:
         return PLAIN

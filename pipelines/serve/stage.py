@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,13 +19,13 @@ from hydra_core.decoding import check_heads
 from hydra_core.errors import InputError
 from pipelines.config import RunConfig
 from pipelines.runtime.artifacts import RunPaths, StageResult
+from pipelines.runtime.console import say
 from pipelines.runtime.ray_cluster import ensure_ray
 from pipelines.serve.api_keys import key_digests
 from pipelines.serve.deployment import build
-from pipelines.serve.instance import Instance, end_instance, running_instance, start_instance
+from pipelines.serve.instance import REPLICA_SECONDS, Instance, ask_replicas, end_instance, running_instance, start_instance
 from pipelines.serve.messages import AppArgs
-from pipelines.serve.model_identity import configuration_digest, serving_of
-from pipelines.serve.replicas import SECONDS, ask_replicas
+from pipelines.serve.model_identity import configuration_digest, model_digest
 from pipelines.tracking import Tracker
 from pipelines.tracking.lookup import find_model
 
@@ -37,7 +36,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 @dataclass(frozen=True)
 class ServedApp:
-    """A running application; `stop` leaves nothing of it behind. `alone`: Serve itself was started for it."""
+    """A running application; `stop` removes it. `alone`: Serve itself was started for it, and stops with it."""
 
     name: str
     url: str
@@ -51,7 +50,7 @@ class ServedApp:
 
 
 def find_args(config: RunConfig) -> AppArgs:
-    """What `serve.model` stands for now: alias to version, version to folder. No tensor is read.
+    """The application that the settings describe, with `serve.model` resolved to a version and a folder. No tensor is read.
 
     Raises InputError for a model that is not registered and for bad API keys.
     """
@@ -65,8 +64,8 @@ def find_args(config: RunConfig) -> AppArgs:
 
 
 def check_args(args: AppArgs) -> AppArgs:
-    """`args`, once its configuration is known to load, with its digest. Raises InputError for another base or heads that do
-    not load."""
+    """`args` with the digest of its configuration, after a check that it loads. Raises InputError for another base, and for heads
+    that do not load."""
     if args.configuration is None:
         return args
     digest = configuration_digest(args.configuration)
@@ -75,13 +74,14 @@ def check_args(args: AppArgs) -> AppArgs:
 
 
 def resolve_args(config: RunConfig) -> AppArgs:
-    """What to serve, validated before anything starts. Raises InputError as `find_args` and `check_args` do."""
+    """The application to serve, checked before anything starts. Raises InputError as `find_args` and `check_args` do."""
     return check_args(find_args(config))
 
 
 def build_app(args: dict[str, Any]) -> serve.Application:
-    """Import path of a Serve config: `args` are `AppArgs`' fields, or `api_keys_file` for the keys' digests. Raises
-    InputError for an unknown one and for bad keys."""
+    """The `import_path` of a Serve config: `args` are the fields of `AppArgs`, or `api_keys_file` for the digests of keys.
+
+    Raises InputError for an unknown field and for bad keys."""
     args = dict(args)
     digests = {*args.pop("api_key_digests", ()), *key_digests(args.pop("api_keys_file", None))}
     args["api_key_digests"] = tuple(sorted(digests))
@@ -95,11 +95,11 @@ def build_app(args: dict[str, Any]) -> serve.Application:
 
 
 def start_app(config: RunConfig, args: AppArgs | None = None, route: str | None = ROUTE) -> ServedApp:
-    """Start the application on the connected Ray and return once it answers. `args`: what was resolved already; `route`:
-    None, and it is asked through its handle alone.
+    """Start the application on the connected Ray and return when it answers. `args`: already resolved; `route` None: the
+    application is reached through its handle alone.
 
-    A cluster has one Serve: where it runs, the application joins it at the address that it has. Raises InputError for a
-    port in use, or a name or route that another application has.
+    A cluster has one Serve: where it runs already, the application joins it at its address. Raises InputError for a port in
+    use, and for a name or route that another application has.
     """
     args = args or resolve_args(config)
     host, port = config.serve.host, config.serve.port
@@ -107,8 +107,8 @@ def start_app(config: RunConfig, args: AppArgs | None = None, route: str | None 
     if shared is not None:
         shared.check_room(args.app_name, route)
         if route and port and (host, port) != (shared.host, shared.port):
-            print(f"serve: Serve runs on this cluster already, at {shared.url}: serve.host={host} and serve.port={port} have "
-                  "no effect", file=sys.stderr)
+            say(STAGE, f"Serve runs on this cluster already, at {shared.url}: serve.host={host} and serve.port={port} have no "
+                       "effect")
     instance = shared or start_instance(host, port)
     app = ServedApp(args.app_name, instance.url, args.label, alone=shared is None)
     try:
@@ -120,9 +120,9 @@ def start_app(config: RunConfig, args: AppArgs | None = None, route: str | None 
 
 
 def run_serve(config: RunConfig) -> StageResult:
-    """Serve until SIGINT or SIGTERM, then shut the application down; either one while it starts is an interrupt.
+    """Serve until SIGINT or SIGTERM, then stop the application; either signal while it starts is an interrupt.
 
-    With `serve.update` a running application is given other heads instead. Raises InputError for the user's mistakes.
+    With `serve.update` a running application gets other heads instead. Raises InputError for the user's mistakes.
     """
     tracker = Tracker.open(config)
     args = resolve_args(config)
@@ -131,19 +131,17 @@ def run_serve(config: RunConfig) -> StageResult:
             app = update_app(args)
         return StageResult(STAGE, run.run_id, {"url": app.url}, {"model": app.label, "version": args.version})
     if config.serve.host not in LOOPBACK and not args.api_key_digests:
-        print(f"serve: serve.host={config.serve.host} is open to others and no API keys are set: anybody may ask",
-              file=sys.stderr)
+        say(STAGE, f"serve.host={config.serve.host} is open to others and no API keys are set: anybody may send requests")
     with ensure_ray(config), _signals() as (started, stopped):
         app = start_app(config, args)
         started.set()
         try:
             with tracker.start(STAGE, params=serving_params(args)) as run:
-                print(f"serve: {app.label} answers at {app.url}, for example\n"
-                      f"  curl {app.url}/v1/chat/completions -H 'Content-Type: application/json' -d "
-                      f"'{{\"model\": \"{app.name}\", \"messages\": [{{\"role\": \"user\", \"content\": \"Hello\"}}]}}'",
-                      file=sys.stderr, flush=True)
-                print("serve: other heads, while it runs: hydra-heads serve --update "
-                      f"ray_address={ray.get_runtime_context().gcs_address}", file=sys.stderr, flush=True)
+                say(STAGE, f"{app.label} answers at {app.url}, for example\n"
+                           f"  curl {app.url}/v1/chat/completions -H 'Content-Type: application/json' -d "
+                           f"'{{\"model\": \"{app.name}\", \"messages\": [{{\"role\": \"user\", \"content\": \"Hello\"}}]}}'")
+                say(STAGE, "to change the heads while it runs: hydra-heads serve --update "
+                           f"ray_address={ray.get_runtime_context().gcs_address}")
                 while not stopped.wait(1.0):
                     pass
         finally:
@@ -152,24 +150,24 @@ def run_serve(config: RunConfig) -> StageResult:
 
 
 def update_app(args: AppArgs) -> ServedApp:
-    """Give the running application of that name the heads of `args`; its other settings, and its replicas, stay.
+    """Give the running application of that name the heads of `args`; its other settings and its replicas stay.
 
-    Raises InputError where none runs, where it has another base, and when a replica turns the heads down: it then goes on
-    with those it had.
+    Raises InputError when no such application runs, when it has another base, and when a replica rejects the heads: the
+    application then keeps the earlier ones.
     """
     instance = _instance_with(args.app_name)
-    asked, before = serving_of(args), ask_replicas(args.app_name)
+    asked, before = model_digest(args), ask_replicas(args.app_name)
     if asked.base != before["base"]:
-        raise InputError(f"serve.update: {args.app_name} runs base {before['base']}, the heads are for {asked.base}: heads "
-                         "alone can be changed; start another application for another base")
+        raise InputError(f"serve.update: {args.app_name} runs base {before['base']}, the heads are for {asked.base}: only "
+                         "heads can be changed; start another application for another base")
     handle = serve.get_deployment_handle("DecodeServer", args.app_name)
-    running = handle.broadcast("running_args").results(timeout_s=SECONDS)[0]
+    running = handle.broadcast("running_args").results(timeout_s=REPLICA_SECONDS)[0]
     wanted = replace(running, configuration=args.configuration, label=args.label, version=args.version, digest=args.digest)
     serve.run(build(wanted), name=args.app_name, route_prefix=ROUTE)
     after = ask_replicas(args.app_name)
     if after["rejected"] is not None and after["configurations"] != [asked.configuration]:
-        serve.run(build(running), name=args.app_name, route_prefix=ROUTE)  # or a new replica would begin with the bad ones
-        raise InputError(f"serve.update: {args.label} was turned down, {after['label']} goes on: {after['rejected']['reason']}")
+        serve.run(build(running), name=args.app_name, route_prefix=ROUTE)  # or a new replica would start with the rejected ones
+        raise InputError(f"serve.update: {args.label} was rejected, {after['label']} stays: {after['rejected']['reason']}")
     return ServedApp(args.app_name, instance.url, args.label, alone=False)
 
 
@@ -177,21 +175,21 @@ def _instance_with(name: str) -> Instance:
     instance = running_instance()
     if instance is None or name not in instance.applications:
         raise InputError(f"serve.update: no application {name} runs on this cluster: start it, or set ray_address= to the "
-                         "cluster where it runs")
+                         "cluster on which it runs")
     return instance
 
 
 def serving_params(args: AppArgs) -> dict[str, Any]:
-    """What a tracked run of the application says that it serves."""
-    return {"serves": {"label": args.label, "version": args.version, **asdict(serving_of(args))}}
+    """The params that a tracked run of the application records."""
+    return {"serves": {"label": args.label, "version": args.version, **asdict(model_digest(args))}}
 
 
 @contextmanager
 def _signals() -> Iterator[tuple[threading.Event, threading.Event]]:
-    """Events `started`, for the caller to set, and `stopped`, which SIGINT and SIGTERM set from then on; before it they
-    raise KeyboardInterrupt.
+    """Events `started`, which the caller sets, and `stopped`, which SIGINT and SIGTERM set from then on; before that they raise
+    KeyboardInterrupt.
 
-    Inside a cluster's connection only: Ray sets a handler of its own as it connects, which aborts.
+    Use it only while connected to a cluster: on connecting, Ray sets a handler that aborts the process.
     """
     started, stopped = threading.Event(), threading.Event()
 

@@ -1,4 +1,4 @@
-"""Several streams as one, in the order in which things come."""
+"""Several streams as one, in the order in which items arrive."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 async def merged(sources: Sequence[AsyncIterator[Any]]) -> AsyncIterator[Any]:
-    """Items of all `sources`. An exception of one ends all of them, and so does leaving early."""
+    """The items of all `sources`. An exception in one of them ends all, and so does leaving early."""
     items: asyncio.Queue[tuple[Any, BaseException | None, bool]] = asyncio.Queue()
 
     async def drain(source: AsyncIterator[Any]) -> None:

@@ -1,4 +1,4 @@
-"""What an application decodes with, as Serve's `user_config`: it may change while the application runs."""
+"""The heads of an application as Serve's `user_config`, which may change while the application runs."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from pipelines.serve.model_identity import configuration_digest
 
 @dataclass(frozen=True)
 class Heads:
-    """`configuration`: a folder, None decodes plainly; `version`: of a registered model; `digest`: of the folder's files,
-    None: whatever they are."""
+    """`configuration`: a folder, None: plain decoding; `version`: of a registered model; `digest`: of the folder's files, None:
+    any files."""
 
     configuration: str | None
     label: str
@@ -28,7 +28,7 @@ class Heads:
 
     @staticmethod
     def of(values: dict[str, Any]) -> Heads:
-        """From a `user_config`. Raises InputError for an unknown, missing or ill-typed field."""
+        """Read a `user_config`. Raises InputError for an unknown or missing field, or one of another type."""
         known = {field.name for field in dataclasses.fields(Heads)}
         if unknown := sorted(set(values) - known):
             raise InputError(f"user_config.{unknown[0]}: unknown field; known are {', '.join(sorted(known))}")
@@ -40,11 +40,11 @@ class Heads:
         return Heads(**values)
 
     def check_digest(self) -> str:
-        """The digest of the folder as it is. Raises InputError where that is not the one that was deployed."""
+        """The digest of the folder now. Raises InputError when another one was deployed."""
         found = configuration_digest(self.configuration)
         if self.digest is not None and found != self.digest:
-            raise InputError(f"{self.configuration}: its files are {found[:12]}, {self.digest[:12]} was deployed: were they "
-                             "changed in place? Promote again")
+            raise InputError(f"{self.configuration}: its files have digest {found[:12]}, but {self.digest[:12]} was deployed: "
+                             "were they changed in place? Promote again")
         return found
 
 
@@ -54,13 +54,13 @@ def heads_of(args: AppArgs) -> dict[str, Any]:
 
 
 def without_heads(args: AppArgs) -> AppArgs:
-    """What does not change while an application runs: Serve replaces replicas whose arguments do."""
+    """The arguments that do not change while an application runs: Serve replaces a replica when its arguments change."""
     return replace(args, configuration=None, label="", version=None, digest=None)
 
 
 def make_engine(heads: Heads, base: Base, args: AppArgs, timing: bool = True) -> tuple[Engine, str]:
-    """An engine that has not run, and the digest of the files it was made of; with `timing` steps are timed where they were
-    not yet. Raises InputError for another base, files that changed, and heads that do not load."""
+    """A new engine, and the digest of the files that it was made from. `timing`: measure this machine's step costs where they
+    are not known yet. Raises InputError for another base, changed files, and heads that do not load."""
     digest = heads.check_digest()
     costs = partial(machine_costs if timing else known_costs, base, Path(args.cache))
     drafter, trees = load_heads(heads.configuration, base, costs) if heads.configuration else (None, None)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hydra_core.base import resolve_base
-from hydra_core.bundled import BUNDLED, bundled_configuration
+from hydra_core.bundled import BUNDLED, bundled_configuration, is_bundled
 from hydra_core.errors import InputError
 from pipelines.config import RunConfig
 from pipelines.config.serve import PLAIN
@@ -24,15 +24,15 @@ class Model:
 
 
 def find_model(config: RunConfig, asked: str | None) -> Model:
-    """`models:/NAME@alias`, `models:/NAME/VERSION`, a folder, `shipped` or `plain`; None: the champion, and where nothing was
+    """`models:/NAME@alias`, `models:/NAME/VERSION`, a folder, `bundled` or `plain`; None: the champion, and where nothing was
     promoted yet the heads that come with the package.
 
     Raises InputError for a model that is not registered, and where no heads come with the package for this base.
     """
     if asked == PLAIN:
         return Model(None, PLAIN)
-    if asked == BUNDLED:
-        return _shipped(config)
+    if is_bundled(asked):
+        return _bundled(config)
     if asked is not None and not asked.startswith("models:/"):
         return Model(Path(asked), asked)
     champion = f"models:/{config.promote.model_name}@{config.promote.alias}"
@@ -52,7 +52,7 @@ def bundled_heads(config: RunConfig) -> str | None:
     return None if found is None else str(found / "heads")
 
 
-def _shipped(config: RunConfig) -> Model:
+def _bundled(config: RunConfig) -> Model:
     if (found := _of_this_base(config)) is None:
         raise InputError(f"{BUNDLED}: no heads come with the package for base.model={config.base.model}: train some, or decode "
                          f"with `{PLAIN}`")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hydra_core.errors import InputError
-from pipelines.config import RunConfig
+from pipelines.config import BenchSection, RunConfig
 from pipelines.tracking.address import tracking_uri
 from pipelines.tracking.client import open_client
+from pipelines.tracking.runs import flatten
+
+SEVERAL = 100
+"""Benches of one chain that are looked at."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,10 @@ class RunRecord:
 
 
 def find_benches(config: RunConfig, runs: Sequence[str]) -> list[RunRecord]:
-    """The bench of each of `runs`: a bench's own run id, its chain's, or the chain's name (the latest bench).
+    """The bench of each of `runs`: a bench's own run id, its chain's, or the chain's name.
+
+    Where a chain has several, this is the latest one with the `bench.*` settings of `config`, if those are given and one has
+    them, else the latest of all.
 
     Raises InputError for one that has none.
     """
@@ -37,10 +44,17 @@ def find_benches(config: RunConfig, runs: Sequence[str]) -> list[RunRecord]:
                        f"tags.`hydra_heads.chain` LIKE '{quoted}@%'"):
             benches = benches or client.search_runs(
                 experiments, filter_string=f"{wanted} and tags.`hydra_heads.stage` = 'bench' and attributes.status = 'FINISHED'",
-                order_by=["attributes.start_time DESC"], max_results=1)
+                order_by=["attributes.start_time DESC"], max_results=SEVERAL)
         if not benches:
             raise InputError(f"compare.runs: {run!r} is no finished bench, nor a run that has one: see `mlflow ui`")
-        data = benches[0].data
+        bench = next((one for one in benches if _fits(config, one.data.params)), benches[0])
+        data = bench.data
         name = data.tags.get("hydra_heads.chain", run).rpartition("@")[0]
-        found.append(RunRecord(benches[0].info.run_id, name, dict(data.params), dict(data.metrics)))
+        found.append(RunRecord(bench.info.run_id, name, dict(data.params), dict(data.metrics)))
     return found
+
+
+def _fits(config: RunConfig, params: Mapping[str, str]) -> bool:
+    """Whether a bench was run with the `bench.*` settings that are given; without any no bench does."""
+    wanted = flatten({"bench": config.bench.model_dump(mode="json")})
+    return config.bench != BenchSection() and all(params.get(name) == value for name, value in wanted.items())

@@ -1,7 +1,7 @@
-"""While heads train, a task beside them decodes held-out prompts for real with the newest ones.
+"""Decoding held-out prompts with the newest heads, in a Ray task that runs while training goes on.
 
-Teacher-forced figures come free at every validation; what an engine makes of the same heads is dearer to know, and tells
-of faults that they cannot. Training never waits for it, but at its very end.
+Every validation computes teacher-forced figures. Decoding with an engine costs more, and shows faults that teacher forcing
+cannot show. Training waits for a task only after its last step.
 """
 
 from __future__ import annotations
@@ -15,25 +15,24 @@ from typing import TYPE_CHECKING, Any
 import ray
 import torch
 
-from hydra_core.base import load_base
 from hydra_core.decoding import Engine, load_heads
 from hydra_core.sampling import Request
 from pipelines.config import BaseSection, RunConfig
 from pipelines.runtime.artifacts import RunPaths
 from pipelines.runtime.logs import speak
-from pipelines.tracking import metric_logger
+from pipelines.train.reporting import tracker_of
 
 if TYPE_CHECKING:
     from pipelines.train.context import TrainContext
 
 METRIC = "decoded.tokens_per_step"
 LONGEST_WAIT = 300.0
-"""Seconds that a finished training waits for the last of them: where no CPU is left to run one, it is never done."""
+"""Seconds that a finished training waits for its last tasks: a task that gets no CPU never ends."""
 
 
 @dataclass(frozen=True)
 class DecodeJob:
-    """Plain values that the task is given. `heads`: a checkpoint folder that is its own, removed when it is done."""
+    """Plain values for the task. `heads`: a checkpoint folder for this task alone, which it removes at its end."""
 
     base: BaseSection
     cache: str
@@ -44,12 +43,11 @@ class DecodeJob:
 
 
 def decode(job: DecodeJob) -> float:
-    """Tokens a step after the first, greedily, over all prompts."""
+    """Decode all prompts greedily; returns tokens per step, the first token of each answer not counted."""
     speak()
     torch.set_num_threads(job.threads)
     try:
-        base = load_base(job.base.model, dtype=job.base.dtype, device="cpu", cache=Path(job.cache),
-                         context_limit=job.base.context_limit)
+        base = job.base.load(job.cache, device="cpu")
         requests = [Request(str(number), prompt, min(job.max_new_tokens, base.context_limit - len(prompt)))
                     for number, prompt in enumerate(job.prompts) if len(prompt) < base.context_limit]
         room = max(len(request.prompt_ids) + request.max_new_tokens for request in requests)
@@ -61,14 +59,14 @@ def decode(job: DecodeJob) -> float:
 
 
 class AsyncEvaluator:
-    """The tasks of one training run, started and read on its first rank."""
+    """The decoding tasks of one training run. Its first rank starts them and collects their results."""
 
     def __init__(self, context: TrainContext, say: Callable[[str], None]) -> None:
         self.context, self.say, self.running = context, say, dict[Any, int]()
         self.task = ray.remote(decode).options(num_cpus=context.train.decode_cpus, max_retries=0)
 
     def after(self, step: int, heads: Path) -> None:
-        """Collect what is done; at every `decode_every` steps start another, with a copy of `heads`."""
+        """Collect finished tasks; every `decode_every` steps start another one, with a copy of `heads`."""
         self.collect(0.0)
         every = self.context.train.decode_every
         if not every or step // every == (step - self.context.train.validate_every) // every:
@@ -79,16 +77,16 @@ class AsyncEvaluator:
         self.running[self.task.remote(self._job(copy))] = step
 
     def end(self, wait: bool) -> None:
-        """Log what is done, after a while if `wait`, and end what is not."""
+        """Collect finished tasks, with `wait` also those that finish soon, and cancel the others."""
         self.collect(LONGEST_WAIT if wait else 0.0)
         for task, step in self.running.items():
             ray.cancel(task, force=True)
             shutil.rmtree(self._copy(step), ignore_errors=True)
-            self.say(f"decoding beside it at step {step} was not done in time: is train.decode_cpus free on the cluster?")
+            self.say(f"the decoding task of step {step} did not end in time: does the cluster have train.decode_cpus free?")
         self.running.clear()
 
     def collect(self, seconds: float) -> None:
-        """Log the figures of tasks that are done within `seconds`. One that failed is told of, and training goes on."""
+        """Log the figures of tasks that end within `seconds`. The failure of a task is reported, and training goes on."""
         if not self.running:
             return
         ready, _ = ray.wait(list(self.running), num_returns=len(self.running), timeout=seconds)
@@ -97,7 +95,7 @@ class AsyncEvaluator:
             try:
                 self._log(step, ray.get(task))
             except ray.exceptions.RayError as error:
-                self.say(f"decoding beside it at step {step} failed: {str(error).strip().splitlines()[-1]}")
+                self.say(f"the decoding task of step {step} failed: {str(error).strip().splitlines()[-1]}")
 
     def _copy(self, step: int) -> Path:
         return Path(self.context.settings.folder) / f"decode-{step}"
@@ -110,7 +108,6 @@ class AsyncEvaluator:
                          self.context.train.workers.threads)
 
     def _log(self, step: int, value: float) -> None:
-        settings = self.context.settings
-        if settings.tracking_uri is not None and settings.run_id is not None:
-            metric_logger(settings.tracking_uri, settings.run_id).log({METRIC: value}, step)
-        self.say(f"decoded for real at step {step}: {value:.3f} tokens per step")
+        if (logger := tracker_of(self.context)) is not None:
+            logger.log({METRIC: value}, step)
+        self.say(f"decoded with the heads of step {step}: {value:.3f} tokens per step")

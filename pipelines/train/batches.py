@@ -1,4 +1,4 @@
-"""The rows of one training run: what each step holds, how it is dealt to ranks, and by what its loss is divided."""
+"""The batches of a training run: the rows of each step, each rank's part of them, and the divisor of the loss."""
 
 from __future__ import annotations
 
@@ -14,17 +14,14 @@ from hydra_core.heads import DraftVocab, HeadsConfig
 from hydra_core.training.alignment import target_range
 from hydra_core.training.packing import Packed
 from pipelines.rows.feature_store import BatchOrder, share_of
-from pipelines.rows.packed_reader import (
-    ProcessGroup,
-    RowReader,
-)
+from pipelines.rows.packed_reader import ProcessGroup, RowReader
 from pipelines.rows.row_index import RowStore
 
 
 def valid_counts(store: RowStore, draft_vocab: DraftVocab, heads: HeadsConfig) -> np.ndarray:
-    """Positions whose loss counts, for each row and head: [rows, K] int64.
+    """Number of positions with a loss, for each row and head: [rows, K] int64.
 
-    Every rank knows all token ids, so the divisor of a step's loss needs no communication.
+    Every rank knows all token ids, so that the divisor of a step's loss needs no communication.
     """
     index, index_of = store.index, draft_vocab.index_of.numpy()
     counts = np.zeros((len(store), heads.num_heads), np.int64)
@@ -40,8 +37,9 @@ def valid_counts(store: RowStore, draft_vocab: DraftVocab, heads: HeadsConfig) -
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's part of a step, in pieces computed one after the other, and the whole step's valid positions per head
-    [K] int64.
+    """One rank's part of a step, in pieces that are computed one after the other.
+
+    `counts`: [K] int64, positions with a loss of the whole step, by head.
     """
 
     step: int
@@ -50,13 +48,13 @@ class Batch:
 
     @property
     def padding(self) -> float:
-        """Share of the laid-out tokens that are none."""
+        """Share of padding among all tokens of the batch."""
         laid = sum(piece.token_ids.numel() for piece in self.pieces)
         return 1 - sum(int(piece.spans.lengths.sum()) for piece in self.pieces) / laid
 
 
 class StepBatches:
-    """Batches of steps in order, the next one read while the current one is computed; `accumulate` pieces in each."""
+    """Batches of steps in order, `accumulate` pieces in each. The next batch is read while the current one is computed."""
 
     def __init__(self, reader: RowReader, order: BatchOrder, counts: np.ndarray, group: ProcessGroup,
                  accumulate: int = 1) -> None:
@@ -83,7 +81,8 @@ def validation_groups(store: RowStore, rows: int, per_batch: int, seed: int,
                       group: ProcessGroup) -> list[tuple[np.ndarray, bool]]:
     """Row numbers of this rank's held-out batches, each with whether it counts; the same at every validation.
 
-    Every rank has as many batches (the last may be a repetition that does not count): collectives stay in step.
+    All ranks have the same number of batches, so that they take part in the same collectives: a rank with fewer rows repeats a
+    batch that does not count.
     """
     chosen = store.sample(rows, seed)
     mine = share_of(chosen, store.index.lengths, group.rank, group.world_size)
@@ -92,5 +91,3 @@ def validation_groups(store: RowStore, rows: int, per_batch: int, seed: int,
     largest_share = -(-len(chosen) // group.world_size)
     needed = -(-largest_share // per_batch)
     return [(groups[i], True) if i < len(groups) else (filler, False) for i in range(needed)]
-
-

@@ -1,4 +1,4 @@
-"""What a training worker has at hand: its settings, and what it sets up of them."""
+"""The state of a training worker: its settings, and the objects that it sets up from them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ CURVE, HEADS, LAST, LOGGED = "curve.jsonl", "heads", "last", "logged.json"
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """What the driver hands each worker; plain values only, since they are sent over the wire.
+    """What the driver sends to each worker; plain values only, since they are serialised.
 
-    `rows`: folder of the training rows: features, or answers if they are made online; `held_out`: of the features that
+    `rows`: folder of the training rows: features, or answers for online features; `held_out`: folder of the features that
     validation reads.
     """
 
@@ -37,7 +37,7 @@ class LoopSettings:
 
 @dataclass
 class TrainContext:
-    """Everything a worker has at hand once it is set up."""
+    """Everything that a worker needs while it trains."""
 
     settings: LoopSettings
     train: TrainSection

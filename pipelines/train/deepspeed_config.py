@@ -1,4 +1,4 @@
-"""DeepSpeed for draft heads: its settings from ours, and what a machine must have before it is started."""
+"""DeepSpeed for draft heads: its settings, and the check of what a machine needs for it."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from pipelines.config import TrainSection
 _NEVER = 2**31 - 1
 
 
-def deepspeed_settings(train: TrainSection, world: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for `world` ranks. The optimizer and the learning rate are passed as objects, not here.
+def deepspeed_settings(train: TrainSection, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for `world_size` ranks, without the optimizer and the learning rate, which are passed as objects.
 
     Raises InputError if the rows of a step do not divide among the ranks and the pieces of each.
     """
-    if train.rows_per_step % (world * train.accumulate):
+    if train.rows_per_step % (world_size * train.accumulate):
         pieces = f" x {train.accumulate} pieces (train.accumulate)" if train.accumulate > 1 else ""
-        raise InputError(f"train.rows_per_step={train.rows_per_step}: is not a multiple of {world} workers{pieces}")
+        raise InputError(f"train.rows_per_step={train.rows_per_step}: is not a multiple of {world_size} workers{pieces}")
     return {
         "train_batch_size": train.rows_per_step,
-        "train_micro_batch_size_per_gpu": train.rows_per_step // (world * train.accumulate),
+        "train_micro_batch_size_per_gpu": train.rows_per_step // (world_size * train.accumulate),
         "gradient_accumulation_steps": train.accumulate,
         "gradient_clipping": train.grad_clip,
         "bf16": {"enabled": train.precision == "bf16"},
@@ -43,9 +43,9 @@ def deepspeed_settings(train: TrainSection, world: int) -> dict[str, Any]:
 
 
 def learning_rate(train: TrainSection, step: int, total: int) -> float:
-    """Of update `step` (from 0) of `total`: linear warm-up, then by `schedule` down to `final_lr_share` of the peak.
+    """Learning rate of update `step` (from 0) of `total`: linear warm-up, then `schedule` down to `final_lr_share` of the peak.
 
-    A pure function, so a resumed run needs no scheduler state.
+    It is a pure function, so that a resumed run needs no scheduler state.
     """
     if step < train.warmup_steps:
         return train.learning_rate * (step + 1) / (train.warmup_steps + 1)
@@ -62,9 +62,9 @@ def learning_rate(train: TrainSection, step: int, total: int) -> float:
 
 
 def check_toolchain(uses_gpu: bool) -> None:
-    """Raise InputError unless DeepSpeed can build what it compiles at first use on a CPU: a shared-memory reduction.
+    """Raise InputError unless DeepSpeed can compile its shared-memory reduction, which it does at first use on a CPU.
 
-    It has no fallback there: without a compiler, Python's headers or ninja it fails minutes in with a long traceback.
+    It has no fallback: without a compiler, Python's headers or ninja it fails after minutes with a long traceback.
     """
     if uses_gpu:
         return
@@ -80,9 +80,9 @@ def check_toolchain(uses_gpu: bool) -> None:
 
 
 def prepare_environment(uses_gpu: bool) -> None:
-    """Set what DeepSpeed reads from the environment; call it before the first `import deepspeed` of a process.
+    """Set the environment variables that DeepSpeed reads; call it before a process imports deepspeed.
 
-    A virtual environment that was not activated has its `ninja` beside the interpreter, off the PATH.
+    `ninja` of a virtual environment that is not activated lies beside the interpreter, in a folder that PATH does not name.
     """
     scripts = str(Path(sys.executable).parent)
     path = os.environ.get("PATH", "")

@@ -1,4 +1,4 @@
-"""When training must not go on: a loss or gradients that are no numbers, or a loss that explodes."""
+"""When training must stop: a loss or gradients that are not finite, or a loss that explodes."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from hydra_core.errors import StoppedError
-from pipelines.runtime.artifacts import write_text
+from pipelines.runtime.files import write_text
 from pipelines.train.context import HEADS
 
 STOPPED = "stopped.json"
 SUSTAINED, RECENT = 3, 20
-"""Steps that must all be bad, and those before them that say what is usual by now."""
+"""Number of consecutive steps that must all be bad, and number of steps before them whose median is the usual loss."""
 
 
 def why_stop(curve: Sequence[Mapping[str, Any]], record: Mapping[str, Any], stop_ratio: float) -> str | None:
-    """What is wrong with a step's record, given those before it; None if nothing is. The same on every rank."""
+    """Why training must stop after a step, given its record and those before it; None if it goes on. The same on every rank."""
     if not math.isfinite(record["loss"]):
         return "the loss is not a number"
     if not math.isfinite(record.get("gradient", 0.0)):
@@ -36,18 +36,18 @@ def why_stop(curve: Sequence[Mapping[str, Any]], record: Mapping[str, Any], stop
 
 
 def why_not_keep(figures: Mapping[str, float]) -> str | None:
-    """What is wrong with heads that have these held-out figures; None if nothing is."""
+    """Why heads with these held-out figures are not saved; None if they are."""
     losses = [value for name, value in figures.items() if name.endswith("_loss")]
     return None if all(map(math.isfinite, losses)) else "the held-out loss is not a number"
 
 
 def write_stop(folder: Path, why: str, record: Mapping[str, Any]) -> None:
-    """Leave word for the driver: raising in a worker would make Ray try again what must fail again."""
+    """Write the reason for the driver. An exception in a worker would make Ray restart it, and it would fail again."""
     write_text(folder / STOPPED, json.dumps({"why": why, "step": record["step"], "lr": record["lr"]}))
 
 
 def raise_if_stopped(folder: Path, name: str, checkpoint: Any) -> None:
-    """Raise StoppedError if the workers left word; `checkpoint`: Ray's last one, made before the trouble, or None."""
+    """Raise StoppedError if the workers have written a reason. `checkpoint`: Ray's last one, which is good, or None."""
     if not (folder / STOPPED).exists():
         return
     found = json.loads((folder / STOPPED).read_text(encoding="utf-8"))

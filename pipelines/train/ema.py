@@ -1,4 +1,4 @@
-"""An exponential average of the weights while they train: smoother heads than any single step leaves behind."""
+"""An exponential moving average of the weights during training."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from hydra_core.files import atomic_file
 from pipelines.config import TrainSection
 
 AVERAGE = "average.safetensors"
@@ -18,8 +19,8 @@ AVERAGE = "average.safetensors"
 class WeightAverage:
     """Averages of a model's trained tensors, float32, the same on every rank.
 
-    `decay` is reached slowly: update n (from 0) keeps (1 + n) / (10 + n) of what stood before until that is more than
-    `decay`, so that the untrained weights are soon forgotten.
+    Update n (from 0) keeps the share min(`decay`, (1 + n) / (10 + n)) of the average: a warm-up of the decay, so that the
+    untrained weights lose their influence soon.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -34,14 +35,14 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after optimizer step `step`: a function of them, the average and the step alone."""
+        """Add the weights after optimizer step `step` to the average, which depends on these and on `step` alone."""
         kept = min(self._decay, (1 + step) / (10 + step))
         for name, value in self._values.items():
             value.lerp_(self._parameters[name].detach().float(), 1 - kept)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The model has the averaged weights inside, and its own again, to the last bit, afterwards."""
+        """Give the model the averaged weights inside the block; afterwards it has its own again, bit for bit."""
         own = {name: tensor.detach().clone() for name, tensor in self._parameters.items()}
         self._fill(self._values)
         try:
@@ -50,11 +51,12 @@ class WeightAverage:
             self._fill(own)
 
     def save(self, folder: Path) -> None:
-        """Write the averages into a checkpoint's folder."""
-        save_file({name: value.cpu() for name, value in self._values.items()}, folder / AVERAGE)
+        """Write the averages into the folder of a checkpoint."""
+        with atomic_file(folder / AVERAGE) as temporary:
+            save_file({name: value.cpu() for name, value in self._values.items()}, temporary)
 
     def load(self, folder: Path) -> None:
-        """Go on from what `save` wrote."""
+        """Read the averages that `save` wrote."""
         for name, value in load_file(folder / AVERAGE).items():
             self._values[name].copy_(value)
 

@@ -1,8 +1,8 @@
-"""What every training worker runs: the same steps on all ranks, validation and a checkpoint at the same steps.
+"""The loop of every training worker: the same steps on all ranks, with validation and a checkpoint at the same steps.
 
-A step's rows, learning rate and dropout seed are functions of its number, so the only position to save is that number.
-Nothing is logged before the checkpoint that holds it: after a kill, the steps done since the last checkpoint are done
-again from its state, and the curve has every step once.
+The rows, learning rate and dropout seed of a step are functions of its number, so a checkpoint needs no other position.
+A step is logged after the checkpoint that holds it: after a kill, the steps since the last checkpoint are computed again
+from its state, and the curve has every step once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from hydra_core.base import BaseVocabulary, load_base, load_vocabulary
+from hydra_core.base import BaseVocabulary, load_vocabulary
 from hydra_core.heads import DraftVocab, build_drafter
 from hydra_core.training.metrics import HeadCounts
 from hydra_core.training.model import HeadTraining
@@ -33,14 +33,15 @@ from pipelines.rows.packed_reader import ProcessGroup, RowReader, load_log_parti
 from pipelines.rows.row_index import RowStore
 from pipelines.rows.schemas import content_id
 from pipelines.runtime.artifacts import RunPaths
+from pipelines.runtime.files import write_array
 from pipelines.train.async_eval import AsyncEvaluator
 from pipelines.train.batches import Batch, StepBatches, valid_counts, validation_groups
 from pipelines.train.context import HEADS, LoopSettings, TrainContext
 from pipelines.train.deepspeed_config import deepspeed_settings, learning_rate, prepare_environment
 from pipelines.train.divergence import why_not_keep, why_stop, write_stop
 from pipelines.train.ema import WeightAverage
-from pipelines.train.reporting import Progress, log_curve, read_curve_and_figures, save_curve_and_heads
-from pipelines.train.warm_start import begin_with
+from pipelines.train.reporting import StepLines, log_curve, read_curve_and_figures, save_curve_and_heads
+from pipelines.train.warm_start import load_start
 
 STATE_TAG = "state"
 
@@ -55,7 +56,7 @@ def train_loop(settings: dict[str, Any]) -> None:
     order = BatchOrder.of(context.learn.store, context.train.rows_per_step, context.train.seed, context.train.cache_mb << 20)
     counts = valid_counts(context.learn.store, context.draft_vocab, context.heads)
     batches = StepBatches(context.learn, order, counts, context.group, context.train.accumulate)
-    progress = Progress(context)
+    progress = StepLines(context)
     evaluator = AsyncEvaluator(context, progress.say) if context.first and context.train.decode_every else None
     why: str | None = None
     for batch in batches.between(context.next_step, context.total):
@@ -71,13 +72,13 @@ def train_loop(settings: dict[str, Any]) -> None:
             if context.first:
                 write_stop(Path(context.settings.folder), why, record)
             dist.barrier()
-            break  # every rank has seen the same figures and ends
+            break  # on every rank, as all have the same figures
     if evaluator is not None:
         evaluator.end(wait=why is None)
 
 
 def set_up(settings: LoopSettings, group: ProcessGroup) -> TrainContext:
-    """Load data, vocabulary and heads, and start DeepSpeed in the process group that Ray made."""
+    """Load data, vocabulary and heads, and start DeepSpeed in the process group that Ray has made."""
     config = RunConfig.model_validate(settings.config)
     train, heads = config.train, config.train.drafters[settings.drafter]
     uses_gpu = train.workers.gpus > 0
@@ -92,7 +93,7 @@ def set_up(settings: LoopSettings, group: ProcessGroup) -> TrainContext:
     draft_vocab = DraftVocab.rank(counts, heads.draft_vocab_size, vocabulary.stop_ids)
     torch.manual_seed(train.seed)
     drafter = build_drafter(heads, vocabulary, draft_vocab)
-    begin_with(drafter, config, settings.drafter, vocabulary)
+    load_start(drafter, config, settings.drafter, vocabulary)
     model = HeadTraining(drafter, vocabulary, train.plain_losses)
     engine = start_engine(model, train, group)
     context = TrainContext(settings, train, heads, group, device, vocabulary, draft_vocab, learn, held_out,
@@ -100,27 +101,27 @@ def set_up(settings: LoopSettings, group: ProcessGroup) -> TrainContext:
     if heads.reads_teacher and not train.plain_losses:
         stored = {"train": learn, "held_out": held_out}
         if train.features == "online":
-            del stored["train"]  # rows come by with their hidden states: a pass over all of them would cost as much again
+            del stored["train"]  # their hidden states are computed in each step; one more pass over all rows would cost as much
         for reader in stored.values():
-            # by the order of the rows too: rows that were distilled again may stand elsewhere
+            # the ids are in the order of the rows, which may change when rows are distilled again
             rows = content_id(str(vocabulary.identity), settings.provenance["data_digest"], reader.store.index.ids)
-            _ensure_log_partitions(context, reader, RunPaths.of(config).cache / "normalisers" / f"{rows}.npy")
+            _ensure_log_partitions(context, reader, RunPaths.of(config).cache / "log_partitions" / f"{rows}.npy")
     return context
 
 
 def training_rows(train: TrainSection, folder: Path) -> RowStore:
-    """The rows that heads learn from: stored with their hidden states, or answers alone."""
+    """The rows that heads learn from: with stored hidden states, or answers whose hidden states are computed while training."""
     if train.features == "online":
         return OnlineStore.open(folder, "train", train.share)
     return FeatureStore.open(folder, "train", cache_bytes=train.cache_mb << 20, share=train.share)
 
 
 def _open_base(config: RunConfig, store: RowStore, device: torch.device) -> BaseVocabulary:
-    """The base's two ends; of a base that runs here where the rows have no hidden states yet."""
+    """The base's embedding and output head. For online features the whole base is loaded, and given to `store`."""
     base, cache = config.base, RunPaths.of(config).cache
     if not isinstance(store, OnlineStore):
         return load_vocabulary(base.model, dtype=base.dtype, device=str(device), cache=cache)
-    whole = load_base(base.model, dtype=base.dtype, device=str(device), cache=cache, context_limit=base.context_limit)
+    whole = base.load(cache, device=str(device))
     store.use(whole)
     return whole.vocabulary
 
@@ -132,7 +133,7 @@ def total_steps(train: TrainSection, store: RowStore) -> int:
 
 
 def start_engine(model: HeadTraining, train: TrainSection, group: ProcessGroup) -> Any:
-    """A DeepSpeed engine around the model, with a fused AdamW (one pass over memory, on a CPU too)."""
+    """A DeepSpeed engine around the model, with a fused AdamW, which passes over the memory once, on a CPU too."""
     import deepspeed
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=train.learning_rate, betas=train.betas, eps=train.eps,
@@ -143,21 +144,23 @@ def start_engine(model: HeadTraining, train: TrainSection, group: ProcessGroup) 
 
 
 def train_step(context: TrainContext, batch: Batch) -> dict[str, Any]:
-    """One optimizer step; the record of its curve, equal on every rank but for the time and the padding."""
-    engine, world = context.engine, context.group.world_size
-    # Dropout's draw is a function of the step, so a resumed run needs no generator state.
-    torch.manual_seed((context.train.seed * 1_000_003 + batch.step) * world + context.group.rank)
+    """Do one optimizer step; returns its record for the curve, equal on every rank except for the time and the padding."""
+    engine, world_size = context.engine, context.group.world_size
+    # The dropout mask is a function of the step, so that a resumed run needs no generator state.
+    torch.manual_seed((context.train.seed * 1_000_003 + batch.step) * world_size + context.group.rank)
     rate = learning_rate(context.train, batch.step, context.total)
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
     engine.train()
     counts = batch.counts.clamp(min=1).to(context.device)
-    # Divided by the whole step's counts and summed over pieces and ranks; DeepSpeed averages over both, hence the product.
-    divisors, totals = counts / (world * len(batch.pieces)), torch.zeros(len(counts), dtype=torch.float64, device=context.device)
+    # The loss is a sum over pieces and ranks, divided by the counts of the whole step. DeepSpeed averages over both: hence the
+    # product.
+    divisors = counts / (world_size * len(batch.pieces))
+    totals = torch.zeros(len(counts), dtype=torch.float64, device=context.device)
     for piece in batch.pieces:
         loss, sums = engine(piece.to(context.device), divisors)
         engine.backward(loss)
-        engine.step()  # of the optimizer after the last piece alone
+        engine.step()  # the optimizer steps after the last piece alone
         totals += sums
     dist.all_reduce(totals)
     per_head = (totals / counts).tolist()
@@ -172,7 +175,7 @@ def train_step(context: TrainContext, batch: Batch) -> dict[str, Any]:
 
 @torch.no_grad()
 def validate(context: TrainContext) -> dict[str, float]:
-    """Figures over the held-out rows, counts summed over ranks first; the same on every rank."""
+    """Figures over the held-out rows, from counts that are summed over ranks; the same on every rank."""
     context.engine.eval()
     train = context.train
     groups = validation_groups(context.held_out.store, train.validation_rows, train.rows_per_step // context.group.world_size,
@@ -194,7 +197,7 @@ def validate(context: TrainContext) -> dict[str, float]:
 
 
 def restore(context: TrainContext, checkpoint: Any) -> None:
-    """Go on from `checkpoint` (None: from the start)."""
+    """Continue from `checkpoint`; None: from the start."""
     if checkpoint is None:
         return
     with checkpoint.as_directory() as folder:
@@ -202,14 +205,14 @@ def restore(context: TrainContext, checkpoint: Any) -> None:
         context.curve, figures = read_curve_and_figures(Path(folder))
         if context.average is not None:
             context.average.load(Path(folder))
-        dist.barrier()  # inside: the first to leave may delete the folder
+        dist.barrier()  # inside the block: the first rank that leaves it may delete the folder
     context.next_step = int(client["next_step"])
     if context.first:
-        log_curve(context, figures)  # a kill right after the checkpoint left it unlogged
+        log_curve(context, figures)  # a kill right after the checkpoint leaves its steps unlogged
 
 
-def _validate_and_report(context: TrainContext, progress: Progress, evaluator: AsyncEvaluator | None) -> str | None:
-    """Validate and make a checkpoint; what is wrong with the heads if they are not worth one."""
+def _validate_and_report(context: TrainContext, progress: StepLines, evaluator: AsyncEvaluator | None) -> str | None:
+    """Validate and make a checkpoint. Returns why training must stop, in which case there is no checkpoint, else None."""
     import ray.train
 
     figures = validate(context)
@@ -232,15 +235,15 @@ def _validate_and_report(context: TrainContext, progress: Progress, evaluator: A
     return None
 
 
-def _ensure_log_partitions(context: TrainContext, reader: RowReader, kept: Path) -> None:
-    """Compute the base's softmax normalisers once, each rank a part, and keep them for a restart and for other drafters."""
-    found = load_log_partitions(kept, len(reader.store.index.tokens))
+def _ensure_log_partitions(context: TrainContext, reader: RowReader, cached: Path) -> None:
+    """Compute the base's log partitions once, a part on each rank, and cache them for a restart and for other drafters."""
+    found = load_log_partitions(cached, len(reader.store.index.tokens))
     have = torch.tensor(found is not None, dtype=torch.int32, device=context.device)
-    dist.all_reduce(have, op=dist.ReduceOp.MIN)  # a file that only some ranks see must not split them
+    dist.all_reduce(have, op=dist.ReduceOp.MIN)  # ranks that do not all see the file must all compute
     if found is None or not int(have):
         found = reader.compute_log_partitions(context.group, context.vocabulary.head, partial(_sum_over_ranks, context.device))
         if context.first:
-            _save_array(kept, found)
+            write_array(cached, found)
     reader.log_partitions = found
 
 
@@ -250,20 +253,13 @@ def _sum_over_ranks(device: torch.device, part: torch.Tensor) -> torch.Tensor:
     return moved.cpu()
 
 
-def _save_array(path: Path, values: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:  # trainings may share the place
-        np.save(file, values, allow_pickle=False)
-    Path(file.name).replace(path)
-
-
 def _eval_weights(context: TrainContext) -> AbstractContextManager[Any]:
-    """The weights that are validated and saved: the averaged ones where those are asked for."""
+    """Give the model the weights that are validated and saved: with `train.ema` the averaged ones."""
     return _gathered(context) if context.average is None else context.average.applied()
 
 
 def _gathered(context: TrainContext) -> AbstractContextManager[Any]:
-    """ZeRO-3 keeps parameters apart outside forward: bring them together to read them whole."""
+    """Gather the parameters, which ZeRO-3 partitions outside of the forward, so that they can be read."""
     if context.train.zero_stage < 3:
         return nullcontext()
     import deepspeed
@@ -273,8 +269,9 @@ def _gathered(context: TrainContext) -> AbstractContextManager[Any]:
 
 
 def _quieten() -> None:
-    """Ray Train tells of every report in full, torch of every old call in DeepSpeed: our progress lines would drown."""
-    for name in list(logging.root.manager.loggerDict):  # some of Ray Train's loggers bear the name of their file
+    """Silence Ray Train's line for every report and torch's warning for every deprecated call in DeepSpeed: they would hide the
+    lines of progress."""
+    for name in list(logging.root.manager.loggerDict):  # some loggers of Ray Train are named after their file
         if name.startswith("ray.train") or "/ray/train/" in name:
             logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -286,5 +283,5 @@ def _device(uses_gpu: bool) -> torch.device:
     import ray.train.torch
 
     device: torch.device = ray.train.torch.get_device()
-    torch.cuda.set_device(device)  # where collectives of plain objects, and DeepSpeed, look
+    torch.cuda.set_device(device)  # collectives of Python objects, and DeepSpeed, use the current device
     return device

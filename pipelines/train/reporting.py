@@ -1,27 +1,28 @@
-"""What a training run tells: the curve and heads inside each checkpoint, the tracker, lines on stderr."""
+"""What a training run reports: curve and heads in each checkpoint, metrics in MLflow, lines on stderr."""
 
 from __future__ import annotations
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra_core.heads.checkpoint import save_checkpoint
 from hydra_core.tree import default_trees
-from pipelines.runtime.artifacts import write_text
-from pipelines.tracking import metric_logger
+from pipelines.runtime.console import say
+from pipelines.runtime.files import write_text
 from pipelines.train.context import CURVE, HEADS, LOGGED
 
 if TYPE_CHECKING:
+    from pipelines.tracking import MetricLogger
     from pipelines.train.context import TrainContext
 
 PROGRESS_SECONDS = 5.0
+"""Between two lines of progress."""
 
 
 def save_curve_and_heads(context: TrainContext, folder: Path, metrics: dict[str, Any]) -> None:
-    """Put the curve so far and loadable heads beside the engine's state; parameters must be whole."""
+    """Write the curve so far and loadable heads beside the engine's state. ZeRO-3 parameters must be gathered."""
     lines = "".join(json.dumps(record) + "\n" for record in context.curve)
     write_text(folder / CURVE, lines)
     provenance = context.settings.provenance | {"training": metrics}
@@ -30,19 +31,29 @@ def save_curve_and_heads(context: TrainContext, folder: Path, metrics: dict[str,
 
 
 def read_curve_and_figures(folder: Path) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """The curve that stands in a checkpoint, and the held-out figures of the validation it was made at."""
+    """The curve in a checkpoint, and the held-out figures of the validation before it."""
     curve = [json.loads(line) for line in (folder / CURVE).read_text(encoding="utf-8").splitlines()]
-    known = json.loads((folder / HEADS / "provenance.json").read_text(encoding="utf-8"))["training"]
-    return curve, {name: value for name, value in known.items() if name not in ("step", "loss")}
+    found = json.loads((folder / HEADS / "provenance.json").read_text(encoding="utf-8"))["training"]
+    return curve, {name: value for name, value in found.items() if name not in ("step", "loss")}
+
+
+def tracker_of(context: TrainContext) -> MetricLogger | None:
+    """The run's logger, None in a run without tracking. MLflow is imported here, by the one rank that logs."""
+    settings = context.settings
+    if settings.run_id is None or settings.tracking_uri is None:
+        return None
+    from pipelines.tracking import metric_logger
+
+    return metric_logger(settings.tracking_uri, settings.run_id)
 
 
 def log_curve(context: TrainContext, figures: dict[str, float]) -> None:
-    """Send the curve since the last logged step to the tracker; a restarted worker goes on where the log ends."""
-    if context.settings.run_id is None or context.settings.tracking_uri is None:
+    """Log the steps since the last logged one, and the held-out figures. A restarted worker continues where the log ends."""
+    logger = tracker_of(context)
+    if logger is None:
         return
     marker = Path(context.settings.folder) / LOGGED
     done = json.loads(marker.read_text(encoding="utf-8"))["next_step"] if marker.exists() else 0
-    logger = metric_logger(context.settings.tracking_uri, context.settings.run_id)
     logger.log_curve([
         (record["step"], {f"train.{name}": value for name, value in record.items() if name not in ("step", "time")})
         for record in context.curve if record["step"] >= done])
@@ -51,14 +62,15 @@ def log_curve(context: TrainContext, figures: dict[str, float]) -> None:
     write_text(marker, json.dumps({"next_step": max(done, context.next_step)}))
 
 
-class Progress:
-    """Lines on rank 0's stderr, every few seconds: step, loss, speed, time left."""
+class StepLines:
+    """Lines on stderr of the first rank, one every few seconds: step, loss, speed, seconds left."""
 
     def __init__(self, context: TrainContext) -> None:
         self.context, self.shown, self.positions = context, time.monotonic(), 0
         self.began, self.first_step = self.shown, context.next_step
 
     def after(self, record: dict[str, Any]) -> None:
+        """Count the step of `record`, and report it if it is time for a line."""
         self.positions += record["positions"]
         now = time.monotonic()
         if self.context.first and now - self.shown >= PROGRESS_SECONDS:
@@ -66,15 +78,16 @@ class Progress:
             left = (now - self.began) / done * (self.context.total - self.context.next_step)
             speed = self.positions / (now - self.began)
             self.say(f"loss {record['loss']:.3f}, {speed:.0f} positions/s, "
-                      f"{record['padding']:.0%} padding, {left:.0f} s left")
+                     f"{record['padding']:.0%} padding, {left:.0f} s left")
             self.shown = now
 
     def validated(self, figures: dict[str, float]) -> None:
+        """Report held-out figures."""
         if self.context.first:
             self.say(f"held out: {figures['tokens_per_step']:.3f} tokens per step, "
-                      f"head 0 top-1 {figures['head0_top1']:.3f}")
+                     f"head 0 top-1 {figures['head0_top1']:.3f}")
 
     def say(self, text: str) -> None:
-        # Not print(): Ray Train patches it to log a second copy of every line.
-        sys.stderr.write(f"train {self.shop.settings.drafter}: step {self.shop.next_step}/{self.shop.total}, {text}\n")
-        sys.stderr.flush()
+        """Write one line. `say` does not print(), which Ray Train patches to log a second copy of every line."""
+        settings, context = self.context.settings, self.context
+        say(f"train {settings.drafter}", f"step {context.next_step}/{context.total}, {text}")

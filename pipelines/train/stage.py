@@ -21,6 +21,7 @@ from pipelines.distill.stage import answered, distilled
 from pipelines.rows.feature_store import FeatureStore
 from pipelines.rows.row_index import RowStore
 from pipelines.runtime.artifacts import RunPaths, StageFolder, StageResult, fingerprint, finished, stage_folder
+from pipelines.runtime.files import copy_folder
 from pipelines.runtime.provenance import provenance
 from pipelines.runtime.ray_cluster import check_workers, ensure_ray
 from pipelines.tracking import Run, Tracker
@@ -33,18 +34,18 @@ from pipelines.train.warm_start import check_start, start_digest
 
 STAGE = "train"
 STATE = "state"
-"""Folder of Ray's checkpoints inside a drafter's stage folder; removed once its heads stand."""
+"""Folder of Ray's checkpoints inside a drafter's stage folder; removed when its heads are written."""
 EXECUTION_FIELDS = {"drafters", "only", "max_failures", "dry_run", "stop_ratio", "decode_every",
                     "decode_prompts", "decode_tokens", "decode_cpus", "start"}
-"""Settings that change no drafter's outcome, or are told apart by drafter."""
+"""Settings that do not change the heads, or that are part of a drafter's own fingerprint."""
 
 
 def run_train(config: RunConfig) -> StageResult:
-    """Train `train.only` or every drafter of `train.drafters` that is not finished yet.
+    """Train every drafter of `train.drafters`, or `train.only`, that is not finished yet.
 
     Outputs: drafter -> heads folder. Figures: drafter -> tokens per step, top-1 per head, coverage, steps, seconds.
-    Raises InputError for missing or foreign features, a missing toolchain or a cluster that is too small; StoppedError for
-    a loss that is not a number or explodes.
+    Raises InputError for features that are missing or of another base, a missing toolchain or a cluster that is too small;
+    StoppedError for a loss that is not finite or explodes.
     """
     names = [config.train.only] if config.train.only else list(config.train.drafters)
     for name in names:
@@ -79,8 +80,10 @@ def run_train(config: RunConfig) -> StageResult:
 
 
 def build_trainer(config: RunConfig, settings: LoopSettings, state: Path, name: str) -> TorchTrainer:
-    """An unstarted trainer. `state` is its storage and `name` must tell runs of other settings or data apart: Ray goes
-    on from whatever it finds under the two."""
+    """A trainer that is not started yet.
+
+    `state` is its storage. `name` must be different for other settings or data: Ray continues from what it finds there.
+    """
     train = config.train
     uses_gpu = train.workers.gpus > 0
     resources = {"CPU": train.workers.cpus} | ({"GPU": train.workers.gpus} if uses_gpu else {})
@@ -93,7 +96,7 @@ def build_trainer(config: RunConfig, settings: LoopSettings, state: Path, name: 
             name=name, storage_path=str(state),
             logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]  # typed as the old RunConfig
             failure_config=FailureConfig(max_failures=train.max_failures),
-            # The best one, and besides it always the last: Ray never deletes what it would resume from.
+            # The best one. Ray keeps the last one besides, from which it would resume.
             checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="tokens_per_step",
                                                checkpoint_score_order="max")))
 
@@ -121,14 +124,14 @@ def _train_one(config: RunConfig, name: str, data: tuple[Path, Path], data_diges
 
 
 def _finish(stage: StageFolder, name: str, result: Any, run: Run, figures: dict[str, Any]) -> StageResult:
-    """Put the best checkpoint's heads and the last one's heads and curve in place, then the manifest."""
+    """Write the heads of the best checkpoint, the heads and curve of the last one, and then the manifest."""
     folder = stage.folder
     best, metrics = max(result.best_checkpoints, key=lambda pair: (pair[1]["tokens_per_step"], -pair[1]["step"]))
     with best.as_directory() as source:
-        _copy_folder(Path(source) / HEADS, folder / HEADS)
+        copy_folder(Path(source) / HEADS, folder / HEADS)
     with result.checkpoint.as_directory() as source:
         shutil.copyfile(Path(source) / CURVE, folder / CURVE)
-        _copy_folder(Path(source) / HEADS, folder / LAST)
+        copy_folder(Path(source) / HEADS, folder / LAST)
     heads = sum(1 for key in metrics if re.fullmatch(r"head\d+_top1", key))
     figures |= {
         "tokens_per_step": round(metrics["tokens_per_step"], 4),
@@ -140,29 +143,20 @@ def _finish(stage: StageFolder, name: str, result: Any, run: Run, figures: dict[
     done = StageResult(STAGE, run.run_id, {HEADS: str(folder / HEADS), LAST: str(folder / LAST), "curve": str(folder / CURVE)},
                        figures)
     stage.finish(done, [*(folder / HEADS).iterdir(), *(folder / LAST).iterdir(), folder / CURVE])
-    shutil.rmtree(folder / STATE, ignore_errors=True)  # optimizer state: many times the heads, and of no more use
+    shutil.rmtree(folder / STATE, ignore_errors=True)  # optimizer state: many times the heads, and not needed any more
     (folder / LOGGED).unlink(missing_ok=True)
-    for leftover in folder.glob("decode-*"):  # of a task that died with its machine
+    for leftover in folder.glob("decode-*"):  # copies of heads for tasks whose machine failed
         shutil.rmtree(leftover, ignore_errors=True)
     return done
 
 
-def _copy_folder(source: Path, target: Path) -> None:
-    """Copy whole or not at all."""
-    temporary = target.with_name(f".{target.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary)
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.replace(target)
-
-
 def _settings(config: RunConfig, name: str) -> dict[str, Any]:
-    """What decides the outcome of training one drafter."""
+    """The settings that decide the heads of one drafter."""
     train = config.train.model_dump(mode="json", by_alias=True, exclude=EXECUTION_FIELDS)
-    train["workers"] = config.train.workers.count  # logical CPUs and threads change the time, not the heads' worth
+    train["workers"] = config.train.workers.count  # logical CPUs and threads change the time alone
     heads = config.train.drafters[name].model_dump(mode="json")
     if not heads["recurrent"]:
-        del heads["recurrent"]  # trainings that are older than the field are what they were
+        del heads["recurrent"]  # trainings from before this field keep their fingerprint
     return {"train": train, "heads": heads,
             "base": config.base.model_dump(mode="json")}
 
@@ -174,7 +168,7 @@ def _fingerprint(config: RunConfig, name: str, data_digest: str) -> str:
 
 
 def _check_data(config: RunConfig, rows: Path, features: Path) -> BaseVocabulary:
-    """Both splits are there and made by this very base. Raises InputError before any worker starts."""
+    """Check that both splits exist and are made by this base, before any worker starts. Raises InputError."""
     vocabulary = load_vocabulary(config.base.model, dtype=config.base.dtype, cache=RunPaths.of(config).cache)
     for folder, store in ((rows, training_rows(config.train, rows)), (features, FeatureStore.open(features, "held_out"))):
         if store.base != str(vocabulary.identity):

@@ -1,12 +1,11 @@
-"""`train.dry_run`: untrained heads as a checkpoint, so that serving can be tried before training is paid for.
+"""`train.dry_run`: a checkpoint of untrained heads, with which serving can be tried before the cost of training.
 
-They lie under `train-dry`, beside `train`: a later training run finds its own folder untouched, and no stage takes them
-for trained ones. They may be made again at any time, and draft next to nothing that the base agrees with.
+They are written to `train-dry`, beside `train`, so that no stage takes them for trained ones and a later training finds its
+folder free. They may be written again at any time. The base accepts almost none of their drafts.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 import torch
@@ -20,14 +19,15 @@ from pipelines.rows.feature_store import FeatureStore
 from pipelines.rows.online_features import OnlineStore
 from pipelines.rows.parquet_parts import part_files
 from pipelines.runtime.artifacts import RunPaths, StageResult, read_manifest
+from pipelines.runtime.console import say
 from pipelines.runtime.provenance import provenance
-from pipelines.train.warm_start import begin_with
+from pipelines.train.warm_start import load_start
 
 DRY = "train-dry"
 
 
 def run_dry(config: RunConfig, names: Sequence[str]) -> StageResult:
-    """Save untrained heads of every drafter of `names`. Needs no cluster and no tracker. Raises InputError for a bad base.
+    """Save untrained heads of every drafter of `names`, without a cluster or a tracker. Raises InputError for a bad base.
 
     Outputs: drafter -> heads folder, which `serve.model`, `bench.heads` and `load_heads` take.
     """
@@ -40,19 +40,20 @@ def run_dry(config: RunConfig, names: Sequence[str]) -> StageResult:
         draft_vocab = DraftVocab.rank(counts, heads.draft_vocab_size, vocabulary.stop_ids)
         folder = paths.stage(DRY, name) / "heads"
         drafter = build_drafter(heads, vocabulary, draft_vocab)
-        begin_with(drafter, config, name, vocabulary)
+        load_start(drafter, config, name, vocabulary)
         save_checkpoint(folder, drafter, vocabulary.identity,
                         default_trees(heads.num_heads), provenance(config) | {"training": {"step": 0, "dry_run": True}})
         outputs[name] = str(folder)
-        print(f"train: untrained {name} heads, to try with serve.model={folder}", file=sys.stderr)
+        say("train", f"untrained {name} heads, to try with serve.model={folder}")
     return StageResult("train", None, outputs, {"dry_run": True})
 
 
 def _counts(paths: RunPaths, vocabulary: BaseVocabulary) -> torch.Tensor:
-    """How often tokens were answered, [V] int64; before `distill` lower ids count as more frequent, as tokenizers order."""
+    """How often each token occurs in answers, [V] int64. Before `distill`, lower ids count as more frequent, as in the
+    order of tokenizers."""
     folder = paths.stage("distill")
     if read_manifest(folder) is None:
         return torch.arange(vocabulary.size, 0, -1)
-    kept = folder / "responses"
-    rows = OnlineStore.open(kept, "train") if part_files(kept) else FeatureStore.open(folder / "features", "train")
+    answers = folder / "responses"
+    rows = OnlineStore.open(answers, "train") if part_files(answers) else FeatureStore.open(folder / "features", "train")
     return rows.response_counts(vocabulary.size)

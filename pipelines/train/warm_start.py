@@ -1,4 +1,4 @@
-"""Heads that training goes on from: another run's, or those that come with the package."""
+"""Heads whose weights training starts from: another run's, or the bundled ones."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from hydra_core.base import BaseVocabulary
-from hydra_core.bundled import BUNDLED
+from hydra_core.bundled import BUNDLED, is_bundled
 from hydra_core.errors import InputError
 from hydra_core.heads import HeadsConfig
 from hydra_core.heads.checkpoint import load_checkpoint
@@ -17,13 +17,14 @@ from pipelines.runtime.artifacts import file_digest
 from pipelines.tracking.lookup import bundled_heads
 
 SHAPE = ("kind", "num_heads", "num_blocks", "mlp", "final_norm", "normalise_embeddings", "recurrent")
-"""What must be the same: the rest says how heads learn, or which tokens they draft, and any weights fit that."""
+"""Settings that must be the same in both: they decide the shapes of the weights. The others do not."""
 
 
 def start_folder(config: RunConfig, name: str) -> Path | None:
-    """The heads folder that drafter `name` begins with, or None. Raises InputError where `shipped` stands for none."""
+    """The heads folder that drafter `name` starts from, or None. Raises InputError if the bundled heads are asked for and the
+    base has none."""
     given = config.train.start.get(name)
-    if given != BUNDLED:
+    if not is_bundled(given):
         return Path(given) if given else None
     found = bundled_heads(config)
     if found is None:
@@ -32,7 +33,8 @@ def start_folder(config: RunConfig, name: str) -> Path | None:
 
 
 def start_digest(config: RunConfig, name: str) -> str | None:
-    """Of the weights and the shape that drafter `name` begins with. Raises InputError for a folder that holds no heads."""
+    """Digest of the weights and the shape that drafter `name` starts from, or None. Raises InputError for a folder
+    without heads."""
     folder = start_folder(config, name)
     if folder is None:
         return None
@@ -43,13 +45,13 @@ def start_digest(config: RunConfig, name: str) -> str | None:
 
 
 def check_start(config: RunConfig, name: str, vocabulary: BaseVocabulary) -> None:
-    """Raise InputError before any worker starts where drafter `name` cannot begin with what it is told to."""
+    """Raise InputError, before any worker starts, if drafter `name` cannot start from the heads that the settings name."""
     if (folder := start_folder(config, name)) is not None:
         _weights(folder, name, config.train.drafters[name], vocabulary)
 
 
-def begin_with(drafter: nn.Module, config: RunConfig, name: str, vocabulary: BaseVocabulary) -> None:
-    """Give an untrained drafter the weights that it begins with, if any; what it drafts stays its own."""
+def load_start(drafter: nn.Module, config: RunConfig, name: str, vocabulary: BaseVocabulary) -> None:
+    """Load the weights that `drafter` starts from, if any; its draft vocabulary stays."""
     if (folder := start_folder(config, name)) is not None:
         drafter.load_state_dict(_weights(folder, name, config.train.drafters[name], vocabulary).state_dict())
 

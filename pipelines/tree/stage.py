@@ -1,17 +1,16 @@
-"""The `tree` stage: for each drafter and batch size, the draft tree that pays best on this machine.
+"""The `tree` stage: for each drafter and batch size, the draft tree with the most tokens per second on this machine.
 
     held-out rows -> rank tuples -> trees -> tokens per step          \
                                                                        > tokens per second -> tree.json, sweep.json
     this machine  -> verify and draft seconds by size and depth       /
 
-One Ray task measures everything, so that only one thing runs while clocks are read; what it times is kept for the machine.
+One Ray task measures everything, so that nothing else of the run disturbs the times; they are cached for this machine.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,20 +19,20 @@ from typing import Any
 import ray
 import torch
 
-from hydra_core.base import Base, context_limit, load_base, load_vocabulary
+from hydra_core.base import Base, context_limit, load_vocabulary
 from hydra_core.decoding import check_heads
 from hydra_core.errors import InputError
 from hydra_core.heads import DraftVocab, HeadDrafter
 from hydra_core.heads.checkpoint import load_checkpoint, restrict_checkpoint
 from hydra_core.training.ranks import rank_rows
-from hydra_core.tree import Tree, TreeSet
+from hydra_core.tree import DraftTree, TreeSet
 from hydra_core.tree.search import Choice, StepCosts, best_choice, best_of_each_size, candidate_trees, score_trees, typical_trees
 from hydra_core.tree.simulation import RankRows
 from pipelines.config import RunConfig
 from pipelines.distill.stage import distilled
 from pipelines.profiling.cost_cache import fingerprint_of_machine, machine_costs
 from pipelines.profiling.memory_traffic import Reads, reads_of
-from pipelines.profiling.report import draft_grid, markdown, print_grids, verify_grids
+from pipelines.profiling.report import draft_table, markdown, verify_tables
 from pipelines.profiling.step_curves import CURVES, run_curves
 from pipelines.rows.feature_store import FeatureStore
 from pipelines.rows.packed_reader import RowReader
@@ -45,8 +44,9 @@ from pipelines.runtime.artifacts import (
     finished,
     require_manifest,
     stage_folder,
-    write_text,
 )
+from pipelines.runtime.console import say
+from pipelines.runtime.files import atomic_folder, write_text
 from pipelines.runtime.ray_cluster import ensure_ray, measuring_resources
 from pipelines.tracking import Run, Tracker
 from pipelines.tree.plots import plot_choices, plot_tree
@@ -58,28 +58,28 @@ ROWS_PER_BATCH = 8
 
 @dataclass(frozen=True)
 class Measured:
-    """What the task hands back for one drafter."""
+    """What the measuring task returns for one drafter."""
 
     ranks: RankRows
     costs: StepCosts
     machine: dict[str, Any] = field(default_factory=dict)
     draft_vocab: DraftVocab | None = None
     sizes: dict[int, dict[str, float]] = field(default_factory=dict)
-    """Size of the draft vocabulary -> what was found of it, where several were tried; `draft_vocab`: one kept instead of the
+    """Size of the draft vocabulary -> results, where several sizes were tried; `draft_vocab`: the chosen one, unless it is the
     heads' own."""
     reads: Reads | None = None
 
     @property
     def kept(self) -> int:
-        """Size of the draft vocabulary that the heads go on with, of those tried."""
+        """Size of the chosen draft vocabulary."""
         return max(self.sizes) if self.draft_vocab is None else len(self.draft_vocab)
 
 
 def run_tree(config: RunConfig) -> StageResult:
-    """Fit trees to every trained drafter (or `train.only`) and write a copy of its heads with them; print what steps cost.
+    """Choose trees for every trained drafter (or `train.only`), write a copy of its heads with them, and print step costs.
 
     Outputs: drafter -> heads folder, loadable as a checkpoint. Figures: drafter -> batch size -> nodes, depth, expected
-    tokens per step and gain over plain decoding. With `tree.curves` also what `run_curves` makes.
+    tokens per step and gain over plain decoding. With `tree.curves` also the outputs of `run_curves`.
     Raises InputError if a drafter is not trained yet, or not on this base.
     """
     names = [config.train.only] if config.train.only else list(config.train.drafters)
@@ -109,18 +109,19 @@ def run_tree(config: RunConfig) -> StageResult:
 
 
 def _show(config: RunConfig, names: Sequence[str]) -> None:
-    """Print the costs that the trees were chosen by, the base's part once where drafters share it."""
+    """Print the costs that the trees were chosen with; the base's part once where drafters share it."""
     shown = None
     for name in names:
         text = (RunPaths.of(config).stage(STAGE, name) / "costs.json").read_text(encoding="utf-8")
         costs = StepCosts.from_json(json.loads(text))
-        base = verify_grids(costs, config.base.dtype)
-        print_grids([*(base if base != shown else []), draft_grid(costs, name)], sys.stderr)
+        base = verify_tables(costs, config.base.dtype)
+        for table in (*(base if base != shown else []), draft_table(costs, name)):
+            table.show()
         shown = base
 
 
 def _check(config: RunConfig, heads: Mapping[str, str]) -> None:
-    """Raise InputError for what the measuring task would find out late: trees that do not fit, heads that do not load."""
+    """Raise InputError early for trees that do not fit the context and for heads that do not load."""
     cache = RunPaths.of(config).cache
     _check_room(config, context_limit(config.base.model, cache=cache, asked=config.base.context_limit))
     vocabulary = load_vocabulary(config.base.model, dtype=config.base.dtype, cache=cache)
@@ -133,8 +134,7 @@ def measure(values: dict[str, Any], heads: Mapping[str, str], features: str) -> 
     config = RunConfig.model_validate(values)
     torch.set_num_threads(config.tree.threads)
     cache = RunPaths.of(config).cache
-    base = load_base(config.base.model, dtype=config.base.dtype, device=config.base.device, cache=cache,
-                     context_limit=config.base.context_limit)
+    base = config.base.load(cache)
     _check_room(config, base.context_limit)
     machine, reader = fingerprint_of_machine(base.device), RowReader(FeatureStore.open(Path(features), "held_out"))
     found = {}
@@ -146,7 +146,8 @@ def measure(values: dict[str, Any], heads: Mapping[str, str], features: str) -> 
 
 def measure_sizes(config: RunConfig, name: str, drafter: HeadDrafter, base: Base, reader: RowReader,
                   machine: dict[str, Any]) -> Measured:
-    """One drafter with its own draft vocabulary and each smaller one that is to be tried: the fastest at the smallest batch."""
+    """Measure one drafter with its own draft vocabulary and with each smaller one of `tree.draft_vocab_sizes`; return the fastest
+    at the smallest batch size."""
     tried: dict[int, Measured] = {}
     rates: dict[int, Choice] = {}
     whole = len(drafter.draft_vocab)
@@ -154,7 +155,7 @@ def measure_sizes(config: RunConfig, name: str, drafter: HeadDrafter, base: Base
         vocab = drafter.draft_vocab if size == whole else drafter.draft_vocab.smaller(size, base.stop_ids)
         candidate = drafter if size == whole else drafter.with_draft_vocab(vocab)
         ranks = held_out_ranks(candidate, reader, config.tree.max_rows, config.train.seed)
-        _say(name, f"{ranks.ranks.shape[0]} held-out positions ranked, {len(vocab)} tokens may be drafted")
+        say(f"{STAGE} {name}", f"{ranks.ranks.shape[0]} held-out positions ranked, {len(vocab)} tokens may be drafted")
         by_depth = typical_trees(candidate_trees(ranks, max(config.tree.node_counts)))
         costs = machine_costs(base, RunPaths.of(config).cache, candidate, config.tree, by_depth)
         tried[size] = Measured(ranks, costs, machine, None if size == whole else vocab, reads=reads_of(base, candidate, costs))
@@ -181,7 +182,7 @@ def choose_trees(measured: Measured, batch_sizes: Sequence[int], max_nodes: int)
 
 def _write_one(config: RunConfig, name: str, wanted: str, measured: Measured, tracker: Tracker,
                features: tuple[Path, str]) -> StageResult:
-    folder = RunPaths.of(config).stage(STAGE, name)
+    label, folder = f"{STAGE} {name}", RunPaths.of(config).stage(STAGE, name)
     source = RunPaths.of(config).stage("train", name) / HEADS
     scored = choose_trees(measured, config.tree.batch_sizes, max(config.tree.node_counts))
     best = {batch: best_choice(choices) for batch, choices in scored.items()}
@@ -194,19 +195,19 @@ def _write_one(config: RunConfig, name: str, wanted: str, measured: Measured, tr
         if measured.sizes:
             write_text(folder / "draft_vocab.json", json.dumps(measured.sizes, indent=2))
             for size, row in measured.sizes.items():
-                _say(name, f"{size} tokens may be drafted: {row['tokens_per_step']:.3f} tokens per step, "
+                say(label, f"{size} tokens may be drafted: {row['tokens_per_step']:.3f} tokens per step, "
                            f"{row['tokens_per_second']:.1f} tokens/s{', kept' if size == measured.kept else ''}")
         reads = measured.reads.figures() if measured.reads else {}
         lines = [", ".join(f"{key}: {value}" for key, value in measured.machine.items())]
         if measured.reads:
-            _say(name, measured.reads.sentence())
+            say(label, measured.reads.sentence())
             run.log_metrics({f"reads.{key}": value for key, value in reads.items()})
             lines += ["", measured.reads.sentence()]
         write_text(folder / "costs.json", json.dumps({"machine": measured.machine, "reads": reads} | measured.costs.to_json(),
                                                      indent=2))
         write_text(folder / "costs.md", markdown(
-            f"{name}: what a step takes", lines,
-            [*verify_grids(measured.costs, config.base.dtype), draft_grid(measured.costs, name)]))
+            f"{name}: the time of a step", lines,
+            [*verify_tables(measured.costs, config.base.dtype), draft_table(measured.costs, name)]))
         write_text(folder / "scores.json", json.dumps(
             {str(batch): [_row(choice) for choice in choices] for batch, choices in scored.items()}, indent=2))
         plot_choices(folder / "tree.png", name, scored, best)
@@ -226,23 +227,20 @@ def _finish(stage: StageFolder, run: Run, figures: dict[str, Any]) -> StageResul
     return stage.finish(result, [*files, *(folder / HEADS).iterdir()])
 
 
-def sweep(trees: Sequence[Tree], node_counts: Sequence[int]) -> dict[int, Tree]:
-    """Of a tree of each size from plain decoding on, those of the asked sizes, as far as they go."""
+def sweep(trees: Sequence[DraftTree], node_counts: Sequence[int]) -> dict[int, DraftTree]:
+    """Those of `node_counts` that there is a tree for, with it. `trees[n - 1]` has n nodes, the root included."""
     return {count: trees[count - 1] for count in sorted(set(node_counts)) if 1 < count <= len(trees)}
 
 
-def _write_heads(source: Path, target: Path, trees: TreeSet, sizes: Mapping[int, Tree], draft_vocab: DraftVocab | None) -> None:
-    """A copy of the heads with other trees and the tokens that they may draft, whole or not at all; `sizes` go beside them, for
-    who wants a size of his own."""
-    temporary = target.with_name(f".{target.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary)
-    if draft_vocab is not None:
-        restrict_checkpoint(temporary, draft_vocab)
-    write_text(temporary / "tree.json", json.dumps(trees.to_json(), indent=2, sort_keys=True))
-    write_text(temporary / "sweep.json", json.dumps({str(count): tree.paths for count, tree in sizes.items()}))
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.replace(target)
+def _write_heads(source: Path, target: Path, trees: TreeSet, sizes: Mapping[int, DraftTree],
+                 draft_vocab: DraftVocab | None) -> None:
+    """Write a copy of the heads with the chosen trees and draft vocabulary, and `sizes`, trees of other sizes to choose from."""
+    with atomic_folder(target) as temporary:
+        shutil.copytree(source, temporary, dirs_exist_ok=True)
+        if draft_vocab is not None:
+            restrict_checkpoint(temporary, draft_vocab)
+        write_text(temporary / "tree.json", json.dumps(trees.to_json(), indent=2, sort_keys=True))
+        write_text(temporary / "sweep.json", json.dumps({str(count): tree.paths for count, tree in sizes.items()}))
 
 
 def _row(choice: Choice) -> dict[str, float | int]:
@@ -268,9 +266,5 @@ def _fingerprint(config: RunConfig, name: str, data_digest: str) -> str:
 
 
 def _trained(config: RunConfig, name: str) -> str:
-    """Digest of a drafter's heads. Raises InputError if it is not trained yet."""
+    """Digest of a drafter's trained heads. Raises InputError if it is not trained yet."""
     return str(require_manifest(RunPaths.of(config).stage("train", name), "train")["digest"])
-
-
-def _say(subject: str, text: str) -> None:
-    print(f"{STAGE} {subject}: {text}", file=sys.stderr, flush=True)

@@ -46,7 +46,7 @@ def test_what_is_shipped_says_how_it_came_to_be(folder: Path) -> None:
 def test_they_draft_for_the_embedded_base_and_change_nothing(tmp_path: Path) -> None:
     base = load_base(EMBEDDED_BASE, dtype="fp32", cache=tmp_path)
     assert bundled_configuration(base.identity.digest) == FOLDER / "smollm2_135m"
-    drafter, _ = load_heads("shipped", base)
+    drafter, _ = load_heads("bundled", base)
     assert isinstance(drafter, AdaptiveDrafter) and drafter.heads is not None
     requests = [Request(str(i), tuple(base.encode_prompt(text)), 48) for i, text in enumerate(QUESTIONS)]
     results = Engine(base, drafter, max_batch_size=1).generate(requests)

@@ -15,7 +15,7 @@ from hydra_core.proposers import AdaptiveDrafter, Drafter, NgramDrafter
 from hydra_core.sampling import Request
 from hydra_core.training.model import HeadTraining
 from hydra_core.training.packing import FeatureRow, pack_rows
-from hydra_core.tree import Tree, TreeSet
+from hydra_core.tree import DraftTree, TreeSet
 from pipelines.bench.stage import load_questions
 from pipelines.config import load_config
 
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 QUESTIONS = ("Why is the sky blue?", "Write a haiku about rain.", "What is 17 * 23?", "Repeat: one two three one two three",
              "Summarise: Ray is a framework for scaling Python programs.", "Translate to French: good morning")
 TOKENS = 32
-TREE = Tree(((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 0, 0)))
+TREE = DraftTree(((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 0, 0)))
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,12 @@
-"""Mistakes as people make them, told by the real jobs: exit 2, one line that names the field, nothing left behind."""
+"""Mistakes as people make them, told by the real jobs: exit 2, one line that names the field, nothing left behind.
+
+All run in this process, through the entry point of the command; those of `AS_COMMANDS` also in a process of their own.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -15,7 +19,8 @@ import pytest
 
 from hydra_core.base import Base
 from hydra_core.heads.checkpoint import save_checkpoint
-from hydra_core.tree import Tree, TreeSet
+from hydra_core.tree import DraftTree, TreeSet
+from jobs.runner import run
 from pipelines.config import load_config
 from pipelines.runtime.artifacts import write_text
 from tests.broken_heads import DAMAGES, break_heads
@@ -115,7 +120,7 @@ CASES: dict[str, tuple[Case, str]] = {
 @pytest.fixture(scope="module")
 def heads(tiny_base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("heads") / "heads"
-    save_checkpoint(folder, random_heads(tiny_base, "hydra"), tiny_base.identity, TreeSet({1: Tree(((0,),))}), {})
+    save_checkpoint(folder, random_heads(tiny_base, "hydra"), tiny_base.identity, TreeSet({1: DraftTree(((0,),))}), {})
     return folder
 
 
@@ -131,22 +136,55 @@ def files(folder: Path) -> set[Path]:
     return set(folder.rglob("*"))
 
 
+@pytest.fixture
+def quiet_log() -> Iterator[None]:
+    """Stages give the log of `hydra_core` a handler that keeps the stderr of this test."""
+    log = logging.getLogger("hydra_core")
+    yield
+    log.handlers.clear()
+    log.propagate = True
+
+
+def check_mistake(status: int, out: str, err: str, words: str) -> None:
+    assert (status, out) == (2, ""), err
+    told = [line for line in err.splitlines() if line.startswith("error:")]
+    assert len(told) == 1 and words in told[0], err
+    assert "Traceback" not in err
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_one_line_and_nothing_left(bench: Bench, worker_env: dict[str, str], name: str) -> None:
+def test_one_line_and_nothing_left(bench: Bench, local_ray: None, quiet_log: None, monkeypatch: pytest.MonkeyPatch,
+                                   capfd: pytest.CaptureFixture[str], name: str) -> None:
+    case, words = CASES[name]
+    stage, arguments = case(bench)
+    before = files(bench.storage / "runs")
+    for variable in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in bench.environment.items():
+        monkeypatch.setenv(variable, value)
+    capfd.readouterr()
+    started = time.monotonic()
+    status = run(stage, [*bench.chain, *arguments])
+    taken = time.monotonic() - started
+    check_mistake(status, *capfd.readouterr(), words)
+    assert files(bench.storage / "runs") == before
+    assert "MLflow" not in name or taken < 10, "a server that does not answer is told within 10 seconds"
+
+
+AS_COMMANDS = ("too many bad rows", "silent MLflow server")
+"""One that is found in a file, and one that is found by asking another process; a third stands below."""
+
+
+@pytest.mark.parametrize("name", AS_COMMANDS)
+def test_the_same_of_a_process_of_its_own(bench: Bench, worker_env: dict[str, str], name: str) -> None:
     case, words = CASES[name]
     stage, arguments = case(bench)
     before = files(bench.storage / "runs")
     environment = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
-    started = time.monotonic()
     done = subprocess.run([sys.executable, "-m", f"jobs.{stage}", *bench.chain, *arguments], cwd=ROOT, capture_output=True,
                           text=True, env=environment | worker_env | bench.environment)
-    taken = time.monotonic() - started
-    assert (done.returncode, done.stdout) == (2, ""), done.stderr
-    told = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert len(told) == 1 and words in told[0], done.stderr
-    assert "Traceback" not in done.stderr
+    check_mistake(done.returncode, done.stdout, done.stderr, words)
     assert files(bench.storage / "runs") == before
-    assert "MLflow" not in name or taken < 10, "a server that does not answer is told within 10 seconds"
 
 
 def test_a_dead_server_is_told_before_a_base_is_fetched(tmp_path: Path, worker_env: dict[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""Errors in OpenAI's shape."""
+"""Errors in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ RETRY_SECONDS = 1
 
 
 class ApiError(Exception):
-    """An error in OpenAI's shape: status code, message, the parameter at fault, extra headers."""
+    """An error in OpenAI's format: status code, message, the parameter at fault, extra headers."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None,
                  headers: dict[str, str] | None = None) -> None:
@@ -25,7 +25,7 @@ class ApiError(Exception):
 
 
 def printable(text: str) -> str:
-    """`text` as UTF-8 can hold it, and no longer than a reader wants."""
+    """`text` as valid UTF-8, cut to 500 characters."""
     whole = text.encode("utf-8", "replace").decode()
     return whole if len(whole) <= 500 else whole[:497] + "..."
 
@@ -43,7 +43,7 @@ TOO_LONG = ("tokens leave no room in a context of", "tokens are more than the")
 
 
 def refused(refusal: Refusal) -> ApiError:
-    """What a replica refused, as the client is told."""
+    """The error that a client gets for a replica's refusal."""
     if refusal.status == 503:
         return ApiError(503, refusal.message, code="not_ready", headers={"Retry-After": str(RETRY_SECONDS)})
     if refusal.status == 429:

@@ -1,4 +1,4 @@
-"""OpenAI's requests, as far as they are served here; anything else is refused by name."""
+"""OpenAI's requests, as far as they are supported; every other parameter is refused by name."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "response_format": (None, {"type": "text"}), "modalities": (None, ["text"]), "audio": (None,),
     "parallel_tool_calls": (None, True, False), "store": (None, False),
 }
-"""Parameters that ask for what is not served: the values that ask for nothing are let through."""
+"""Parameters that are not supported, each with the values that have no effect and are accepted."""
 IGNORED = ("user", "metadata", "service_tier", "prompt_cache_key", "safety_identifier")
-"""Parameters that change no answer."""
+"""Parameters that are accepted and change no answer."""
 MOST_STOPS, LONGEST_STOP = 4, 256
 
 
 class StreamOptions(BaseModel):
-    """What a stream tells besides the text."""
+    """What a stream contains besides the text."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
@@ -51,7 +51,7 @@ class _Common(BaseModel):
                           "acceptance, which changes the text")
 
     def refuse_unsupported(self) -> None:
-        """Raise ApiError 400 for the first parameter that asks for what is not served, or that nobody knows."""
+        """Raise ApiError 400 for the first parameter that is unknown or not supported."""
         for name, value in (self.model_extra or {}).items():
             if name in IGNORED:
                 continue
@@ -69,15 +69,15 @@ class _Common(BaseModel):
             raise ApiError(400, f"stop: at most {LONGEST_STOP} characters a string", "stop")
         return tuple(stops)
 
-    def generation(self, prefix: str, limit: int, default: int, rows: int) -> Generation:
-        """Settings of the answers; `limit`: tokens of one, `rows`: answers of one request. Raises ApiError 400."""
+    def generation(self, prefix: str, limit: int, default: int, most: int) -> Generation:
+        """The request to a replica. `limit`: maximum tokens of an answer; `most`: maximum answers. Raises ApiError 400."""
         name, wanted = self._wanted()
         wanted = min(default, limit) if wanted is None else wanted
         if not 1 <= wanted <= limit:
             raise ApiError(400, f"{name}: must lie between 1 and {limit}, got {str(wanted)[:40]}", name)
         n = 1 if self.n is None else self.n
-        if n > rows:
-            raise ApiError(400, f"n: at most {rows} answers to one request, got {str(n)[:40]}", "n")
+        if n > most:
+            raise ApiError(400, f"n: at most {most} answers to one request, got {str(n)[:40]}", "n")
         temperature = 1.0 if self.temperature is None else self.temperature
         if not math.isfinite(temperature) or 0 < temperature < LEAST_TEMPERATURE:
             raise ApiError(400, f"temperature: must be 0 or at least {LEAST_TEMPERATURE:g}", "temperature")
@@ -88,11 +88,11 @@ class _Common(BaseModel):
                           logprobs=self.wanted_logprobs(), speculative=self.speculative or "drafter")
 
     def _wanted(self) -> tuple[str, int | None]:
-        """The name of the field that limits the answer, and its value."""
+        """Name and value of the field that limits the answer."""
         return "max_tokens", self.max_tokens
 
     def wanted_logprobs(self) -> int | None:
-        """How many likely tokens are told at each position; None: nothing is."""
+        """The top_k of log probabilities at each position; None: no log probabilities."""
         raise NotImplementedError
 
     @property
@@ -101,7 +101,7 @@ class _Common(BaseModel):
 
 
 class CompletionRequest(_Common):
-    """POST /v1/completions: raw text or token ids, no chat template."""
+    """POST /v1/completions: raw text or token ids, without a chat template."""
 
     prompt: str | list[int]
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
@@ -129,7 +129,7 @@ class ChatRequest(_Common):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def plain_messages(self) -> list[dict[str, str]]:
-        """Messages with text content; content parts of type text are joined. Raises ApiError 400 for others."""
+        """Messages with text content; content parts of type text are joined. Raises ApiError 400 for other content."""
         plain = []
         for index, message in enumerate(self.messages):
             content = message.get("content")

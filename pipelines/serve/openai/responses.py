@@ -1,4 +1,4 @@
-"""OpenAI's responses, whole and as server-sent events."""
+"""OpenAI's responses, as one body and as server-sent events."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ DONE = "data: [DONE]\n\n"
 
 
 def finish_reason(answer: Answer) -> str:
-    """OpenAI knows `stop` and `length`; running into the context limit is a `length`."""
+    """`stop`, or `length`, which includes the context limit: OpenAI has no other reason for it."""
     return "stop" if answer.finish_reason == "stop" else "length"
 
 
 def usage(answers: Sequence[Answer], mode: str) -> dict[str, Any]:
-    """Token counts, the prompt's once, and what speculation did for all choices together."""
+    """Token counts (the prompt counts once), and the speculation counts of all choices together."""
     prompt, completion = answers[0].prompt_tokens, sum(len(answer.token_ids) for answer in answers)
     steps = sum(answer.steps for answer in answers)
     after_first = sum(len(answer.token_ids) - 1 for answer in answers if answer.steps)
@@ -31,7 +31,7 @@ def usage(answers: Sequence[Answer], mode: str) -> dict[str, Any]:
 
 
 def response(kind: str, model: str, generation: Generation, answers: Sequence[Answer]) -> dict[str, Any]:
-    """A whole response; `kind` is `chat.completion` or `text_completion`."""
+    """A whole response; `kind`: `chat.completion` or `text_completion`."""
     found = []
     for answer in answers:
         choice: dict[str, Any] = {"index": answer.index, "finish_reason": finish_reason(answer), "logprobs": None}
@@ -49,21 +49,21 @@ def response(kind: str, model: str, generation: Generation, answers: Sequence[An
 def logprobs(kind: str, tokens: Sequence[Token], offset: int) -> dict[str, Any]:
     """Log probabilities of `tokens`; `offset`: characters of the answer before them."""
     if kind == CHAT:
-        return {"content": [{**_told(token.text, token.logprob),
-                             "top_logprobs": [_told(text, value) for text, value in token.top]} for token in tokens],
+        return {"content": [{**_logprob_entry(token.text, token.logprob),
+                             "top_logprobs": [_logprob_entry(text, value) for text, value in token.top]} for token in tokens],
                 "refusal": None}
     offsets = list(accumulate((len(token.text) for token in tokens[:-1]), initial=offset)) if tokens else []
     return {"tokens": [token.text for token in tokens], "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": [_by_text(token) for token in tokens], "text_offset": offsets}
 
 
-def _told(text: str, value: float) -> dict[str, Any]:
-    """`bytes` is null for a token that is no whole character: its text then stands for bytes that it does not show."""
+def _logprob_entry(text: str, value: float) -> dict[str, Any]:
+    """`bytes` is null for a token that is not a whole character, whose text does not show its bytes."""
     return {"token": text, "logprob": value, "bytes": None if "\ufffd" in text else list(text.encode())}
 
 
 def _by_text(token: Token) -> dict[str, float]:
-    """The likeliest by their text, and the chosen one with them; of tokens with the same text the likeliest."""
+    """The top_k and the sampled token by text; of tokens with the same text the most likely one."""
     found: dict[str, float] = {}
     for text, value in (*token.top, (token.text, token.logprob)):
         found.setdefault(text, value)
@@ -82,7 +82,7 @@ class Chunks:
         self.answers: list[Answer] = []
 
     def of(self, item: Piece | Answer) -> str:
-        """The event for a piece, or for the end of a choice."""
+        """The event of a piece, or of the end of a choice."""
         text = item.text if isinstance(item, Piece) else None
         reason = None if isinstance(item, Piece) else finish_reason(item)
         choice: dict[str, Any] = {"index": item.index, "finish_reason": reason, "logprobs": None}
@@ -103,7 +103,7 @@ class Chunks:
         return event(self.head | {"choices": [choice]})
 
     def usage(self) -> str:
-        """The last event of a stream that asked for usage: no choices, only counts."""
+        """The last event of a stream that requested usage: counts without choices."""
         return event(self.head | {"choices": [], "usage": usage(self.answers, self.generation.speculative)})
 
 

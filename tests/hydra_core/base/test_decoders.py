@@ -42,7 +42,7 @@ from hydra_core.base.fused import FusedDecoder
 from hydra_core.decoding import Engine, naive_generate
 from hydra_core.proposers import NgramDrafter
 from hydra_core.sampling import Request
-from hydra_core.tree import Tree
+from hydra_core.tree import DraftTree
 from tests.tiny import make_config, make_tokenizer
 from tests.trained import random_prompts
 
@@ -144,8 +144,8 @@ def test_drafts_may_overshoot_the_context(saved: tuple[Path, type]) -> None:
 def test_every_node_of_a_tree_sees_its_own_path(saved: tuple[Path, type]) -> None:
     folder, _ = saved
     base = load(folder)
-    tree = Tree(((0,), (1,), (0, 0), (0, 1), (1, 0), (0, 1, 0)))
-    forest = tree.topology.forest
+    tree = DraftTree(((0,), (1,), (0, 0), (0, 1), (1, 0), (0, 1, 0)))
+    forest = tree.as_batch
     prompts = [list(prompt) for prompt in random_prompts(3, seed=5)]
     cache = base.allocate(3, 64)
     base.prefill(prompts, cache, (0, 3))

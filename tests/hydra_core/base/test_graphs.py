@@ -27,16 +27,17 @@ from hydra_core.decoding import Engine, Result, naive_generate
 from hydra_core.errors import InputError
 from hydra_core.heads import HeadDrafter
 from hydra_core.proposers import AdaptiveDrafter, Drafter, NgramDrafter
-from hydra_core.proposers.base import HeadProposer
 from hydra_core.proposers.dynamic import DynamicTreeProposer
+from hydra_core.proposers.heads import HeadProposer
 from hydra_core.proposers.registry import open_proposer
 from hydra_core.sampling import Request
-from hydra_core.tree import PLAIN, Forest, Tree, TreeSet
-from hydra_core.tree.topology import chain
+from hydra_core.tree import PLAIN, DraftTree, TreeBatch, TreeSet
+from hydra_core.tree.batch import chain
 from tests.tiny import make_config
 from tests.trained import overfit_heads, random_heads, random_prompts
 
-TREES = TreeSet({1: Tree(((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 1, 0))), 2: Tree(((0,), (0, 0))), 5: PLAIN})
+TREES = TreeSet({1: DraftTree(((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 1, 0))),
+                 2: DraftTree(((0,), (0, 0))), 5: PLAIN})
 DRAFTERS = ("plain", "ngram", "hydra", "hydra++", "adaptive")
 ASKS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero")
 """Operations whose result the host must wait for."""
@@ -104,7 +105,7 @@ def recordings(engine: Engine) -> dict[tuple[int, int, int], Run]:
     return engine.forward.recorded
 
 
-def drafts(engine: Engine) -> dict[tuple[int, Tree, int, int], Run]:
+def drafts(engine: Engine) -> dict[tuple[int, DraftTree, int, int], Run]:
     """What fixed trees have recorded of their drafting."""
     proposer = engine.proposer
     return proposer.recorded.recorded if isinstance(proposer, HeadProposer) and proposer.recorded is not None else {}
@@ -207,8 +208,8 @@ def test_it_runs_where_no_question_can_be_asked() -> None:
     forward = GraphedForward(base, cache, 12, lambda run: run)
     ids = torch.zeros(3, 5, dtype=torch.int64, device="meta")
     parents = np.array([[-1, 0, 0, 1, 1]])
-    assert forward(ids, Forest.of(parents, 2), 140).shape == (3, 5, 32)  # a fixed tree comes from the host
-    assert forward(ids, Forest.of(parents.repeat(3, 0), 2), 140).shape == (3, 5, 32)
+    assert forward(ids, TreeBatch.of(parents, 2), 140).shape == (3, 5, 32)  # a fixed tree comes from the host
+    assert forward(ids, TreeBatch.of(parents.repeat(3, 0), 2), 140).shape == (3, 5, 32)
     assert list(forward.recorded) == [(4, 8, 192)]
     cache.commit((0, 3), torch.zeros(3, 3, dtype=torch.int64, device="meta"), torch.ones(3, dtype=torch.int64, device="meta"))
 
@@ -228,7 +229,7 @@ def test_rounded_sizes_change_no_state(tiny_base: Base, monkeypatch: pytest.Monk
               torch.tensor([[-1, 0, 1, 2, 3]]), chain(3).parents]
     for parents in shapes:  # of one rounded size and another: what an earlier tree left must not be seen
         ids = torch.randint(3, 259, (3, parents.shape[1]), generator=generator)
-        forest = Forest.of(parents.numpy(), 6)
+        forest = TreeBatch.of(parents.numpy(), 6)
         wanted = tiny_base.forward(ids, cache, (0, 3), forest)
         before = [cache.keys[:, row, :len(prompts[row])].clone() for row in range(6)]
         hidden = forward(ids, forest, int(cache.lengths[:3].max()))
@@ -277,8 +278,8 @@ def test_devices_follow_the_base() -> None:
     """Trees are grown on the host for the device that decodes; one that stays the same goes there once."""
     proposer = open_proposer(NgramDrafter(), TreeSet({1: PLAIN}), 2, 64, device="meta")
     assert isinstance(proposer, DynamicTreeProposer)
-    assert proposer.device.type == "meta" and isinstance(proposer.rates.edges, np.ndarray)
-    forest, meta = TREES.trees[1].topology.forest, torch.device("meta")
+    assert proposer.device.type == "meta" and isinstance(proposer.acceptance.edges, np.ndarray)
+    forest, meta = TREES.trees[1].as_batch, torch.device("meta")
     assert forest.to(meta) is forest.to(meta) and forest.to(meta).parents.device == meta
     assert forest.to(torch.device("cpu")) is forest
 
@@ -321,7 +322,7 @@ def test_cuda_graphs_equal_the_forward(tiny_base_dir: Path, tmp_path: Path, dtyp
     cache = base.allocate(6, 200)
     base.prefill([list(prompt) for prompt in random_prompts(6, seed=3)], cache, (0, 6))
     forward = GraphedForward(base, cache, 12, CudaRecorder(base.device))
-    forest = TREES.trees[1].topology.forest
+    forest = TREES.trees[1].as_batch
     for seed in range(3):
         torch.manual_seed(seed)
         ids = torch.randint(3, 259, (3, forest.size), device="cuda")

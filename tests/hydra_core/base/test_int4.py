@@ -16,10 +16,10 @@ from hydra_core.base.linear import FrozenLinear
 from hydra_core.base.q4_1 import load_codes, unpack_blocks
 from hydra_core.decoding import Engine, compare, naive_generate
 from hydra_core.errors import InputError
-from hydra_core.kernels.library import rows_available
+from hydra_core.kernels import ops
 from hydra_core.proposers import NgramDrafter
 from hydra_core.sampling import Request
-from hydra_core.tree import Tree, TreeSet
+from hydra_core.tree import DraftTree, TreeSet
 from tests.gguf_file import write_gguf
 from tests.trained import overfit_heads, random_prompts
 
@@ -86,14 +86,14 @@ def test_a_row_does_not_depend_on_the_others(rows: int, columns: int) -> None:
 @pytest.mark.parametrize("count", [1, 2, 5, 6, 7, 13, 40])
 def test_our_own_products_are_exact_but_for_their_last_rounding(shape: tuple[int, int], count: int) -> None:
     """Codes, scale and minimum as the file has them, negative scales too; with a bias and without."""
-    if not rows_available():
+    if not ops.bf16_available():
         pytest.skip("this processor has no bf16 dot product in AVX-512, or AMX")
     matrix = unpack_blocks(random_blocks(*shape))
     weight = for_few_rows(matrix, torch.bfloat16)
     assert isinstance(weight, RowsInt4Weight)
     x, bias = torch.randn(count, shape[1]).bfloat16(), torch.randn(shape[0]).bfloat16()
     exact = x.double() @ matrix.dequantise(torch.float64).T
-    for ours, wanted in ((weight(x), exact), (torch.ops.hydra_heads.rows_linear4(x, weight.packed, weight.scales, bias),
+    for ours, wanted in ((weight(x), exact), (ops.linear_int4(x, weight.packed, weight.scales, bias),
                                               exact + bias.double())):
         # half a step of bf16, and float32's own over the sum of sizes
         allowed = wanted.abs() / 256 + 1e-5 * (x.double().abs() @ matrix.dequantise(torch.float64).abs().T + 1)
@@ -134,7 +134,7 @@ def test_answers_are_the_naive_loops(model: str, base: Base, cache: Path) -> Non
     exact = load_base(model, dtype="int4", cache=cache, widen=True)
     requests = [Request(str(i), prompt, 24) for i, prompt in enumerate(prompts)]
     wanted = [naive_generate(base, request) for request in requests]
-    tree = TreeSet({1: Tree(((0,), (1,), (0, 0)))})
+    tree = TreeSet({1: DraftTree(((0,), (1,), (0, 0)))})
     for drafter, trees, batch in ((None, None, 1), (None, None, 8), (NgramDrafter(min_match=1), None, 1), (heads, tree, 1),
                                   (heads, tree, 3)):
         for result, reference in zip(Engine(base, drafter, trees, max_batch_size=batch).generate(requests), wanted, strict=True):

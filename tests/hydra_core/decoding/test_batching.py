@@ -1,4 +1,4 @@
-"""What joining, leaving, sharing and cancelling do to a running batch: to its rows, and to what the drafter remembers."""
+"""Sequences that join, end, share a prefix or are cancelled: effects on the running batch and on the proposer's state."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from hydra_core.heads import HeadDrafter
 from hydra_core.proposers import AdaptiveDrafter, NgramDrafter
 from hydra_core.proposers.dynamic import DynamicTreeProposer
 from hydra_core.sampling import Request
-from hydra_core.tree import Tree, TreeSet
+from hydra_core.tree import DraftTree, TreeSet
 from tests.trained import overfit_heads, random_heads, random_prompts
 
-TREE = TreeSet({1: Tree(((0,), (1,), (0, 0), (0, 1)))})
+TREE = TreeSet({1: DraftTree(((0,), (1,), (0, 0), (0, 1)))})
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def heads(tiny_base: Base) -> HeadDrafter:
 
 @pytest.fixture
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts of a few dozen tokens take several steps, and share their beginnings."""
+    """Make prompts of a few dozen tokens take several steps and share prefixes."""
     for name, value in (("BUSY_TOKENS", 24), ("IDLE_TOKENS", 60), ("CHUNK", 20), ("SHARED_TOKENS", 8), ("SHORT_PROMPT", 8)):
         monkeypatch.setattr(f"hydra_core.decoding.scheduler.{name}", value)
 
@@ -41,8 +41,8 @@ def finish(engine: Engine) -> dict[str, Result]:
     raise AssertionError("the engine never comes to an end")
 
 
-def test_a_group_closes_though_its_longest_is_cancelled(tiny_base: Base, small_steps: None) -> None:
-    """Cancelled when all of the shorter prompts are in the cache already: the others decode, and the next go in."""
+def test_a_prefill_batch_completes_when_its_longest_prompt_is_cancelled(tiny_base: Base, small_steps: None) -> None:
+    """The longest is cancelled when the shorter prompts are in the cache: they decode, and the next request is prefilled."""
     for steps in range(1, 12):
         engine = Engine(tiny_base, max_batch_size=5)
         engine.add(Request("runs", (7, 8, 9), 60, stop_ids=()))
@@ -75,10 +75,10 @@ def test_cancelling_frees_a_row_at_once(tiny_base: Base, heads: HeadDrafter) -> 
 @pytest.mark.parametrize("kind", ["fixed", "adaptive"])
 def test_what_the_drafter_remembers_survives_everything(tiny_base: Base, heads: HeadDrafter, small_steps: None, kind: str,
                                                         monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks, copied beginnings, moved rows, cancellations, and steps drafted without heads: each row's features stay the
-    teacher-forced ones.
+    """Chunks, copied prefixes, moved rows, cancellations, and steps drafted without heads: the features of each sequence equal
+    the teacher-forced ones.
 
-    Tokens would be right whatever the heads read; only acceptance would suffer.
+    Wrong features would not change a token; only acceptance would suffer.
     """
     dice, coin = random.Random(3), random.Random(4)
     used = []
@@ -98,11 +98,11 @@ def test_what_the_drafter_remembers_survives_everything(tiny_base: Base, heads: 
             engine.cancel(dice.choice(sorted(tokens)))
         for output in engine.step():
             tokens[output.id] += output.token_ids
-        copied += sum(start.shared for start in engine.scheduler.group.starts) if engine.scheduler.group else 0
+        copied += sum(prompt.prefix_length for prompt in engine.scheduler.prefill.prompts) if engine.scheduler.prefill else 0
         if kind == "adaptive" and coin.random() < 0.7:
-            continue  # reading the features catches up, as a draft with heads does: mostly let them wait
-        for index, row in enumerate(engine.scheduler.decoding):
-            ids = tokens[row.request.id]
+            continue  # reading the features catches up, as a draft with heads does: mostly leave them pending
+        for index, sequence in enumerate(engine.scheduler.decoding):
+            ids = tokens[sequence.request.id]
             hidden = tiny_base.hidden_states([ids])[0][None]
             mask = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()[None, None]
             wanted = heads.features(hidden, torch.arange(len(ids))[None], mask)[0, -2]  # the newest token is the root
@@ -148,7 +148,7 @@ def test_an_abandoned_stream_leaves_nothing_running(tiny_base: Base) -> None:
 def test_a_list_with_a_fault_is_refused_before_any_work(tiny_base: Base) -> None:
     engine = Engine(tiny_base, max_batch_size=2)
     same = [Request("one", (5, 6), 3), Request("one", (7,), 3)]
-    with pytest.raises(InputError, match="request one: id: stands twice"):
+    with pytest.raises(InputError, match="request one: id: is used by more than one"):
         engine.generate(same)
     assert not engine.has_work
 
@@ -161,7 +161,7 @@ def test_a_list_with_a_fault_is_refused_before_any_work(tiny_base: Base) -> None
     ({"temperature": 1e-9}, "temperature: must be 0 "), ({"prompt_ids": "text"}, "prompt_ids"),
     ({"prompt_ids": (5, 6.0)}, "prompt_ids"), ({"top_p": "0.5"}, "top_p")])
 def test_fields_of_the_wrong_kind(tiny_base: Base, changes: dict[str, object], word: str) -> None:
-    """Refused one by one, and what runs beside them is unharmed."""
+    """Each is refused, and a request that runs at the same time is not affected."""
     engine, good = Engine(tiny_base, max_batch_size=2), Request("good", [5, 6], 5)  # type: ignore[arg-type]
     engine.add(good)
     with pytest.raises(InputError, match=word):
@@ -176,7 +176,7 @@ def test_limits_of_the_engine(tiny_base: Base) -> None:
         Engine(tiny_base, context_limit=-1)
     few = random_heads(tiny_base, "hydra", draft_vocab_size=4)
     with pytest.raises(InputError, match="rank 6 needs more than the 4 tokens"):
-        Engine(tiny_base, few, TreeSet({1: Tree(((6,),))}))
+        Engine(tiny_base, few, TreeSet({1: DraftTree(((6,),))}))
 
 
 def test_stop_strings_without_a_tokenizer(tiny_base: Base, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The promise: whatever drafts, whatever runs beside, the tokens are those of the naive loop."""
+"""The promise: with any drafter and any batch, the tokens are those of the naive loop."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from hydra_core.heads import HeadDrafter
 from hydra_core.proposers import AdaptiveDrafter, NgramDrafter
 from hydra_core.sampling import Request, Sampler, Typical, choices
 from hydra_core.sampling.noise import gumbel, position_key
-from hydra_core.tree import PLAIN, Tree, TreeSet, default_trees
+from hydra_core.tree import PLAIN, DraftTree, TreeSet, default_trees
 from tests.trained import overfit_heads, random_heads, random_prompts
 
-BUSHY = Tree(((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 1, 0)))
+BUSHY = DraftTree(((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 1, 0)))
 DRAFTERS = ("plain", "ngram", "medusa", "hydra", "hydra++", "adaptive")
 
 
@@ -40,7 +40,7 @@ def exact_base(tiny_base_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module")
 def make_engine(tiny_base: Base, trained: dict[str, HeadDrafter]) -> Callable[..., Engine]:
-    def make(name: str, weights: str = "trained", max_batch_size: int = 1, tree: Tree = BUSHY, **changes: int) -> Engine:
+    def make(name: str, weights: str = "trained", max_batch_size: int = 1, tree: DraftTree = BUSHY, **changes: int) -> Engine:
         if name == "plain":
             return Engine(tiny_base, max_batch_size=max_batch_size, **changes)
         if name == "ngram":
@@ -94,7 +94,7 @@ PROCESSORS: list[dict[str, object]] = [
 @pytest.mark.parametrize("settings", PROCESSORS, ids=lambda settings: "-".join(settings))
 def test_every_processor_equals_plain_with_the_same_seed(tiny_base: Base, exact_base: Base, make_engine: Callable[..., Engine],
                                                          settings: dict[str, object]) -> None:
-    """1,000 seeds for each, in a running batch, every drafter with a part of them."""
+    """1,000 seeds for each setting, in a running batch, divided among the drafters."""
     prompts = random_prompts(1000, seed=12, longest=10)
     requests = [Request(f"r{i}", prompt, 10, seed=1000 + i, **settings) for i, prompt in enumerate(prompts)]  # type: ignore[arg-type]
     wanted = [naive_generate(tiny_base, request) for request in requests]
@@ -115,7 +115,7 @@ def test_every_processor_equals_plain_with_the_same_seed(tiny_base: Base, exact_
 
 
 def parted_at_near_tie(exact: Base, request: Request, reference: Result, other: Result) -> bool:
-    """Whether the two tokens where the answers part score within 1e-4 of the best one, logits in float64, same noise."""
+    """Whether both tokens at the first difference score within 1e-4 of the best one, with float64 logits and the same noise."""
     index = next(i for i, (a, b) in enumerate(zip(reference.token_ids, other.token_ids, strict=False)) if a != b)
     logits = exact.logits(exact.hidden_states([[*request.prompt_ids, *reference.token_ids[:index]]])[0][-1:])
     sampler = Sampler(request, exact.vocab_size)
@@ -136,7 +136,7 @@ def test_noise_shared_with_the_drafters_is_accepted_more(make_engine: Callable[.
 
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_choices_share_their_prompt(tiny_base: Base, make_engine: Callable[..., Engine], name: str) -> None:
-    """Several answers to one long prompt: different, each as if alone, and the prompt computed once."""
+    """Several answers to one long prompt differ, each equals its answer alone, and the prompt is computed once."""
     requests = choices(Request("r", tuple(range(3, 203)), 12, temperature=1.0, seed=5, stop_ids=()), 4)
     engine = make_engine(name, max_batch_size=4)
     computed = []
@@ -179,7 +179,7 @@ def test_lossy_mode_is_asked_for_by_name(make_engine: Callable[..., Engine]) -> 
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_prompts_go_in_beside_decoding_rows(tiny_base: Base, make_engine: Callable[..., Engine], name: str,
                                             monkeypatch: pytest.MonkeyPatch) -> None:
-    """A long prompt is taken in pieces, and rows that decode get a token at every step meanwhile."""
+    """A long prompt is computed in chunks, and sequences that decode get a token at every step meanwhile."""
     monkeypatch.setattr("hydra_core.decoding.scheduler.BUSY_TOKENS", 16)
     engine = make_engine(name, max_batch_size=3)
     first = Request("first", (7, 8, 9), 100, stop_ids=())
@@ -222,7 +222,7 @@ def test_cancelled_while_going_in(tiny_base: Base, make_engine: Callable[..., En
 def test_caches_that_do_not_fit_are_refused(tiny_base: Base, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "hydra_core"):
         Engine(tiny_base, max_batch_size=4, context_limit=100)
-    assert "4 rows x 101 tokens: 0.00 GiB, a step: 0.00 GiB" in caplog.text
+    assert "4 sequences x 101 tokens: 0.00 GiB, a step: 0.00 GiB" in caplog.text
     with pytest.raises(InputError, match=r"max_batch_size=1000000000.*lower one"):
         Engine(tiny_base, max_batch_size=10**9)
 
@@ -238,7 +238,7 @@ def test_trained_heads_are_accepted(make_engine: Callable[..., Engine], name: st
 
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_stop_inside_an_accepted_path(tiny_base: Base, make_engine: Callable[..., Engine], name: str) -> None:
-    """Every token of an answer in turn is made the stop token: some stand in the middle of an accepted path."""
+    """Each token of an answer in turn becomes the stop token; some are in the middle of an accepted path."""
     prompt = random_prompts(6, seed=1)[2]
     answer = naive_generate(tiny_base, Request("a", prompt, 30)).token_ids
     requests = [Request(f"s{token}", prompt, 30, stop_ids=(token,)) for token in sorted(set(answer))]
@@ -303,9 +303,9 @@ def test_cancel_frees_the_row_and_harms_nobody(tiny_base: Base, make_engine: Cal
     same(tiny_base, [results[r.id] for r in kept], kept)
 
 
-@pytest.mark.parametrize("tree", [PLAIN, Tree(((0,),)), Tree(tuple((i,) for i in range(7))),
-                                  Tree(((5,), (5, 3), (0,), (5, 3, 1)))])
-def test_any_tree(tiny_base: Base, make_engine: Callable[..., Engine], tree: Tree) -> None:
+@pytest.mark.parametrize("tree", [PLAIN, DraftTree(((0,),)), DraftTree(tuple((i,) for i in range(7))),
+                                  DraftTree(((5,), (5, 3), (0,), (5, 3, 1)))])
+def test_any_tree(tiny_base: Base, make_engine: Callable[..., Engine], tree: DraftTree) -> None:
     requests = requests_for(random_prompts(5, seed=9))
     for name in ("medusa", "hydra", "hydra++"):
         same(tiny_base, make_engine(name, max_batch_size=2, tree=tree).generate(requests), requests)
@@ -315,12 +315,12 @@ def test_restricted_draft_vocabulary_changes_nothing(tiny_base: Base) -> None:
     requests = requests_for(random_prompts(6, seed=10))
     for size in (3, 40):
         heads = random_heads(tiny_base, "hydra++", draft_vocab_size=size)
-        trees = TreeSet({1: Tree(((0,), (1,), (0, 0))), 2: Tree(((0,),)), 3: PLAIN})
+        trees = TreeSet({1: DraftTree(((0,), (1,), (0, 0))), 2: DraftTree(((0,),)), 3: PLAIN})
         same(tiny_base, Engine(tiny_base, heads, trees, max_batch_size=4).generate(requests), requests)
 
 
 def test_features_while_decoding_equal_features_in_training(tiny_base: Base, trained: dict[str, HeadDrafter]) -> None:
-    """What a head reads at the accepted path is what it read teacher forced: no unrolled training is needed."""
+    """On the accepted path a head reads the same features as teacher-forced: no unrolled training is needed."""
     for kind, heads in trained.items():
         engine = Engine(tiny_base, heads, TreeSet({1: BUSHY}), max_batch_size=1)
         request = Request("f", random_prompts(6, seed=1)[3], 30, stop_ids=())
@@ -372,7 +372,7 @@ def test_trees_deeper_than_the_heads_are_refused(tiny_base: Base) -> None:
 
 
 def test_memory_is_flat_over_two_thousand_requests(make_engine: Callable[..., Engine]) -> None:
-    """No tensor is replaced and nothing is kept of a request that is done."""
+    """No tensor is replaced, and nothing is kept of a finished request."""
     engine = make_engine("hydra++", max_batch_size=4, context_limit=64)
     prompts = random_prompts(2200, seed=13, longest=20)
 
@@ -412,7 +412,7 @@ def test_times_and_accepted_lengths_add_up(make_engine: Callable[..., Engine], n
     times = engine.times
     assert max(result.steps for result in results) <= times.steps <= sum(result.steps for result in results)
     assert min(times.prefill, times.draft, times.verify, times.accept, times.commit) > 0
-    assert (times.predicted > 0) == (name in ("ngram", "adaptive")), "grown trees foretell what a step takes"
+    assert (times.predicted > 0) == (name in ("ngram", "adaptive")), "dynamic trees predict the time of a step"
     assert engine.times - times == type(times)()
 
 

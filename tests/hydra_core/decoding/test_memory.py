@@ -1,4 +1,4 @@
-"""What an engine will take, computed beforehand."""
+"""The estimate of an engine's memory against what it allocates."""
 
 from __future__ import annotations
 

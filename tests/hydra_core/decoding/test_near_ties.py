@@ -1,4 +1,4 @@
-"""What counts as the same answer."""
+"""When two answers count as equal."""
 
 from __future__ import annotations
 

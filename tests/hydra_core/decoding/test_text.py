@@ -1,4 +1,4 @@
-"""Pieces joined equal the whole; stop strings cut wherever they fall."""
+"""The joined pieces equal the whole text; stop strings are cut off wherever they are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Strict in every direction: what is missing, extra, misshapen, truncated or another base's is refused by name."""
+"""Loading is strict: missing, extra, misshapen or truncated content, and another base, are refused by name."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from hydra_core.base import Base, load_base
 from hydra_core.errors import InputError
 from hydra_core.heads.checkpoint import DRAFT_IDS, load_checkpoint, save_checkpoint
-from hydra_core.tree import Tree, TreeSet
+from hydra_core.tree import DraftTree, TreeSet
 from tests.tiny import save_tiny
 from tests.trained import random_heads
 
-TREES = TreeSet({1: Tree(((0,), (1,), (0, 0))), 4: Tree(())})
+TREES = TreeSet({1: DraftTree(((0,), (1,), (0, 0))), 4: DraftTree(())})
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Architecture is a choice of fields: each builds, starts as it should, decodes exactly and comes back from disk."""
+"""Every architecture that the fields allow can be built, starts as it should, decodes exactly and survives a checkpoint."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from hydra_core.heads.checkpoint import load_checkpoint, save_checkpoint
 from hydra_core.kernels.library import load_library
 from hydra_core.proposers import AdaptiveDrafter, Drafter, NgramDrafter
 from hydra_core.sampling import Request
-from hydra_core.tree import Tree, TreeSet
-from hydra_core.tree.topology import chain
+from hydra_core.tree import DraftTree, TreeSet
+from hydra_core.tree.batch import chain
 from tests.trained import overfit_heads, random_heads, random_prompts
 
-TREES = TreeSet({1: Tree(((0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)))})
+TREES = TreeSet({1: DraftTree(((0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)))})
 PUBLISHED: dict[str, object] = {"num_blocks": 4, "dropout": 0.2, "normalise_embeddings": False, "final_norm": False}
 FIELDS: dict[str, dict[str, object]] = {
     "default": {}, "gated": {"mlp": "gated"}, "raw embeddings": {"normalise_embeddings": False},
@@ -33,7 +33,7 @@ FIELDS: dict[str, dict[str, object]] = {
 KINDS = ("medusa", "hydra", "hydra++")
 RECURRENT: dict[str, dict[str, object]] = {
     "recurrent": {"recurrent": True}, "recurrent and gated": {"recurrent": True, "mlp": "gated", "num_blocks": 2}}
-"""For the kinds that hear tokens."""
+"""For the kinds that read tokens."""
 MADE = [(kind, name) for kind in KINDS for name in (*FIELDS, *(RECURRENT if kind != "medusa" else ()))]
 FIELDS |= RECURRENT
 NEW = ("recurrent", "mlp", "normalise_embeddings", "final_norm", "hybrid_decay", "head_decay", "mask_lost")
@@ -50,7 +50,7 @@ def test_one_head_for_every_depth_is_fed_with_what_it_made(tiny_base: Base) -> N
     for depth in range(3):
         state = heads.heads[0](torch.cat((state, path[:, depth]), dim=-1))
         torch.testing.assert_close(heads.head_hidden(depth, features, path[:, :depth + 1]), state)
-    with pytest.raises(ValueError, match="recurrent heads hear the tokens drafted before them: not with kind=medusa"):
+    with pytest.raises(ValueError, match="recurrent heads read the tokens drafted before them, which kind=medusa does not"):
         HeadsConfig(kind="medusa", recurrent=True)
 
 
@@ -73,7 +73,7 @@ def test_shapes(tiny_base: Base, kind: str, name: str) -> None:
 
 
 def test_what_each_field_changes(tiny_base: Base) -> None:
-    """Medusa's heads start as the identity, with or without a norm behind; embeddings are scaled only when asked."""
+    """Medusa's heads start as the identity, with or without a final norm; embeddings are scaled only when configured."""
     hidden, tokens = torch.randn(3, tiny_base.vocabulary.width), torch.tensor([5, 9, 70])
     for mlp in ("residual", "gated"):
         bare = random_heads(tiny_base, "medusa", mlp=mlp, final_norm=False, num_blocks=2)
@@ -102,7 +102,7 @@ def test_gated_block_is_the_formula(tiny_base: Base) -> None:
 
 @pytest.mark.parametrize(("kind", "name"), [pair for pair in MADE if pair[1] != "default"])
 def test_answers_equal_naive(tiny_base: Base, kind: str, name: str) -> None:
-    """Fixed tree, grown tree; greedy and sampled; some drafts accepted."""
+    """Fixed and dynamic tree; greedy and sampled; some drafts are accepted."""
     prompts = random_prompts(4, seed=1)
     heads = overfit_heads(tiny_base, kind, prompts, steps=60, **FIELDS[name])
     requests = [Request(f"r{i}", prompt, 24, temperature=(0.0, 0.9)[i // 4], seed=i) for i, prompt in enumerate(prompts * 2)]
@@ -116,7 +116,7 @@ def test_answers_equal_naive(tiny_base: Base, kind: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_packed_weights_draft_alike(tiny_base: Base, name: str) -> None:
-    """What decoding lays out anew gives the same logits but for rounding."""
+    """Packed weights give the same logits up to rounding."""
     heads = random_heads(tiny_base, "hydra++", **FIELDS[name])
     for parameter in heads.parameters():
         nn.init.normal_(parameter, std=0.1)
@@ -153,7 +153,7 @@ def noisy(base: Base, kind: str, **fields: object) -> HeadDrafter:
 @torch.no_grad()
 def test_compiled_heads_draft_as_written(bf16_base: Base, kind: str, name: str, ends: tuple[float, float | None],
                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same logits but for rounding, whatever a head is made of; and of its own logits the very best, in order."""
+    """The same logits up to rounding for every architecture, and exactly the top k of them, in order."""
     monkeypatch.setattr(heads_module, "native_head", lambda *given: None)
     plain, compiled = (noisy(bf16_base, kind, draft_vocab_size=64, **FIELDS[name]) for _ in range(2))
     for heads in (plain, compiled):
@@ -192,7 +192,7 @@ def test_compiled_heads_are_dropped_with_their_weights(bf16_base: Base) -> None:
 
 @torch.no_grad()
 def test_a_compiled_prefix_layer_reads_as_written(bf16_base: Base) -> None:
-    """Ragged rows, in pieces: the same features and the same keys and values but for rounding."""
+    """Ragged rows, in pieces: the same features and the same keys and values up to rounding."""
     layers = [noisy(bf16_base, "hydra++").prefix for _ in range(2)]
     for layer in layers:
         layer.pack()
@@ -212,7 +212,7 @@ def test_a_compiled_prefix_layer_reads_as_written(bf16_base: Base) -> None:
 
 @torch.no_grad()
 def test_a_compiled_prefix_layer_reads_no_more_than_is_there(bf16_base: Base) -> None:
-    """Rows of their own counts: what they make when all is padded, and nothing written past them."""
+    """Rows with different counts: the results of padded rows, and nothing is written past their counts."""
     layer = noisy(bf16_base, "hydra++").prefix
     layer.pack()
     counts, hidden = torch.tensor([1, 7, 3]), torch.randn(3, 7, bf16_base.vocabulary.width).bfloat16()

@@ -18,13 +18,13 @@ from hydra_core.kernels import library
 from hydra_core.kernels.library import library_folder
 from hydra_core.proposers import NgramDrafter
 from hydra_core.sampling import Request
-from hydra_core.tree import Tree
+from hydra_core.tree import DraftTree
 from tests.hydra_core.base.test_decoders import MODELS
 from tests.tiny import make_tokenizer
 from tests.trained import random_prompts
 
 FUSED = [name for name, (_, _, decoder) in MODELS.items() if decoder is FusedDecoder]
-TREE = Tree(((0,), (1,), (0, 0), (0, 1), (1, 0), (0, 1, 0))).topology.forest
+TREE = DraftTree(((0,), (1,), (0, 0), (0, 1), (1, 0), (0, 1, 0))).as_batch
 
 
 @pytest.fixture(params=FUSED)

@@ -12,9 +12,9 @@ from hydra_core.base import native
 from hydra_core.base.layer import LayerWeights
 from hydra_core.base.linear import FrozenLinear
 from hydra_core.base.vocabulary import VocabHead, argmax
-from hydra_core.kernels.library import load_library, rows_available
+from hydra_core.kernels import ops
 
-pytestmark = pytest.mark.skipif(not load_library() or not torch.ops.hydra_heads.rows_available(),
+pytestmark = pytest.mark.skipif(not ops.bf16_compiled(),
                                 reason="this processor has no bf16 dot product in AVX-512")
 
 
@@ -32,13 +32,13 @@ def test_products(shape: tuple[int, int], rows: int, threads: int) -> None:
     """As close as bf16 lets it be, with a bias and without; each row the same to the last bit whatever goes with it."""
     generator = torch.Generator().manual_seed(rows)
     weight, bias, x = (torch.randn(size, generator=generator).bfloat16() for size in (shape, shape[:1], (rows, shape[1])))
-    packed = torch.ops.hydra_heads.rows_pack(weight)
+    packed = ops.pack_weight(weight)
     for added in (None, bias):
-        ours = torch.ops.hydra_heads.rows_linear(x, packed, added)
+        ours = ops.linear(x, packed, added)
         exact = F.linear(x.double(), weight.double(), None if added is None else added.double())
         assert float((ours.double() - exact).abs().max()) <= float(exact.abs().max()) / 256 + 1e-2
         assert float((ours.double() - exact).norm() / exact.norm()) < 0.003
-        alone = torch.cat([torch.ops.hydra_heads.rows_linear(x[i:i + 1], packed, added) for i in range(0, rows, 7)])
+        alone = torch.cat([ops.linear(x[i:i + 1], packed, added) for i in range(0, rows, 7)])
         assert torch.equal(alone, ours[::7])
 
 
@@ -50,9 +50,9 @@ def test_the_largest_is_the_one_of_the_products(rows: int, threads: int) -> None
     fine = torch.randn(3200, 48, generator=generator).bfloat16()
     x = torch.randint(-1, 2, (rows, 48), generator=generator).bfloat16()
     for matrix, added in ((weight, None), (weight, bias), (fine, None)):
-        packed = torch.ops.hydra_heads.rows_pack(matrix)
-        products = torch.ops.hydra_heads.rows_linear(x, packed, added)
-        assert torch.equal(torch.ops.hydra_heads.rows_largest(x, packed, added), argmax(products.float()))
+        packed = ops.pack_weight(matrix)
+        products = ops.linear(x, packed, added)
+        assert torch.equal(ops.linear_argmax(x, packed, added), argmax(products.float()))
         head = VocabHead(matrix, added).for_decoding()
         assert torch.equal(head.argmax(x[None]), argmax(head(x[None])))
 
@@ -60,17 +60,17 @@ def test_the_largest_is_the_one_of_the_products(rows: int, threads: int) -> None
 @pytest.mark.parametrize("width", [48, 576])
 def test_embeddings_brought_to_one(width: int) -> None:
     table, ids = (torch.randn(40, width) * 0.1).bfloat16(), torch.tensor([[3, 39], [0, 3]])
-    ours = torch.ops.hydra_heads.rows_embedded(table, ids, 1e-5)
+    ours = ops.embed_rms_norm(table, ids, 1e-5)
     exact = F.rms_norm(table[ids].double(), (width,), eps=1e-5)
     assert ours.shape == exact.shape and float((ours.double() - exact).norm() / exact.norm()) < 0.003
     with pytest.raises(RuntimeError, match="outside the vocabulary"):
-        torch.ops.hydra_heads.rows_embedded(table, torch.tensor([40]), 1e-5)
+        ops.embed_rms_norm(table, torch.tensor([40]), 1e-5)
 
 
 def test_it_is_what_decoding_multiplies_by() -> None:
-    if not rows_available():
+    if not ops.bf16_available():
         pytest.skip("its tiles could not be compiled here")
-    assert FrozenLinear.of(torch.randn(64, 48).bfloat16()).layout == "rows"
+    assert FrozenLinear.of(torch.randn(64, 48).bfloat16()).layout == "blocked"
     assert FrozenLinear.of(torch.randn(40, 48).bfloat16()).layout == "onednn"
     assert FrozenLinear.of(torch.randn(64, 48)).layout == "plain"
 

@@ -10,7 +10,7 @@ import torch
 from hydra_core.base import load_base
 from hydra_core.base.fused import FusedDecoder
 from hydra_core.decoding import Engine, naive_generate
-from hydra_core.kernels.triton import WIDEST, reason_unavailable
+from hydra_core.kernels.triton import MAX_WIDTH, reason_unavailable
 from hydra_core.proposers import NgramDrafter
 from hydra_core.sampling import Request
 from tests.hydra_core.kernels.test_library import folder, steps  # noqa: F401
@@ -28,7 +28,7 @@ def test_where_they_are_not_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason_unavailable(cuda, torch.bfloat16, 576, 64) is None
     assert reason_unavailable(cuda, torch.float64, 576, 64) == "dtype torch.float64"
     assert reason_unavailable(cuda, torch.float32, 576, 80) == "width 576, head width 80"
-    assert reason_unavailable(cuda, torch.float32, WIDEST + 1, 64) is not None
+    assert reason_unavailable(cuda, torch.float32, MAX_WIDTH + 1, 64) is not None
 
 
 @needs_cuda

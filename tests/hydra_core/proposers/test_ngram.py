@@ -1,4 +1,4 @@
-"""Prompt lookup against the search it stands for."""
+"""Prompt lookup against a plain search."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hydra_core.proposers.ngram import KEPT_ENDS, LONGEST_MATCH, Match, NgramDra
 
 
 def slow_match(tokens: list[int], drafter: NgramDrafter, length: int) -> Match:
-    """Longest n-gram first; of its latest occurrences the one that agrees for longest, then the latest."""
+    """Longest n-gram first; among its latest occurrences the one with the longest agreement, then the latest."""
     for size in range(drafter.max_match, drafter.min_match - 1, -1):
         starts = [start for start in range(len(tokens) - size) if tokens[start:start + size] == tokens[-size:]][-KEPT_ENDS:]
         if not starts:

@@ -81,7 +81,7 @@ def test_few_tokens_need_their_noise(temperature: float) -> None:
 
 @pytest.mark.parametrize("spread", [0.01, 1.0, 30.0])
 def test_flat_and_sharp_draws_are_the_same_alone_and_together(spread: float) -> None:
-    """However many tokens can win, and whatever settings the rows beside ask for."""
+    """With few or many probable tokens, and with other settings in the same batch."""
     logits = spread * torch.randn(12, 5000, generator=torch.Generator().manual_seed(1))
     settings: list[dict[str, Any]] = [{"temperature": 1.0}, {"temperature": 0.7}, {"temperature": 1.0, "top_k": 5}, {}]
     samplers = [Sampler(Request("r", (0,), 9, seed=row, **settings[row % 4]), 5000) for row in range(12)]
@@ -136,7 +136,7 @@ def test_logprobs() -> None:
     assert token_logprob(logits, 7, 0).top == ()
 
 
-def test_the_first_of_equals_is_the_likeliest() -> None:
+def test_argmax_is_the_first_of_equals() -> None:
     logits = torch.randint(0, 4, (3, 5, 1000), generator=torch.Generator().manual_seed(0)).float()
     logits[0, 0], logits[1, 1, 7] = 0.0, torch.inf
     assert torch.equal(argmax(logits), logits.argmax(-1)) and int(argmax(logits)[0, 0]) == 0

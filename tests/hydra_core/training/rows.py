@@ -1,4 +1,4 @@
-"""Rows whose every value says where it came from."""
+"""Rows in which every value tells its row and position."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ def test_equal_probabilities_share_the_gradient(loss: Literal["acceptance", "hyb
 
 
 def test_a_hopeless_head_still_gets_a_gradient() -> None:
-    """Overlaps of 1e-35 and of nothing at all: the loss stays finite, its slope stays at most 1."""
+    """Overlaps of 1e-35 and of exactly 0: the loss stays finite, and its slope at most 1."""
     logits = torch.tensor([[0.0, 80.0, 0.0], [0.0, 500.0, 0.0]], requires_grad=True)
     target = TeacherTarget(torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([0, 0]), "acceptance")
     loss = chunked_loss(logits, lambda part: part, target)

@@ -1,4 +1,4 @@
-"""A drafter under training: its loss and counts against a loop over rows, heads and positions."""
+"""A drafter in training: its loss and counts against a loop over rows, heads and positions."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_known_normalisers_change_nothing(tiny_base: Base) -> None:
 @pytest.mark.parametrize("kind, loss", [("medusa", "data"), ("hydra++", "teacher"), ("hydra", "acceptance"),
                                         ("hydra++", "hybrid")])
 def test_plain_losses_are_the_same(tiny_base: Base, kind: str, loss: str) -> None:
-    """Every head by itself, its softmax whole, as others train: value and gradients of the chunked way."""
+    """Each head separately with the whole softmax, as usual elsewhere: the same value and gradients as the chunked loss."""
     torch.manual_seed(3)
     vocab = DraftVocab.rank(torch.arange(tiny_base.vocab_size), 150, tiny_base.stop_ids)
     drafter = build_drafter(HeadsConfig(kind=kind, loss=loss, num_heads=3), tiny_base.vocabulary, vocab)

@@ -1,4 +1,4 @@
-"""What heads are asked to learn: which positions count, how much each head weighs, and that every choice learns."""
+"""Training objectives: which positions count, the weight of each head, and that every choice learns."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def make(base: Base, kind: str, **fields: object) -> tuple[HeadTraining, list[Fe
 
 
 def learn(model: HeadTraining, rows: list[FeatureRow], steps: int) -> list[float]:
-    """The loss before each of so many steps over the same rows."""
+    """The loss before each of `steps` steps over the same rows."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     curve = []
     for _ in range(steps):
@@ -77,7 +77,7 @@ def by_hand(base: Base, drafter: HeadDrafter, rows: list[FeatureRow]) -> tuple[l
 @pytest.mark.parametrize("kind", ["medusa", "hydra", "hydra++"])
 @pytest.mark.parametrize("loss", ["data", "teacher", "acceptance", "hybrid"])
 def test_masking_equals_the_loop(tiny_base: Base, kind: str, loss: str) -> None:
-    """Values and gradients, of heads that learnt enough to be right at times."""
+    """Values and gradients, of heads that have learned enough to be right sometimes."""
     model, rows = make(tiny_base, kind, loss="data")
     learn(model, rows, 30)
     trained = model.drafter.state_dict()
@@ -98,8 +98,8 @@ def test_masking_equals_the_loop(tiny_base: Base, kind: str, loss: str) -> None:
 
 @pytest.mark.parametrize("prompt", [1, 4])
 def test_where_the_first_head_is_always_wrong(tiny_base: Base, prompt: int) -> None:
-    """Later heads learn only where the first one was not asked, its target being the prompt's: one position more a head and
-    row, if the prompt reaches so far. Every parameter gets a gradient all the same."""
+    """Later heads learn only where the first one is skipped, since its target lies in the prompt: one more position per head and
+    row, if the prompt is long enough. Every parameter gets a gradient all the same."""
     model, rows = make(tiny_base, "hydra++", mask_lost=True)
     model.index_of = torch.full_like(model.index_of, -1)
     rows = [FeatureRow(row.token_ids, prompt, row.hidden) for row in rows]

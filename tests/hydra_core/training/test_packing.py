@@ -44,7 +44,7 @@ def test_lines_hold_all_rows_and_never_overflow() -> None:
 
 
 def test_prefix_layer_gives_the_same_features_packed_or_alone(tiny_base) -> None:  # type: ignore[no-untyped-def]
-    """A row's features do not depend on who shares its line."""
+    """A row's features do not depend on the other rows of its line."""
     vocabulary = tiny_base.vocabulary
     torch.manual_seed(0)
     drafter = build_drafter(HeadsConfig(kind="hydra++"), vocabulary, DraftVocab.rank(torch.ones(vocabulary.size), 64))
@@ -62,7 +62,7 @@ def test_prefix_layer_gives_the_same_features_packed_or_alone(tiny_base) -> None
 
 @pytest.mark.parametrize("width", [None, 20])
 def test_prefix_layer_makes_what_is_wanted_as_it_makes_all(tiny_base, width: int | None) -> None:  # type: ignore[no-untyped-def]
-    """Features and gradients; lines of which one wants more than another, one nothing."""
+    """Features and gradients of lines with different numbers of wanted positions, one with none."""
     vocabulary = tiny_base.vocabulary
     torch.manual_seed(0)
     drafter = build_drafter(HeadsConfig(kind="hydra++"), vocabulary, DraftVocab.rank(torch.ones(vocabulary.size), 64))

@@ -1,4 +1,4 @@
-"""The model of a step's seconds: what was measured where it was measured, straight lines between and beyond."""
+"""The cost model of a step: measured values at measured points, linear between and beyond them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ rises = st.lists(st.floats(0.0, 5.0), min_size=200, max_size=200)
 
 
 def growing(steps: list[float]) -> StepCosts:
-    """Any costs that never fall in nodes, rows or context, and where a node costs the more the more rows there are."""
+    """Any costs that never fall in nodes, batch size or context, and where a node costs more in a larger batch."""
     rise = iter(steps)
     verify: dict[int, dict[int, float]] = {}
     plain, per_node = 1.0, dict.fromkeys(NODES[1:], 0.0)
@@ -65,7 +65,7 @@ def test_more_never_costs_less(steps: list[float], batch: int, nodes: int, conte
 
 
 def test_context_is_laid_on_the_shape_of_short_ones() -> None:
-    """A step up between two nodes that only the short context knows stands in the long one too."""
+    """A jump between two node counts that was measured at the short context alone appears at the long one too."""
     costs = StepCosts({1: {1: 10.0, 8: 12.0, 9: 20.0, 16: 21.0}}, {1: {0: 0.0}}, 256, {2048: {1: {1: 13.0, 16: 27.0}}})
     assert costs.verify_seconds(1, 9, 2048) - costs.verify_seconds(1, 8, 2048) == pytest.approx(8.2)
     assert costs.verify_seconds(1, 1, 1152) == pytest.approx(11.5)                 # linear in context

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hydra_core.tree import PLAIN, Tree
+from hydra_core.tree import PLAIN, DraftTree
 from hydra_core.tree.costs import StepCosts
 from hydra_core.tree.search import (
     Choice,
@@ -51,8 +51,8 @@ def test_no_other_tree_of_that_size_accepts_more_over_all_positions() -> None:
     best = 0
     for chosen in itertools.combinations(paths, 3):
         if all(not path[:-1] or path[:-1] in chosen for path in chosen):
-            best = max(best, int(accepted_lengths(Tree(chosen), ranks).sum()))
-    assert int(accepted_lengths(Tree(rank_paths(rows, 3)), ranks).sum()) == best
+            best = max(best, int(accepted_lengths(DraftTree(chosen), ranks).sum()))
+    assert int(accepted_lengths(DraftTree(rank_paths(rows, 3)), ranks).sum()) == best
 
 
 def test_joint_counts_not_products() -> None:
@@ -72,7 +72,7 @@ def choices(verify: dict[int, float], draft: dict[int, float]) -> list[Choice]:
 
 def test_the_tree_follows_the_cost() -> None:
     cheap = best_choice(choices({1: 1.0, 4: 1.1}, {0: 0.0, 3: 0.1}))
-    assert cheap.tree == Tree(((0,), (0, 0), (0, 0, 0)))
+    assert cheap.tree == DraftTree(((0,), (0, 0), (0, 0, 0)))
     rows = RankRows(torch.zeros(30, 3, dtype=torch.int64), (10, 10, 10))
     assert cheap.tokens_per_step == walk(cheap.tree, rows).tokens_per_step
     assert cheap.gain == pytest.approx(cheap.tokens_per_step / 1.2)
@@ -138,17 +138,17 @@ def test_a_depth_is_timed_with_a_tree_of_about_sixteen_nodes() -> None:
 
 
 def test_where_a_deep_head_is_dear_nodes_go_to_the_shallow_ones() -> None:
-    """Of three nodes (0, 0) comes true more often than (1,), but costs a second head."""
+    """With three nodes, (0, 0) is right more often than (1,), but costs a second head."""
     rows = rows_of([(0, 0)] * 30 + [(1, 5)] * 6 + [(5, 5)] * 2)
     trees = candidate_trees(rows, 3)
-    assert nested_trees(rows, 3)[-1] == Tree(((0,), (0, 0)))
+    assert nested_trees(rows, 3)[-1] == DraftTree(((0,), (0, 0)))
     for second, wanted in ((0.1, ((0,), (0, 0))), (0.9, ((0,), (1,)))):
         costs = StepCosts({1: {1: 1.0, 3: 1.1}}, {1: {0: 0.0, 1: 0.1, 2: second}})
-        assert best_of_each_size(score_trees(trees, rows, costs, [1])[1])[2].tree == Tree(wanted)
+        assert best_of_each_size(score_trees(trees, rows, costs, [1])[1])[2].tree == DraftTree(wanted)
 
 
 def test_a_tie_takes_the_smaller_tree() -> None:
-    tied = [Choice(1, PLAIN, 1.0, 1.0, 1.0), Choice(1, Tree(((0,),)), 2.0, 2.0, 1.0)]
+    tied = [Choice(1, PLAIN, 1.0, 1.0, 1.0), Choice(1, DraftTree(((0,),)), 2.0, 2.0, 1.0)]
     assert best_choice(tied).tree == PLAIN
     with pytest.raises(ValueError, match="plain"):
         best_choice(tied[1:])

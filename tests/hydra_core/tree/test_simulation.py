@@ -11,12 +11,12 @@ from hydra_core.heads import DraftVocab, HeadsConfig, build_drafter
 from hydra_core.sampling import Request
 from hydra_core.training.packing import FeatureRow, pack_rows
 from hydra_core.training.ranks import rank_rows
-from hydra_core.tree import PLAIN, Tree, TreeSet
+from hydra_core.tree import PLAIN, DraftTree, TreeSet
 from hydra_core.tree.simulation import MISS, RankRows, Walk, accepted_lengths, walk, walk_steps
 
 
 def test_accepted_length_is_the_longest_path_that_begins_the_tuple() -> None:
-    tree = Tree(((0,), (1,), (0, 0), (0, 2), (0, 2, 1)))
+    tree = DraftTree(((0,), (1,), (0, 0), (0, 2), (0, 2, 1)))
     ranks = torch.tensor([[0, 2, 1], [0, 2, 0], [0, 1, 1], [1, 0, 0], [2, 0, 0], [MISS, 0, 0], [0, 0, 1]])
     assert accepted_lengths(tree, ranks).tolist() == [3, 2, 1, 1, 0, 0, 2]
 
@@ -29,7 +29,7 @@ def test_the_drawing_by_hand() -> None:
 
 def test_the_last_step_may_be_cut_by_the_end_of_the_row() -> None:
     rows = RankRows(torch.zeros(5, 4, dtype=torch.int64), (5,))
-    assert walk(Tree(((0,), (0, 0), (0, 0, 0))), rows) == Walk(steps=2, tokens=5)
+    assert walk(DraftTree(((0,), (0, 0), (0, 0, 0))), rows) == Walk(steps=2, tokens=5)
 
 
 def test_plain_is_one_token_a_step_and_counts_add_up() -> None:
@@ -41,12 +41,12 @@ def test_plain_is_one_token_a_step_and_counts_add_up() -> None:
 
 def test_a_tree_deeper_than_the_heads_is_refused() -> None:
     with pytest.raises(ValueError, match="deeper than the 1 heads"):
-        walk(Tree(((0,), (0, 0))), RankRows(torch.zeros(2, 1, dtype=torch.int64), (2,)))
+        walk(DraftTree(((0,), (0, 0))), RankRows(torch.zeros(2, 1, dtype=torch.int64), (2,)))
 
 
 TREES = {
-    "chain": Tree(((0,), (0, 0), (0, 0, 0), (0, 0, 0, 0))),
-    "bushy": Tree(((0,), (1,), (2,), (5,), (0, 0), (0, 1), (1, 0), (2, 3), (0, 0, 0), (0, 1, 2), (0, 0, 0, 1))),
+    "chain": DraftTree(((0,), (0, 0), (0, 0, 0), (0, 0, 0, 0))),
+    "bushy": DraftTree(((0,), (1,), (2,), (5,), (0, 0), (0, 1), (1, 0), (2, 3), (0, 0, 0), (0, 1, 2), (0, 0, 0, 1))),
     "plain": PLAIN,
 }
 

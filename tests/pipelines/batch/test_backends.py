@@ -184,7 +184,7 @@ def test_over_http(monkeypatch: pytest.MonkeyPatch) -> None:
         own = {"messages": [], "model": "other", "seed": 9, "stream": True}
         assert backend.ask(BatchRow("c", 3, url="/v1/chat/completions", body=own)).status == 200
         assert came[-1][2] == {"messages": [], "model": "other", "seed": 9, "max_tokens": 8}  # as through the handle
-        assert backend.ask(BatchRow("d", 4, prompt="x")).message == "the endpoint's answer is not in OpenAI's shape"
+        assert backend.ask(BatchRow("d", 4, prompt="x")).message == "the endpoint's answer is not in OpenAI's format"
         assert backend.ask(BatchRow("e", 5, prompt="x")).status == 500
 
 

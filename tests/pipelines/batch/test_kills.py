@@ -77,7 +77,7 @@ def test_a_killed_replica_or_worker_costs_no_row(local_ray: None, tiny_base_dir:
     """At a random moment from its start on; its queue is full all the while."""
     path = write_rows(storage.parent / "in.jsonl", 150)
     make: Callable[..., RunConfig] = lambda **changes: config_for(  # noqa: E731
-        storage, tiny_base_dir, batch__input=str(path), batch__rows_per_file=4, batch__concurrency=16, serve__max_batch=2,
+        storage, tiny_base_dir, batch__input=str(path), batch__rows_per_file=4, batch__concurrency=16, serve__max_batch_size=2,
         serve__max_queued=1, serve__replicas=2, batch__max_new_tokens=60, batch__output=str(storage / "out"), **changes)
     killed: list[psutil.Process] = []
 

@@ -63,7 +63,7 @@ def test_what_was_answered_is_written_when_something_breaks(monkeypatch: pytest.
     with pytest.raises(RuntimeError, match="broken"):
         work.answer(BatchRow(str(number), number, prompt="x") for number in range(50))
     found = deduplicate(tmp_path / "rows", "jsonl", BATCH)
-    assert len(found.ids) == work.writer.done >= 14 and work.backend.retry_policy.over
+    assert len(found.ids) == work.writer.done >= 14 and work.backend.retry_policy.stopped
 
 
 def test_those_done_at_the_same_time_as_a_fault_are_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

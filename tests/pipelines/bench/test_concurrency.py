@@ -1,4 +1,4 @@
-"""The load of `bench`: what clients see by hand, figures by hand, answers that stay the same, stopped and gone on with."""
+"""The closed-loop part of `bench`: figures by hand, answers that stay the same, stopped and continued."""
 
 from __future__ import annotations
 
@@ -15,15 +15,21 @@ from hydra_core.decoding import Engine, Result, StepOutput, naive_generate
 from hydra_core.errors import InputError
 from hydra_core.heads.checkpoint import save_checkpoint
 from hydra_core.sampling import Request
-from hydra_core.tree import Tree, TreeSet
-from pipelines.bench import concurrency as bench_load
-from pipelines.bench.concurrency import LoadRow, drive, make_requests, measure_load, read_load, summarise_load
-from pipelines.bench.concurrency_report import load_markdown, load_metrics, load_table, plot_load
+from hydra_core.tree import DraftTree, TreeSet
+from pipelines.bench.concurrency import (
+    ConcurrencyRow,
+    make_requests,
+    measure_concurrency,
+    read_concurrency,
+    run_closed_loop,
+    summarise_concurrency,
+)
+from pipelines.bench.concurrency_report import concurrency_markdown, concurrency_metrics, concurrency_table, plot_concurrency
 from pipelines.bench.latency import measure
 from pipelines.bench.plan import BenchPlan, Question, make_drafter
 from pipelines.bench.stage import _plan as make_plan
 from pipelines.bench.stage import run_bench
-from pipelines.config import RunConfig, load_config
+from pipelines.config import BaseSection, RunConfig, load_config
 from pipelines.tracking import Tracker
 from tests.trained import overfit_heads, random_prompts
 
@@ -35,7 +41,7 @@ QUESTIONS = [Question(str(number), "all", prompt) for number, prompt in enumerat
 def heads(tiny_base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
     drafter = overfit_heads(tiny_base, "hydra++", [question.prompt_ids for question in QUESTIONS])
     folder = tmp_path_factory.mktemp("heads") / "heads"
-    save_checkpoint(folder, drafter, tiny_base.identity, TreeSet({1: Tree(((0,), (1,), (0, 0))), 2: Tree(((0,),))}), {})
+    save_checkpoint(folder, drafter, tiny_base.identity, TreeSet({1: DraftTree(((0,), (1,), (0, 0))), 2: DraftTree(((0,),))}), {})
     return folder
 
 
@@ -91,16 +97,16 @@ def test_what_clients_see_by_hand() -> None:
     engine = Scripted([[("a", 1, False), ("b", 1, False), ("b", 2, False)],  # b's prompt and its first step at once
                        [], [("a", 4, True), ("b", 1, False)], [("b", 1, True), ("c", 1, True)]])
     requests = [Request(name, (5,), 9) for name in "abc"]
-    seen = drive(engine, requests, 2, clock=ticking().__next__)  # type: ignore[arg-type]
+    seen = run_closed_loop(engine, requests, 2, clock=ticking().__next__)  # type: ignore[arg-type]
     assert engine.added == ["a", "b", "c"] and engine.most == 2 and seen.results.keys() == {"a", "b", "c"}
     assert seen.seconds == pytest.approx(0.08)
     assert seen.first_token == pytest.approx([0.02, 0.01, 0.01])
     assert seen.between == pytest.approx([0.005] * 4 + [0.02, 0.02])  # four tokens 20 ms after the last: 5 ms each
 
 
-def row(number: int, level: int, method: str, seconds: float, *, row_steps: int = 100, answers: str = "abcd") -> LoadRow:
+def row(number: int, level: int, method: str, seconds: float, *, row_steps: int = 100, answers: str = "abcd") -> ConcurrencyRow:
     """Four answers of 26 tokens."""
-    return LoadRow(number, level, method, 104, seconds, row_steps // level, row_steps, (seconds / 100, seconds / 10),
+    return ConcurrencyRow(number, level, method, 104, seconds, row_steps // level, row_steps, (seconds / 100, seconds / 10),
                    (seconds / 50, seconds / 20), tuple(answers))
 
 
@@ -109,7 +115,7 @@ ROWS = [row(0, 4, "plain", 8.0), row(0, 4, "hydra", 4.0, row_steps=50, answers="
 
 
 def test_figures_by_hand() -> None:
-    found = summarise_load(ROWS)
+    found = summarise_concurrency(ROWS)
     assert list(found) == ["1", "4"] and list(found["4"]) == ["plain", "hydra"]
     hydra = found["4"]["hydra"]
     assert (hydra["rounds"], hydra["requests"], hydra["tokens"]) == (3, 12, 312)
@@ -124,16 +130,16 @@ def test_figures_by_hand() -> None:
 
 def test_shown_in_every_form(tmp_path: Path) -> None:
     short = replace(row(0, 16, "hydra", 1.0), between=None, steps=0, row_steps=0)
-    found = summarise_load([*ROWS, row(0, 1, "hydra", 1.0), short])
-    cells = load_table(found)
+    found = summarise_concurrency([*ROWS, row(0, 1, "hydra", 1.0), short])
+    cells = concurrency_table(found).rows
     assert [entry[:2] for entry in cells] == [("1", "hydra"), ("1", "plain"), ("4", "hydra"), ("4", "plain"), ("16", "hydra")]
     assert cells[2][2:] == ("24", "2.00x", "2.00 - 2.50", "40.0 / 400.0", "80.0 / 200.0", "4.2", "2.00", "92 %")
     assert cells[4][3:] == ("-", "-", "10.0 / 100.0", "- / -", "-", "-", "-")  # no plain beside it, one token an answer
-    assert "| 4 | hydra | 24 | 2.00x |" in load_markdown(found) and load_markdown({}) == ""
-    metrics = load_metrics(found)
+    assert "| 4 | hydra | 24 | 2.00x |" in concurrency_markdown(found) and concurrency_markdown({}) == ""
+    metrics = concurrency_metrics(found)
     assert metrics["load.4.hydra.speed_vs_plain"] == metrics["load.4.hydra.spread_low"] == 2.0
     assert "load.16.hydra.speed_vs_plain" not in metrics
-    plot_load(found, tmp_path / "load.png")
+    plot_concurrency(found, tmp_path / "load.png")
     assert [path.name for path in tmp_path.iterdir()] == ["load.png"]
     assert (tmp_path / "load.png").read_bytes().startswith(b"\x89PNG")
 
@@ -162,7 +168,7 @@ def test_fewer_requests_than_are_to_be_in_flight(tiny_base_dir: Path, tmp_path: 
 def test_answers_are_those_of_requests_alone(plan: BenchPlan, tiny_base: Base, method: str, level: int) -> None:
     engine = Engine(tiny_base, *make_drafter(method, plan, tiny_base, measured=False), max_batch_size=level, context_limit=120)
     requests = make_requests(QUESTIONS, 8, plan)
-    seen = drive(engine, requests, level)
+    seen = run_closed_loop(engine, requests, level)
     assert len(seen.first_token) == len(seen.results) == 8 and seen.seconds > 0 and min(seen.between) > 0
     for request in requests:
         assert seen.results[request.id].token_ids == naive_generate(tiny_base, request).token_ids
@@ -170,33 +176,34 @@ def test_answers_are_those_of_requests_alone(plan: BenchPlan, tiny_base: Base, m
 
 def test_stopped_and_gone_on_with(plan: BenchPlan, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = replace(plan, methods=("plain", "transformers", "hydra++"))  # whose step costs nobody has to measure
-    path = Path(plan.load_file)
-    measure_load(plan, QUESTIONS)
-    rows = read_load(path)
+    path = Path(plan.concurrency_file)
+    measure_concurrency(plan, QUESTIONS)
+    rows = read_concurrency(path)
     assert [(row.round, row.level, row.method) for row in rows] == [
         (0, 1, "plain"), (0, 1, "hydra++"), (0, 3, "hydra++"), (0, 3, "plain"),
         (1, 1, "hydra++"), (1, 1, "plain"), (1, 3, "plain"), (1, 3, "hydra++")]
     assert all(row.seconds > 0 and row.steps <= row.row_steps <= row.level * row.steps for row in rows)
-    found = summarise_load(rows)
+    found = summarise_concurrency(rows)
     assert {name: figures["identical"] for name, figures in found["3"].items()} == {"plain": 1.0, "hydra++": 1.0}
     assert found["1"]["hydra++"]["tokens_per_step"] > 1.2 and found["3"]["plain"]["rows_running"] > 1.5
 
     text = path.read_text(encoding="utf-8").splitlines(keepends=True)
     path.write_text("".join(text[:6]) + text[6][:30], encoding="utf-8")  # as a kill leaves it
-    measure_load(plan, QUESTIONS)
-    assert read_load(path)[:6] == rows[:6]
-    assert [(row.level, row.method, row.answers) for row in read_load(path)] == [
+    measure_concurrency(plan, QUESTIONS)
+    assert read_concurrency(path)[:6] == rows[:6]
+    assert [(row.level, row.method, row.answers) for row in read_concurrency(path)] == [
         (row.level, row.method, row.answers) for row in rows]
-    monkeypatch.setattr(bench_load, "load_base", None)
-    measure_load(plan, QUESTIONS)  # nothing is left to do
+    monkeypatch.setattr(BaseSection, "load", None)
+    measure_concurrency(plan, QUESTIONS)  # nothing is left to do
 
 
 def test_a_load_that_does_not_fit_is_told_before_anything_is_timed(plan: BenchPlan) -> None:
     plan = replace(plan, single=True, concurrency=(1, 10_000_000))
-    with pytest.raises(InputError, match=r"bench\.concurrency: 10000000 requests at once with plain: .* GiB are free on cpu") as told:
+    words = r"bench\.concurrency: 10000000 requests at once with plain: .* GiB are free on cpu"
+    with pytest.raises(InputError, match=words) as told:
         measure(plan, QUESTIONS)
     assert "\n" not in str(told.value)
-    assert not Path(plan.rows_file).exists() and not Path(plan.load_file).exists()
+    assert not Path(plan.rows_file).exists() and not Path(plan.concurrency_file).exists()
 
 
 @pytest.mark.slow

@@ -16,15 +16,15 @@ from hydra_core.decoding import naive_generate
 from hydra_core.errors import InputError
 from hydra_core.heads.checkpoint import save_checkpoint
 from hydra_core.sampling import Request
-from hydra_core.tree import Tree, TreeSet
+from hydra_core.tree import DraftTree, TreeSet
 from pipelines.bench.latency import make_contenders
-from pipelines.bench.losslessness import IdentityRow, read_identity
+from pipelines.bench.losslessness import LosslessnessRow, read_losslessness
 from pipelines.bench.plan import Question, Row, read_rows
-from pipelines.bench.report import summarise, table_rows
+from pipelines.bench.questions import prompt_of
+from pipelines.bench.report import method_table, summarise
 from pipelines.bench.stage import _plan as bench_plan
 from pipelines.bench.stage import load_questions, run_bench
 from pipelines.bench.throughput import BatchRow, make_requests, summarise_batches
-from pipelines.bench.turns import prompt_of
 from pipelines.config import RunConfig, load_config
 from pipelines.promote.stage import choose_winner, run_promote
 from pipelines.rows.parquet_parts import write_part
@@ -50,9 +50,10 @@ def test_figures_by_hand() -> None:
     rows = [row("plain", "a", 11, 1.0), row("plain", "b", 21, 1.0),
             row("hydra", "a", 11, 0.5, steps=5), row("hydra", "b", 21, 0.25, steps=10, answer=1),
             row("transformers", "a", 11, 2.0), row("transformers", "b", 21, 4.0)]
-    identity = [IdentityRow("a", "hydra", "fp32", 1, "identical"), IdentityRow("b", "hydra", "fp32", 8, "near-tie", 3, 1e-6),
-                IdentityRow("a", "plain", "fp32", 1, "different", 0, 2.0),
-                IdentityRow("b", "hydra", "bf16", 0, "different", 0, 2.0)]
+    identity = [LosslessnessRow("a", "hydra", "fp32", 1, "identical"),
+                LosslessnessRow("b", "hydra", "fp32", 8, "near-tie", 3, 1e-6),
+                LosslessnessRow("a", "plain", "fp32", 1, "different", 0, 2.0),
+                LosslessnessRow("b", "hydra", "bf16", 0, "different", 0, 2.0)]
     found = summarise(rows, identity)
     assert found["plain"]["tokens_per_step"] == found["plain"]["speed_vs_plain"] == found["plain"]["identical"] == 1.0
     hydra = found["hydra"]
@@ -65,7 +66,7 @@ def test_figures_by_hand() -> None:
     assert hydra["fp32"] == {"answers": 2, "identical": 1, "near_tie": 1, "different": 0}
     assert hydra["differing"] == {"answers": 1, "identical": 0, "near_tie": 0, "different": 1}
     assert found["plain"]["fp32"]["different"] == 1 and found["transformers"]["fp32"] is None
-    cells = table_rows(found)
+    cells = method_table(found, "all", "bf16").rows
     assert [row[0] for row in cells] == ["hydra", "plain", "transformers"]
     assert cells[0][6:] == ("50 %, 1 not near-ties", "1 + 1 near-ties of 2")
 
@@ -102,16 +103,16 @@ def figures(speed: float | None, different: int | None = 0, timed: int = 0, int4
 
 @pytest.mark.parametrize(("methods", "winner", "word"), [
     ({"hydra": figures(1.4), "ngram": figures(1.6)}, "ngram", "1.60x"),
-    ({"hydra": figures(1.4), "ngram": figures(1.6, different=1)}, "hydra", "identity unproved or broken: ngram"),
-    ({"hydra": figures(1.4), "ngram": figures(1.6, timed=1)}, "hydra", "identity unproved or broken: ngram"),
-    ({"hydra": figures(1.4), "ngram": figures(1.6, int4=1)}, "hydra", "identity unproved or broken: ngram"),
+    ({"hydra": figures(1.4), "ngram": figures(1.6, different=1)}, "hydra", "not shown to be lossless: ngram"),
+    ({"hydra": figures(1.4), "ngram": figures(1.6, timed=1)}, "hydra", "not shown to be lossless: ngram"),
+    ({"hydra": figures(1.4), "ngram": figures(1.6, int4=1)}, "hydra", "not shown to be lossless: ngram"),
     ({"hydra": figures(1.4, different=None)}, "plain", "not considered"),
     ({"hydra": figures(0.9)}, "plain", "no lossless contender"),
     ({"hydra": figures(None)}, "plain", "no lossless contender"),
     ({}, "plain", "no lossless contender"),
     ({"transformers": figures(3.0, different=None)}, "plain", "no lossless contender"),
     ({"llama.cpp": figures(3.0, different=None), "hydra@8": figures(3.0, different=None)}, "plain",
-     "not considered, identity unproved or broken: hydra@8"),
+     "not considered, since not shown to be lossless: hydra@8"),
 ])
 def test_the_fastest_lossless_contender_wins(methods: dict[str, object], winner: str, word: str) -> None:
     name, why = choose_winner({"plain": figures(1.0), **methods}, 1.0)
@@ -130,7 +131,7 @@ def heads(tiny_base: Base, tiny_base_dir: Path, tmp_path_factory: pytest.TempPat
     config = config_for(tiny_base_dir, tmp_path_factory.mktemp("questions"), SPEC_BENCH)
     drafter = overfit_heads(tiny_base, "hydra", [question.prompt_ids for question in load_questions(config)[0]])
     folder = tmp_path_factory.mktemp("heads") / "heads"
-    save_checkpoint(folder, drafter, tiny_base.identity, TreeSet({1: Tree(((0,), (1,), (0, 0), (0, 0, 0)))}), {})
+    save_checkpoint(folder, drafter, tiny_base.identity, TreeSet({1: DraftTree(((0,), (1,), (0, 0), (0, 0, 0)))}), {})
     return folder
 
 
@@ -230,7 +231,7 @@ def untimed(entry: Row) -> dict[str, Any]:
 def test_stopped_and_gone_on_with(local_ray: None, tiny_base_dir: Path, tiny_base: Base, heads: Path,
                                   tmp_path: Path) -> None:
     config = config_for(tiny_base_dir, tmp_path, [*SPEC_BENCH, {"other": 1}], bench__heads=str(heads), bench__batch_prompts=2,
-                        bench__running_batch=2, bench__batch_job=True, serve__model="plain", base__context_limit=200)
+                        bench__max_batch_size=2, bench__batch_job=True, serve__model="plain", base__context_limit=200)
     result = run_bench(config)
     folder = tmp_path / "runs" / "default" / "bench"
     assert set(result.figures["methods"]) == {"plain", "transformers", "ngram", "hydra", "combined"}
@@ -277,14 +278,18 @@ def test_stopped_and_gone_on_with(local_ray: None, tiny_base_dir: Path, tiny_bas
     after = read_rows(folder / "rows.jsonl")
     assert after[:len(before) - 1] == before[:-1] and len(after) == len(before)  # finished rows are not run again
     assert untimed(after[-1]) == untimed(before[-1])
-    assert len(read_identity(folder / "identity.jsonl")) == len(lines)
+    assert len(read_losslessness(folder / "identity.jsonl")) == len(lines)
 
     promoted = run_promote(config)
     assert promoted.figures["champion"] in ("plain", "ngram", "hydra", "combined") and promoted.figures["version"] == 1
     assert run_promote(config).skipped
     (folder / "rows.jsonl").unlink()
-    with pytest.raises(InputError, match="another run"):
-        run_bench(config_for(tiny_base_dir, tmp_path, SPEC_BENCH, bench__heads=str(heads), bench__max_new_tokens=5))
+    other = config_for(tiny_base_dir, tmp_path, SPEC_BENCH, bench__heads=str(heads), bench__max_new_tokens=5,
+                       bench__methods=["ngram"], bench__identity_prompts=1, base__context_limit=200)
+    beside = Path(run_bench(other).outputs["report"]).parent  # of other settings: a result of its own
+    assert beside.parent == folder and beside.name.startswith("questions-") and run_bench(other).skipped
+    assert {entry.method for entry in read_rows(beside / "rows.jsonl")} == {"plain", "ngram"}
+    assert not (folder / "rows.jsonl").exists() and (folder / "report.json").exists()
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ import torch
 from pipelines.bench.memory import PeakMemory, memory_markdown, read_memory
 from pipelines.bench.plan import Row
 from pipelines.bench.plots import accepted_plot, category_plot, draw
-from pipelines.bench.report import category_markdown, markdown, metrics_of, print_categories, print_table, summarise
-from pipelines.bench.step_breakdown import COLUMNS, print_steps, step_figures, step_rows, steps_markdown
+from pipelines.bench.report import category_markdown, category_table, markdown, method_table, metrics_of, summarise
+from pipelines.bench.step_breakdown import COLUMNS, step_figures, step_table, steps_markdown
 
 
 def row(method: str = "hydra", tokens: int = 11, **more: Any) -> Row:
@@ -60,18 +59,17 @@ def test_turns_and_rounds_of_a_question_are_one(capsys: pytest.CaptureFixture[st
     assert metrics["hydra.speed_vs_plain_all"] == metrics["hydra.speed_vs_plain"]
     assert metrics["hydra.accepted_1"] == 0.75 and metrics["hydra.draft_ms"] == 25.0 and "plain.draft_ms" not in metrics
     figures = summarise([row("plain"), drafting()], [])
-    cells = dict(zip(COLUMNS, next(cells for cells in step_rows(figures) if cells[0] == "hydra"), strict=True))
+    cells = dict(zip(COLUMNS, next(cells for cells in step_table(figures).rows if cells[0] == "hydra"), strict=True))
     assert [cells[name] for name in ("step", COLUMNS[6], "1+ drafts", "3+ drafts")] == ["250.0", "1.25", "75 %", "-"]
     figures["plain"]["measured_vs_predicted"] = 1.0
     figures["hydra"]["measured_vs_predicted"] = 1.1
-    assert next(cells for cells in step_rows(figures) if cells[0] == "hydra")[6] == "1.10 (1.10)"
-    print_steps(figures, sys.stderr)
+    assert next(cells for cells in step_table(figures).rows if cells[0] == "hydra")[6] == "1.10 (1.10)"
+    step_table(figures).show()
     assert "75 %" in capsys.readouterr().err and "| hydra | 250.0 | 25.0 |" in steps_markdown(figures)
     assert steps_markdown(summarise([], [])) == ""
     assert markdown({}, "loads alone", "bf16") == "# loads alone\n"  # bench.single=false: no table without a row
-    print_table({}, "loads alone", "bf16", sys.stderr)
-    assert capsys.readouterr().err == ""
-    print_table(figures, "all", "bf16", sys.stderr)
+    assert not method_table({}, "loads alone", "bf16").rows
+    method_table(figures, "all", "bf16").show()
     assert "hydra" in capsys.readouterr().err and "| hydra |" in markdown(figures, "all", "bf16")
 
 
@@ -87,10 +85,9 @@ def test_categories_and_rounds_are_told_apart(capsys: pytest.CaptureFixture[str]
     assert figures["hydra"]["rounds"] == [figures["hydra"]["speed_vs_plain"]] * 2
     told = category_markdown(figures)
     assert "| hydra | 1.00x (" in told and "round by round: hydra" in told
-    print_categories(figures, sys.stderr)
+    category_table(figures).show()
     assert "By category" in capsys.readouterr().err
-    print_categories(summarise([row("plain")], []), sys.stderr)
-    assert not capsys.readouterr().err  # one category needs no table
+    assert not category_table(summarise([row("plain")], [])).rows  # one category needs no table
 
 
 def test_pictures(tmp_path: Path) -> None:
@@ -130,4 +127,4 @@ def test_the_most_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             pass
     again.write()
     assert read_memory(path) == {"resident_peak_bytes": 2**45, "cuda_peak_bytes": {"plain": 7 * 2**30, "hydra": 9 * 2**30}}
-    assert "hydra decoded, what the others keep included: 9.00 GiB" in memory_markdown(read_memory(path))
+    assert "hydra decoded, including what the others hold: 9.00 GiB" in memory_markdown(read_memory(path))

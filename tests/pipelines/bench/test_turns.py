@@ -14,14 +14,14 @@ from hydra_core.decoding import naive_generate
 from hydra_core.errors import InputError
 from hydra_core.heads.checkpoint import save_checkpoint
 from hydra_core.sampling import Request
-from hydra_core.tree import Tree, TreeSet
+from hydra_core.tree import DraftTree, TreeSet
 from pipelines.bench import latency as bench_run
+from pipelines.bench.inputs import bench_fingerprint
 from pipelines.bench.latency import measure_single
-from pipelines.bench.losslessness import check_differences, read_identity
+from pipelines.bench.losslessness import check_differences, read_losslessness
 from pipelines.bench.plan import BenchPlan, Outcome, Question, make_drafter, read_rows, sweep_tree
-from pipelines.bench.questions import load_questions
-from pipelines.bench.stage import _plan, bench_fingerprint, run_bench
-from pipelines.bench.turns import prompt_of, room_for_turns, turns_of
+from pipelines.bench.questions import load_questions, prompt_of, room_for_turns, turns_of
+from pipelines.bench.stage import _plan, run_bench
 from pipelines.config import RunConfig, load_config
 from tests.trained import random_heads
 
@@ -46,7 +46,7 @@ def plan_of(config: RunConfig, folder: Path, *methods: str, heads: dict[str, str
 def heads(tiny_base: Base, tmp_path: Path) -> Path:
     """A checkpoint with trees of two sizes beside its own."""
     folder = tmp_path / "heads"
-    save_checkpoint(folder, random_heads(tiny_base, "hydra"), tiny_base.identity, TreeSet({1: Tree(((0,), (0, 0)))}), {})
+    save_checkpoint(folder, random_heads(tiny_base, "hydra"), tiny_base.identity, TreeSet({1: DraftTree(((0,), (0, 0)))}), {})
     (folder / "sweep.json").write_text(json.dumps(TREES), encoding="utf-8")
     return folder
 
@@ -110,7 +110,7 @@ def test_every_contender_on_plains_context(tiny_base_dir: Path, tiny_base: Base,
 
     for _ in range(2):  # each answer that differs is judged once, with the prompt that its turn had
         check_differences(plan, questions, rows)
-    judged = read_identity(Path(plan.identity_file))
+    judged = read_losslessness(Path(plan.losslessness_file))
     assert [(row.question, row.turn, row.method, row.verdict) for row in judged] == [
         ("7", 0, "liar", "different"), ("7", 1, "liar", "different"), ("8", 0, "liar", "different")]
 
@@ -153,7 +153,7 @@ def test_trees_of_other_sizes(heads: Path, tiny_base_dir: Path, tiny_base: Base,
     config = config_for(tiny_base_dir, tmp_path)
     plan = plan_of(config, tmp_path, "plain", "hydra", "hydra@4", heads={"hydra": str(heads)})
     assert [make_drafter(method, plan, tiny_base)[1] for method in plan.methods[1:]] == [
-        TreeSet({1: Tree(((0,), (0, 0)))}), TreeSet({1: Tree(((0,), (1,), (0, 0)))})]
+        TreeSet({1: DraftTree(((0,), (0, 0)))}), TreeSet({1: DraftTree(((0,), (1,), (0, 0)))})]
     questions, _ = load_questions(config)
     measure_single(plan, questions)
     rows = read_rows(Path(plan.rows_file))

@@ -8,9 +8,9 @@ import pytest
 
 from hydra_core.errors import InputError
 from jobs.runner import run
-from pipelines.compare.stage import run_compare
+from pipelines.compare.stage import _methods, recipe_differences, run_compare
 from pipelines.config import RunConfig, load_config
-from pipelines.tracking import Tracker
+from pipelines.tracking import RunRecord, Tracker
 
 
 def record(storage: Path, name: str, speed: float, **settings: object) -> str:
@@ -57,3 +57,21 @@ def test_an_unfinished_bench_is_none(storage: Path) -> None:
         raise RuntimeError
     with pytest.raises(InputError, match="'two' is no finished bench"):
         run_compare(config_for(storage, compare__runs=["one", "two"]))
+
+
+def test_of_several_benches_the_one_with_the_settings_given(storage: Path) -> None:
+    limited = record(storage, "one", 1.1, bench__limit=3)
+    latest, other = record(storage, "one", 1.3, bench__limit=9), record(storage, "two", 1.6)
+    for settings, wanted in (({"bench__limit": 3}, limited), ({}, latest), ({"bench__limit": 5}, latest)):
+        found = run_compare(config_for(storage, compare__runs=["one", other], **settings))
+        assert [run["run_id"] for run in found.figures["runs"]] == [wanted, other]
+
+
+def test_names_of_an_earlier_version(storage: Path) -> None:
+    """Renamed settings and heads are the same thing under their present names."""
+    now = RunRecord("1", "one", {"bench.max_batch_size": "4", "bench.concurrency": "[1]", "bench.heads": "bundled"},
+                    {"bundled.tokens_per_step": 2.0, "bundled.speed_vs_plain": 1.5})
+    then = RunRecord("2", "two", {"bench.running_batch": "4", "bench.load": "[1]", "bench.heads": "shipped"},
+                     {"shipped.tokens_per_step": 2.0, "shipped.speed_vs_plain": 1.4})
+    assert recipe_differences([now, then]) == {}
+    assert [list(_methods(bench)) for bench in (now, then)] == [["bundled"], ["bundled"]]

@@ -23,7 +23,7 @@ from hydra_core.decoding import Result, naive_generate
 from hydra_core.errors import InputError
 from hydra_core.heads.checkpoint import save_checkpoint
 from hydra_core.sampling import Request
-from hydra_core.tree import Tree, TreeSet
+from hydra_core.tree import DraftTree, TreeSet
 from pipelines.config import RunConfig, load_config
 from pipelines.distill.actors import PromptWriter, WorkerSettings
 from pipelines.distill.stage import _block_rows, _prompts, _read_prompts, distill_fingerprint, distilled, run_distill
@@ -156,7 +156,7 @@ def test_the_fingerprint_knows_the_prompts_and_no_knobs(tiny_base_dir: Path, sto
     prompts = write_prompts(storage.parent / "p.jsonl", 3)
     wanted = distill_fingerprint(config_for(storage, tiny_base_dir, prompts))
     assert wanted == distill_fingerprint(config_for(
-        storage, tiny_base_dir, prompts, distill__running_batch=1, distill__rows_per_file=1, distill__max_error_share=1,
+        storage, tiny_base_dir, prompts, distill__max_batch_size=1, distill__rows_per_file=1, distill__max_error_share=1,
         distill__workers={"count": 2, "cpus": 0.1, "threads": 2}))
     write_prompts(prompts, 4)
     assert wanted != distill_fingerprint(config_for(storage, tiny_base_dir, prompts))
@@ -244,7 +244,7 @@ def test_heads_make_the_same_rows_sooner(local_ray: None, tiny_base_dir: Path, t
     known = [tuple(tiny_base.encode_prompt(f"question {i}")) for i in range(10)]
     heads = storage.parent / "heads"
     save_checkpoint(heads, overfit_heads(tiny_base, "hydra++", known, tokens=20), tiny_base.identity,
-                    TreeSet({1: Tree(((0,), (1,), (0, 0)))}), {})
+                    TreeSet({1: DraftTree(((0,), (1,), (0, 0)))}), {})
     plain = config_for(storage, tiny_base_dir, prompts, name="plain")
     sooner = config_for(storage, tiny_base_dir, prompts, name="sooner", distill__heads=str(heads))
     assert distill_fingerprint(plain) == distill_fingerprint(sooner)

@@ -38,10 +38,10 @@ def test_what_becomes_of_requests() -> None:
     """A refusal, a broken answer and silence are told apart, and none is dropped."""
     with endpoint((429, {}), (500, {}), (200, {"no": "stream"})) as (address, came):
         target = Target(address, "app", 4, {}, patience=5.0)
-        sent = run(open_loop(target, ["a", "b"], 50.0, 0.06, lambda _: None))
+        sent = run(open_loop(target, ["a", "b"], 50.0, 0.06, lambda: None))
     assert sorted(one.outcome for one in sent) == [FAILED, FAILED, REFUSED] and len(came) == 3
     assert {body["messages"][0]["content"] for _, _, body in came} == {"a", "b"} and all(body["stream"] for *_, body in came)
-    gone = run(open_loop(target, ["a"], 50.0, 0.02, lambda _: None))
+    gone = run(open_loop(target, ["a"], 50.0, 0.02, lambda: None))
     assert [one.outcome for one in gone] == [FAILED] and gone[0].why
 
 

@@ -10,7 +10,7 @@ from hydra_core.base import Base
 from hydra_core.decoding import DecodingConfiguration, Engine, load_heads, save_configuration
 from hydra_core.heads.checkpoint import save_checkpoint
 from hydra_core.proposers import AdaptiveDrafter
-from hydra_core.tree import PLAIN, Tree, TreeSet
+from hydra_core.tree import PLAIN, DraftTree, TreeSet
 from hydra_core.tree.costs import StepCosts
 from pipelines.config import TreeSection
 from pipelines.profiling import cost_cache as module
@@ -58,7 +58,7 @@ def test_timed_once_for_a_machine(tiny_base: Base, tmp_path: Path, monkeypatch: 
     assert with_heads.verify == first.verify and set(with_heads.draft[4]) == {0, 1, 2, 3}
     assert with_heads.draft[1][3] > with_heads.draft[1][0] > 0
     assert "timing draft steps" in capsys.readouterr().err
-    fixed = machine_costs(tiny_base, tmp_path, heads, QUICK, {1: Tree(((0,),)), 2: Tree(((0,), (0, 0)))})
+    fixed = machine_costs(tiny_base, tmp_path, heads, QUICK, {1: DraftTree(((0,),)), 2: DraftTree(((0,), (0, 0)))})
     assert fixed.verify == first.verify and set(fixed.draft[1]) == {1, 2} and min(fixed.draft[4].values()) > 0
     monkeypatch.setattr(module, "fingerprint_of_machine", lambda device: {"device": "another"})
     machine_costs(tiny_base, tmp_path, None, QUICK)
@@ -70,7 +70,7 @@ def test_settings_and_trees_are_part_of_what_is_kept(tiny_base: Base, tmp_path: 
     machine_costs(tiny_base, tmp_path, heads, QUICK)
     machine_costs(tiny_base, tmp_path, heads, QUICK)
     assert len(fake_clock) == 2
-    machine_costs(tiny_base, tmp_path, heads, QUICK, {3: Tree(((0,), (0, 0), (0, 0, 0)))})
+    machine_costs(tiny_base, tmp_path, heads, QUICK, {3: DraftTree(((0,), (0, 0), (0, 0, 0)))})
     machine_costs(tiny_base, tmp_path, random_heads(tiny_base, "medusa"), QUICK)
     assert fake_clock[2:] == [("draft", False), ("draft", True)]
     for change in ({"repeats": 4}, {"context": 61}, {"node_counts": (1, 2)}, {"batch_sizes": (1,)}, {"far_contexts": ()}):

@@ -73,7 +73,7 @@ def test_what_is_served_has_its_own(packed: Path, storage: Path, tmp_path: Path,
     for stage in ("serve", "batch"):
         config = config_for(storage, packed, serve__model=str(tmp_path / "ngram"))
         assert resolve_format(config, stage).base.dtype == "int4"
-        assert "as the configuration that is served was measured" in capsys.readouterr().err
+        assert "the format in which the served configuration was measured" in capsys.readouterr().err
         assert not (storage / "runs").exists()
     assert resolve_format(config_for(storage, packed, serve__model="plain"), "serve").base.dtype == "bf16"
     with pytest.raises(InputError, match="is not registered: run `hydra-heads promote` first"):

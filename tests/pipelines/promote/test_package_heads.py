@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from hydra_core.base import Base
-from hydra_core.bundled import folders as shipped
+from hydra_core.bundled import folders as bundled
 from hydra_core.decoding import Engine, load_heads, naive_generate
 from hydra_core.errors import InputError
 from hydra_core.proposers import AdaptiveDrafter
 from hydra_core.sampling import Request
 from pipelines.config import RunConfig, load_config
 from pipelines.promote import package_heads as module
-from pipelines.promote.package_heads import ship, trainings_of, without_places
+from pipelines.promote.package_heads import package, trainings_of, without_places
 from pipelines.runtime.artifacts import RunPaths
 from pipelines.train.stage import run_train
 from pipelines.tree.stage import run_tree
@@ -37,7 +37,7 @@ def test_places_are_left_out() -> None:
 
 
 @pytest.mark.slow
-def test_heads_of_a_run_are_shipped(tiny_base: Base, tiny_base_dir: Path, storage: Path, tmp_path: Path, local_ray: None,
+def test_heads_of_a_run_are_packaged(tiny_base: Base, tiny_base_dir: Path, storage: Path, tmp_path: Path, local_ray: None,
                                     monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     config = load_config(None, {
@@ -46,14 +46,14 @@ def test_heads_of_a_run_are_shipped(tiny_base: Base, tiny_base_dir: Path, storag
         "train.drafters": {"hydra++": {"kind": "hydra++", "draft_vocab_size": 100, "num_heads": 2}},
         "tree.batch_sizes": [1], "tree.node_counts": [1, 2, 4], "tree.far_contexts": [], "tree.context": 16})
     with pytest.raises(InputError, match="heads"):
-        ship(config, "hydra++", tmp_path / "shipped" / "tiny")
+        package(config, "hydra++", tmp_path / "bundled" / "tiny")
     write_distilled(config, tiny_base, train=64, held_out=16)
     run_train(config)
     run_tree(config)
-    folder = tmp_path / "shipped" / "tiny"
+    folder = tmp_path / "bundled" / "tiny"
     folder.parent.mkdir()
     for _ in range(2):  # a second time replaces the first
-        ship(config, "hydra++", folder)
+        package(config, "hydra++", folder)
     assert [path.name for path in folder.parent.iterdir()] == ["tiny"]
     curve = json.loads((folder / "curve.json").read_text())
     assert [(point["training"], point["step"]) for point in curve] == [(1, 4), (1, 8)]
@@ -63,8 +63,8 @@ def test_heads_of_a_run_are_shipped(tiny_base: Base, tiny_base_dir: Path, storag
     recipe = load_config(str(folder / "recipe.yaml"))
     assert recipe.train == config.train and recipe.base.dtype == "fp32"
 
-    monkeypatch.setattr(shipped, "FOLDER", folder.parent)
-    drafter, _ = load_heads("shipped", tiny_base)
+    monkeypatch.setattr(bundled, "FOLDER", folder.parent)
+    drafter, _ = load_heads("bundled", tiny_base)
     assert isinstance(drafter, AdaptiveDrafter)
     request = Request("a", (5, 6, 7), 20)
     assert Engine(tiny_base, drafter).generate([request])[0].token_ids == naive_generate(tiny_base, request).token_ids
@@ -76,10 +76,10 @@ def test_heads_of_a_run_are_shipped(tiny_base: Base, tiny_base_dir: Path, storag
     assert first[0] == (folder / "recipe.yaml").read_text() and second[1] != first[1]
     assert [{"training": 1} | point for point in first[1]] == curve and [point["step"] for point in second[1]] == [4, 8]
     run_tree(more)
-    ship(more, "more", folder)
+    package(more, "more", folder)
     assert (folder / "recipe-1.yaml").read_text() == first[0] and (folder / "recipe.yaml").read_text() == second[0]
     assert [point["training"] for point in json.loads((folder / "curve.json").read_text())] == [1, 1, 2, 2]
-    third = trainings_of(with_start(more, "more", "shipped"), "more", made)
+    third = trainings_of(with_start(more, "more", "bundled"), "more", made)
     assert third[:2] == [first, second] and third[2] == second
     with pytest.raises(InputError, match="lies in no folder of a training"):
         trainings_of(with_start(more, "more", str(folder / "heads")), "more", made)
@@ -89,4 +89,4 @@ def test_heads_of_a_run_are_shipped(tiny_base: Base, tiny_base_dir: Path, storag
 
     monkeypatch.setattr(module, "LARGEST", 1000.0)
     with pytest.raises(InputError, match="MB, more than"):
-        ship(config, "hydra++", folder)
+        package(config, "hydra++", folder)

@@ -13,11 +13,12 @@ from hydra_core.base import Base
 from hydra_core.decoding import read_configuration
 from hydra_core.errors import InputError
 from hydra_core.heads.checkpoint import save_checkpoint
-from hydra_core.tree import Tree, TreeSet
-from pipelines.bench.stage import bench_fingerprint, find_heads
+from hydra_core.tree import DraftTree, TreeSet
+from pipelines.bench.inputs import bench_fingerprint, find_heads
 from pipelines.config import RunConfig, load_config
 from pipelines.promote.stage import run_promote
-from pipelines.runtime.artifacts import RunPaths, StageResult, stage_folder, write_text
+from pipelines.runtime.artifacts import RunPaths, StageResult, stage_folder
+from pipelines.runtime.files import write_text
 from pipelines.serve.model_identity import configuration_digest
 from pipelines.serve.stage import find_args, resolve_args
 from pipelines.tracking import Tracker, register, resolve
@@ -116,7 +117,7 @@ def test_other_heads_than_were_measured_are_refused(tiny_base_dir: Path, tiny_ba
     def save(seed: int) -> Path:
         shutil.rmtree(tmp_path / "heads", ignore_errors=True)
         save_checkpoint(tmp_path / "heads", random_heads(tiny_base, "hydra", seed=seed), tiny_base.identity,
-                        TreeSet({1: Tree(((0,), (0, 0)))}), {})
+                        TreeSet({1: DraftTree(((0,), (0, 0)))}), {})
         return tmp_path / "heads"
 
     config = config_for(storage, tiny_base_dir, bench__heads=str(save(1)))

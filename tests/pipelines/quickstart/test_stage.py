@@ -9,7 +9,8 @@ from mlflow import MlflowClient
 
 from pipelines.config import RunConfig, load_config
 from pipelines.quickstart import stage as quickstart
-from pipelines.runtime.artifacts import RunPaths, StageResult, stage_folder, write_text
+from pipelines.runtime.artifacts import RunPaths, StageResult, stage_folder
+from pipelines.runtime.files import write_text
 from pipelines.tracking import Tracker
 
 STAGES = ("distill", "train/medusa", "train/hydra", "tree/medusa", "bench", "promote", "batch")

@@ -12,14 +12,14 @@ import pytest
 from hydra_core.base import Base
 from hydra_core.decoding import DecodingConfiguration, save_configuration
 from hydra_core.heads.checkpoint import save_checkpoint
-from hydra_core.tree import Tree, TreeSet
+from hydra_core.tree import DraftTree, TreeSet
 from pipelines.config import RunConfig, load_config
 from pipelines.serve.stage import ServedApp
 from tests.pipelines.serve.clients import KEY
 from tests.pipelines.serve.test_stage import free_port
 from tests.trained import overfit_heads, random_prompts
 
-TREE = Tree(((0,), (1,), (0, 0), (0, 0, 0)))
+TREE = DraftTree(((0,), (1,), (0, 0), (0, 0, 0)))
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.testclient import TestClient
 
 from pipelines.serve.ingress import Ingress, api
+from pipelines.serve.instance import together
 from pipelines.serve.messages import AppArgs, Refusal
-from pipelines.serve.middleware import Guard, Limits
-from pipelines.serve.replicas import together
+from pipelines.serve.middleware import Limits, RequestMiddleware
 
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine .*__del__")  # Serve's wrapper around a front that no Serve made
 INFO = {"label": "plain", "version": None, "base": "b", "context_limit": 9, "configuration": "c", "in_flight": 2, "running": 1,
@@ -59,7 +59,8 @@ def ask(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[TestClient, list
         front, counted = object.__new__(Ingress), list[int]()
         front.server, front.args, front.in_flight = handle, AppArgs({}, "", None, "plain"), 0
         monkeypatch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(servable_object=front))
-        monkeypatch.setattr(Guard, "limits", Limits(2**20, keys, count=lambda route, status, seconds: counted.append(status)))
+        limits = Limits(2**20, keys, count=lambda route, status, seconds: counted.append(status))
+        monkeypatch.setattr(RequestMiddleware, "limits", limits)
         return TestClient(api, raise_server_exceptions=False), counted
 
     return make

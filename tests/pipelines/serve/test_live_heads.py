@@ -70,7 +70,7 @@ def test_other_heads_while_it_runs(client: openai.OpenAI, http: httpx.Client, co
     shutil.copytree(configuration, tmp_path / "bad")
     good = resolve_args(config)
     (tmp_path / "bad" / "heads" / "tree.json").unlink()
-    with pytest.raises(InputError, match="was turned down"):
+    with pytest.raises(InputError, match="was rejected"):
         update_app(dataclasses.replace(good, configuration=str(tmp_path / "bad"), label="bad"))
     ready = http.get("/ready").json()
     assert ready["label"] == str(tmp_path / "ngram") and ready["rejected"]["label"] == "bad" and ready["status"] == "ready"

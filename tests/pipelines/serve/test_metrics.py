@@ -26,9 +26,9 @@ def test_every_metric_of_the_dashboard_exists_and_every_metric_is_on_it() -> Non
 
 def test_an_idle_replica_goes_on_telling(tiny_base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray's exporter forgets a gauge that nobody sets."""
-    monkeypatch.setattr(host, "TELL_SECONDS", 0.01)
+    monkeypatch.setattr(host, "REPORT_SECONDS", 0.01)
     told: queue.Queue[host.Load] = queue.Queue()
-    running = host.EngineHost(Engine(tiny_base), told.put)
+    running = host.EngineLoop(Engine(tiny_base), told.put)
     try:
         assert [told.get(timeout=10).running for _ in range(3)] == [0, 0, 0]
     finally:

@@ -11,7 +11,7 @@ import pytest
 
 from hydra_core.errors import InputError
 from pipelines.serve.api_keys import VARIABLE, key_digests, opens
-from pipelines.serve.middleware import Guard, Limits
+from pipelines.serve.middleware import Limits, RequestMiddleware
 
 KEY = "0123456789abcdef-of-this-test"
 
@@ -20,10 +20,10 @@ KEY = "0123456789abcdef-of-this-test"
 def limits(monkeypatch: pytest.MonkeyPatch) -> Any:
     def put(**changes: Any) -> list[tuple[str, int]]:
         counted: list[tuple[str, int]] = []
-        monkeypatch.setattr(Guard, "limits", Limits(**{
+        monkeypatch.setattr(RequestMiddleware, "limits", Limits(**{
             "max_body_bytes": 10, "count": lambda route, status, seconds: counted.append((route, status)), **changes}))
         return counted
-    monkeypatch.setattr(Guard, "limits", None)
+    monkeypatch.setattr(RequestMiddleware, "limits", None)
     return put
 
 
@@ -47,7 +47,7 @@ def ask(parts: list[bytes], path: str = "/v1/models", headers: tuple[tuple[bytes
     async def send(message: Any) -> None:
         sent.append(message)
 
-    asyncio.run(Guard(echo)({"type": "http", "path": path, "headers": list(headers)}, receive, send))
+    asyncio.run(RequestMiddleware(echo)({"type": "http", "path": path, "headers": list(headers)}, receive, send))
     return sent[0]["status"], sent[1]["body"]
 
 

@@ -13,7 +13,7 @@ from hydra_core.decoding import DecodingConfiguration, save_configuration
 from hydra_core.errors import InputError
 from pipelines.config import load_config
 from pipelines.serve.messages import AppArgs, Generation, Refusal, is_text
-from pipelines.serve.model_identity import configuration_digest, serving_of
+from pipelines.serve.model_identity import configuration_digest, model_digest
 from pipelines.serve.replica import DecodeServer
 from pipelines.serve.user_config import heads_of
 from tests.tiny import save_tiny
@@ -37,21 +37,21 @@ def test_a_replica_says_what_was_asked_for(args: AppArgs, tiny_base: Base, tmp_p
     for asked in (args, replace(args, configuration=str(tmp_path / "ngram")),
                   replace(args, base=args.base | {"context_limit": 100})):
         server = replica(asked)
-        assert server.serving == serving_of(asked)
+        assert server.serving == model_digest(asked)
         assert asyncio.run(server.info()).items() >= vars(server.serving).items()
-        server.host.close()
+        server.engine_loop.close()
 
 
 def test_another_base_setting_or_configuration_is_told_apart(args: AppArgs, tiny_base: Base, tmp_path: Path) -> None:
     save_configuration(tmp_path / "ngram", DecodingConfiguration("ngram", "ngram", tiny_base.identity))
     save_configuration(tmp_path / "plain", DecodingConfiguration("plain", "plain", tiny_base.identity))
     other = save_tiny(tmp_path / "other", seed=1)
-    found = [serving_of(replace(args, **changes)) for changes in (
+    found = [model_digest(replace(args, **changes)) for changes in (
         {}, {"base": args.base | {"dtype": "bf16"}}, {"base": args.base | {"context_limit": 100}},
         {"base": args.base | {"model": str(other)}}, {"configuration": str(tmp_path / "ngram")},
         {"configuration": str(tmp_path / "plain")})]
     assert len(set(found)) == len(found)
-    assert serving_of(replace(args, base=args.base | {"context_limit": 256})) == found[0]  # its own limit, spelled out
+    assert model_digest(replace(args, base=args.base | {"context_limit": 256})) == found[0]  # its own limit, spelled out
 
 
 def test_a_configuration_is_its_files_and_not_its_place(tiny_base: Base, tmp_path: Path) -> None:
@@ -73,5 +73,5 @@ def test_half_a_surrogate_pair_is_a_bad_request(args: AppArgs) -> None:
                               (Generation("c", 4, messages=[{"role": "user", "content": half}]), "messages")):
         found = asyncio.run(server.generate(generation))
         assert isinstance(found, Refusal) and found.status == 400 and found.message.startswith(f"{field}: "), found
-    server.host.close()
+    server.engine_loop.close()
     assert is_text("\U0001f600 \u2028") and not is_text([{"role": half}])

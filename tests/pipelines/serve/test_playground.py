@@ -20,7 +20,7 @@ from starlette.testclient import TestClient
 
 from pipelines.serve.ingress import PLAYGROUND, api
 from pipelines.serve.messages import Answer, Generation, Piece, Token
-from pipelines.serve.middleware import Guard, Limits
+from pipelines.serve.middleware import Limits, RequestMiddleware
 from pipelines.serve.openai.responses import CHAT, DONE, Chunks
 
 PAGE = PLAYGROUND.read_text(encoding="utf-8")
@@ -50,7 +50,7 @@ class Elements(HTMLParser):
 
 
 def test_the_page_is_served_without_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Guard, "limits", Limits(2**20, ("0" * 64,)))
+    monkeypatch.setattr(RequestMiddleware, "limits", Limits(2**20, ("0" * 64,)))
     answer = TestClient(api).get("/")
     assert answer.status_code == 200 and answer.text == PAGE
     assert answer.headers["content-type"] == "text/html; charset=utf-8"

@@ -25,13 +25,13 @@ from hydra_core.decoding import DecodingConfiguration, naive_generate, save_conf
 from hydra_core.errors import InputError
 from hydra_core.heads.checkpoint import save_checkpoint
 from hydra_core.sampling import Request
-from hydra_core.tree import Tree, TreeSet
+from hydra_core.tree import DraftTree, TreeSet
 from pipelines.config import RunConfig, load_config
 from pipelines.serve.stage import ServedApp, build_app, resolve_args, run_serve
 from tests.trained import overfit_heads, random_prompts
 
 pytestmark = pytest.mark.slow
-TREE = Tree(((0,), (1,), (0, 0), (0, 0, 0)))
+TREE = DraftTree(((0,), (1,), (0, 0), (0, 0, 0)))
 
 
 def free_port() -> int:
@@ -44,7 +44,7 @@ def free_port() -> int:
 def configuration(tiny_base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("configuration")
     heads = overfit_heads(tiny_base, "hydra++", random_prompts(4, seed=1))
-    save_checkpoint(root / "heads", heads, tiny_base.identity, TreeSet({1: TREE, 4: Tree(((0,),))}), {})
+    save_checkpoint(root / "heads", heads, tiny_base.identity, TreeSet({1: TREE, 4: DraftTree(((0,),))}), {})
     save_configuration(root / "it", DecodingConfiguration("hydra++", "heads", tiny_base.identity, heads=root / "heads"))
     return root / "it"
 

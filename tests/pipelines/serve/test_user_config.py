@@ -42,20 +42,20 @@ def test_rows_in_flight_finish_on_the_engine_they_began_with(args: AppArgs, ngra
     async def swap_midway() -> tuple[Answer, Answer]:
         server = DecodeServer(args)
         await server.reconfigure(heads_of(args))
-        assert server.host is not None
-        old, first = server.host.engine, None
+        assert server.engine_loop is not None
+        old, first = server.engine_loop.engine, None
         async for item in server.stream(GENERATION):
             if first is None:
                 assert isinstance(item, Piece)
                 first = item
                 await server.reconfigure(ngram)
-                assert server.host.engine is not old
+                assert server.engine_loop.engine is not old
         assert isinstance(item, Answer)
         later = await server.generate(replace(GENERATION, id="h"))
         info = await server.info()
         assert (info["label"], info["version"], info["configuration"]) == ("ngram", 2, ngram["digest"])
-        assert not server.host._older and info["in_flight"] == 0
-        server.host.close()
+        assert not server.engine_loop._older and info["in_flight"] == 0
+        server.engine_loop.close()
         assert isinstance(later, Answer)
         return item, later
 
@@ -80,8 +80,8 @@ def test_bad_heads_change_nothing_and_are_told(args: AppArgs, ngram: dict[str, A
         assert (await server.info())["rejected"]["label"] == "bad"  # still told: nothing else was tried
         await server.reconfigure(heads_of(args))
         assert (await server.info())["rejected"] is None and (await server.info())["label"] == "plain"
-        assert server.host is not None
-        server.host.close()
+        assert server.engine_loop is not None
+        server.engine_loop.close()
 
     asyncio.run(try_bad())
 
@@ -105,8 +105,8 @@ def test_files_that_change_while_they_load_change_nothing(args: AppArgs, ngram: 
         info = await server.info()
         assert info["label"] == "plain" and "changed while they were loaded" in info["rejected"]["reason"]
         assert isinstance(await server.generate(GENERATION), Answer)
-        assert server.host is not None
-        server.host.close()
+        assert server.engine_loop is not None
+        server.engine_loop.close()
 
     asyncio.run(swap())
 
@@ -115,14 +115,14 @@ def test_leaving_frees_every_choice(args: AppArgs) -> None:
     async def leave() -> None:
         server = DecodeServer(args)
         await server.reconfigure(heads_of(args))
-        assert server.host is not None
+        assert server.engine_loop is not None
         pieces = server.stream(replace(GENERATION, n=3, max_new_tokens=200))
         await anext(pieces)
         await pieces.aclose()  # type: ignore[attr-defined]
         assert server.in_flight == 0
         assert isinstance(await server.generate(replace(GENERATION, id="h", max_new_tokens=3)), Answer)
-        assert server.host.running == 0  # the others' rows went within the steps that this took
-        server.host.close()
+        assert server.engine_loop.running == 0  # the others' rows went within the steps that this took
+        server.engine_loop.close()
 
     asyncio.run(leave())
 
@@ -132,8 +132,8 @@ def test_an_idle_engine_goes_at_once(args: AppArgs, ngram: dict[str, Any]) -> No
         server = DecodeServer(args)
         await server.reconfigure(heads_of(args))
         await server.reconfigure(ngram)
-        assert server.host is not None and not server.host._older  # its memory with it
-        server.host.close()
+        assert server.engine_loop is not None and not server.engine_loop._older  # its memory with it
+        server.engine_loop.close()
 
     asyncio.run(swap())
 
@@ -148,13 +148,13 @@ def test_a_machine_at_work_is_not_timed(args: AppArgs, ngram: dict[str, Any], tm
         await server.reconfigure(ngram)
         assert (await server.info())["label"] == "ngram" and not list(tmp_path.glob("cache/costs/*.json"))
         assert isinstance(await server.generate(GENERATION), Answer)
-        assert server.host is not None
-        server.host.close()
+        assert server.engine_loop is not None
+        server.engine_loop.close()
         fresh = DecodeServer(busy)
         await fresh.reconfigure(ngram)
         assert list(tmp_path.glob("cache/costs/*.json"))
-        assert fresh.host is not None
-        fresh.host.close()
+        assert fresh.engine_loop is not None
+        fresh.engine_loop.close()
 
     asyncio.run(swap())
 
@@ -163,8 +163,8 @@ def test_nobody_waits_for_an_engine_that_failed(args: AppArgs, ngram: dict[str, 
     async def fail() -> None:
         server = DecodeServer(args)
         await server.reconfigure(heads_of(args))
-        assert server.host is not None
-        host = server.host
+        assert server.engine_loop is not None
+        host = server.engine_loop
 
         def broken() -> None:
             host.swap(host.engine)  # what comes in while the step fails

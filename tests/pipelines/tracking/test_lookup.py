@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from hydra_core.base import Base, load_base
-from hydra_core.bundled import folders as shipped
+from hydra_core.bundled import folders as bundled
 from hydra_core.decoding import DecodingConfiguration, load_heads, read_configuration, save_configuration
 from hydra_core.decoding.configuration import ANY_FORMAT
 from hydra_core.errors import InputError
 from hydra_core.heads.checkpoint import save_checkpoint
 from hydra_core.proposers import AdaptiveDrafter
-from hydra_core.tree import Tree, TreeSet
+from hydra_core.tree import DraftTree, TreeSet
 from jobs.runner import run
 from pipelines.bench.stage import find_heads, run_bench
 from pipelines.config import RunConfig, load_config
@@ -28,12 +28,12 @@ from tests.trained import random_heads
 
 @pytest.fixture
 def package(tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of shipped heads that knows the tiny base; returns its configuration folder."""
-    heads, folder = tmp_path / "heads", tmp_path / "shipped" / "tiny"
-    save_checkpoint(heads, random_heads(tiny_base, "hydra++"), tiny_base.identity, TreeSet({1: Tree(((0,), (0, 0)))}), {})
+    """A folder of bundled heads that knows the tiny base; returns its configuration folder."""
+    heads, folder = tmp_path / "heads", tmp_path / "bundled" / "tiny"
+    save_checkpoint(heads, random_heads(tiny_base, "hydra++"), tiny_base.identity, TreeSet({1: DraftTree(((0,), (0, 0)))}), {})
     save_configuration(folder, DecodingConfiguration("tiny", "combined", replace(tiny_base.identity, weight_format=ANY_FORMAT),
                                                      heads=heads))
-    monkeypatch.setattr(shipped, "FOLDER", folder.parent)
+    monkeypatch.setattr(bundled, "FOLDER", folder.parent)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return folder
 
@@ -45,7 +45,8 @@ def config_for(storage: Path, base: Path, **changes: object) -> RunConfig:
 
 def test_without_a_champion_the_packages_heads_decode(package: Path, tiny_base_dir: Path, storage: Path) -> None:
     config = config_for(storage, tiny_base_dir)
-    assert find_model(config, None).folder == find_model(config, "shipped").folder == package
+    assert find_model(config, None).folder == find_model(config, "bundled").folder == package
+    assert find_model(config, "shipped").folder == package
     assert "package" in find_model(config, None).label
     assert find_model(config, "plain").folder is None
     assert find_model(config, str(storage)).folder == storage
@@ -53,19 +54,19 @@ def test_without_a_champion_the_packages_heads_decode(package: Path, tiny_base_d
         find_model(config, "models:/hydra-heads@champion")
 
 
-def test_a_base_without_shipped_heads(package: Path, tiny_base_dir: Path, storage: Path) -> None:
+def test_a_base_without_bundled_heads(package: Path, tiny_base_dir: Path, storage: Path) -> None:
     path = package / "configuration.json"
     path.write_text(path.read_text().replace(json.loads(path.read_text())["base"]["digest"], "0" * 64))
     config = config_for(storage, tiny_base_dir)
     with pytest.raises(InputError, match="is not registered: run `hydra-heads promote`"):
         find_model(config, None)
     with pytest.raises(InputError, match=r"no heads come with the package for base\.model="):
-        find_model(config, "shipped")
+        find_model(config, "bundled")
     assert find_heads(config) == {}
 
 
-def test_shipped_heads_go_with_every_weight_format(package: Path, tiny_base: Base, tiny_base_dir: Path, storage: Path) -> None:
-    drafter, trees = load_heads("shipped", tiny_base)
+def test_bundled_heads_go_with_every_weight_format(package: Path, tiny_base: Base, tiny_base_dir: Path, storage: Path) -> None:
+    drafter, trees = load_heads("bundled", tiny_base)
     assert isinstance(drafter, AdaptiveDrafter) and drafter.heads is not None and trees is None
     half = load_base(str(tiny_base_dir), dtype="bf16", cache=storage)
     assert isinstance(load_heads(package, half)[0], AdaptiveDrafter)
@@ -74,18 +75,18 @@ def test_shipped_heads_go_with_every_weight_format(package: Path, tiny_base: Bas
 
 
 @pytest.mark.slow
-def test_shipped_heads_are_measured_and_promoted(package: Path, tiny_base_dir: Path, storage: Path, tmp_path: Path) -> None:
+def test_bundled_heads_are_measured_and_promoted(package: Path, tiny_base_dir: Path, storage: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("a b a b a b", "hello")), encoding="utf-8")
     config = config_for(storage, tiny_base_dir, bench__prompts=str(prompts), bench__max_new_tokens=8, bench__identity_prompts=2,
-                        promote__min_gain=0.0, bench__methods=["shipped"])
+                        promote__min_gain=0.0, bench__methods=["bundled"])
     figures = run_bench(config).figures["methods"]
-    assert set(figures) == {"plain", "shipped"} and figures["shipped"]["fp32"]["different"] == 0
+    assert set(figures) == {"plain", "bundled"} and figures["bundled"]["fp32"]["different"] == 0
     promoted = run_promote(config)
-    assert promoted.figures["champion"] == "shipped"
+    assert promoted.figures["champion"] == "bundled"
     configuration = read_configuration(RunPaths.of(config).stage("promote") / "configuration")
     assert configuration.drafter == "combined" and configuration.base.weight_format == "fp32"
-    assert find_model(config, None).version == 1  # a champion comes before what was shipped
+    assert find_model(config, None).version == 1  # a champion comes before what is bundled
 
 
 def test_generate(package: Path, tiny_base: Base, tiny_base_dir: Path, storage: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -136,12 +136,12 @@ def test_training_learns_and_leaves_a_loadable_checkpoint(undisturbed: RunConfig
     provenance = json.loads((Path(result.outputs["hydra"]) / "provenance.json").read_text())
     assert provenance["training"]["step"] == figures["best_step"] and provenance["data_digest"]
     state = RunPaths.of(undisturbed).stage("train", "hydra")
-    assert not (state / "state").exists() and not list(state.glob("normalisers*"))
+    assert not (state / "state").exists() and not list(state.glob("log_partitions*"))
 
 
 @pytest.mark.slow
-def test_the_bases_normalisers_are_computed_once_for_all_drafters(exact: RunConfig) -> None:
-    folder = RunPaths.of(exact).cache / "normalisers"
+def test_the_bases_log_partitions_are_computed_once_for_all_drafters(exact: RunConfig) -> None:
+    folder = RunPaths.of(exact).cache / "log_partitions"
     made = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert len(made) == 2 and all(path.suffix == ".npy" for path in made)  # of the training rows, and of those held out
     other = {"again": {"kind": "hydra++", "draft_vocab_size": 100}}

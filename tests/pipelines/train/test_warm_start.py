@@ -18,7 +18,7 @@ from hydra_core.tree import default_trees
 from pipelines.config import RunConfig, load_config
 from pipelines.runtime.artifacts import RunPaths
 from pipelines.train.stage import _fingerprint, _settings, run_train
-from pipelines.train.warm_start import begin_with, check_start
+from pipelines.train.warm_start import check_start, load_start
 from tests.pipelines.synthetic import write_distilled
 from tests.trained import draft_vocab_of, overfit_heads, random_heads, random_prompts
 
@@ -44,7 +44,7 @@ def test_weights_are_taken_over_and_the_vocabulary_is_not(tiny_base: Base, tiny_
                                                           earlier: Path) -> None:
     config = config_for(tiny_base_dir, storage, earlier, loss="acceptance", dropout=0.5)
     drafter = build_drafter(config.train.drafters["hydra++"], tiny_base.vocabulary, draft_vocab_of(tiny_base, 200))
-    begin_with(drafter, config, "hydra++", tiny_base.vocabulary)
+    load_start(drafter, config, "hydra++", tiny_base.vocabulary)
     known = overfit_heads(tiny_base, "hydra++", random_prompts(4, seed=1)).state_dict()
     assert known.keys() == drafter.state_dict().keys()
     assert all(torch.equal(known[name], tensor) for name, tensor in drafter.state_dict().items())
@@ -72,7 +72,7 @@ def test_mistakes(tiny_base: Base, tiny_base_dir: Path, storage: Path, earlier: 
         check_start(config_for(tiny_base_dir, storage, earlier, num_blocks=4), "hydra++", tiny_base.vocabulary)
     with pytest.raises(InputError, match=r"config\.json is missing: name the folder of a heads checkpoint"):
         _fingerprint(config_for(tiny_base_dir, storage, tmp_path / "nowhere"), "hydra++", "d")
-    with pytest.raises(InputError, match=r"train\.start\.hydra\+\+=shipped: no heads for base .* come with the package"):
+    with pytest.raises(InputError, match=r"train\.start\.hydra\+\+=bundled: no heads for base .* come with the package"):
         _fingerprint(config_for(tiny_base_dir, storage, "shipped"), "hydra++", "d")
     with pytest.raises(InputError, match=r"train: train\.start: 'medusa' is none of train\.drafters"):
         load_config(None, {"train.drafters": {"hydra": {"kind": "hydra"}}, "train.start": {"medusa": "shipped"}})

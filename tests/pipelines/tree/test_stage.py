@@ -19,7 +19,7 @@ from hydra_core.heads import DraftVocab, HeadDrafter, HeadsConfig, build_drafter
 from hydra_core.heads.checkpoint import load_checkpoint, save_checkpoint
 from hydra_core.sampling import Request
 from hydra_core.training.model import HeadTraining
-from hydra_core.tree import PLAIN, Tree, TreeSet, default_trees
+from hydra_core.tree import PLAIN, DraftTree, TreeSet, default_trees
 from hydra_core.tree.search import Choice, StepCosts, best_choice
 from hydra_core.tree.simulation import walk
 from pipelines.config import RunConfig, load_config
@@ -186,7 +186,7 @@ def test_the_draft_vocabulary_that_makes_most_tokens_a_second_is_kept(config: Ru
 
 
 def test_a_sweep_has_the_sizes_there_are() -> None:
-    trees = [Tree(tuple((0,) * depth for depth in range(1, size))) for size in range(1, 6)]
+    trees = [DraftTree(tuple((0,) * depth for depth in range(1, size))) for size in range(1, 6)]
     assert {count: tree.size for count, tree in sweep(trees, (1, 4, 2, 4, 5, 6, 48)).items()} == {2: 2, 4: 4, 5: 5}
     assert sweep(trees[:1], (1, 2)) == {}
 
@@ -194,7 +194,7 @@ def test_a_sweep_has_the_sizes_there_are() -> None:
 @pytest.mark.parametrize("size", [1, 2, 40])
 def test_a_tree_of_any_size_is_drawn(tmp_path: Path, size: int) -> None:
     paths = sorted(itertools.chain.from_iterable(itertools.product(range(4), repeat=depth) for depth in (1, 2, 3)), key=len)
-    plot_tree(tmp_path / "tree.png", "hydra", Choice(1, Tree(tuple(paths[:size - 1])), 1.5, 1.0, 1.0))
+    plot_tree(tmp_path / "tree.png", "hydra", Choice(1, DraftTree(tuple(paths[:size - 1])), 1.5, 1.0, 1.0))
     assert (tmp_path / "tree.png").read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 1
 
 
@@ -226,13 +226,13 @@ def test_dear_steps_take_the_plain_tree(config: RunConfig, tiny_base: Base) -> N
     costs = StepCosts({1: {1: 1.0, 6: 1.0}, 16: {1: 1.0, 6: 60.0}}, {1: {0: 0.0}, 16: {0: 0.0}})
     scored = choose_trees(Measured(ranks, costs), [1, 16], 6)
     assert best_choice(scored[1]).tree != PLAIN and best_choice(scored[16]).tree == PLAIN
-    assert all(isinstance(choice.tree, Tree) for choice in scored[1])
+    assert all(isinstance(choice.tree, DraftTree) for choice in scored[1])
 
 
 def test_rounds_alternate() -> None:
     calls: list[str] = []
     jobs = {name: (lambda name=name: calls.append(name)) for name in "ab"}
-    found = typical(jobs, 3, torch.device("cpu"), lambda text: None)
+    found = typical(jobs, 3, torch.device("cpu"), lambda: None)
     assert "".join(calls) == "ba" + "ab" + "ba" + "ab" and set(found) == {"a", "b"}
 
 
@@ -246,7 +246,7 @@ def test_more_rows_and_nodes_cost_time(tiny_base: Base) -> None:
 
 def test_drafting_is_timed_with_fixed_trees_and_with_grown_ones(tiny_base: Base) -> None:
     """Whether heads have a prefix layer or not, and copied text alone."""
-    trees = {1: Tree(((0,), (1,))), 3: Tree(((0,), (0, 0), (0, 0, 1)))}
+    trees = {1: DraftTree(((0,), (1,))), 3: DraftTree(((0,), (0, 0), (0, 0, 1)))}
     for kind in KINDS:
         heads = random_heads(tiny_base, kind)
         assert set(draft_seconds(tiny_base, heads, trees, (1, 2), 40, 3)) == {(1, 1), (1, 3), (2, 1), (2, 3)}

@@ -1,4 +1,4 @@
-// Rows of several nodes as the lines of one matrix, none of them padded.
+// Sequences with different numbers of nodes as the lines of one matrix, without padding.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -7,13 +7,13 @@
 #include <optional>
 #include <vector>
 
-// Row b has `count[b]` nodes, which are lines `first[b]` and on; `row[line]` is the row that a line belongs to.
-struct Lines {
+// Sequence b has `count[b]` nodes, which are the lines from `first[b]` on; `row[line]` is the sequence of a line.
+struct RaggedBatch {
   std::vector<int64_t> first, count, row;
   int64_t total = 0;
 
-  // `counts`: [B] int64 nodes of each row, at most `nodes`; nothing where all rows have so many.
-  Lines(int64_t batch, int64_t nodes, const std::optional<at::Tensor>& counts) : count(batch, nodes) {
+  // `counts`: [B] int64, the nodes of each sequence, at most `nodes`; nothing where every sequence has `nodes`.
+  RaggedBatch(int64_t batch, int64_t nodes, const std::optional<at::Tensor>& counts) : count(batch, nodes) {
     if (counts) {
       TORCH_CHECK(counts->numel() == batch, counts->numel(), " counts of ", batch, " rows");
       const at::Tensor given = counts->contiguous();

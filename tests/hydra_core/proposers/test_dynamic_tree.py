@@ -1,4 +1,4 @@
-"""Grown trees: which nodes, under which parents, and as many as pay."""
+"""Dynamic trees: which nodes are verified, under which parents, and as many as pay."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from hydra_core.base import Base
 from hydra_core.decoding import Engine
 from hydra_core.proposers import AdaptiveDrafter, NgramDrafter
 from hydra_core.proposers.acceptance import MATCHES, AcceptanceEstimator, Floats, match_class
+from hydra_core.proposers.candidate_tree import CandidateTrees, CopiedChains, merge_copied
 from hydra_core.proposers.dynamic import DynamicTreeProposer
-from hydra_core.proposers.growth import Candidates, Copied, Grown, Worth, add_copied, select, weigh_apart, weigh_together
+from hydra_core.proposers.node_budget import DynamicTrees, NodeSelection, prune, select_equal_budget, select_shared_budget
 from hydra_core.sampling import Request
 from hydra_core.sampling.sampler import Sampler, rank_scores
 from hydra_core.tree.costs import StepCosts
@@ -24,134 +25,134 @@ FREE = StepCosts({1: {1: 1.0, 32: 1.0}}, {1: {0: 0.0}})
 DEAR = StepCosts({1: {1: 1.0, 32: 1000.0}}, {1: {0: 0.0}})
 
 
-def candidates(nodes: list[tuple[int, int, float]]) -> Candidates:
+def candidates(nodes: list[tuple[int, int, float]]) -> CandidateTrees:
     """One row: (token, parent, chance of the path) of the nodes below the root."""
     tokens, parents, chances = (np.array([list(column)]) for column in zip(*nodes, strict=True))
-    known = Candidates.roots(np.array([9]))
-    return known.joined(tokens, parents, np.zeros_like(tokens), chances, len(nodes))
+    known = CandidateTrees.roots(np.array([9]))
+    return known.extended(tokens, parents, np.zeros_like(tokens), chances, len(nodes))
 
 
-def grow(known: Candidates, seconds: Floats) -> tuple[Grown, Worth]:
-    worth = weigh_together(known, seconds)
-    return select(known, worth), worth
+def draft(known: CandidateTrees, seconds: Floats) -> tuple[DynamicTrees, NodeSelection]:
+    selection = select_equal_budget(known, seconds)
+    return prune(known, selection), selection
 
 
 def seconds(*values: float) -> Floats:
     return np.array(values)
 
 
-def test_the_likeliest_nodes_are_kept_with_their_parents() -> None:
+def test_the_most_probable_nodes_are_kept_with_their_parents() -> None:
     known = candidates([(5, 0, 0.6), (6, 0, 0.2), (7, 1, 0.5), (8, 1, 0.05), (4, 3, 0.4)])
-    grown, worth = grow(known, np.ones(4))
-    assert grown.tokens.tolist() == [[9, 5, 7, 4]] and grown.forest.parents.tolist() == [[-1, 0, 1, 2]]
-    assert worth.expected == pytest.approx(2.5) and worth.gain == pytest.approx(2.5)
+    drafted, selection = draft(known, np.ones(4))
+    assert drafted.tokens.tolist() == [[9, 5, 7, 4]] and drafted.trees.parents.tolist() == [[-1, 0, 1, 2]]
+    assert selection.expected_tokens == pytest.approx(2.5) and selection.gain == pytest.approx(2.5)
 
 
 def test_as_many_nodes_as_pay() -> None:
     known = candidates([(5, 0, 0.6), (6, 0, 0.2), (7, 1, 0.5), (8, 1, 0.05), (4, 3, 0.4)])
-    assert grow(known, seconds(1.0, 1.1, 1.2, 1.3, 1.4, 1.5))[0].tokens.tolist() == [[9, 5, 6, 7, 4]]
-    assert grow(known, seconds(1.0, 1.5, 2.2, 3.0, 4.0, 5.0))[0].tokens.tolist() == [[9, 5]]
-    assert grow(known, seconds(1.0, 2.0, 3.0, 4.0, 5.0, 6.0))[0].tokens.tolist() == [[9]]
+    assert draft(known, seconds(1.0, 1.1, 1.2, 1.3, 1.4, 1.5))[0].tokens.tolist() == [[9, 5, 6, 7, 4]]
+    assert draft(known, seconds(1.0, 1.5, 2.2, 3.0, 4.0, 5.0))[0].tokens.tolist() == [[9, 5]]
+    assert draft(known, seconds(1.0, 2.0, 3.0, 4.0, 5.0, 6.0))[0].tokens.tolist() == [[9]]
 
 
 def test_rows_share_the_number_of_nodes_and_nothing_else() -> None:
     one, other = candidates([(5, 0, 0.9), (6, 1, 0.8)]), candidates([(7, 0, 0.3), (8, 0, 0.2)])
-    grown, worth = grow(rows_of(one, other), np.ones(3))
-    assert grown.tokens.tolist() == [[9, 5, 6], [9, 7, 8]] and grown.forest.parents.tolist() == [[-1, 0, 1], [-1, 0, 0]]
-    assert worth.expected == pytest.approx(1 + (0.9 + 0.8 + 0.3 + 0.2) / 2)
+    drafted, selection = draft(rows_of(one, other), np.ones(3))
+    assert drafted.tokens.tolist() == [[9, 5, 6], [9, 7, 8]] and drafted.trees.parents.tolist() == [[-1, 0, 1], [-1, 0, 0]]
+    assert selection.expected_tokens == pytest.approx(1 + (0.9 + 0.8 + 0.3 + 0.2) / 2)
 
 
-def rows_of(*rows: Candidates) -> Candidates:
-    return Candidates(*(np.concatenate([getattr(row, name) for row in rows])
-                        for name in ("tokens", "parents", "kinds", "chances")), depth=max(row.depth for row in rows))
+def rows_of(*rows: CandidateTrees) -> CandidateTrees:
+    return CandidateTrees(*(np.concatenate([getattr(row, name) for row in rows])
+                        for name in ("tokens", "parents", "kinds", "path_probs")), depth=max(row.depth for row in rows))
 
 
 def test_rows_get_as_many_nodes_as_each_is_worth() -> None:
     sure, unsure = candidates([(5, 0, 0.9), (6, 1, 0.8)]), candidates([(7, 0, 0.3), (8, 0, 0.2)])
     both = rows_of(sure, unsure)
-    worth = weigh_apart(both, seconds(1.0, 1.2, 1.4, 1.8, 2.2), 8)
-    grown = select(both, worth)
-    assert grown.tokens.tolist() == [[9, 5, 6], [9, -1, -1]] and grown.forest.parents.tolist()[0] == [-1, 0, 1]
-    assert grown.kinds.tolist() == [[-1, 0, 0], [-1, -1, -1]] and (grown.forest.parents[1, 1:] == 0).all()
-    assert worth.expected == pytest.approx((2 + 0.9 + 0.8) / 2) and worth.seconds == 1.4
-    assert worth.gain == pytest.approx((2 + 0.9 + 0.8) / 1.4)
-    nothing = weigh_apart(both, seconds(1.0, 2.0, 3.0, 4.0, 5.0), 8)
-    assert nothing.kept.tolist() == [[True, False, False]] * 2 and select(both, nothing).tokens.tolist() == [[9], [9]]
-    assert weigh_apart(both, np.ones(5), 8).kept.all()
+    selection = select_shared_budget(both, seconds(1.0, 1.2, 1.4, 1.8, 2.2), 8)
+    drafted = prune(both, selection)
+    assert drafted.tokens.tolist() == [[9, 5, 6], [9, -1, -1]] and drafted.trees.parents.tolist()[0] == [-1, 0, 1]
+    assert drafted.kinds.tolist() == [[-1, 0, 0], [-1, -1, -1]] and (drafted.trees.parents[1, 1:] == 0).all()
+    assert selection.expected_tokens == pytest.approx((2 + 0.9 + 0.8) / 2) and selection.seconds == 1.4
+    assert selection.gain == pytest.approx((2 + 0.9 + 0.8) / 1.4)
+    nothing = select_shared_budget(both, seconds(1.0, 2.0, 3.0, 4.0, 5.0), 8)
+    assert nothing.kept.tolist() == [[True, False, False]] * 2 and prune(both, nothing).tokens.tolist() == [[9], [9]]
+    assert select_shared_budget(both, np.ones(5), 8).kept.all()
 
 
 def test_no_row_gets_more_nodes_than_it_has_room_for() -> None:
     sure = candidates([(5, 0, 0.9), (6, 1, 0.9), (7, 2, 0.9), (8, 0, 0.05)])
     both = rows_of(sure, sure)
-    assert weigh_apart(both, np.ones(9), 3).kept.tolist() == [[True, True, True, False, False]] * 2  # of equals the parents
-    assert weigh_apart(both, np.ones(9), 1).kept.sum() == 2
+    assert select_shared_budget(both, np.ones(9), 3).kept.tolist() == [[True, True, True, False, False]] * 2  # ties keep parents
+    assert select_shared_budget(both, np.ones(9), 1).kept.sum() == 2
 
 
 def test_alone_a_row_gets_the_same_either_way() -> None:
     known = candidates([(5, 0, 0.6), (6, 0, 0.2), (7, 1, 0.5), (8, 1, 0.05), (4, 3, 0.4), (3, 0, 0.0)])
     for costs in (seconds(1.0, 1.1, 1.2, 1.3, 1.4, 1.5), seconds(1.0, 1.5, 2.2, 3.0, 4.0, 5.0), np.ones(7)):
-        apart, together = weigh_apart(known, costs, len(costs)), weigh_together(known, costs)
+        apart, together = select_shared_budget(known, costs, len(costs)), select_equal_budget(known, costs)
         assert apart.kept.tolist() == together.kept.tolist() and apart.gain == pytest.approx(together.gain)
 
 
 def test_a_copied_chain_runs_along_what_stands_and_then_leaves_it() -> None:
-    rates = AcceptanceEstimator(2, 1)
-    kinds = rates.head_kinds(0, np.array([[0.4, 0.3]]), GREEDY)
-    known = Candidates.roots(np.array([9])).joined(np.array([[5, 6]]), np.array([[0, 0]]), kinds,
+    acceptance = AcceptanceEstimator(2, 1)
+    kinds = acceptance.head_kinds(0, np.array([[0.4, 0.3]]), GREEDY)
+    known = CandidateTrees.roots(np.array([9])).extended(np.array([[5, 6]]), np.array([[0, 0]]), kinds,
                                                        np.array([[0.4, 0.3]]), 1)
-    with_copy = add_copied(known, Copied(np.array([[6, 7, 8]]), np.array([3])), rates, GREEDY)
+    with_copy = merge_copied(known, CopiedChains(np.array([[6, 7, 8]]), np.array([3])), acceptance, GREEDY)
     assert with_copy.tokens.tolist() == [[9, 5, 6, -1, 7, 8]]  # 6 stands already: no node of its own
     assert with_copy.parents.tolist()[0][4:] == [2, 4]
-    chances = with_copy.chances[0].tolist()
+    chances = with_copy.path_probs[0].tolist()
     assert chances[1] == pytest.approx(0.4) and chances[2] > 0.8  # both agree: likelier than either alone
     assert chances[2] > chances[4] > chances[5] > 0 and chances[3] == 0
     assert with_copy.kinds[0, 3] == -1 and len(set(with_copy.kinds[0, [2, 4, 5]].tolist())) == 3
 
 
 def test_a_short_chain_beside_a_long_one() -> None:
-    rates = AcceptanceEstimator(0, 2)
-    known = Candidates.roots(np.array([9, 9]))
+    acceptance = AcceptanceEstimator(0, 2)
+    known = CandidateTrees.roots(np.array([9, 9]))
     sampled = np.array([False, True])
-    copied = add_copied(known, Copied(np.array([[5, 6], [-1, -1]]), np.array([0, 0])), rates, sampled)
-    grown, _ = grow(copied, np.ones(3))
-    assert grown.tokens.tolist() == [[9, 5, 6], [9, -1, -1]] and grown.forest.parents.tolist()[0] == [-1, 0, 1]
+    copied = merge_copied(known, CopiedChains(np.array([[5, 6], [-1, -1]]), np.array([0, 0])), acceptance, sampled)
+    drafted, _ = draft(copied, np.ones(3))
+    assert drafted.tokens.tolist() == [[9, 5, 6], [9, -1, -1]] and drafted.trees.parents.tolist()[0] == [-1, 0, 1]
 
 
-def test_rates_are_learned_by_kind_and_by_request() -> None:
+def test_acceptance_is_learned_by_kind_and_by_request() -> None:
     """What always comes true goes up, what never does goes down; a request's own luck moves its row alone."""
-    rates = AcceptanceEstimator(1, 2)
-    kinds = np.stack([rates.copied_kinds(2, np.array([match, match]), np.array([False, False]))[:, depth]
+    acceptance = AcceptanceEstimator(1, 2)
+    kinds = np.stack([acceptance.copied_kinds(2, np.array([match, match]), np.array([False, False]))[:, depth]
                          for depth, match in ((0, 0), (1, 2))], 1)
-    before = rates.chances(kinds)
+    before = acceptance.probabilities(kinds)
     assert bool((before[:, 1] > before[:, 0]).all())
     tried = np.ones((2, 2), dtype=np.bool_)
     for _ in range(60):
-        rates.learn(kinds, tried, np.array([[True, False], [True, False]]))
-    after = rates.chances(kinds)
+        acceptance.update(kinds, tried, np.array([[True, False], [True, False]]))
+    after = acceptance.probabilities(kinds)
     assert bool((after[:, 0] > 0.7).all()) and bool((after[:, 1] < 0.3).all()) and bool((after <= 0.995).all())
     for _ in range(5):
-        rates.learn(kinds[:, :1], tried[:, :1], np.array([[True], [False]]))
-    lucky, unlucky = rates.chances(kinds)[:, 0].tolist()
+        acceptance.update(kinds[:, :1], tried[:, :1], np.array([[True], [False]]))
+    lucky, unlucky = acceptance.probabilities(kinds)[:, 0].tolist()
     assert lucky > unlucky
-    rates.move(0, 1)
-    assert rates.chances(kinds)[1, 0] == rates.chances(kinds)[0, 0]
-    rates.restart(1)
-    assert float(rates.came[1]) == float(rates.expected[1])
+    acceptance.move(0, 1)
+    assert acceptance.probabilities(kinds)[1, 0] == acceptance.probabilities(kinds)[0, 0]
+    acceptance.reset(1)
+    assert float(acceptance.accepted[1]) == float(acceptance.expected[1])
 
 
 def test_every_kind_has_a_number_of_its_own() -> None:
-    rates = AcceptanceEstimator(3, 1)
+    acceptance = AcceptanceEstimator(3, 1)
     seen = set()
     for sampled in (np.array([False]), np.array([True])):
         for depth in range(3):
             for p in (0.001, 0.3, 0.99):
-                kind = rates.head_kinds(depth, np.array([[p]]), sampled)
+                kind = acceptance.head_kinds(depth, np.array([[p]]), sampled)
                 seen.add(kind.item())
                 for match in range(MATCHES):
-                    seen.add(("both", rates.agreed_kinds(kind[:, 0], np.array([match]), sampled).item())[1])
+                    seen.add(("both", acceptance.agreed_kinds(kind[:, 0], np.array([match]), sampled).item())[1])
         for depth in range(4):
-            seen |= {int(rates.copied_kinds(4, np.array([match]), sampled)[0, depth]) for match in range(MATCHES)}
-    assert len(seen) == 2 * (3 * 3 + 3 * MATCHES + 4 * MATCHES) and max(seen) < len(rates.hits)
+            seen |= {int(acceptance.copied_kinds(4, np.array([match]), sampled)[0, depth]) for match in range(MATCHES)}
+    assert len(seen) == 2 * (3 * 3 + 3 * MATCHES + 4 * MATCHES) and max(seen) < len(acceptance.hits)
     assert [match_class(matched) for matched in (1, 2, 3, 5, 6, 31, 32)] == [0, 0, 1, 2, 3, 5, 6]
 
 

@@ -1,0 +1,51 @@
+"""The running batch: the sequences that decode or are prefilled, with all that is kept for each and moves with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from hydra_core.base.kv_cache import KVCache
+from hydra_core.base.model import Base
+from hydra_core.decoding.scheduler import RunningSequence, Scheduler
+from hydra_core.proposers.base import Proposer
+from hydra_core.sampling.sampler import Sampler
+
+EMPTY = torch.empty(0)
+
+
+class RunningBatch:
+    """The scheduler's sequences, and for each of them a row of the KV cache, a row of the proposer, a root and a sampler.
+
+    Decoding sequences have rows 0 .. D - 1, the P sequences whose prompts are prefilled have rows D .. D + P - 1. `roots`: [R]
+    int64, the newest token of each decoding sequence: chosen, but not in the cache yet; `samplers`: by request id;
+    `prompt_hidden`: [P, width], the hidden state of each prompt's last token once it is computed.
+    """
+
+    def __init__(self, base: Base, scheduler: Scheduler, cache: KVCache, proposer: Proposer) -> None:
+        self.base, self.scheduler, self.cache, self.proposer = base, scheduler, cache, proposer
+        self.roots = torch.zeros(scheduler.max_batch_size, dtype=torch.int64, device=base.device)
+        self.samplers: dict[str, Sampler] = {}
+        self.prompt_hidden = EMPTY
+
+    @property
+    def decoding(self) -> list[RunningSequence]:
+        """The sequences that decode, by row."""
+        return self.scheduler.decoding
+
+    def samplers_of(self, sequences: Sequence[RunningSequence]) -> list[Sampler]:
+        """The sampler of each of `sequences`."""
+        return [self.samplers[sequence.request.id] for sequence in sequences]
+
+    def move(self, moves: Sequence[tuple[int, int]]) -> None:
+        """Carry out moves of rows (from, to), in order."""
+        for source, target in moves:
+            self.cache.move_row(source, target)
+            self.proposer.move(source, target)
+            self.roots[target] = self.roots[source]
+
+    def forget(self, sequence: RunningSequence) -> None:
+        """Drop what is kept by request id."""
+        self.scheduler.forget(sequence.request)
+        del self.samplers[sequence.request.id]

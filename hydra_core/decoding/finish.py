@@ -1,0 +1,110 @@
+"""New tokens are added to the answers, and sequences end: by a stop token or string, by a limit, or when they are cancelled."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from hydra_core.decoding.batch import RunningBatch
+from hydra_core.decoding.records import FinishReason, Result, StepOutput
+from hydra_core.decoding.scheduler import RunningSequence
+from hydra_core.sampling.request import TokenLogprob
+
+Clipped = tuple[list[int], FinishReason | None]
+"""The new tokens that belong to an answer, and why the answer ends with them, if it does."""
+
+
+def clip(sequence: RunningSequence, tokens: list[int], context_limit: int) -> Clipped:
+    """Cut `tokens` where the answer ends."""
+    room = context_limit - len(sequence.request.prompt_ids) - len(sequence.tokens)
+    budget = sequence.request.max_new_tokens - len(sequence.tokens)
+    for count, token in enumerate(tokens, start=1):
+        if sequence.text is not None:
+            sequence.text.push([token])
+        if token in sequence.stop_ids or (sequence.text is not None and sequence.text.stopped):
+            return tokens[:count], "stop"
+        if count == budget:
+            return tokens[:count], "length"
+        if count == room:
+            return tokens[:count], "context"
+    return tokens, None
+
+
+def clip_all(batch: RunningBatch, first: int, chosen: list[list[int]]) -> list[Clipped]:
+    """`clip` for the decoding sequences from row `first` on; the last kept token of each becomes its root."""
+    sequences = batch.decoding[first:first + len(chosen)]
+    limit = batch.scheduler.context_limit
+    clipped = [clip(sequence, tokens, limit) for sequence, tokens in zip(sequences, chosen, strict=True)]
+    # in one write: a device takes as long for one number as for all
+    roots = torch.tensor([kept[-1] for kept, _ in clipped], device=batch.roots.device)
+    batch.roots[first:first + len(sequences)] = roots
+    return clipped
+
+
+def emit(batch: RunningBatch, first: int, clipped: list[Clipped], logprobs: list[list[TokenLogprob]]) -> list[StepOutput]:
+    """Add the tokens to the decoding sequences from row `first` on; end those that are complete, last row first."""
+    sequences, outputs = batch.decoding[first:first + len(clipped)], []
+    for offset, (sequence, (kept, reason)) in reversed(list(enumerate(zip(sequences, clipped, strict=True)))):
+        sequence.tokens += kept
+        reported = tuple(logprobs[offset][:len(kept)]) if sequence.request.logprobs is not None else None
+        sequence.logprobs += reported or ()
+        result = finish(batch, first + offset, reason) if reason else None
+        outputs.append(StepOutput(sequence.request.id, tuple(kept), result, reported))
+    return outputs[::-1]
+
+
+def finish(batch: RunningBatch, index: int, reason: FinishReason) -> Result:
+    """End the decoding sequence of row `index`; another one may move into the row."""
+    sequence, moves = batch.scheduler.remove_decoding(index)
+    batch.move(moves)
+    if batch.scheduler.prefill is not None:
+        batch.prompt_hidden = batch.prompt_hidden.roll(1, dims=0)  # the last of the prefill batch becomes its first
+    batch.forget(sequence)
+    return to_result(sequence, reason)
+
+
+def drop_cancelled(batch: RunningBatch) -> list[StepOutput]:
+    """End the requests that were cancelled: waiting, prefilled or decoding."""
+    scheduler = batch.scheduler
+    if not scheduler.cancelled:
+        return []
+    ended = []
+    for request in [request for request in scheduler.waiting if request.id in scheduler.cancelled]:
+        scheduler.waiting.remove(request)
+        scheduler.forget(request)
+        ended.append(Result(request.id, request.prompt_ids, (), "cancelled"))
+    for index in reversed(range(len(scheduler.prefill.sequences) if scheduler.prefill else 0)):
+        ended += _drop_from_prefill(batch, index)
+    for index in reversed(range(len(scheduler.decoding))):
+        if scheduler.decoding[index].request.id in scheduler.cancelled:
+            ended.append(finish(batch, index, "cancelled"))
+    scheduler.cancelled.clear()
+    return [StepOutput(result.id, (), result) for result in ended]
+
+
+def _drop_from_prefill(batch: RunningBatch, index: int) -> list[Result]:
+    prefill = batch.scheduler.prefill
+    assert prefill is not None
+    if prefill.sequences[index].request.id not in batch.scheduler.cancelled:
+        return []
+    batch.prompt_hidden[index] = batch.prompt_hidden[-1]
+    batch.prompt_hidden = batch.prompt_hidden[:-1]
+    sequence, moves = batch.scheduler.remove_prefilling(index)
+    batch.move(moves)
+    batch.forget(sequence)
+    return [to_result(sequence, "cancelled")]
+
+
+def to_result(sequence: RunningSequence, reason: FinishReason) -> Result:
+    """The answer so far, with its counts and times."""
+    now = time.perf_counter()
+    began = sequence.first_token or now
+    most = max(sequence.accepted_lengths, default=-1)
+    lengths = tuple(sequence.accepted_lengths[length] for length in range(most + 1))
+    accepted = sum(length * steps for length, steps in enumerate(lengths))
+    request = sequence.request
+    return Result(request.id, request.prompt_ids, tuple(sequence.tokens), reason, sum(lengths), sequence.drafted, accepted,
+                  began - sequence.started, now - began,
+                  tuple(sequence.logprobs) if request.logprobs is not None else None,
+                  request.lossy_typical is not None, lengths)

@@ -1,0 +1,95 @@
+"""Prefill: prompts enter the KV cache chunk by chunk, in steps shared with the sequences that decode."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from hydra_core.base.model import Base
+from hydra_core.decoding.batch import EMPTY, RunningBatch
+from hydra_core.decoding.finish import clip_all, emit
+from hydra_core.decoding.records import StepOutput
+from hydra_core.decoding.scheduler import PrefillBatch, PrefillPrompt, RunningSequence
+from hydra_core.decoding.text import TextStream
+from hydra_core.sampling.request import Request, TokenLogprob
+from hydra_core.sampling.sampler import Sampler, sample, token_logprob
+from hydra_core.tree.batch import chain
+
+
+def prefill_step(batch: RunningBatch) -> list[StepOutput]:
+    """Compute one chunk of the prompts that are prefilled; when all of them are complete, the first token of each."""
+    scheduler = batch.scheduler
+    prompts = scheduler.next_prompts()
+    if prompts:
+        _open(batch, prompts)
+    prefill = scheduler.prefill
+    if prefill is None:
+        return []
+    if not prefill.complete:
+        _compute_chunk(batch, prefill, prefill.chunk(bool(scheduler.decoding), batch.base.supports_tree))
+    return _close(batch, prefill) if prefill.complete else []
+
+
+def _open(batch: RunningBatch, prompts: list[PrefillPrompt]) -> None:
+    """Give rows to new prompts; a prefix shared with a decoding sequence is copied instead of computed."""
+    base, now = batch.base, time.perf_counter()
+    for row, prompt in enumerate(prompts, start=len(batch.decoding)):
+        batch.cache.clear_rows((row, row + 1))
+        batch.proposer.admit(row, prompt.request.prompt_ids)
+        if prompt.prefix_length:
+            batch.cache.copy_beginning(prompt.prefix_source, row, prompt.prefix_length)
+            batch.proposer.copy_prefix(prompt.prefix_source, row, prompt.prefix_length)
+        batch.samplers[prompt.request.id] = Sampler(prompt.request, base.vocab_size, base.device)
+    sequences = [_sequence(base, prompt.request, now) for prompt in prompts]
+    batch.scheduler.prefill = PrefillBatch(prompts, sequences)
+    batch.prompt_hidden = torch.zeros(len(prompts), base.vocabulary.width, dtype=base.dtype, device=base.device)
+
+
+def _sequence(base: Base, request: Request, now: float) -> RunningSequence:
+    stops = base.stop_ids if request.stop_ids is None else request.stop_ids
+    text = TextStream(base.decode, request.stop) if request.stop else None
+    return RunningSequence(request, frozenset(stops), text, now)
+
+
+def _compute_chunk(batch: RunningBatch, prefill: PrefillBatch, width: int) -> None:
+    """The next `width` tokens of every prompt of the prefill batch; shorter prompts are padded."""
+    base, first, size = batch.base, len(batch.decoding), len(prefill.prompts)
+    rows = (first, first + size)
+    ids = torch.zeros(size, width, dtype=torch.int64)
+    for row, prompt in enumerate(prefill.prompts):
+        begin = prompt.prefix_length + prefill.computed
+        piece = prompt.request.prompt_ids[begin:begin + width]
+        ids[row, :len(piece)] = torch.tensor(piece)
+    remaining = torch.tensor([prompt.remaining for prompt in prefill.prompts], device=base.device) - prefill.computed
+    counts = remaining.clamp(0, width)
+    hidden = base.forward(ids.to(base.device), batch.cache, rows, chain(width), counts)
+    batch.cache.lengths[rows[0]:rows[1]] += counts
+    batch.proposer.commit(rows, hidden, counts)
+    ends = (remaining > 0) & (remaining <= width)
+    last = hidden[torch.arange(size, device=hidden.device), (remaining - 1).clamp(0, width - 1)]
+    batch.prompt_hidden = torch.where(ends[:, None], last, batch.prompt_hidden)
+    prefill.computed += width
+
+
+def _close(batch: RunningBatch, prefill: PrefillBatch) -> list[StepOutput]:
+    """Its sequences join the decoding ones with their first token."""
+    first, now, sequences = len(batch.decoding), time.perf_counter(), prefill.sequences
+    logits = batch.base.logits(batch.prompt_hidden)
+    positions = [len(sequence.request.prompt_ids) for sequence in sequences]
+    samplers = batch.samplers_of(sequences)
+    tokens = sample(logits, positions, samplers)
+    logprobs: list[list[TokenLogprob]] = []
+    for index, (sequence, sampler, token) in enumerate(zip(sequences, samplers, tokens, strict=True)):
+        sequence.first_token = now
+        sampler.record(token)
+        count = sequence.request.logprobs
+        logprobs.append([] if count is None else [token_logprob(logits[index], token, count)])
+    batch.scheduler.decoding += sequences
+    batch.scheduler.prefill = None
+    no_hidden = batch.prompt_hidden[:, None][:, :0]
+    no_counts = torch.zeros(len(sequences), dtype=torch.int64, device=no_hidden.device)
+    batch.prompt_hidden = EMPTY
+    clipped = clip_all(batch, first, [[token] for token in tokens])
+    batch.proposer.commit((first, first + len(sequences)), no_hidden, no_counts, [kept for kept, _ in clipped])
+    return emit(batch, first, clipped, logprobs)

@@ -1,0 +1,36 @@
+"""Plain decoding: nothing is drafted and nothing remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from hydra_core.proposers.base import Accepted, Proposal, StepTimes
+from hydra_core.sampling.sampler import Sampler
+from hydra_core.tree.batch import chain
+
+
+class PlainProposer:
+    """Proposes the root alone. Proposers that remember less than the protocol offers inherit the rest from here."""
+
+    max_nodes = 1
+
+    def admit(self, row: int, prompt_ids: Sequence[int]) -> None:
+        """Nothing to remember."""
+
+    def copy_prefix(self, source: int, target: int, count: int) -> None:
+        """Nothing to copy."""
+
+    def propose(self, roots: Tensor, positions: Sequence[int], samplers: Sequence[Sampler]) -> Proposal:
+        """The roots themselves."""
+        return Proposal(roots[:, None], chain(1))
+
+    def commit(self, rows: tuple[int, int], hidden: Tensor, counts: Tensor, tokens: Sequence[Sequence[int]] = ()) -> None:
+        """Nothing to remember."""
+
+    def feedback(self, accepted: Accepted, times: StepTimes) -> None:
+        """Nothing to learn."""
+
+    def move(self, source: int, target: int) -> None:
+        """Nothing to move."""

@@ -1,0 +1,144 @@
+"""What a bench measures: the heads it finds, the contenders they make, and the fingerprint of all inputs and settings."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from hydra_core.base import load_vocabulary, resolve_base
+from hydra_core.bundled import BUNDLED, EARLIER, is_bundled
+from hydra_core.decoding import check_heads as check_folder
+from hydra_core.errors import InputError
+from pipelines.bench.llama_cpp import check_llama
+from pipelines.bench.plan import (
+    COMBINED,
+    LLAMA,
+    LOOKUP,
+    NGRAM,
+    PLAIN,
+    SWEEP,
+    TRANSFORMERS,
+    contender,
+    own_heads,
+    split_sweep,
+    sweep_tree,
+)
+from pipelines.config import BenchSection, RunConfig
+from pipelines.rows.schemas import content_id
+from pipelines.runtime.artifacts import RunPaths, file_digest, fingerprint, read_manifest, require_manifest
+from pipelines.serve.model_identity import model_digest
+from pipelines.serve.stage import find_args
+from pipelines.tracking.lookup import bundled_heads
+
+HEADS_FILES = ("model.safetensors", "tree.json")
+
+
+def find_heads(config: RunConfig) -> dict[str, str]:
+    """Drafter name -> checkpoint folder: `bench.heads`, else what `tree` (or `train`) left in this run; and `bundled` where
+    the package has heads for this base.
+
+    Raises InputError for a folder that is not a heads checkpoint.
+    """
+    packaged = bundled_heads(config)
+    last = {} if packaged is None else {BUNDLED: packaged}
+    if config.bench.heads:
+        folder = Path(packaged) if is_bundled(config.bench.heads) and packaged else Path(config.bench.heads)
+        try:
+            kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["heads"]["kind"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise InputError(f"bench.heads={folder}: is not a heads checkpoint (no readable config.json)") from None
+        return {str(kind): str(folder)} | ({} if str(folder) == packaged else last)
+    found = {}
+    for name in config.train.drafters:
+        for stage in ("tree", "train"):
+            folder = RunPaths.of(config).stage(stage, name)
+            if read_manifest(folder) is not None and (folder / "heads").is_dir():
+                found[name] = str(folder / "heads")
+                break
+    return found | last
+
+
+def find_methods(config: RunConfig, heads: dict[str, str]) -> tuple[str, ...]:
+    """The contenders, plain decoding first. Raises InputError for a name in `bench.methods` that is none."""
+    theirs, llama = ((), ()) if config.bench.temperature else ((TRANSFORMERS, LOOKUP), (LLAMA,))
+    known = (PLAIN, *theirs, NGRAM, *heads, *((COMBINED,) if own_heads(heads) else ()), *llama)
+    asked = tuple(contender(method) if is_bundled(method.partition("@")[0]) else method for method in config.bench.methods)
+    asked = asked or tuple(method for method in known if method not in (LOOKUP, LLAMA))
+    for method in asked:
+        if method not in known and split_sweep(method, heads)[0] not in heads:
+            raise InputError(f"bench.methods: {method!r} is none of {', '.join(known)} (heads must be trained first), "
+                             "nor NAME@N of a trained drafter NAME and a number of nodes N")
+    return tuple(dict.fromkeys((PLAIN, *asked)))
+
+
+def check_contenders(config: RunConfig, methods: tuple[str, ...], heads: dict[str, str]) -> None:
+    """Raise InputError, before anything runs, unless llama.cpp is installed where it is asked for and every checkpoint loads
+    on this base."""
+    if LLAMA in methods:
+        check_llama(config.base.model)
+    for name, nodes in (split_sweep(method, heads) for method in methods):
+        if nodes is not None:
+            sweep_tree(Path(heads[name]), nodes)
+    if not heads:
+        return
+    vocabulary = load_vocabulary(config.base.model, dtype=config.base.dtype, cache=RunPaths.of(config).cache)
+    for folder in heads.values():
+        try:
+            check_folder(folder, vocabulary)
+        except InputError as error:
+            raise InputError(f"bench.heads: {error}") from None
+
+
+def input_digests(config: RunConfig, heads: dict[str, str]) -> dict[str, tuple[str, str]]:
+    """Name -> digest and path of everything that is read."""
+    distilled = RunPaths.of(config).stage("distill")
+    if config.bench.prompts:
+        found = {"prompts": (file_digest(Path(config.bench.prompts)), config.bench.prompts)}
+    else:
+        found = {"prompts": (str(require_manifest(distilled, "distill")["fingerprint"]), str(distilled / "prompts"))}
+    return found | {f"{name} heads": (content_id(*(file_digest(Path(folder) / file) for file in HEADS_FILES)), folder)
+                    for name, folder in heads.items()}
+
+
+def bench_fingerprint(config: RunConfig, heads: dict[str, str]) -> str:
+    """Digest of what a bench measures: settings, prompts and the heads' files.
+
+    Settings and contenders that were renamed have their earlier names in it, so that a bench that an earlier version finished
+    is still found. Raises InputError for missing files.
+    """
+    resolved = resolve_base(config.base.model, RunPaths.of(config).cache)
+    upstream = {"base": resolved.digest}
+    for name, folder in heads.items():
+        recorded = EARLIER if name == BUNDLED else name
+        upstream |= {f"{recorded}/{file}": _digest(Path(folder) / file) for file in HEADS_FILES}
+        if any(split_sweep(method, heads)[0] == name != method for method in map(contender, config.bench.methods)):
+            upstream[f"{recorded}/{SWEEP}"] = _digest(Path(folder) / SWEEP)
+    if config.bench.prompts:
+        path = Path(config.bench.prompts)
+        if not path.is_file():
+            raise InputError(f"bench.prompts={path}: no such file")
+        upstream["prompts"] = file_digest(path)
+    elif (manifest := read_manifest(RunPaths.of(config).stage("distill"))) is not None:
+        upstream["prompts"] = manifest["fingerprint"]
+    if config.bench.batch_job:
+        upstream["batch"] = str(model_digest(find_args(config)))
+    settings = {"bench": _recorded_settings(config.bench), "ngram": config.ngram.model_dump(),
+                "base": config.base.model_dump(exclude={"model"})}
+    return fingerprint("bench", settings, upstream)
+
+
+def _recorded_settings(section: BenchSection) -> dict[str, Any]:
+    """The section as a fingerprint holds it: with the earlier names of what was renamed."""
+    earlier = {now: before for before, now in section.renamed.items()}
+    values = {earlier.get(name, name): value for name, value in section.model_dump().items()}
+    return values | {"heads": EARLIER if values["heads"] == BUNDLED else values["heads"],
+                     "methods": tuple(re.sub(rf"^{BUNDLED}(?=@|$)", EARLIER, method) for method in values["methods"])}
+
+
+def _digest(path: Path) -> str:
+    if not path.is_file():
+        again = ": run `hydra-heads tree` again" if path.name == SWEEP else ""
+        raise InputError(f"bench.heads={path.parent}: is not a complete heads checkpoint: {path.name} is missing{again}")
+    return file_digest(path)

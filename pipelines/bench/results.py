@@ -1,0 +1,94 @@
+"""Where results of one run lie: the first one in the stage's own folder, others beside it in folders of their own.
+
+    RUN/bench/report.json, ...                    the first result
+    RUN/bench/PROMPTS-FINGERPRINT/report.json     others: other prompts, other settings
+
+`promote` keeps its results in the same way. A rerun finds its folder by the fingerprint in the claim.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from hydra_core.errors import InputError
+from pipelines.bench.inputs import bench_fingerprint, find_heads
+from pipelines.config import RunConfig, load_config
+from pipelines.runtime.artifacts import CLAIM, MANIFEST, RunPaths, read_manifest, require_manifest
+
+SHOWN = 8
+"""Characters of a fingerprint in a folder's name."""
+
+
+def result_folder(root: Path, wanted: str, label: str) -> Path:
+    """The folder under `root` for the work with fingerprint `wanted`: the one that holds it, `root` itself as long as it is
+    free, else a new one whose name begins with `label`."""
+    claimed = _claims(root)
+    for folder, owner in claimed.items():
+        if owner == wanted:
+            return folder
+    return root / f"{label}-{wanted[:SHOWN]}" if claimed else root
+
+
+def bench_label(config: RunConfig) -> str:
+    """What names a bench's folder: the stem of the prompts' file."""
+    return re.sub(r"[^\w.-]+", "-", Path(config.bench.prompts or "held-out").stem).strip("-.") or "prompts"
+
+
+def finished_benches(config: RunConfig) -> dict[Path, dict[str, Any]]:
+    """Folder -> manifest of every finished bench of this run, the first one first."""
+    root = RunPaths.of(config).stage("bench")
+    found = {folder: read_manifest(folder) for folder in (root, *_folders(root, MANIFEST))}
+    return {folder: manifest for folder, manifest in found.items() if manifest is not None}
+
+
+def fitting_bench(config: RunConfig) -> tuple[Path, dict[str, Any]]:
+    """Folder and manifest of the bench that these settings ask for; where the run has only one, that one.
+
+    Raises InputError when no bench is finished, and when none of several has these settings.
+    """
+    root, benches = RunPaths.of(config).stage("bench"), finished_benches(config)
+    if not benches:
+        return root, require_manifest(root, "bench")
+    with suppress(InputError):  # of settings that do not matter where there is only one
+        wanted = bench_fingerprint(config, find_heads(config))
+        for folder, manifest in benches.items():
+            if manifest["fingerprint"] == wanted:
+                return folder, manifest
+    if len(benches) == 1:
+        return next(iter(benches.items()))
+    known = "; ".join(f"{folder} ({_differences(config, folder)})" for folder in benches)
+    raise InputError(f"{root}: none of the {len(benches)} benches of this run has these settings: give the settings of one of "
+                     f"them: {known}")
+
+
+def _differences(config: RunConfig, folder: Path) -> str:
+    """The settings of the bench in `folder` that differ from those of `config`."""
+    then = load_config(str(folder / "config.yaml"))
+    pairs = [(f"{section}.{name}", value, getattr(getattr(config, section), name))
+             for section in ("bench", "ngram", "base") for name, value in getattr(then, section).model_dump(mode="json").items()]
+    found = [f"{name}={_shown(value)}" for name, value, now in pairs if _shown(value) != _shown(now)]
+    return ", ".join(found) or "the same settings, other inputs"
+
+
+def _shown(value: Any) -> str:
+    return f"[{','.join(map(str, value))}]" if isinstance(value, list | tuple) else str(value)
+
+
+def _claims(root: Path) -> dict[Path, str | None]:
+    """Folder -> fingerprint of its claim, None where that is not readable."""
+    found: dict[Path, str | None] = {}
+    for folder in (root, *_folders(root, CLAIM)):
+        if (folder / CLAIM).exists():
+            try:
+                found[folder] = str(json.loads((folder / CLAIM).read_text(encoding="utf-8"))["fingerprint"])
+            except (ValueError, KeyError, TypeError):
+                found[folder] = None
+    return found
+
+
+def _folders(root: Path, file: str) -> list[Path]:
+    return sorted(path.parent for path in root.glob(f"*/{file}"))

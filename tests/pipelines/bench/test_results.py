@@ -1,0 +1,144 @@
+"""A run holds several benches beside each other; those of an earlier version are still found."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hydra_core.base import Base, resolve_base
+from hydra_core.bundled import folders
+from hydra_core.errors import InputError
+from hydra_core.heads.checkpoint import save_checkpoint
+from hydra_core.tree import DraftTree, TreeSet
+from pipelines.bench.inputs import bench_fingerprint, find_heads, find_methods
+from pipelines.bench.plan import read_rows
+from pipelines.bench.results import bench_label, finished_benches, fitting_bench, result_folder
+from pipelines.bench.stage import run_bench
+from pipelines.config import RunConfig, load_config
+from pipelines.promote.stage import run_promote
+from pipelines.runtime.artifacts import RunPaths, StageResult, file_digest, fingerprint, stage_folder
+from pipelines.runtime.files import write_text
+from tests.trained import random_heads
+
+FIGURES = {"tokens_per_step": 2.0, "fp32": {"answers": 8, "identical": 8, "near_tie": 0, "different": 0}}
+
+
+@pytest.fixture(autouse=True)
+def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+def config_for(storage: Path, base: Path, prompts: str = "questions", **changes: object) -> RunConfig:
+    storage.mkdir(exist_ok=True)
+    path = storage / f"{prompts}.jsonl"
+    path.write_text(json.dumps({"prompt": prompts}) + "\n", encoding="utf-8")
+    values = {"storage": str(storage), "base.model": str(base), "base.dtype": "fp32", "bench.prompts": str(path)}
+    return load_config(None, values | {key.replace("__", "."): value for key, value in changes.items()})
+
+
+def finish(config: RunConfig, **speeds: float) -> Path:
+    """A finished bench; its folder."""
+    heads = find_heads(config)
+    wanted = bench_fingerprint(config, heads)
+    folder = result_folder(RunPaths.of(config).stage("bench"), wanted, bench_label(config))
+    methods = {name: FIGURES | {"speed_vs_plain": speed} for name, speed in {"plain": 1.0, **speeds}.items()}
+    plan = {"base": config.base.model_dump(mode="json"), "ngram": [3, 2, 8], "heads": heads}
+    with stage_folder(config, "bench", folder, wanted) as stage:
+        write_text(folder / "report.json", json.dumps({"methods": methods, "plan": plan}))
+        stage.finish(StageResult("bench", None, {"report": str(folder / "report.json")}, {}), [folder / "report.json"])
+    return folder
+
+
+def test_a_second_bench_lies_beside_the_first(tiny_base_dir: Path, storage: Path) -> None:
+    first, second = config_for(storage, tiny_base_dir), config_for(storage, tiny_base_dir, "spec bench/../x".replace("/", "-"))
+    limited = config_for(storage, tiny_base_dir, bench__limit=1)
+    root = RunPaths.of(first).stage("bench")
+    assert finish(first) == root
+    beside = finish(second)
+    assert beside.parent == root and beside.name.startswith("spec-bench-..-x-")
+    assert finish(limited).parent == root and len(finished_benches(first)) == 3
+    for config, folder in ((first, root), (second, beside)):
+        found = run_bench(config)
+        assert found.skipped and found.outputs["report"] == str(folder / "report.json")
+        assert fitting_bench(config)[0] == folder
+
+
+def test_a_folder_that_is_no_result_is_left_alone(tiny_base_dir: Path, storage: Path) -> None:
+    config = config_for(storage, tiny_base_dir)
+    root = RunPaths.of(config).stage("bench")
+    root.mkdir(parents=True)
+    (root / "notes.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(InputError, match="is not empty and not a `bench` output"):
+        finish(config)
+    (root / "notes.txt").unlink()
+    write_text(root / "claim.json", "half a cla")  # nobody's work any more, and not free
+    assert finish(config).parent == root
+
+
+def test_promote_takes_the_bench_of_its_settings(tiny_base_dir: Path, storage: Path) -> None:
+    first, second = config_for(storage, tiny_base_dir), config_for(storage, tiny_base_dir, "others", bench__limit=3)
+    finish(first, ngram=0.5)
+    finish(second, ngram=1.5)
+    one, other = run_promote(second), run_promote(first)
+    assert (one.figures["champion"], other.figures["champion"]) == ("ngram", "plain")
+    assert Path(other.outputs["configuration"]).parent.parent == RunPaths.of(first).stage("promote")  # beside the first one
+    assert run_promote(first).skipped
+    assert run_promote(second).figures["champion"] == "ngram"  # registered again: the alias was given away
+    with pytest.raises(InputError, match=r"none of the 2 benches of this run has these settings") as caught:
+        run_promote(config_for(storage, tiny_base_dir, bench__limit=7))
+    told = str(caught.value)
+    assert "bench (bench.limit=None)" in told and "others.jsonl, bench.limit=3)" in told and "\n" not in told
+
+
+def test_a_bench_of_an_earlier_version_is_found(tiny_base_dir: Path, tiny_base: Base, storage: Path) -> None:
+    """Under the fingerprint that it was given: with the names that settings had."""
+    save_checkpoint(storage / "heads", random_heads(tiny_base, "hydra"), tiny_base.identity, TreeSet({1: DraftTree(((0,),))}), {})
+    config = config_for(storage, tiny_base_dir, bench__max_batch_size=4, bench__concurrency=[1, 3],
+                        bench__concurrency_requests=9, bench__methods=["ngram", "bundled"])
+    names = {"max_batch_size": "running_batch", "concurrency": "load", "concurrency_requests": "load_requests"}
+    settings = {names.get(name, name): value for name, value in config.bench.model_dump().items()}
+    settings["methods"] = ("ngram", "shipped")
+    upstream = {"base": resolve_base(str(tiny_base_dir), storage / "cache").digest,
+                "prompts": file_digest(Path(str(config.bench.prompts)))}
+    for file in ("model.safetensors", "tree.json"):
+        upstream[f"shipped/{file}"] = file_digest(storage / "heads" / file)
+    wanted = fingerprint("bench", {"bench": settings, "ngram": config.ngram.model_dump(),
+                                   "base": config.base.model_dump(exclude={"model"})}, upstream)
+    assert bench_fingerprint(config, {"bundled": str(storage / "heads")}) == wanted
+    earlier = config_for(storage, tiny_base_dir, bench__running_batch=4, bench__load=[1, 3], bench__load_requests=9,
+                         bench__methods=["ngram", "shipped"])
+    assert bench_fingerprint(earlier, {"bundled": str(storage / "heads")}) == wanted
+
+
+def test_a_report_of_an_earlier_version_is_promoted(tiny_base_dir: Path, tiny_base: Base, storage: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_for(storage, tiny_base_dir)
+    folder = finish(config, bundled=1.5)
+    save_checkpoint(storage / "heads", random_heads(tiny_base, "hydra"), tiny_base.identity, TreeSet({1: DraftTree(((0,),))}), {})
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    report["methods"]["shipped"] = report["methods"].pop("bundled")
+    report["plan"]["heads"] = {"shipped": str(storage / "heads")}
+    write_text(folder / "report.json", json.dumps(report))
+    assert run_promote(config).figures["champion"] == "bundled"
+
+
+def test_the_earlier_word_for_bundled_heads_warns_once(tiny_base_dir: Path, storage: Path,
+                                                       caplog: pytest.LogCaptureFixture) -> None:
+    folders._warn_once.cache_clear()
+    config = config_for(storage, tiny_base_dir, bench__methods=["shipped", "bundled", "ngram"])
+    with caplog.at_level(logging.WARNING):
+        assert find_methods(config, {"bundled": "folder"}) == ("plain", "bundled", "ngram")
+        assert find_methods(config, {"bundled": "folder"})[1] == "bundled"
+    assert [record.message for record in caplog.records] == ["`shipped` is called `bundled` now"]
+
+
+def test_rows_of_an_earlier_version(tmp_path: Path) -> None:
+    values = {"round": 0, "question": "1", "category": "all", "method": "shipped", "token_ids": [1], "steps": 1,
+              "prefill_seconds": 1.0, "decode_seconds": 1.0}
+    lines = [values, values | {"method": "shipped@8"}, values | {"method": "ngram"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    assert [row.method for row in read_rows(tmp_path / "rows.jsonl")] == ["bundled", "bundled@8", "ngram"]
