@@ -35,9 +35,10 @@ def headline(figures: Mapping[str, Any]) -> list[str]:
     found = found[:3]
     found += [f"{name.replace('_', ' ')} {_short(value)}" for name, value in figures.items()
               if isinstance(value, (int, float)) or (isinstance(value, str) and len(value) <= 60)]
-    if not found:  # figures of drafters by name, as `train` gives
-        found = [f"{name} {', '.join(texts)}" for name, row in figures.items() if isinstance(row, Mapping)
-                 if (texts := _measures(row))]
+    if not found:  # figures of drafters by name, as of `train`, or by name and batch size, as of `tree`
+        rows = {name: row for name, row in figures.items() if isinstance(row, Mapping)}
+        rows |= {f"{name} at batch {batch}": row for name, by_batch in rows.items() for batch, row in by_batch.items()}
+        found = [f"{name} {', '.join(texts)}" for name, row in rows.items() if (texts := _measures(row))]
     return found[:MOST]
 
 

@@ -1,4 +1,4 @@
-"""What a stage would do, in words: `--plan` prints it and starts nothing."""
+"""What a stage would do, in words. `--plan` prints this and starts nothing."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ BUDGET_MINUTES = {"distill": 10, "train": 9, "tree": 2, "bench": 9, "promote": 1
 """Time each stage of the quickstart may take on two CPU cores."""
 CHAIN = tuple(BUDGET_MINUTES)
 SELF_MADE = 640
-"""Number of prompts that the base writes if `prompts.count` is not set."""
+"""Prompts that the base writes where `prompts.count` is not set."""
 
 
 def describe(config: RunConfig, stage: str) -> list[str]:
-    """One line for each step of `stage`: inputs, sizes and outputs; for the quickstart the time budget of each stage too."""
+    """Lines for a person, one for each step: inputs, sizes, outputs; for the quickstart each stage's time budget too."""
     if stage != "quickstart":
         return [f"{stage}: {line}" for line in _STEPS[stage](config)]
     lines = []
@@ -27,7 +27,7 @@ def _distill(config: RunConfig) -> list[str]:
     prompts, distill, folder = config.prompts, config.distill, RunPaths.of(config).stage("distill")
     count = prompts.count or (SELF_MADE if prompts.source == "self" else None)
     source = (f"the base writes itself, at most {prompts.max_tokens} tokens each" if prompts.source == "self"
-              else f"of {prompts.path} ({prompts.source})")
+              else f"from {prompts.path} ({prompts.source})")
     most = f"{count * len(distill.temperatures)} answers" if count else f"{len(distill.temperatures)} answers a prompt"
     temperatures = ", ".join(f"{value:g}" for value in distill.temperatures)
     width = 2 if distill.feature_dtype == "bf16" else 4
@@ -45,7 +45,7 @@ def _train(config: RunConfig) -> list[str]:
                 for name, heads in train.drafters.items() if train.only in (None, name)]
     length = f"{train.max_steps} steps" if train.max_steps else f"{train.epochs:g} epochs"
     return [f"{name}: {heads.num_heads} {heads.kind} heads, draft vocabulary {heads.draft_vocab_size or 'in full'}, "
-            f"{length} of {train.rows_per_step} rows, {train.workers.count} worker(s), ZeRO-{train.zero_stage} "
+            f"{length} with {train.rows_per_step} rows a step, {train.workers.count} worker(s), ZeRO-{train.zero_stage} "
             f"-> {folder / name}"
             for name, heads in train.drafters.items() if train.only in (None, name)]
 
@@ -71,7 +71,7 @@ def _bench(config: RunConfig) -> list[str]:
     methods = ", ".join(bench.methods) or "transformers, ngram and every drafter found"
     return [f"plain against {methods}: {bench.limit or 'all'} of {prompts}, at most {bench.max_new_tokens} tokens "
             f"each, {bench.rounds} round(s) -> {folder / 'rows.jsonl'}",
-            f"fp32 identity with the naive loop on {bench.identity_prompts} prompts -> {folder / 'report.json'}",
+            f"losslessness in fp32 against the naive loop on {bench.identity_prompts} prompts -> {folder / 'report.json'}",
             *(f"{level} requests in flight -> {folder / 'load.jsonl'}" for level in bench.concurrency)]
 
 
@@ -82,12 +82,12 @@ def _promote(config: RunConfig) -> list[str]:
 
 def _serve(config: RunConfig) -> list[str]:
     model = config.serve.model or f"models:/{config.promote.model_name}@{config.promote.alias}"
-    return [f"{model}, {config.serve.replicas} replica(s) of {config.serve.max_batch_size} rows "
+    return [f"{model}, {config.serve.replicas} replica(s) of {config.serve.max_batch_size} sequences "
             f"-> http://{config.serve.host}:{config.serve.port}"]
 
 
 def _generate(config: RunConfig) -> list[str]:
-    model = config.generate.model or "the champion, or the package's own heads"
+    model = config.generate.model or "the champion, or the bundled heads"
     return [f"{len(config.generate.prompts) or 'no'} prompt(s), at most {config.generate.max_new_tokens} tokens each, by {model}"]
 
 
@@ -101,8 +101,8 @@ def _batch(config: RunConfig) -> list[str]:
 def _load(config: RunConfig) -> list[str]:
     load = config.load
     rates = ", ".join(f"{rate:g}" for rate in load.rates)
-    whom = load.address or "an application started for it"
-    return [f"{whom}: capacity, then {rates} times that for {load.seconds:g} s each -> "
+    target = load.address or "an application started for it"
+    return [f"{target}: capacity, then {rates} times that for {load.seconds:g} s each -> "
             f"{RunPaths.of(config).stage('load')}"]
 
 

@@ -89,6 +89,8 @@ def test_summary_shows_few_lines_of_any_stage() -> None:
     assert len(text.splitlines()) == 7 and text.startswith("distill: done: figure 0 0, figure 1 1,")
     text = summary.summarise(StageResult("train", None, {"hydra": "/x"}, {"hydra": {"tokens_per_step": 1.875}}, skipped=True))
     assert text == "train: was done already: hydra 1.88 tokens/step\n  hydra  /x\n"
+    text = summary.summarise(StageResult("tree", None, {}, {"hydra": {"1": {"tokens_per_step": 1.3833, "nodes": 4}}}))
+    assert text == "tree: done: hydra at batch 1 1.38 tokens/step\n"
     assert summary.summarise(StageResult("compare", None, {}, {"runs": []})) == "compare: done\n"
 
 
