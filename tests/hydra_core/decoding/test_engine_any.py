@@ -69,6 +69,7 @@ def reference(base: Base, request: Request) -> Result:
     return naive_generate(base, request, 80)
 
 
+@pytest.mark.slow
 @settings(max_examples=500, deadline=None, derandomize=True, database=None,
           suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
