@@ -7,6 +7,7 @@ and tests of one file never run at the same time. Each process has a Ray, an MLf
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,8 +32,13 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min(max(2, os.cpu_count() or 1), MOST_PROCESSES)
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests come first, the whole chain before all: what is short fills the gaps at the end."""
+    """What uses Ray is slow. Files with slow tests come first, the whole chain before all: what is short fills the gaps at the
+    end."""
+    for item in items:
+        if "local_ray" in getattr(item, "fixturenames", ()):
+            item.add_marker("slow")
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: (item.path not in slow, "e2e" not in item.path.parts))
 
@@ -57,7 +63,8 @@ def worker_env() -> dict[str, str]:
     """Variables a Ray worker of a test needs: the project on its path, quiet libraries."""
     path = os.environ.get("PYTHONPATH")
     return {"PYTHONPATH": f"{ROOT}{os.pathsep}{path}" if path else str(ROOT), "OMP_NUM_THREADS": "1",
-            "MLFLOW_DISABLE_TELEMETRY": "true"}
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}  # 2 s by default: how late Ray Train sees that a worker has ended
 
 
 @pytest.fixture(scope="session")
@@ -70,6 +77,14 @@ def local_ray(worker_env: dict[str, str]) -> Iterator[None]:
                  runtime_env={"env_vars": worker_env})
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def moment() -> random.Random:
+    """Draws what dies and when; the seed stands in what a failed test shows, and `HYDRA_TEST_SEED` sets it."""
+    seed = int(os.environ.get("HYDRA_TEST_SEED") or random.SystemRandom().randrange(10**6))
+    print(f"moments drawn from HYDRA_TEST_SEED={seed}")
+    return random.Random(seed)
 
 
 @pytest.fixture

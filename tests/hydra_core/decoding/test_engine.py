@@ -371,6 +371,7 @@ def test_trees_deeper_than_the_heads_are_refused(tiny_base: Base) -> None:
         Engine(tiny_base, random_heads(tiny_base, "hydra"), default_trees())
 
 
+@pytest.mark.slow
 def test_memory_is_flat_over_two_thousand_requests(make_engine: Callable[..., Engine]) -> None:
     """No tensor is replaced, and nothing is kept of a finished request."""
     engine = make_engine("hydra++", max_batch_size=4, context_limit=64)

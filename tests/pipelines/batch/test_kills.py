@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -52,14 +51,6 @@ def asked_through(how: str, make: Callable[..., RunConfig]) -> Iterator[dict[str
         app.stop()
 
 
-@pytest.fixture
-def moment() -> random.Random:
-    """Draws the moments at which something dies; the seed stands in what a failed test shows."""
-    seed = random.SystemRandom().randrange(10**6)
-    print(f"moments drawn from seed {seed}")
-    return random.Random(seed)
-
-
 def check_answers(base: Base, rows: list[dict[str, object]], count: int, tokens: int, spread: int) -> None:
     """Every row once; of every `spread`th, the base's own answer."""
     assert len(rows) == count == len({row["id"] for row in rows}) and {row["row"] for row in rows} == set(range(1, count + 1))
@@ -71,10 +62,13 @@ def check_answers(base: Base, rows: list[dict[str, object]], count: int, tokens:
 REPLICA, WORKER = ("ServeReplica:hydra-heads", "DecodeServer"), ("ray::MapWorker",)
 
 
-@pytest.mark.parametrize(("how", "words"), [("serve", REPLICA), ("http", REPLICA), ("embedded", WORKER)])
+@pytest.mark.parametrize(("ways", "words"), [(("serve", "http"), REPLICA), (("embedded",), WORKER)],
+                         ids=["replica", "worker"])
 def test_a_killed_replica_or_worker_costs_no_row(local_ray: None, tiny_base_dir: Path, tiny_base: Base, storage: Path,
-                                                 moment: random.Random, how: str, words: tuple[str, ...]) -> None:
-    """At a random moment from its start on; its queue is full all the while."""
+                                                 moment: random.Random, ways: tuple[str, ...], words: tuple[str, ...]) -> None:
+    """At a random moment from its start on; its queue is full all the while. One of the ways to ask is drawn."""
+    how = moment.choice(ways)
+    print(f"asked through {how}")
     path = write_rows(storage.parent / "in.jsonl", 150)
     make: Callable[..., RunConfig] = lambda **changes: config_for(  # noqa: E731
         storage, tiny_base_dir, batch__input=str(path), batch__rows_per_file=4, batch__concurrency=16, serve__max_batch_size=2,
@@ -100,12 +94,16 @@ def test_a_killed_replica_or_worker_costs_no_row(local_ray: None, tiny_base_dir:
     check_answers(tiny_base, list(read_batch_rows(Path(result.outputs["rows"]), "jsonl")), 150, 60, 30)
 
 
-@pytest.mark.parametrize("how", ["serve", "http", "embedded"])
 def test_killed_job_goes_on(local_ray: None, tiny_base_dir: Path, tiny_base: Base, storage: Path, worker_env: dict[str, str],
-                            moment: random.Random, how: str) -> None:
-    """Killed with all its processes after a random number of parts, or while it starts, and run again."""
+                            moment: random.Random) -> None:
+    """Killed with its Ray and all its processes after a random number of parts, or while it starts, and run again by this
+    process, in another Ray. The way to ask is drawn too."""
+    how = moment.choice(("serve", "http", "embedded"))
+    print(f"asked through {how}")
     path, output = write_rows(storage.parent / "in.jsonl", 120), storage.parent / "out"
-    make: Callable[..., RunConfig] = lambda **changes: config_for(storage, tiny_base_dir, **changes)  # noqa: E731
+    make: Callable[..., RunConfig] = lambda **changes: config_for(  # noqa: E731
+        storage, tiny_base_dir, batch__input=str(path), batch__output=str(output), batch__max_new_tokens=150,
+        batch__rows_per_file=4, batch__concurrency=4, **changes)
     with asked_through(how, make) as settings:
         command = [sys.executable, "-m", "jobs.batch", f"storage={storage}", f"base.model={tiny_base_dir}", "base.dtype=fp32",
                    "serve.model=plain", f"serve.port={free_port()}", f"batch.input={path}", f"batch.output={output}",
@@ -122,14 +120,12 @@ def test_killed_job_goes_on(local_ray: None, tiny_base_dir: Path, tiny_base: Bas
         process.wait()
         finished = (output / "manifest.json").exists()
         before = {part.name: part.stat().st_mtime_ns for part in output.glob("rows/part-*")}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    result = json.loads(done.stdout)
+        result = run_batch(make(**settings))
     after = {part.name: part.stat().st_mtime_ns for part in output.glob("rows/part-*")}
     assert all(after[name] == stamp for name, stamp in before.items())  # nothing finished was made again
-    assert result["skipped"] == finished
+    assert result.skipped == finished
     if not finished:
-        assert 4 * len(before) <= result["resumed"] < 120  # an engine may still have written as it died
+        assert 4 * len(before) <= result.figures["resumed"] < 120  # an engine may still have written as it died
     check_answers(tiny_base, list(read_batch_rows(output / "rows", "jsonl")), 120, 150, 40)
 
 

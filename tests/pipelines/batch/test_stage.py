@@ -44,15 +44,16 @@ def write_rows(path: Path, count: int) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_rows_errors_and_report(local_ray: None, tiny_base_dir: Path, tiny_base: Base, storage: Path, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "engine"), [("jsonl", "serve"), ("parquet", "embedded")])
+def test_rows_errors_and_report(local_ray: None, tiny_base_dir: Path, tiny_base: Base, storage: Path, kind: str,
+                                engine: str) -> None:
     path = write_rows(storage.parent / "in.jsonl", 20)
     with path.open("ab") as handle:
         handle.write(b'{"x": 1}\n\xff\n' + json.dumps({"prompt": "long " * 100}).encode() + b'\n{"prompt": "a", "id": "k"}\n'
                      + b'{"prompt": "b", "id": "k"}\n{"prompt": "half a pair: \\ud800"}\n{"prompt": "c", "id": "\\udfff"}\n'
                      + b'{"messages": [{"role": "user", "content": "\\ud83d"}]}\n')
     config = config_for(storage, tiny_base_dir, batch__input=str(path), batch__format=kind, batch__max_error_share=0.5,
-                        batch__rows_per_file=8)
+                        batch__rows_per_file=8, batch__engine=engine)
     result = run_batch(config)
     rows = list(read_batch_rows(Path(result.outputs["rows"]), kind))
     assert len(rows) == 21 == len({row["id"] for row in rows})
@@ -76,11 +77,11 @@ def test_rows_errors_and_report(local_ray: None, tiny_base_dir: Path, tiny_base:
 def test_done_means_the_same_answers(local_ray: None, tiny_base_dir: Path, storage: Path) -> None:
     path = write_rows(storage.parent / "in.jsonl", 3)
     make: Callable[..., RunConfig] = lambda **changes: config_for(  # noqa: E731
-        storage, tiny_base_dir, batch__input=str(path), batch__max_new_tokens=4, **changes)
+        storage, tiny_base_dir, **{"batch.engine": "embedded", "batch.input": str(path), "batch.max_new_tokens": 4, **changes})
     assert not batch_finished(make())
     run_batch(make())
     copied = path.rename(storage.parent / "moved.jsonl")
-    for same in ({"batch.engine": "embedded"}, {"batch.format": "jsonl"},
+    for same in ({"batch.engine": "serve"}, {"batch.format": "jsonl"},
                  {"batch.concurrency": 2}, {"batch.rows_per_file": 1}, {"batch.max_error_share": 1}, {"serve.port": 0},
                  {"base.context_limit": 256}, {}):
         assert batch_finished(make(**{**same, "batch.input": str(copied)})), same
@@ -97,7 +98,7 @@ def test_a_new_champion_is_new_work(local_ray: None, tiny_base_dir: Path, tiny_b
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     config = config_for(storage, tiny_base_dir, batch__input=str(write_rows(storage.parent / "in.jsonl", 3)),
-                        serve__model=None)
+                        batch__engine="embedded", serve__model=None)
     with pytest.raises(InputError, match="run `hydra-heads promote`"):
         batch_finished(config)
 
@@ -148,10 +149,11 @@ def test_parquet_input(local_ray: None, tiny_base_dir: Path, tiny_base: Base, st
         "messages": pa.array([None, None, chat, None], pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
     }), path)
     with pytest.raises(InputError, match=r"1 of 4 rows failed, over the allowed share 0\.05"):
-        run_batch(config_for(storage, tiny_base_dir, batch__input=str(path)))
+        run_batch(config_for(storage, tiny_base_dir, batch__input=str(path), batch__engine="embedded"))
     told = json.loads((RunPaths.of(config_for(storage, tiny_base_dir)).stage("batch") / "report.json").read_text())
     assert (told["rows"], told["errors"]) == (3, 1)  # what went wrong is told when it is most wanted
-    result = run_batch(config_for(storage, tiny_base_dir, batch__input=str(path), batch__max_error_share=0.5))
+    result = run_batch(config_for(storage, tiny_base_dir, batch__input=str(path), batch__max_error_share=0.5,
+                                  batch__engine="embedded"))
     client = MlflowClient(Tracker.open(config_for(storage, tiny_base_dir)).uri)
     assert "report.json" in [entry.path for entry in client.list_artifacts(str(result.run_id))]
     assert client.get_run(str(result.run_id)).data.metrics["rows"] == 3

@@ -24,11 +24,13 @@ from hydra_core.errors import InputError
 from hydra_core.heads.checkpoint import save_checkpoint
 from hydra_core.sampling import Request
 from hydra_core.tree import DraftTree, TreeSet
+from jobs.runner import read_config
 from pipelines.config import RunConfig, load_config
 from pipelines.distill.actors import PromptWriter, WorkerSettings
 from pipelines.distill.stage import _block_rows, _prompts, _read_prompts, distill_fingerprint, distilled, run_distill
 from pipelines.rows.parquet_parts import part_files, read_parts, write_part
 from pipelines.rows.schemas import ERRORS, FEATURES, PROMPTS, RESPONSES, check_counts, check_schema, split_of
+from pipelines.runtime.artifacts import RunPaths, StageResult
 from pipelines.tracking import Tracker
 from tests.tiny import save_tiny
 from tests.trained import overfit_heads
@@ -47,6 +49,27 @@ def config_for(storage: Path, base: Path, prompts: Path, **changes: object) -> R
               "distill.rows_per_file": 8, "distill.workers.threads": 1, "distill.held_out": 0.3,
               "distill.feature_dtype": "fp32", "distill.max_error_share": 0.5}
     return load_config(None, values | {key.replace("__", "."): value for key, value in changes.items()})
+
+
+def in_this_process(config: RunConfig, actor: type, settings: WorkerSettings, blocks: list[pa.Table]) -> dict[str, int]:
+    """What actors of Ray do, without starting any: for tests of what stands around them."""
+    totals: dict[str, int] = {}
+    made = actor(settings)
+    for row in (row for block in blocks for row in made(block).to_pylist()):
+        for name, value in row.items():
+            totals[name] = totals.get(name, 0) + int(value)
+    return totals
+
+
+@pytest.fixture(scope="module")
+def finished_run(local_ray: None, tiny_base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, StageResult]:
+    """A finished stage of 20 prompts and one faulty row, which tests look at, or damage and mend."""
+    root = tmp_path_factory.mktemp("distilled")
+    prompts = write_prompts(root / "p.jsonl", 20)
+    with prompts.open("a", encoding="utf-8") as handle:
+        handle.write('{"x": 1}\n')
+    config = config_for(root / "storage", tiny_base_dir, prompts)
+    return config, run_distill(config)
 
 
 def test_rows_are_the_bases_own(local_ray: None, tiny_base_dir: Path, tiny_base: Base, storage: Path) -> None:
@@ -103,10 +126,6 @@ def test_prompts_that_the_base_writes_besides_those_of_a_file(tiny_base_dir: Pat
             text = "question 3" if request.id == "0" else f"word {request.id}"  # the first stands in the file already
             yield Result(request.id, request.prompt_ids, (*tiny_base.tokenizer(text).input_ids, 2), "stop")
 
-    def in_this_process(config: RunConfig, actor: type, settings: WorkerSettings, blocks: list[pa.Table]) -> dict[str, int]:
-        tables = [actor(settings)(block) for block in blocks]
-        return {"rejected": sum(table["rejected"][0].as_py() for table in tables)}
-
     monkeypatch.setattr(PromptWriter, "decode", written)
     monkeypatch.setattr("pipelines.distill.stage._run", in_this_process)
     _read_prompts(config, folder)
@@ -121,29 +140,25 @@ def test_prompts_that_the_base_writes_besides_those_of_a_file(tiny_base_dir: Pat
         load_config(None, {"storage": str(storage), "prompts.self_made": 3})
 
 
-def test_what_was_read_is_in_the_tracker(local_ray: None, tiny_base_dir: Path, storage: Path) -> None:
-    prompts = write_prompts(storage.parent / "p.jsonl", 3)
-    config = config_for(storage, tiny_base_dir, prompts)
-    result = run_distill(config)
+def test_what_was_read_is_in_the_tracker(finished_run: tuple[RunConfig, StageResult]) -> None:
+    config, result = finished_run
     client = MlflowClient(Tracker.open(config).uri)
     run = client.get_run(result.run_id)
     (found,) = run.inputs.dataset_inputs
-    assert (found.dataset.name, found.dataset.source, len(found.dataset.digest)) == ("prompts", str(prompts), 32)
+    assert (found.dataset.name, found.dataset.source, len(found.dataset.digest)) == ("prompts", config.prompts.path, 32)
     assert run.data.params["distill.held_out"] == "0.3"
     assert "config.yaml" in [artifact.path for artifact in client.list_artifacts(result.run_id)]
     assert client.get_run(Tracker.open(config).parent()).info.status == "FINISHED"
 
 
 @pytest.mark.parametrize("part", ["prompts", "responses", "features", "errors/prompts"])
-def test_a_damaged_output_is_made_again(local_ray: None, tiny_base_dir: Path, storage: Path, part: str) -> None:
+def test_a_damaged_output_is_made_again(finished_run: tuple[RunConfig, StageResult], monkeypatch: pytest.MonkeyPatch,
+                                        part: str) -> None:
     """And it is the same data to those who build on it, whatever files the rows stand in."""
-    prompts = write_prompts(storage.parent / "p.jsonl", 20)
-    with prompts.open("a", encoding="utf-8") as handle:
-        handle.write('{"x": 1}\n')
-    config = config_for(storage, tiny_base_dir, prompts)
-    first = run_distill(config)
+    config, first = finished_run
+    monkeypatch.setattr("pipelines.distill.stage._run", in_this_process)
     before = distilled(config)
-    damaged = part_files(storage / "runs" / "default" / "distill" / part)[0]
+    damaged = part_files(RunPaths.of(config).stage("distill") / part)[0]
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
     again = run_distill(config)
     assert not again.skipped and run_distill(config).skipped
@@ -185,24 +200,24 @@ def test_mistakes_are_told_before_anything_is_claimed(tiny_base_dir: Path, stora
         assert not (storage / "runs").exists(), words
 
 
-def test_killed_job_recomputes_only_what_is_missing(tiny_base_dir: Path, storage: Path, worker_env: dict[str, str]) -> None:
+def test_killed_job_recomputes_only_what_is_missing(local_ray: None, tiny_base_dir: Path, storage: Path,
+                                                    worker_env: dict[str, str]) -> None:
+    """Killed with its own Ray, and run again by this process in another one."""
     prompts = write_prompts(storage.parent / "p.jsonl", 150)
     command = [sys.executable, "-m", "jobs.distill", f"storage={storage}", f"base.model={tiny_base_dir}", "base.dtype=fp32",
                "prompts.source=jsonl", f"prompts.path={prompts}", "distill.max_new_tokens=200", "distill.max_batch_size=2",
                "distill.rows_per_file=4", "distill.workers.threads=1"]
-    environment = {**os.environ, **worker_env}
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | worker_env
     parts = storage / "runs" / "default" / "distill" / "responses"
     process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400  # other tests take the other core
     while len(part_files(parts)) < 3 and time.monotonic() < deadline:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     before = {path.name: path.stat().st_mtime_ns for path in part_files(parts)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    figures = json.loads(done.stdout)
+    figures = run_distill(read_config("distill", None, command[3:])).figures
     assert 12 <= 4 * len(before) <= figures["resumed"] < figures["responses"] == 300
     assert all((parts / name).stat().st_mtime_ns == stamp for name, stamp in before.items())
     assert len({row["id"] for row in read_parts(parts, RESPONSES, ["id"]).to_pylist()}) == 300
@@ -220,22 +235,21 @@ def test_bad_prompt_files_and_bases(tiny_base_dir: Path, storage: Path) -> None:
         run_distill(config_for(storage, storage / "pickled", empty))
 
 
-def test_empty_prompt_file_leaves_nothing_behind(local_ray: None, tiny_base_dir: Path, storage: Path) -> None:
+def test_mistakes_leave_nothing_behind_and_the_corrected_command_runs(local_ray: None, tiny_base_dir: Path,
+                                                                      storage: Path) -> None:
+    """An empty file, and workers that never fit."""
     storage.mkdir()
-    empty = storage / "empty.jsonl"
-    empty.write_text("", encoding="utf-8")
+    prompts = storage / "empty.jsonl"
+    prompts.write_text("", encoding="utf-8")
     with pytest.raises(InputError, match="is empty"):
-        run_distill(config_for(storage, tiny_base_dir, empty))
+        run_distill(config_for(storage, tiny_base_dir, prompts))
     assert not (storage / "runs").exists()
-    write_prompts(empty, 2)
-    assert run_distill(config_for(storage, tiny_base_dir, empty)).figures["responses"] == 4
-
-
-def test_workers_that_never_fit_are_told(local_ray: None, tiny_base_dir: Path, storage: Path) -> None:
-    prompts = write_prompts(storage.parent / "p.jsonl", 2)
+    write_prompts(prompts, 2)
     with pytest.raises(InputError, match=r"distill\.workers: 1 x 64\.0 CPU are asked for, the cluster has 2"):
         run_distill(config_for(storage, tiny_base_dir, prompts, distill__workers={"cpus": 64}))
-    assert not run_distill(config_for(storage, tiny_base_dir, prompts)).skipped
+    result = run_distill(config_for(storage, tiny_base_dir, prompts))
+    assert not result.skipped
+    assert result.figures["responses"] == 4
 
 
 def test_heads_make_the_same_rows_sooner(local_ray: None, tiny_base_dir: Path, tiny_base: Base, storage: Path) -> None:
