@@ -48,7 +48,7 @@ def quieten_driver() -> None:
     worker.print_to_stdstream = _filtered(worker.print_to_stdstream)
     worker.connect = _without_core_log(worker.connect)
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # it warns of every slow answer on a busy machine
     for handler in logging.getLogger("ray.data").handlers:
         if handler.get_name() == "console":
             handler.setLevel(logging.ERROR)
