@@ -14,7 +14,7 @@ import pytest
 from pipelines.runtime.logs import _stderr_without, wanted_lines
 from tests.conftest import ROOT
 
-OURS = re.compile(r"(\x1b\[\d+m)?\([^)]*\)?[\w)]* pid=\d+\)(\x1b\[0m)? keys and values of |batch: |generate: |-- \d+ tokens")
+OURS = re.compile(r"((\x1b\[\d+m)?\([^ ]+ pid=\d+\)(\x1b\[0m)? )?(keys and values of |batch: |generate: |-- \d+ tokens)")
 INFO = "INFO 2026-11-28 22:55:21,326 controller 8990 -- Deploying"
 WARNING = "WARNING 2026-11-28 22:55:51,486 controller 8990 -- Deployment has 1 replicas that have taken more than 30s."
 ERROR = "ERROR 2026-11-28 22:55:51,486 controller 8990 -- Failed to start replica."
