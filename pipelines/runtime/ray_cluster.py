@@ -15,6 +15,7 @@ import ray.data
 
 from hydra_core.errors import InputError
 from pipelines.config import RunConfig, Workers
+from pipelines.runtime.logs import quieten_driver
 
 MISTAKE = "mistake"
 
@@ -31,6 +32,7 @@ def ensure_ray(config: RunConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    quieten_driver()
     address = config.ray_address or os.environ.get("RAY_ADDRESS")
     if address:
         try:

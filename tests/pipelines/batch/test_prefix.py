@@ -39,5 +39,5 @@ def test_rows_that_share_a_system_prompt_come_together(tiny_base: Base, monkeypa
     as_they_stand, copied_then = decode(tiny_base, wanted, monkeypatch)
     assert in_order == as_they_stand
     system = len(SYSTEMS[0])  # one token a byte
-    assert copied >= 12 * system  # of 18 rows whose system prompt stood before
+    assert copied >= 12 * system  # of 18 rows whose system prompt occurred before
     assert copied > 2 * copied_then

@@ -86,7 +86,7 @@ def test_every_row_is_counted_once() -> None:
     todo = list(reading.todo(source, {digest("b")}))
     assert [row.row for row in todo] == [1, 5]
     assert (reading.rows, reading.skipped, len(refused)) == (8, 4, 1)
-    assert len(todo) + 1 + len(refused) + reading.skipped == reading.rows  # `b` stood already
+    assert len(todo) + 1 + len(refused) + reading.skipped == reading.rows  # `b` was answered already
 
 
 def test_shared_beginnings_come_together_and_lengths_fall() -> None:

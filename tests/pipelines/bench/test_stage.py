@@ -259,8 +259,8 @@ def test_stopped_and_gone_on_with(local_ray: None, tiny_base_dir: Path, tiny_bas
         answers.setdefault(entry.question, entry.token_ids)
     assert [entry.turn for entry in before if entry.method == "hydra"] == [0, 1, 0]
     listed = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
-    for picture in ("report.png", "categories.png", "accepted.png"):
-        assert picture in listed and (folder / picture).read_bytes().startswith(b"\x89PNG")
+    for figure in ("report.png", "categories.png", "accepted.png"):
+        assert figure in listed and (folder / figure).read_bytes().startswith(b"\x89PNG")
     assert json.loads((folder / "report.json").read_text(encoding="utf-8"))["memory"]["resident_peak_bytes"] > 2**27
     told = (folder / "report.md").read_text(encoding="utf-8")
     assert "| hydra |" in told and "Milliseconds of a step" in told and "Peak resident memory" in told

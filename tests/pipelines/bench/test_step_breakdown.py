@@ -1,4 +1,4 @@
-"""What a step took and brought, by hand; turns pooled; the pictures; the most memory."""
+"""What a step costs and yields, by hand; turns pooled; the figures; peak memory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_step_by_hand() -> None:
     assert longer["accepted_lengths"] == [4, 1, 2, 1] and longer["accepted_at_least"] == [0.5, 0.375, 0.125]
 
 
-def test_what_is_not_known_is_not_told() -> None:
+def test_unknown_values_are_not_shown() -> None:
     foreign = step_figures([row("transformers")])  # no phases, no drafts, no forecast
     assert foreign["step_ms"] == 100.0 and foreign["first_token_ms"] == 100.0
     assert foreign["draft_ms"] is foreign["overhead_ms"] is foreign["measured_vs_predicted"] is None
@@ -90,7 +90,7 @@ def test_categories_and_rounds_are_told_apart(capsys: pytest.CaptureFixture[str]
     assert not category_table(summarise([row("plain")], [])).rows  # one category needs no table
 
 
-def test_pictures(tmp_path: Path) -> None:
+def test_figures(tmp_path: Path) -> None:
     rows = [row("plain", accepted_lengths=(10,)), row("plain", question="b", category="rag", accepted_lengths=(10,)),
             drafting(), drafting(question="b", category="rag", decode_seconds=0.5)]
     figures = summarise(rows, [])

@@ -108,10 +108,10 @@ def test_every_contender_on_plains_context(tiny_base_dir: Path, tiny_base: Base,
     assert [(row.round, row.question, row.turn) for row in rows if row.method == "plain"] == [
         (0, "7", 0), (0, "7", 1), (0, "8", 0), (1, "7", 0), (1, "7", 1), (1, "8", 0)]
 
-    for _ in range(2):  # each answer that differs is judged once, with the prompt that its turn had
+    for _ in range(2):  # each answer that differs gets one verdict, with the prompt that its turn had
         check_differences(plan, questions, rows)
-    judged = read_losslessness(Path(plan.losslessness_file))
-    assert [(row.question, row.turn, row.method, row.verdict) for row in judged] == [
+    verdicts = read_losslessness(Path(plan.losslessness_file))
+    assert [(row.question, row.turn, row.method, row.verdict) for row in verdicts] == [
         ("7", 0, "liar", "different"), ("7", 1, "liar", "different"), ("8", 0, "liar", "different")]
 
     seen.clear()  # nothing is done twice

@@ -46,7 +46,7 @@ def config_for(storage: Path, base: Path, **changes: object) -> RunConfig:
 def test_without_a_champion_the_packages_heads_decode(package: Path, tiny_base_dir: Path, storage: Path) -> None:
     config = config_for(storage, tiny_base_dir)
     assert find_model(config, None).folder == find_model(config, "bundled").folder == package
-    assert find_model(config, "shipped").folder == package
+    assert find_model(config, "shipped").folder == package  # the earlier word
     assert "package" in find_model(config, None).label
     assert find_model(config, "plain").folder is None
     assert find_model(config, str(storage)).folder == storage
