@@ -97,7 +97,7 @@ def measure(name: str) -> dict[str, Any]:
             f"{context} tokens, {rows} rows, {nodes} nodes": value for (context, rows, nodes), value in times.items()}
     for kind in ("medusa", "hydra", "hydra++"):
         heads = random_heads(base, kind)
-        for what, trees in (("fixed", TREES), ("grown", None)):
+        for what, trees in (("fixed", TREES), ("dynamic", None)):
             times = draft_seconds(base, heads, trees, (1, 8), CONTEXT, REPEATS)
             found[f"draft, {kind}, {what}"] = {f"{rows} rows, depth {depth}": value for (rows, depth), value in times.items()}
     return found

@@ -275,7 +275,7 @@ def test_who_records(tiny_base: Base) -> None:
 
 
 def test_devices_follow_the_base() -> None:
-    """Trees are grown on the host; a tree that does not change is copied to the device once."""
+    """Dynamic trees are made on the host; a tree that does not change is copied to the device once."""
     proposer = open_proposer(NgramDrafter(), TreeSet({1: PLAIN}), 2, 64, device="meta")
     assert isinstance(proposer, DynamicTreeProposer)
     assert proposer.device.type == "meta" and isinstance(proposer.acceptance.edges, np.ndarray)

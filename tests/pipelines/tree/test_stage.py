@@ -244,7 +244,7 @@ def test_more_rows_and_nodes_cost_time(tiny_base: Base) -> None:
         verify_seconds(tiny_base, [(100, 1, 200)], 3)
 
 
-def test_drafting_is_timed_with_fixed_trees_and_with_grown_ones(tiny_base: Base) -> None:
+def test_drafting_is_timed_with_fixed_and_with_dynamic_trees(tiny_base: Base) -> None:
     """Whether heads have a prefix layer or not, and copied text alone."""
     trees = {1: DraftTree(((0,), (1,))), 3: DraftTree(((0,), (0, 0), (0, 0, 1)))}
     for kind in KINDS:

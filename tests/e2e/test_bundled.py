@@ -1,4 +1,4 @@
-"""The heads that come with the package: whole, small, of the embedded base, and worth having."""
+"""The bundled heads: complete, small, made for the embedded base, and worth using."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from tests.e2e.test_smollm2 import QUESTIONS
 FOLDERS = sorted(path.parent for path in FOLDER.glob("*/configuration.json"))
 
 
-def test_something_is_shipped() -> None:
+def test_heads_are_bundled() -> None:
     assert [folder.name for folder in FOLDERS] == ["smollm2_135m"]
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_what_is_shipped_says_how_it_came_to_be(folder: Path) -> None:
+def test_bundled_heads_record_how_they_were_made(folder: Path) -> None:
     configuration = read_configuration(folder)
     assert configuration.drafter == "combined" and configuration.base.weight_format == ANY_FORMAT
     tensors = load_file(folder / "heads" / "model.safetensors")
@@ -43,7 +43,7 @@ def test_what_is_shipped_says_how_it_came_to_be(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_they_draft_for_the_embedded_base_and_change_nothing(tmp_path: Path) -> None:
+def test_bundled_heads_draft_for_the_embedded_base_and_change_no_token(tmp_path: Path) -> None:
     base = load_base(EMBEDDED_BASE, dtype="fp32", cache=tmp_path)
     assert bundled_configuration(base.identity.digest) == FOLDER / "smollm2_135m"
     drafter, _ = load_heads("bundled", base)
