@@ -37,8 +37,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder next to `folder`; it takes its place when the block ends, and is removed when it raises.
 
-    A folder that stands there already is moved away first and removed afterwards: a kill in between leaves no half of either.
-    Everything inside can be read by whom the umask allows, whatever mode it was written or copied with.
+    An existing folder is moved to a name of its own first and removed afterwards: a kill in between leaves no half of either.
+    Everything inside gets the mode that the umask allows, whatever mode it was written or copied with.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
@@ -54,13 +54,13 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         if folder.exists():
             os.replace(folder, older)
         os.replace(temporary, folder)
-        sync(folder.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         if older.exists() and not folder.exists():
             os.replace(older, folder)
         raise
     shutil.rmtree(older, ignore_errors=True)
+    sync(folder.parent)
 
 
 def sync(path: Path) -> None:

@@ -20,7 +20,7 @@ import torch
 
 from hydra_core.base import Base, load_base
 from hydra_core.heads import DraftVocab, HeadDrafter, HeadsConfig, build_drafter
-from hydra_core.training.losses import log_normalisers
+from hydra_core.training.losses import log_partition
 from hydra_core.training.model import HeadTraining
 from jobs.runner import read_config
 from pipelines.config import RunConfig
@@ -67,14 +67,14 @@ def usual_way(config: RunConfig, base: Base) -> Callable[[int], int]:
 
 
 def our_way(config: RunConfig, base: Base) -> Callable[[int], int]:
-    """bf16 with float32 masters, hidden states from disk, normalisers that were made once."""
+    """bf16 with float32 masters, hidden states from disk, log partitions that were made once."""
     store = FeatureStore.open(distilled(config)[0], "train")
     reader, offsets = RowReader(store), store.index.offsets
-    reader.normalisers = np.zeros(len(store.index.tokens), np.float32)
+    reader.log_partitions = np.zeros(len(store.index.tokens), np.float32)
     order = BatchOrder.of(store, config.train.rows_per_step, config.train.seed)
     for row in {int(row) for step in range(1 + ROUNDS * STEPS) for row in order.rows(step)}:
-        known = log_normalisers(store.read(row).hidden, base.vocabulary.head)
-        reader.normalisers[offsets[row]:offsets[row + 1]] = known.numpy()
+        known = log_partition(store.read(row).hidden, base.vocabulary.head)
+        reader.log_partitions[offsets[row]:offsets[row + 1]] = known.numpy()
     return optimizer_steps(config, reader, HeadTraining(drafter_of(OURS, base, store), base.vocabulary).to(torch.bfloat16))
 
 

@@ -47,27 +47,27 @@ def rounded(value: int, sizes: Sequence[int], most: int) -> int:
 
 
 class StepInputs:
-    """The inputs of a recorded forward of B rows x N nodes, in buffers that stay where they are: `ids` [B, N] int64, `forest`."""
+    """The inputs of a recorded forward of B rows x N nodes, in buffers that stay where they are: `ids` [B, N] int64, `trees`."""
 
     def __init__(self, rows: int, nodes: int, device: torch.device) -> None:
         self.ids = torch.zeros(rows, nodes, dtype=torch.int64, device=device)
         itself = torch.eye(nodes, dtype=torch.bool, device=device).repeat(rows, 1, 1)
         # a forward reads only depths and ancestors
-        self.forest = TreeBatch(torch.full_like(self.ids, -1), torch.zeros_like(self.ids), itself, nodes - 1)
+        self.trees = TreeBatch(torch.full_like(self.ids, -1), torch.zeros_like(self.ids), itself, nodes - 1)
         self._filled: TreeBatch | None = None
 
-    def fill(self, ids: Tensor, forest: TreeBatch) -> None:
+    def fill(self, ids: Tensor, trees: TreeBatch) -> None:
         """Copy b <= B rows of n <= N tokens [b, n] and their trees into the buffers.
 
         Nodes past n may keep the shape of an earlier tree, since no node looks at a later one.
         """
         batch, nodes = ids.shape
         self.ids[:batch, :nodes] = ids
-        if forest is not self._filled:
-            rows = slice(None) if len(forest.parents) == 1 else slice(batch)
-            self.forest.depths[rows, :nodes] = forest.depths
-            self.forest.ancestors[rows, :nodes, :nodes] = forest.ancestors
-            self._filled = forest
+        if trees is not self._filled:
+            rows = slice(None) if len(trees.parents) == 1 else slice(batch)
+            self.trees.depths[rows, :nodes] = trees.depths
+            self.trees.ancestors[rows, :nodes, :nodes] = trees.ancestors
+            self._filled = trees
 
 
 class GraphedForward:
@@ -86,14 +86,14 @@ class GraphedForward:
         self._tables: list[tuple[Tensor, Tensor]] = []
 
     @torch.inference_mode()
-    def __call__(self, ids: Tensor, forest: TreeBatch, longest: int, counts: Tensor | None = None) -> Tensor:
+    def __call__(self, ids: Tensor, trees: TreeBatch, longest: int, counts: Tensor | None = None) -> Tensor:
         """Hidden states [b, n, D] of token ids [b, n] int64, as `Base.forward`; the next call overwrites them.
 
         `longest`: committed tokens of the longest of the b rows; `counts`: ignored, a recording computes all nodes. Raises
         ValueError when a row has no room for the nodes.
         """
         batch, nodes = ids.shape
-        forest = forest.to(self.cache.lengths.device)  # one transfer for all that read it
+        trees = trees.to(self.cache.lengths.device)  # one transfer for all that read it
         rows, slots = rounded(batch, ROWS, self.cache.rows), self.cache.slots
         padded = rounded(nodes, NODES, min(self.nodes, slots - longest))
         if nodes > padded:
@@ -101,7 +101,7 @@ class GraphedForward:
         inputs = self.inputs.get((rows, padded))
         if inputs is None:
             inputs = self.inputs[rows, padded] = StepInputs(rows, padded, self.cache.lengths.device)
-        inputs.fill(ids, forest)
+        inputs.fill(ids, trees)
         kv_len = rounded(longest + padded, KV_LENS, slots)
         run = self.recorded.get((rows, padded, kv_len))
         if run is None:
@@ -113,7 +113,7 @@ class GraphedForward:
         rows, nodes = inputs.ids.shape
 
         def forward() -> Tensor:
-            return self.decoder(inputs.ids, self.cache, self.cache.build_metadata((0, rows), inputs.forest, kv_len))
+            return self.decoder(inputs.ids, self.cache, self.cache.build_metadata((0, rows), inputs.trees, kv_len))
 
         run = self.recorder(forward)
         # keep the tables alive: a longer cache of the same base replaces them, but this recording still reads them
@@ -165,7 +165,7 @@ def step_forward(base: Base, cache: KVCache, nodes: int, graphs: bool | None = N
     if able and (recorder := recorder_for(base.device, graphs)) is not None:
         return GraphedForward(base, cache, nodes, recorder)
 
-    def forward(ids: Tensor, forest: TreeBatch, longest: int, counts: Tensor | None = None) -> Tensor:
-        return base.forward(ids, cache, (0, len(ids)), forest, counts)
+    def forward(ids: Tensor, trees: TreeBatch, longest: int, counts: Tensor | None = None) -> Tensor:
+        return base.forward(ids, cache, (0, len(ids)), trees, counts)
 
     return forward

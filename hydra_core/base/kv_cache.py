@@ -82,15 +82,15 @@ class KVCache:
     def nbytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
 
-    def build_metadata(self, rows: tuple[int, int], forest: TreeBatch, kv_len: int | None = None) -> AttentionMetadata:
-        """Positions, slots and mask of a forward over the trees of `forest`, after the committed tokens of `rows`.
+    def build_metadata(self, rows: tuple[int, int], trees: TreeBatch, kv_len: int | None = None) -> AttentionMetadata:
+        """Positions, slots and mask of a forward over `trees`, after the committed tokens of `rows`.
 
         `kv_len`: slots that attention reads, if the caller knows that they cover every row that matters. No value is then read
         back from the device, and a row without room for the nodes writes them to its last slots.
         Raises ValueError when `kv_len` is None and a row has no room for the nodes.
         """
-        lengths, nodes, fixed = self.lengths[rows[0]:rows[1]], forest.size, kv_len is not None
-        forest = forest.to(lengths.device)
+        lengths, nodes, fixed = self.lengths[rows[0]:rows[1]], trees.size, kv_len is not None
+        trees = trees.to(lengths.device)
         if kv_len is None:
             longest = int(lengths.max())
             if longest + nodes > self.slots:
@@ -98,31 +98,31 @@ class KVCache:
             kv_len = longest + nodes
         else:
             lengths = lengths.clamp(max=self.slots - nodes)
-        positions = lengths[:, None] + forest.depths
+        positions = lengths[:, None] + trees.depths
         slots = lengths[:, None] + self._slot_range[:nodes]
         if nodes == 1 and len(lengths) == 1 and not fixed:
             return AttentionMetadata(rows, positions, slots, kv_len, None)
         by_row = not (fixed or self.waits) and len(lengths) <= MAX_MASKS_BY_ROW
-        mask = self._mask_by_row(lengths.tolist(), forest, kv_len) if by_row else self._mask(lengths, forest, kv_len)
+        mask = self._mask_by_row(lengths.tolist(), trees, kv_len) if by_row else self._mask(lengths, trees, kv_len)
         return AttentionMetadata(rows, positions, slots, kv_len, mask, fixed)
 
-    def _mask(self, lengths: Tensor, forest: TreeBatch, kv_len: int) -> Tensor:
+    def _mask(self, lengths: Tensor, trees: TreeBatch, kv_len: int) -> Tensor:
         """A node sees its row's committed slots and its ancestors: additive [B, 1, N, kv_len]."""
-        nodes = forest.size
+        nodes = trees.size
         offset = self._slot_range[:kv_len] - lengths[:, None]                     # [B, kv_len], node index of a slot
         inside = (offset >= 0) & (offset < nodes)
         index = offset.clamp(0, nodes - 1)[:, None].expand(-1, nodes, -1)       # [B, N, kv_len]
-        seen = forest.ancestors.expand(len(lengths), -1, -1).gather(2, index) & inside[:, None]
+        seen = trees.ancestors.expand(len(lengths), -1, -1).gather(2, index) & inside[:, None]
         seen |= (offset < 0)[:, None]
         mask = torch.zeros(seen.shape, dtype=self.dtype, device=lengths.device)
         return mask.masked_fill_(~seen, float("-inf"))[:, None]
 
-    def _mask_by_row(self, lengths: Sequence[int], forest: TreeBatch, kv_len: int) -> Tensor:
+    def _mask_by_row(self, lengths: Sequence[int], trees: TreeBatch, kv_len: int) -> Tensor:
         """As `_mask`, row by row on the host: only the last slots of a row hold hidden nodes."""
-        mask = torch.zeros(len(lengths), 1, forest.size, kv_len, dtype=self.dtype)
-        hidden = ~forest.ancestors
+        mask = torch.zeros(len(lengths), 1, trees.size, kv_len, dtype=self.dtype)
+        hidden = ~trees.ancestors
         for row, length in enumerate(lengths):
-            end = min(length + forest.size, kv_len)
+            end = min(length + trees.size, kv_len)
             own = hidden[row if len(hidden) > 1 else 0, :, :end - length]
             mask[row, 0, :, length:end].masked_fill_(own, float("-inf"))
             if end < kv_len:
@@ -185,7 +185,7 @@ class KVCache:
         self.values[:, target, :used] = self.values[:, source, :used]
         self.lengths[target] = used
 
-    def copy_beginning(self, source: int, target: int, count: int) -> None:
+    def copy_prefix(self, source: int, target: int, count: int) -> None:
         """Copy the first `count` slots of row `source` to row `target`, whose length becomes `count`."""
         self.keys[:, target, :count] = self.keys[:, source, :count]
         self.values[:, target, :count] = self.values[:, source, :count]

@@ -83,7 +83,7 @@ class Base:
         return cache
 
     @torch.inference_mode()
-    def forward(self, ids: Tensor, cache: KVCache, rows: tuple[int, int], forest: TreeBatch,
+    def forward(self, ids: Tensor, cache: KVCache, rows: tuple[int, int], trees: TreeBatch,
                 counts: Tensor | None = None) -> Tensor:
         """One forward of token ids [B, N] after the committed tokens of the cache's `rows`: hidden states [B, N, D].
 
@@ -91,7 +91,7 @@ class Base:
         nodes' keys and values are written but not committed. `counts`: [B], how many tokens of each row, the first ones, are
         real; None when all are. The hidden states of the others have no meaning.
         """
-        return self.decoder(ids, cache, cache.build_metadata(rows, forest), counts)
+        return self.decoder(ids, cache, cache.build_metadata(rows, trees), counts)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] float32 of hidden states [..., D]."""

@@ -20,13 +20,13 @@ class SequentialCache:
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         self.rows, self.slots = rows, slots
 
-    def build_metadata(self, rows: tuple[int, int], forest: TreeBatch) -> AttentionMetadata:
+    def build_metadata(self, rows: tuple[int, int], trees: TreeBatch) -> AttentionMetadata:
         """As `KVCache.build_metadata`, for chains only. Raises ValueError for a tree that branches."""
-        if forest.depth != forest.size - 1:
+        if trees.depth != trees.size - 1:
             raise ValueError("a recurrent state cannot hold a tree")
         lengths = self.lengths[rows[0]:rows[1]]
-        positions = lengths[:, None] + torch.arange(forest.size, device=lengths.device)
-        return AttentionMetadata(rows, positions, positions, int(lengths.max()) + forest.size, None)
+        positions = lengths[:, None] + torch.arange(trees.size, device=lengths.device)
+        return AttentionMetadata(rows, positions, positions, int(lengths.max()) + trees.size, None)
 
     def commit(self, rows: tuple[int, int], path: Tensor, counts: Tensor) -> None:
         """Only the lengths grow: the state already contains the root."""

@@ -38,7 +38,7 @@ def _open(batch: RunningBatch, prompts: list[PrefillPrompt]) -> None:
         batch.cache.clear_rows((row, row + 1))
         batch.proposer.admit(row, prompt.request.prompt_ids)
         if prompt.prefix_length:
-            batch.cache.copy_beginning(prompt.prefix_source, row, prompt.prefix_length)
+            batch.cache.copy_prefix(prompt.prefix_source, row, prompt.prefix_length)
             batch.proposer.copy_prefix(prompt.prefix_source, row, prompt.prefix_length)
         batch.samplers[prompt.request.id] = Sampler(prompt.request, base.vocab_size, base.device)
     sequences = [_sequence(base, prompt.request, now) for prompt in prompts]

@@ -103,4 +103,4 @@ class HeadFeatures:
         """Row `target` begins with the first `count` tokens of row `source`."""
         if self.cache is not None:
             self.catch_up()
-            self.cache.copy_beginning(source, target, count)
+            self.cache.copy_prefix(source, target, count)

@@ -22,13 +22,13 @@ def rows() -> list[BatchRow]:
 def decode(base: Base, wanted: list[BatchRow], monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, tuple[int, ...]], int]:
     """Answers by id, and prompt tokens that were copied instead of computed."""
     engine, copied = Engine(base, max_batch_size=2), [0]
-    copy = engine.cache.copy_beginning
+    copy = engine.cache.copy_prefix
 
     def counting(source: int, target: int, count: int) -> None:
         copied[0] += count
         copy(source, target, count)
 
-    monkeypatch.setattr(engine.cache, "copy_beginning", counting)
+    monkeypatch.setattr(engine.cache, "copy_prefix", counting)
     requests = [Request(row.id, tuple(base.encode_prompt(None, row.messages)), 4 + row.row % 3) for row in wanted]
     return {result.id: result.token_ids for result in engine.stream(requests)}, copied[0]
 
