@@ -7,7 +7,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 
@@ -24,7 +24,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     mode = stat.S_IMODE(temporary.stat().st_mode)
     try:
         yield temporary
-        temporary.chmod(mode)
+        _set_mode(temporary, mode)
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
@@ -46,9 +46,9 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     mode, older = stat.S_IMODE(temporary.stat().st_mode), temporary.with_suffix(".old")
     try:
         yield temporary
-        temporary.chmod(mode)
+        _set_mode(temporary, mode)
         for path in temporary.rglob("*"):
-            path.chmod(mode if path.is_dir() else stat.S_IMODE(path.stat().st_mode) | mode & 0o666)
+            _set_mode(path, mode if path.is_dir() else stat.S_IMODE(path.stat().st_mode) | mode & 0o666)
             if path.is_file():
                 sync(path)
         if folder.exists():
@@ -63,10 +63,16 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     sync(folder.parent)
 
 
+def _set_mode(path: Path, mode: int) -> None:
+    with suppress(OSError):  # a file system without modes
+        path.chmod(mode)
+
+
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or the names in a folder, are on the disk. Some file systems know no such wait for folders."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with suppress(OSError) if path.is_dir() else nullcontext():
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)

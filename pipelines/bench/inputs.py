@@ -27,7 +27,7 @@ from pipelines.bench.plan import (
 )
 from pipelines.config import BenchSection, RunConfig
 from pipelines.rows.schemas import content_id
-from pipelines.runtime.artifacts import RunPaths, file_digest, fingerprint, read_manifest, require_manifest
+from pipelines.runtime.artifacts import RunPaths, file_digest, fingerprint, read_manifest, recorded_settings, require_manifest
 from pipelines.serve.model_identity import model_digest
 from pipelines.serve.stage import find_args
 from pipelines.tracking.lookup import bundled_heads
@@ -130,9 +130,7 @@ def bench_fingerprint(config: RunConfig, heads: dict[str, str]) -> str:
 
 
 def _recorded_settings(section: BenchSection) -> dict[str, Any]:
-    """The section as a fingerprint holds it: with the earlier names of what was renamed."""
-    earlier = {now: before for before, now in section.renamed.items()}
-    values = {earlier.get(name, name): value for name, value in section.model_dump().items()}
+    values = recorded_settings(section)
     return values | {"heads": EARLIER if values["heads"] == BUNDLED else values["heads"],
                      "methods": tuple(re.sub(rf"^{BUNDLED}(?=@|$)", EARLIER, method) for method in values["methods"])}
 

@@ -6,8 +6,7 @@ from typing import Any
 
 from hydra_core.errors import InputError
 from pipelines.bench.plan import contender
-from pipelines.config import RunConfig
-from pipelines.config.section import Section
+from pipelines.config import RunConfig, present_name
 from pipelines.runtime.artifacts import StageResult
 from pipelines.runtime.tables import Table
 from pipelines.tracking import RunRecord, find_benches
@@ -40,10 +39,7 @@ def recipe_differences(benches: list[RunRecord]) -> dict[str, list[str | None]]:
 
 def _present_names(params: dict[str, str]) -> dict[str, str]:
     """`params` of a bench that an earlier version may have recorded, with the names that settings and heads have now."""
-    sections = {name: field.annotation for name, field in RunConfig.model_fields.items()}
-    now = {f"{name}.{before}": f"{name}.{after}" for name, kind in sections.items()
-           if isinstance(kind, type) and issubclass(kind, Section) for before, after in kind.renamed.items()}
-    return {now.get(name, name): contender(value) for name, value in params.items()}
+    return {present_name(name): contender(value) for name, value in params.items()}
 
 
 def _methods(bench: RunRecord) -> dict[str, dict[str, float]]:

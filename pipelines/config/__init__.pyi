@@ -6,7 +6,7 @@ from .distill import DistillSection, PromptsSection
 from .generate import GenerateSection
 from .load import LoadSection
 from .reference import Setting, list_settings, nearest, nearest_setting, reference_page
-from .run import STORAGE_VARIABLE, RunConfig, load_config, parse_override, to_yaml
+from .run import STORAGE_VARIABLE, RunConfig, load_config, parse_override, present_name, to_yaml
 from .section import Section, Size
 from .serve import ServeSection
 from .train import TrainSection, TrainWorkers
@@ -40,7 +40,7 @@ __all__ = [
            "load_config",
            "nearest",
            "nearest_setting",
-           "parse_override",
+           "parse_override", "present_name",
            "reference_page",
            "to_yaml",
 ]

@@ -71,6 +71,7 @@ def load_config(path: str | None = None, overrides: dict[str, Any] | None = None
     Raises InputError naming the file and field for a missing file, broken YAML, an unknown field or a bad value.
     """
     values = _read_yaml(path) if path else {}
+    _refuse_two_names(overrides or {})
     for dotted, value in (overrides or {}).items():
         _set_dotted(values, dotted, value)
     try:
@@ -121,7 +122,25 @@ def _set_dotted(values: dict[str, Any], dotted: str, value: Any) -> None:
         if not isinstance(child, dict):
             raise InputError(f"override {dotted}: {name} is a value, not a section")
         node = child
+    now = present_name(dotted)
+    for name in [name for name in node if name != last and present_name(".".join((*parents, str(name)))) == now]:
+        del node[name]  # an override wins over the file, whichever name either uses
     node[last] = value
+
+
+def present_name(dotted: str) -> str:
+    """`section.setting` with the name that the setting has now."""
+    section, _, name = dotted.partition(".")
+    field = RunConfig.model_fields.get(section)
+    return f"{section}.{getattr(field.annotation, 'renamed', {}).get(name, name)}" if field and name else dotted
+
+
+def _refuse_two_names(overrides: dict[str, Any]) -> None:
+    seen: dict[str, str] = {}
+    for dotted in overrides:
+        if (other := seen.setdefault(present_name(dotted), dotted)) != dotted:
+            earlier, now = sorted((dotted, other), key=lambda name: present_name(name) == name)
+            raise InputError(f"override {earlier}: is the earlier name of {now}: give one of them")
 
 
 def _number(value: Any) -> Any:

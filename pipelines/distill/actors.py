@@ -170,7 +170,10 @@ class FeatureWriter:
 
 
 class ResponseWriter(_Decoder):
-    """Answers prompts and computes the hidden states of the answers. Rows of a block: response rows without their answer."""
+    """Answers prompts and computes the hidden states of the answers.
+
+    Rows of a block: response rows without their answer, and `has_features`: whether their hidden states are stored already.
+    """
 
     def __init__(self, settings: WorkerSettings) -> None:
         super().__init__(settings)
@@ -179,6 +182,7 @@ class ResponseWriter(_Decoder):
     def __call__(self, block: pa.Table) -> pa.Table:
         folder = Path(self.settings.folder)
         tasks = {row["id"]: row for row in block.to_pylist()}
+        stored = {name for name, row in tasks.items() if row.pop("has_features")}
         requests, errors = self._requests(tasks.values())
         answered: list[dict[str, Any]] = []
         written = 0
@@ -193,7 +197,8 @@ class ResponseWriter(_Decoder):
         if errors:
             write_part(folder / "errors" / "answers", errors, ERRORS)
         # after the block, when the engine and its cache are gone: the worker holds one large thing at a time
-        kept = [row for row in answered if self.settings.features == "all" or row["split"] == "held_out"]
+        kept = [row for row in answered if row["id"] not in stored
+                and (self.settings.features == "all" or row["split"] == "held_out")]
         return counts(ok=len(answered), errors=len(errors), **self.features.write(kept))
 
     def _requests(self, rows: Iterable[dict[str, Any]]) -> tuple[list[Request], list[dict[str, Any]]]:

@@ -279,6 +279,8 @@ def _responses(config: RunConfig, folder: Path) -> tuple[dict[str, Any], dict[st
     finished_before = finished_ids(folder / "responses", RESPONSES)
     missing = [task for task in tasks if task["id"] not in finished_before]
     table = pa.Table.from_pylist(missing, schema=RESPONSES.remove_metadata())
+    stored = finished_ids(folder / "features", FEATURES)  # of answers that were lost since: the answers come out the same
+    table = table.append_column("has_features", pa.array([task["id"] in stored for task in missing], pa.bool_()))
     settings = _settings(config, folder, config.distill.max_new_tokens)
     blocks = _blocks(table, _block_rows(len(table), config.distill))
     totals = _run(config, ResponseWriter, settings, blocks)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from hydra_core.bundled import BUNDLED, EARLIER
 from hydra_core.errors import InputError
 from pipelines.batch.backends import api_key
 from pipelines.batch.endpoint import ask_endpoint
@@ -23,7 +24,15 @@ from pipelines.load.report import draw, markdown, rate_table
 from pipelines.rows.parquet_parts import read_parts
 from pipelines.rows.prompt_reader import PromptRow, read_prompt_rows
 from pipelines.rows.schemas import PROMPTS, content_id
-from pipelines.runtime.artifacts import RunPaths, StageResult, fingerprint, finished, require_manifest, stage_folder
+from pipelines.runtime.artifacts import (
+    RunPaths,
+    StageResult,
+    fingerprint,
+    finished,
+    recorded_settings,
+    require_manifest,
+    stage_folder,
+)
 from pipelines.runtime.console import Progress, say
 from pipelines.runtime.files import write_text
 from pipelines.runtime.ray_cluster import ensure_ray
@@ -38,7 +47,9 @@ def run_load(config: RunConfig) -> StageResult:
     """Measure capacity, then every rate. Raises InputError for missing prompts, and when the endpoint does not answer."""
     prompts = _prompts(config)
     folder = RunPaths.of(config).stage(STAGE)
-    settings = config.load.model_dump(mode="json") | {"serve": config.serve.model_dump(mode="json", exclude={"update"})}
+    served = recorded_settings(config.serve, mode="json", exclude={"update"})
+    served["model"] = EARLIER if served["model"] == BUNDLED else served["model"]
+    settings = config.load.model_dump(mode="json") | {"serve": served}
     serves = _serves(config)
     wanted = fingerprint(STAGE, settings, {"prompts": content_id(*prompts), "serves": str(serves)})
     if (done := finished(folder, wanted)) is not None:

@@ -9,8 +9,7 @@ from typing import Any
 
 from hydra_core.tree.costs import StepCosts
 from pipelines.profiling.step_timing import Point
-from pipelines.runtime.figures import new_figure
-from pipelines.runtime.figures import save_figure as write_figure
+from pipelines.runtime.figures import new_figure, save_figure
 from pipelines.runtime.tables import Table
 
 
@@ -81,9 +80,4 @@ def plot_curves(path: Path, points: Mapping[Point, float], title: str) -> None:
         axis.yaxis.set_minor_formatter(NullFormatter())
         axis.grid(which="both", alpha=0.3)
         axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    write_figure(figure, path)
-
-
-def save_figure(figure: Any, path: Path, canvas: Any = None) -> None:
-    """`pipelines.runtime.figures.save_figure` under an earlier name; `canvas` is not used."""
-    write_figure(figure, path)
+    save_figure(figure, path)

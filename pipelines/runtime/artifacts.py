@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra_core.errors import InputError
-from pipelines.config import RunConfig
+from pipelines.config import RunConfig, Section
 from pipelines.runtime.files import write_text
 from pipelines.runtime.provenance import provenance, shareable_yaml
 
@@ -69,6 +69,15 @@ class RunPaths:
     def stage(self, stage: str, part: str | None = None) -> Path:
         """Folder of a stage, or of the part of it that belongs to one drafter."""
         return self.run / stage / part if part else self.run / stage
+
+
+def recorded_settings(section: Section, **options: Any) -> dict[str, Any]:
+    """A section as fingerprints hold it: with the earlier names of what was renamed, so that earlier outputs count as done.
+
+    `options`: of pydantic's `model_dump`.
+    """
+    earlier = {now: before for before, now in section.renamed.items()}
+    return {earlier.get(name, name): value for name, value in section.model_dump(**options).items()}
 
 
 def fingerprint(stage: str, settings: Mapping[str, Any], upstream: Mapping[str, str]) -> str:

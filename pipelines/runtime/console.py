@@ -39,7 +39,8 @@ class Progress:
 
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
                        TimeRemainingColumn())
-            self._bar = Progress(*columns, console=Console(file=sys.stderr))
+            # refreshed by `advance` alone: a thread that draws would disturb what is being timed
+            self._bar = Progress(*columns, console=Console(file=sys.stderr), auto_refresh=False)
             self._task = self._bar.add_task(f"{self.stage}: {self.what}", total=self.total, completed=self.done, note="")
             self._bar.start()
         return self
@@ -54,7 +55,7 @@ class Progress:
         """Count `count` more as done; `note`: further text, for instance a rate."""
         self.done += count
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, note=note)
+            self._bar.update(self._task, completed=self.done, note=note, refresh=True)
         elif time.monotonic() - self._shown >= LINE_SECONDS:
             self._line(note)
 

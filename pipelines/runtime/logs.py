@@ -34,6 +34,8 @@ _RECORD = re.compile(r"(DEBUG|INFO|WARNING|ERROR|CRITICAL) \d{4}-\d\d-\d\d ")
 """How a line of Serve's own log begins."""
 _AT_SHUTDOWN = re.compile(r"Task ServeController\.\w+ failed\. There are .* retries remaining")
 """Serve's controller is killed at a clean shutdown while it is being asked for changes."""
+_STUCK = re.compile(r"taken more than|schedul|resources|initializ", re.IGNORECASE)
+"""A warning of Serve's that explains why nothing happens: a cluster that cannot give what a replica asks for."""
 _dropped: set[Any] = set()
 
 
@@ -73,7 +75,10 @@ def _without_records(lines: list[str], pid: Any) -> Iterator[str]:
     """Leave out records below ERROR, with the lines that continue them, which may come in a later batch of the process."""
     for line in lines:
         if found := _RECORD.match(line):
-            (_dropped.add if found[1] in ("DEBUG", "INFO", "WARNING") else _dropped.discard)(pid)
+            quiet = found[1] in ("DEBUG", "INFO") or (found[1] == "WARNING" and not _STUCK.search(line))
+            (_dropped.add if quiet else _dropped.discard)(pid)
+        elif line.startswith("Traceback"):
+            _dropped.discard(pid)
         if pid not in _dropped:
             yield line
 

@@ -66,7 +66,7 @@ def _redacted_argument(argument: str) -> str:
 
 
 def _git() -> dict[str, Any] | None:
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     try:
         if (root / ".git").exists():
             return _checkout(root)

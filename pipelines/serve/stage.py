@@ -17,7 +17,7 @@ from ray import serve
 from hydra_core.base import load_vocabulary
 from hydra_core.decoding import check_heads
 from hydra_core.errors import InputError
-from pipelines.config import RunConfig
+from pipelines.config import RunConfig, ServeSection
 from pipelines.runtime.artifacts import RunPaths, StageResult
 from pipelines.runtime.console import say
 from pipelines.runtime.ray_cluster import ensure_ray
@@ -83,6 +83,10 @@ def build_app(args: dict[str, Any]) -> serve.Application:
 
     Raises InputError for an unknown field and for bad keys."""
     args = dict(args)
+    for earlier, now in ServeSection.renamed.items():
+        if earlier in args:
+            say(STAGE, f"args.{earlier} is called args.{now} now")
+            args.setdefault(now, args.pop(earlier))
     digests = {*args.pop("api_key_digests", ()), *key_digests(args.pop("api_keys_file", None))}
     args["api_key_digests"] = tuple(sorted(digests))
     known = {field.name for field in dataclasses.fields(AppArgs)}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hydra_core.errors import InputError
-from pipelines.config import BenchSection, RunConfig
+from pipelines.config import BenchSection, RunConfig, present_name
 from pipelines.tracking.address import tracking_uri
 from pipelines.tracking.client import open_client
 from pipelines.tracking.runs import flatten
@@ -57,4 +57,5 @@ def find_benches(config: RunConfig, runs: Sequence[str]) -> list[RunRecord]:
 def _fits(config: RunConfig, params: Mapping[str, str]) -> bool:
     """Whether a bench was run with the `bench.*` settings that are given; without any no bench does."""
     wanted = flatten({"bench": config.bench.model_dump(mode="json")})
-    return config.bench != BenchSection() and all(params.get(name) == value for name, value in wanted.items())
+    found = {present_name(name): value for name, value in params.items()}
+    return config.bench != BenchSection() and all(found.get(name) == value for name, value in wanted.items())

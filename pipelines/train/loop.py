@@ -105,7 +105,9 @@ def set_up(settings: LoopSettings, group: ProcessGroup) -> TrainContext:
         for reader in stored.values():
             # the ids are in the order of the rows, which may change when rows are distilled again
             rows = content_id(str(vocabulary.identity), settings.provenance["data_digest"], reader.store.index.ids)
-            _ensure_log_partitions(context, reader, RunPaths.of(config).cache / "log_partitions" / f"{rows}.npy")
+            cache = RunPaths.of(config).cache
+            earlier = cache / "normalisers" / f"{rows}.npy"  # where an earlier version kept the same array
+            _ensure_log_partitions(context, reader, earlier if earlier.exists() else cache / "log_partitions" / f"{rows}.npy")
     return context
 
 

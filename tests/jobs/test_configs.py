@@ -42,7 +42,7 @@ def test_earlier_names_of_settings_are_read_with_one_warning(caplog: pytest.LogC
         "bench: the setting `running_batch` is called `max_batch_size` now",
         "distill: the setting `running_batch` is called `max_batch_size` now",
         "serve: the setting `max_batch` is called `max_batch_size` now"]
-    with pytest.raises(InputError, match="max_batch is the earlier name of max_batch_size: give one of them"):
+    with pytest.raises(InputError, match=r"max_batch: is the earlier name of serve\.max_batch_size: give one of them"):
         load_config(None, {"serve.max_batch": 1, "serve.max_batch_size": 1})
 
 
@@ -85,3 +85,10 @@ def test_an_unknown_setting_names_the_nearest(wrong: str, near: str | None) -> N
 
 def test_an_unknown_name_far_from_all_names_none() -> None:
     assert nearest("zzz", ["distill", "train"]) is None and nearest("distil", ["distill", "train"]) == "distill"
+
+
+def test_an_override_wins_over_the_file_under_either_name(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("serve: {max_batch: 3}\ndistill: {max_batch_size: 3}\n", encoding="utf-8")
+    config = load_config(str(file), {"serve.max_batch_size": 8, "distill.running_batch": 9})
+    assert (config.serve.max_batch_size, config.distill.max_batch_size) == (8, 9)

@@ -165,6 +165,8 @@ def test_a_damaged_output_is_made_again(finished_run: tuple[RunConfig, StageResu
     for name in ("prompts", "prompt_errors", "responses", "feature_rows", "errors"):
         assert again.figures[name] == first.figures[name], name
     assert distilled(config) == before
+    ids = read_parts(RunPaths.of(config).stage("distill") / "features", FEATURES, ["id"])["id"].to_pylist()
+    assert len(ids) == len(set(ids))  # hidden states that were stored already are not stored twice
 
 
 def test_the_fingerprint_knows_the_prompts_and_no_knobs(tiny_base_dir: Path, storage: Path) -> None:

@@ -15,6 +15,7 @@ from pipelines.runtime.artifacts import (
     fingerprint,
     finished,
     read_manifest,
+    recorded_settings,
     require_manifest,
     stage_folder,
     write_text,
@@ -151,3 +152,9 @@ def test_files_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(OSError, match="disk full"):
         write_text(path, "new")
     assert path.read_text(encoding="utf-8") == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_fingerprints_hold_settings_by_their_earlier_names() -> None:
+    """So that what an earlier version finished counts as done."""
+    serve = recorded_settings(load_config(None, {"serve.max_batch_size": 5}).serve, mode="json", exclude={"update"})
+    assert serve["max_batch"] == 5 and not {"max_batch_size", "update"} & serve.keys()

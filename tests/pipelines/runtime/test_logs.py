@@ -16,7 +16,9 @@ from tests.conftest import ROOT
 
 OURS = re.compile(r"((\x1b\[\d+m)?\([^ ]+ pid=\d+\)(\x1b\[0m)? )?(keys and values of |batch: |generate: |-- \d+ tokens)")
 INFO = "INFO 2026-11-28 22:55:21,326 controller 8990 -- Deploying"
-WARNING = "WARNING 2026-11-28 22:55:51,486 controller 8990 -- Deployment has 1 replicas that have taken more than 30s."
+WARNING = "WARNING 2026-11-28 22:55:51,486 controller 8990 -- Slow answer."
+STUCK = "WARNING 2026-11-28 22:55:51,486 controller 8990 -- 1 replicas have taken more than 30s to be scheduled."
+FAILED = "Traceback (most recent call last):"
 ERROR = "ERROR 2026-11-28 22:55:51,486 controller 8990 -- Failed to start replica."
 RETRIED = ("Task ServeController.graceful_shutdown failed. There are infinite retries remaining, so the task will be retried. "
            "Error: The actor is dead because it was killed by `ray.kill`.")
@@ -31,6 +33,8 @@ def test_serve_tells_of_errors_alone() -> None:
     assert shown("and a line of the same record in the next batch", actor="ServeController") == []
     assert shown(ERROR, "Traceback", INFO, actor="ServeController") == [ERROR, "Traceback"]
     assert shown(INFO, ERROR, actor="ProxyActor", pid=8) == [ERROR]
+    assert shown(INFO, STUCK, "It waits for CPU.", actor="ServeController") == [STUCK, "It waits for CPU."]
+    assert shown(INFO, FAILED, "x", actor="ServeController") == [FAILED, "x"]
     assert shown(INFO, "keys and values", WARNING, actor="ServeReplica:app:DecodeServer") == ["keys and values", WARNING]
 
 

@@ -147,7 +147,7 @@ def test_curves_are_measured_beside_finished_trees(config: RunConfig, local_ray:
     picture = Path(result.outputs["curves"])
     assert picture.read_bytes().startswith(b"\x89PNG")
     page = picture.with_suffix(".md").read_text(encoding="utf-8")
-    assert "| context | nodes 1 | nodes 8 | nodes 16 | nodes 32 |" in page and "| 224 |" in page and "foretells these 12" in page
+    assert "| context | nodes 1 | nodes 8 | nodes 16 | nodes 32 |" in page and "| 224 |" in page and "predicts these 12" in page
     kept = {file.path for file in MlflowClient(Tracker.open(config).uri).list_artifacts(run_id_of(config, "curves"))}
     assert kept == {"config.yaml", "curves.json", "curves.md", "curves.png"}
     assert run_tree(asked).skipped and "fp32, batch 1: a step" in capsys.readouterr().err
