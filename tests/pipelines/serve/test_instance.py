@@ -31,6 +31,7 @@ class Neighbour:
 def neighbour(local_ray: None) -> Iterator[str]:
     """A Serve that was there before us, with an application on it: its address."""
     port = free_port()
+    serve.shutdown()  # one may have been left by a test that kills a driver on the same Ray
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     serve.run(Neighbour.options(ray_actor_options={"num_cpus": 0.1}).bind(), name="neighbour", route_prefix="/neighbour")
     yield f"http://127.0.0.1:{port}"

@@ -77,7 +77,7 @@ def test_other_heads_while_it_runs(client: openai.OpenAI, http: httpx.Client, co
     again = client.completions.create(model=MODEL, prompt="hello", max_tokens=60, temperature=1.0, seed=0)
     assert again.choices[0].text == wanted[0]
     scraped({REJECTED})
-    assert any(line["message"] == "heads rejected, the old ones stay" for line in log_lines())
+    assert any(line["message"] == "heads rejected, the earlier ones stay" for line in log_lines())
     update_app(good)
     assert http.get("/ready").json()["rejected"] is None and replicas() == stood
 

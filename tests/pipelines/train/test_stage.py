@@ -30,10 +30,10 @@ from pipelines.runtime.artifacts import RunPaths
 from pipelines.tracking import Tracker
 from pipelines.train.loop import restore
 from pipelines.train.stage import run_train
+from tests.conftest import ROOT
 from tests.pipelines.synthetic import write_distilled, write_shard
 
 STEPS, EVERY = 60, 10
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def make_config(base_dir: Path, storage: Path, name: str, kind: str = "hydra", **changes: Any) -> RunConfig:
