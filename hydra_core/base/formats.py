@@ -15,6 +15,7 @@ from safetensors import safe_open
 from hydra_core.base.fused import FusedDecoder
 from hydra_core.base.int4 import OUT_MULTIPLE, kernel_missing
 from hydra_core.base.q4_1 import FILE, GROUP, NAMES, Q4Matrix, load_codes, quantise
+from hydra_core.base.resolve import weight_files
 from hydra_core.errors import InputError
 
 LOSSY = "int4-lossy"
@@ -108,7 +109,7 @@ def _why_not_packed(config: Any, device: str) -> str | None:
 def _stored(folder: Path) -> set[str]:
     """safetensors' names of the dtypes of a checkpoint's weights. Only file headers are read."""
     found = set()
-    for path in folder.glob("*.safetensors"):
+    for path in weight_files(folder):
         with safe_open(path, framework="pt") as handle:
             found |= {handle.get_slice(name).get_dtype() for name in handle.keys()  # noqa: SIM118
                       if not name.endswith(ROTARY)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from hydra_core.base.formats import LOSSY, check_lossy, compute_dtype, own_codes
 from hydra_core.base.fused import FusedDecoder
 from hydra_core.base.model import Base
 from hydra_core.base.q4_1 import Q4Matrix
-from hydra_core.base.resolve import ResolvedBase, default_cache, resolve_base
+from hydra_core.base.resolve import ResolvedBase, default_cache, resolve_base, weight_files
 from hydra_core.base.sequential import SequentialDecoder
 from hydra_core.base.text import load_tokenizer
 from hydra_core.base.vocabulary import BaseIdentity, BaseVocabulary, VocabHead
@@ -60,10 +59,11 @@ def load_base(model: str, *, dtype: str = "bf16", device: str = "cpu", cache: Pa
         loaded = loaded.to(kind)
     own = loaded.config.get_text_config()
     identity = BaseIdentity(resolved.name, resolved.digest, dtype)
-    vocabulary = _vocabulary_of(loaded, own, identity, _stop_ids(loaded, own))
+    tokenizer = load_tokenizer(resolved.folder)
+    vocabulary = _vocabulary_of(loaded, own, identity, _stop_ids(loaded, own, tokenizer))
     decoder = _decoder_for(loaded, own, fused, codes, quantised_by(config), native)
     limit = _context_limit(own, context_limit, model)
-    return Base(vocabulary, decoder, load_tokenizer(resolved.folder), limit, target)
+    return Base(vocabulary, decoder, tokenizer, limit, target)
 
 
 def formats_of(model: str, *, cache: Path, device: str) -> tuple[str, ...]:
@@ -104,7 +104,8 @@ def load_vocabulary(model: str, *, dtype: str = "bf16", device: str = "cpu", cac
     weight = embedding if config.tie_word_embeddings else weight.to(target, kind)
     head = VocabHead.of(config, weight, None if bias is None else bias.to(target, kind))
     identity = BaseIdentity(resolved.name, resolved.digest, dtype)
-    return BaseVocabulary(identity, config, _collect_stops(generation, config), embedding, norm.to(target, kind),
+    stops = _collect_stops(generation, config, load_tokenizer(resolved.folder))
+    return BaseVocabulary(identity, config, stops, embedding, norm.to(target, kind),
                           _norm_eps(config), head)
 
 
@@ -134,12 +135,15 @@ def _read_config(resolved: ResolvedBase, asked: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(resolved.folder)
+        config = AutoConfig.from_pretrained(resolved.folder, trust_remote_code=False)
         own = config.get_text_config()
         if own is not config and getattr(config, "quantization_config", None):
             own.quantization_config = config.quantization_config  # it is beside the text model's part, not in it
         return own
     except Exception as error:  # each model's configuration raises its own types
+        if "trust_remote_code" in str(error):
+            raise InputError(f"base.model={asked}: its folder wants to run Python code of its own, which is refused: use a model "
+                             "whose architecture transformers has") from None
         raise _unloadable(asked, f"config.json: {error}") from None
 
 
@@ -168,15 +172,30 @@ def _load_transformers(resolved: ResolvedBase, config: Any, asked: str, dtype: t
     place: dict[str, Any] = {} if method is None else {"device_map": {"": device}}
     try:
         with _checked(asked):
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                resolved.folder, dtype=dtype, use_safetensors=True,
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                resolved.folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+                ignore_mismatched_sizes=method is None,  # named below, with both shapes
                 attn_implementation=_attention_for(AutoModelForCausalLM, config), **place)
+            model, found = loaded
+            if method is None:  # a quantiser makes tensors of its own out of those of the checkpoint
+                _check_weights(asked, found)
     except (ImportError, RuntimeError) as error:
         if method is None:
             raise
         raise InputError(f"base.model={asked}: is quantised by {method}, which transformers cannot run here "
                          f"({' '.join(str(error).split())[:300]}): install what it asks for, or use another device") from None
     return (model if place else model.to(device)).eval().requires_grad_(False)
+
+
+def _check_weights(asked: str, found: Mapping[str, Any]) -> None:
+    """Raise InputError for tensors that the checkpoint lacks or has in another shape: transformers would draw them at random."""
+    for name, theirs, ours in sorted(found.get("mismatched_keys") or ()):
+        raise InputError(f"base.model={asked}: the tensor {name} has shape {list(theirs)}, and {list(ours)} by config.json: "
+                         "repair the folder or download it again")
+    if missing := sorted(found.get("missing_keys") or ()):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(f"base.model={asked}: the tensor {missing[0]}{more} is in none of its .safetensors files: "
+                         "repair the folder or download it again")
 
 
 def _attention_for(auto: Any, config: Any) -> str | None:
@@ -222,17 +241,24 @@ def _norm_eps(config: Any) -> float:
     return 1e-5
 
 
-def _stop_ids(model: Any, config: Any) -> tuple[int, ...]:
-    return _collect_stops(getattr(model, "generation_config", None), config)
+def _stop_ids(model: Any, config: Any, tokenizer: Any) -> tuple[int, ...]:
+    return _collect_stops(getattr(model, "generation_config", None), config, tokenizer)
 
 
-def _collect_stops(generation: Any, config: Any) -> tuple[int, ...]:
-    """End-of-turn ids of the generation settings, or else of the model's config, sorted."""
-    for source in (generation, config):
-        stops = getattr(source, "eos_token_id", None)
-        if stops is not None:
-            return tuple(sorted({stops} if isinstance(stops, int) else set(stops)))
-    return ()
+def _collect_stops(generation: Any, config: Any, tokenizer: Any) -> tuple[int, ...]:
+    """End-of-turn ids, sorted: those of the generation settings, else of the model's config, and the tokenizer's own.
+
+    A chat template closes turns with the tokenizer's. Where the settings name others, an answer ends at either.
+    """
+    named = next((stops for stops in (getattr(source, "eos_token_id", None) for source in (generation, config))
+                  if stops is not None), ())
+    stops = {named} if isinstance(named, int) else set(named)
+    own = getattr(tokenizer, "eos_token_id", None)
+    if own is not None and own not in stops:
+        log.warning("the model's settings end an answer at token ids %s, its tokenizer at %s: an answer ends at either",
+                    sorted(stops), own)
+        stops.add(own)
+    return tuple(sorted(stops))
 
 
 def _context_limit(config: Any, asked: int | None, model: str) -> int:
@@ -245,13 +271,9 @@ def _context_limit(config: Any, asked: int | None, model: str) -> int:
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> safetensors file."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        mapping = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {name: folder / file for name, file in mapping.items()}
+    """Tensor name -> safetensors file, of those that transformers reads."""
     found = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         with safe_open(path, framework="pt") as handle:
             found.update(dict.fromkeys(handle.keys(), path))
     return found

@@ -74,6 +74,19 @@ def _folder(folder: Path, name: str) -> ResolvedBase:
     return ResolvedBase(folder, name, _digest(stamps))
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold the model's weights, as transformers chooses them: those of the index, else
+    `model.safetensors`. A copy in another format or of another model may lie beside them.
+
+    Raises OSError or ValueError for an index that cannot be read.
+    """
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if single.exists() or not index.exists():
+        return [single] if single.exists() else sorted(folder.glob("*.safetensors"))
+    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    return [folder / name for name in sorted(set(names))]
+
+
 @lru_cache(maxsize=32)
 def _digest(stamps: tuple[tuple[str, int, int], ...]) -> str:
     """sha256 over the names and bytes of files. The cache's key has sizes and times, so a changed file is read again."""

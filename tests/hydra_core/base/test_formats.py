@@ -163,7 +163,7 @@ def test_a_quantised_model_runs_through_transformers(tiny_base_dir: Path, tmp_pa
 
     def load(found: Path, **settings: Any) -> Any:
         asked.update(settings)
-        return LlamaForCausalLM.from_pretrained(tiny_base_dir, dtype=settings["dtype"])
+        return LlamaForCausalLM.from_pretrained(tiny_base_dir, dtype=settings["dtype"], output_loading_info=True)
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
     with caplog.at_level("WARNING", "hydra_core"):

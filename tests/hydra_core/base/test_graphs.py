@@ -264,8 +264,8 @@ def test_sizes() -> None:
     assert ROWS[:4] == (1, 2, 4, 8)
     inputs = StepInputs(2, 3, torch.device("cpu"))
     inputs.fill(torch.tensor([[5, 6]]), chain(2))
-    assert inputs.ids.tolist() == [[5, 6, 0], [0, 0, 0]] and inputs.forest.depths.tolist() == [[0, 1, 0]] * 2
-    assert inputs.forest.ancestors[1].tolist() == [[True, False, False], [True, True, False], [False, False, True]]
+    assert inputs.ids.tolist() == [[5, 6, 0], [0, 0, 0]] and inputs.trees.depths.tolist() == [[0, 1, 0]] * 2
+    assert inputs.trees.ancestors[1].tolist() == [[True, False, False], [True, True, False], [False, False, True]]
 
 
 def test_who_records(tiny_base: Base) -> None:
