@@ -64,7 +64,7 @@ class Engine:
         if not isinstance(drafter, HeadDrafter):
             trees = TreeSet({1: PLAIN})
         elif trees is None:
-            trees = default_trees()
+            trees = default_trees(drafter.num_heads)
         if isinstance(drafter, HeadDrafter):
             _check_trees(trees, drafter)
         num_lookahead_slots = lookahead_slots(drafter, trees)

@@ -46,6 +46,7 @@ class CostCalibrator:
     def __init__(self) -> None:
         self._factors: dict[int, Factors] = {}
         self._drafting: float | None = None
+        self._drafting_variance = INITIAL_DEVIATION ** 2
         self._latest = 1.0
 
     def factors(self, batch: int) -> tuple[float, float]:
@@ -69,11 +70,15 @@ class CostCalibrator:
         self._latest = self._factors[key].plain
 
     def update_drafting(self, predicted: float, measured: float) -> None:
-        """Drafting with heads, predicted to take `predicted` seconds, took `measured` seconds."""
-        ratio = measured / predicted
-        before = ratio if self._drafting is None else self._drafting
-        surprise = min(max(ratio / before - 1, -LARGEST_SURPRISE), LARGEST_SURPRISE)
-        self._drafting = before * (1 + surprise * DRIFT / NOISE)
+        """Drafting with heads, predicted to take `predicted` seconds, took `measured` seconds.
+
+        The first drafts often take many times as long as later ones (libraries and memory are set up then), so that no one
+        sample counts whole: a factor that is far too high would switch heads off, and nothing would correct it.
+        """
+        before, variance = self.drafting, self._drafting_variance + DRIFT ** 2
+        surprise = min(max(measured / predicted / before - 1, -LARGEST_SURPRISE), LARGEST_SURPRISE)
+        gain = variance / (variance + NOISE ** 2)
+        self._drafting, self._drafting_variance = before * (1 + gain * surprise), (1 - gain) * variance
 
 
 def _variances(deviation: float) -> tuple[float, float, float]:

@@ -300,8 +300,9 @@ class DynamicTreeProposer(PlainProposer):
     def _seconds_of_a_node(self, positions: Sequence[int]) -> float:
         """What a node of one sequence adds to a step, at the tree size at which it adds least."""
         seconds, rows = self._base_seconds(positions), len(positions) if self.ragged else 1
-        more = (seconds - seconds[0])[(SLOPE_NODES - 1) * rows:]
-        each = more / ((SLOPE_NODES - 1) * rows + np.arange(len(more)))
+        least = max(min(SLOPE_NODES, self.max_nodes) - 1, 1) * rows
+        more = (seconds - seconds[0])[least:]
+        each = more / (least + np.arange(len(more)))
         return max(float(each.min(initial=np.inf)), 0.0) / (1 if self.ragged else len(positions))
 
     def _heads_pay(self, batch: int, without: NodeSelection) -> bool:

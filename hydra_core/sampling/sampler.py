@@ -62,8 +62,9 @@ def _nucleus(scores: Tensor, mass: float) -> Tensor:
     # tokens below this hold less than 1 - mass together: cutting them off first avoids a full sort
     candidates = (probabilities > (1 - mass) / len(scores)).nonzero()[:, 0]
     ordered, order = probabilities[candidates].sort(descending=True, stable=True)
-    before = ordered.cumsum(0) - ordered
-    kept = candidates[order[before < mass]]
+    kept_first = ordered.cumsum(0) - ordered < mass
+    kept_first[:1] = True  # also for a `mass` that float32 rounds to 0
+    kept = candidates[order[kept_first]]
     return torch.full_like(scores, -math.inf).index_copy_(0, kept, scores[kept])
 
 

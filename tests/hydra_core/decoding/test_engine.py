@@ -429,3 +429,9 @@ def test_rows_without_drafts_beside_rows_with_them(tiny_base: Base, make_engine:
         for request, result in zip(asked, results, strict=True):
             assert request.speculate or (result.drafted, result.steps) == (0, len(result.token_ids) - 1)
     assert name == "ngram" or any(result.accepted for result in results)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 5])
+def test_any_number_of_heads_decodes_with_the_default_trees(tiny_base: Base, heads: int) -> None:
+    requests = requests_for(random_prompts(3, seed=4), 12)
+    same(tiny_base, Engine(tiny_base, random_heads(tiny_base, "hydra", num_heads=heads)).generate(requests), requests)

@@ -93,3 +93,20 @@ def test_nodes_that_turn_out_dear_are_no_longer_drafted(tiny_base: Base, ragged:
     assert sizes(0.5) > 4
     assert sizes(2.0) < 3
     assert sizes(0.5) > 4
+
+
+@pytest.mark.parametrize("times", [5, 50, 1000])
+def test_a_first_draft_that_sets_up_libraries_does_not_count_whole(times: int) -> None:
+    calibrator = CostCalibrator()
+    calibrator.update_drafting(0.002, 0.002 * times)
+    for _ in range(5):
+        calibrator.update_drafting(0.002, 0.002)
+    assert calibrator.drafting < 1.3
+
+
+@pytest.mark.parametrize("true", [0.3, 3.0])
+def test_drafting_that_takes_another_time_than_the_table_says_is_found(true: float) -> None:
+    calibrator = CostCalibrator()
+    for _ in range(40):
+        calibrator.update_drafting(0.002, 0.002 * true)
+    assert calibrator.drafting == pytest.approx(true, rel=0.1)

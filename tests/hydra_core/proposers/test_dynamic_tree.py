@@ -210,3 +210,12 @@ def test_paths_of_a_row_share_its_noise() -> None:
     for path, row in enumerate(whose):
         alone = rank_scores(logits[path:path + 1], positions[row:row + 1], samplers[row:row + 1], ids)
         torch.testing.assert_close(together[path:path + 1], alone)
+
+
+@pytest.mark.parametrize("nodes", [2, 4, 6, 8, 32])
+def test_a_table_of_small_trees_does_not_keep_heads_from_drafting_deep(tiny_base: Base, nodes: int) -> None:
+    """The price of a node is known from whatever trees were timed."""
+    costs = StepCosts({1: {1: 1.0, nodes: 1.0001}}, {1: {0: 0.0003, 3: 0.0004}})
+    heads = overfit_heads(tiny_base, "hydra", random_prompts(2, seed=1), tokens=16, steps=60)
+    proposer = DynamicTreeProposer(AdaptiveDrafter(heads, None, costs), 1, 64)
+    assert proposer._seconds_of_a_node([5]) == pytest.approx(0.0001 / (nodes - 1), rel=0.01)

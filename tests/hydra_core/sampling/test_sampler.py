@@ -141,3 +141,11 @@ def test_argmax_is_the_first_of_equals() -> None:
     logits[0, 0], logits[1, 1, 7] = 0.0, torch.inf
     assert torch.equal(argmax(logits), logits.argmax(-1)) and int(argmax(logits)[0, 0]) == 0
     assert torch.equal(argmax(logits[0, :, ::2]), logits[0, :, ::2].argmax(-1))
+
+
+@pytest.mark.parametrize("top_p", [1e-9, 1e-46, 1e-320])
+def test_a_nucleus_of_next_to_nothing_holds_the_most_likely_token(top_p: float) -> None:
+    """float32 rounds such a mass to 0, before which no token begins."""
+    logits = torch.randn(5, 50, generator=torch.Generator().manual_seed(0))
+    samplers = [Sampler(Request(str(row), (1,), 1, temperature=1.0, top_p=top_p, seed=row), 50) for row in range(5)]
+    assert sample(logits, [3] * 5, samplers) == logits.argmax(-1).tolist()
