@@ -17,7 +17,7 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError) as error:
         log.warning("the base has no tokenizer, so prompts must be token ids (%s)", str(error).splitlines()[0])
         return None
@@ -42,6 +42,10 @@ def encode_prompt(tokenizer: Any, prompt: str | None = None, messages: list[dict
         raise InputError("messages: the base has no chat template: give a plain prompt")
     if not messages:
         raise InputError("messages: is empty")
+    if "tool_calls" not in str(template):  # a call that the template leaves out would be lost without a word
+        for number, message in enumerate(messages):
+            if message.get("tool_calls"):
+                raise InputError(f"messages[{number}].tool_calls: the base's chat template does not render tool calls")
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is a program, which may raise anything for wrong messages

@@ -1,14 +1,15 @@
-"""Reading prompts from JSONL, Parquet or `datasets`. A bad row becomes a `RowError`; only a bad file stops the job.
+"""Reading prompts from text files, Parquet or `datasets`. A bad row becomes a `RowError`; only a bad file stops the job.
 
-A row is `{"prompt": text}` or `{"messages": [{"role", "content"}, ...]}` (other columns are kept as `extra`), or
-Spec-Bench's `{"question_id", "category", "turns"}`, of which the first turn is the prompt.
+A row is `{"prompt": text}` or a chat, `{"messages": [{"role", "content"}, ...]}` in any form that `conversations` reads (other
+columns are kept as `extra`), or Spec-Bench's `{"question_id", "category", "turns"}`, of which the first turn is the prompt. A
+chat that ends with the assistant's answer asks without it: the base gives an answer of its own.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hydra_core.errors import InputError
+from pipelines.rows import text_files
+from pipelines.rows.conversations import COLUMNS, BadChat, normal_chat, without_answer
+from pipelines.rows.text_files import BadLine
 
 PARQUET = (".parquet", ".pq")
 
@@ -38,14 +42,21 @@ class PromptRow:
 
 @dataclass(frozen=True)
 class RowError:
-    """A row that cannot be used, and the reason."""
+    """A row that cannot be used, and the reason. `id`: the one that it gives itself, if it can be read."""
 
     row: int
     message: str
+    id: str | None = None
+
+
+def own_id(values: dict[str, Any]) -> str | None:
+    """The id that a row gives itself as `id`, `prompt_id` or `custom_id`, as text."""
+    given = (values.get(name) for name in ("id", "prompt_id", "custom_id"))
+    return next((str(value) for value in given if value not in (None, "")), None)
 
 
 def read_prompt_rows(path: str | Path, name: str = "prompt", limit: int | None = None) -> Iterator[PromptRow | RowError]:
-    """Rows of a JSONL or Parquet file (.parquet, .pq), or of a folder of Parquet files, at most `limit`.
+    """Rows of a Parquet file (.parquet, .pq), a folder of those, or a text file that `text_files` reads, at most `limit`.
 
     Raises InputError for a file that is missing, empty, unreadable, or in which no row has the field `name`.
     """
@@ -53,7 +64,7 @@ def read_prompt_rows(path: str | Path, name: str = "prompt", limit: int | None =
     if not path.exists():
         raise InputError(f"{path}: no such file")
     parquet = path.is_dir() or path.suffix.lower() in PARQUET
-    yield from _checked(_parquet(path) if parquet else _jsonl(path), str(path), name, limit)
+    yield from _checked(_parquet(path) if parquet else read_values(path), str(path), name, limit)
 
 
 def read_dataset_rows(path: str, split: str, name: str = "prompt",
@@ -77,18 +88,17 @@ def read_dataset_rows(path: str, split: str, name: str = "prompt",
 
 
 def read_values(path: Path) -> Iterator[tuple[int, Any]]:
-    """Line number from 1 and JSON value of every line that is not blank; a RowError for a line that is not JSON."""
-    yield from _jsonl(path)
+    """Number from 1 and JSON value of every row of a text file; a RowError for a row that cannot be read."""
+    for number, value in text_files.read_values(path):
+        yield number, RowError(number, f"row {number}: {value}") if isinstance(value, BadLine) else value
 
 
 def count_rows(path: str | Path) -> int:
-    """Number of rows of a file or a folder of Parquet files, without parsing them: lines that are not blank, or the number in
-    the metadata of the files."""
+    """Number of rows of a file or of a folder of Parquet files, whose metadata say it."""
     files = prompt_files(Path(path))
     if Path(path).is_dir() or files[0].suffix.lower() in PARQUET:
         return sum(pq.read_metadata(file).num_rows for file in files)
-    with files[0].open("rb") as lines:
-        return sum(1 for line in lines if line.strip())
+    return sum(1 for _ in text_files.read_values(files[0]))
 
 
 def prompt_files(path: Path) -> list[Path]:
@@ -106,6 +116,8 @@ def _checked(values: Iterable[tuple[int, Any]], where: str, name: str,
             break
         seen += 1
         item = value if isinstance(value, RowError) else _parse(number, value, where, name)
+        if isinstance(item, RowError) and isinstance(value, dict) and _column_without_utf8(value) is None:
+            item = replace(item, id=own_id(value))
         if isinstance(item, PromptRow):
             yield from held
             held, usable = [], usable + 1
@@ -133,17 +145,19 @@ def _parse(number: int, value: Any, where: str, name: str) -> PromptRow | RowErr
             if not isinstance(turn, str) or not turn:
                 return RowError(number, f"row {number}: turns: number {place} is not text")
         return PromptRow(number, turns[0], None, source, {k: v for k, v in value.items() if k != "turns"}, tuple(turns))
-    extra = {key: item for key, item in value.items() if key not in (name, "messages")}
+    extra = {key: item for key, item in value.items() if key not in (name, *COLUMNS)}
     found = value.get(name)
-    if isinstance(found, str) and found.strip():
+    if isinstance(found, str) and found.strip() and name not in COLUMNS:
         return PromptRow(number, found, None, source, extra)
-    messages = found if isinstance(found, list) else value.get("messages")
-    if isinstance(messages, list):
-        problem = _message_problem(messages)
-        return RowError(number, f"row {number}: messages: {problem}") if problem else PromptRow(
-            number, None, messages, source, extra)
+    column = name if isinstance(found, list) or name in COLUMNS else next(
+        (column for column in COLUMNS if value.get(column) is not None), None)
+    if column is not None and value.get(column) is not None:
+        try:
+            return PromptRow(number, None, without_answer(normal_chat(value[column])), source, extra)
+        except BadChat as error:
+            return RowError(number, f"row {number}: {column}{'' if str(error).startswith('[') else ': '}{error}")
     if name not in value:
-        return RowError(number, f"row {number}: has no field `{name}`")
+        return RowError(number, f"row {number}: has no field `{name}` (its fields: {', '.join(map(str, value)) or 'none'})")
     return RowError(number, f"row {number}: {name}: is empty or not text")
 
 
@@ -155,32 +169,6 @@ def _column_without_utf8(row: dict[str, Any]) -> str | None:
         except UnicodeEncodeError:
             return ascii(name)[1:-1]
     return None
-
-
-def _message_problem(messages: list[Any]) -> str | None:
-    if not messages:
-        return "is empty"
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str) or not message.get("role"):
-            return "each needs a role and text content"
-    return None
-
-
-def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    """Line number and value of every line that is not blank."""
-    with path.open("rb") as handle:
-        for number, raw in enumerate(handle, start=1):
-            if raw.strip():
-                yield number, _parsed_line(number, raw)
-
-
-def _parsed_line(number: int, raw: bytes) -> Any:
-    try:
-        return json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError:
-        return RowError(number, f"row {number}: is not UTF-8 text")
-    except (ValueError, RecursionError) as error:  # for a very long number or deep nesting `json` raises no syntax error
-        return RowError(number, f"row {number}: is not JSON ({getattr(error, 'msg', error)})")
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, Any]]:

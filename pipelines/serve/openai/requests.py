@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from hydra_core.sampling.request import LEAST_TEMPERATURE, MOST_LOGPROBS
+from pipelines.rows.conversations import BadChat, normal_chat
 from pipelines.serve.messages import Generation, Speculative
 from pipelines.serve.openai.errors import ApiError
 
@@ -128,14 +129,9 @@ class ChatRequest(_Common):
             raise ApiError(400, "top_logprobs: needs logprobs=true", "top_logprobs")
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    def plain_messages(self) -> list[dict[str, str]]:
-        """Messages with text content; content parts of type text are joined. Raises ApiError 400 for other content."""
-        plain = []
-        for index, message in enumerate(self.messages):
-            content = message.get("content")
-            if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-                content = "".join(str(part.get("text", "")) for part in content)
-            if not isinstance(content, str) or not isinstance(message.get("role"), str):
-                raise ApiError(400, f"messages[{index}]: needs a role and text content", "messages")
-            plain.append({"role": message["role"], "content": content})
-        return plain
+    def plain_messages(self) -> list[dict[str, Any]]:
+        """Messages in the normal form of `rows.conversations`. Raises ApiError 400 that names the message and the key."""
+        try:
+            return normal_chat(self.messages, strict=True)
+        except BadChat as error:
+            raise ApiError(400, f"messages{'' if str(error).startswith('[') else ': '}{error}", "messages") from None
