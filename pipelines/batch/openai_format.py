@@ -24,9 +24,10 @@ def generation_of(row: BatchRow, model: str, max_new_tokens: int, temperature: f
     """The engine's request. A row in OpenAI's format has its own settings; `max_new_tokens` and `seed` are the defaults for
     those that it omits. Raises ApiError for a body that the endpoint would refuse."""
     if row.body is None:
-        return Generation(f"batch-{row.id}", max_new_tokens, temperature, seed, messages=row.messages, prompt_ids=row.prompt_ids,
-                          prompt=row.prompt if row.messages is None and row.prompt_ids is None else None)
-    body = _body(row.body, model, seed, max_new_tokens)
+        prompt = row.prompt if row.messages is None and row.prompt_ids is None else None
+        return Generation(f"batch-{row.id}", max_new_tokens, temperature, row_seed(seed, row.id), messages=row.messages,
+                          prompt_ids=row.prompt_ids, prompt=prompt)
+    body = _body(row.body, model, row_seed(seed, row.id), max_new_tokens)
     if body["model"] != model:
         raise ApiError(404, f"model {body['model']!r} does not exist; {model!r} does", "model", "model_not_found")
     try:
@@ -45,19 +46,28 @@ def generation_of(row: BatchRow, model: str, max_new_tokens: int, temperature: f
     return replace(generation, id=f"batch-{row.id}", **given)
 
 
+def row_seed(seed: int, row_id: str) -> int:
+    """The seed of one row: with one seed for all, rows with equal prompts would "sample" equal answers."""
+    return (seed + int(content_id("batch", row_id)[:8], 16)) % 2**63
+
+
 def request_of(row: BatchRow, model: str, max_new_tokens: int, temperature: float, seed: int) -> tuple[str, dict[str, Any]]:
     """Path and body of the HTTP request."""
     if row.body is not None:
-        return str(row.url), _body(row.body, model, seed, max_new_tokens)
-    settings = {"model": model, "max_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        return str(row.url), _body(row.body, model, row_seed(seed, row.id), max_new_tokens)
+    settings = {"model": model, "max_tokens": max_new_tokens, "temperature": temperature, "seed": row_seed(seed, row.id)}
     if row.prompt_ids is not None:
         return COMPLETION, settings | {"prompt": row.prompt_ids}
     return CHAT, settings | {"messages": row.messages or [{"role": "user", "content": row.prompt}]}
 
 
-def output_line(row_id: str, status: int, body: dict[str, Any] | None, message: str = "") -> dict[str, Any]:
-    """One line of a Batch output or errors file; status 0: the row was never sent."""
-    request_id = content_id("batch", row_id)
+def output_line(row_id: str, status: int, body: dict[str, Any] | None, message: str = "",
+                bad_row: int | None = None) -> dict[str, Any]:
+    """One line of a Batch output or errors file; status 0: the row was never sent.
+
+    `bad_row`: number of a row that is not a request; several of them may have one id, or that of a good row.
+    """
+    request_id = content_id("batch", row_id) if bad_row is None else content_id("batch", "bad row", bad_row)
     answered = None if not status else {"status_code": status, "request_id": f"req_{request_id}", "body": body or {}}
     error = None if status == 200 else {"code": "invalid_row" if not status else f"status_{status}", "message": message}
     return {"id": f"batch_req_{request_id}", "custom_id": row_id, "response": answered, "error": error}

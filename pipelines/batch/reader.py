@@ -15,7 +15,7 @@ from hydra_core.errors import InputError
 from pipelines.config import RunConfig
 from pipelines.config.run import BatchSection
 from pipelines.rows.parquet_parts import read_parts
-from pipelines.rows.prompt_reader import PARQUET, PromptRow, RowError, read_prompt_rows, read_values
+from pipelines.rows.prompt_reader import PARQUET, PromptRow, RowError, own_id, read_prompt_rows, read_values
 from pipelines.rows.schemas import PROMPTS, content_id
 from pipelines.runtime.artifacts import RunPaths
 from pipelines.serve.messages import is_text
@@ -54,27 +54,45 @@ class BadRow:
 
 @dataclass
 class Reading:
-    """Reads the rows of an input, each id once, and counts them. `refuse`: called for rows that are not requests. Only the
-    digests of ids are kept in memory."""
+    """Reads the rows of an input, each id once, and counts them. `refuse`: called for rows that are not requests. Only digests
+    of ids and contents are kept in memory."""
 
     refuse: Callable[[BadRow], None]
     rows: int = 0
     skipped: int = 0
 
     def todo(self, source: Iterable[BatchRow | BadRow], known: Set[bytes]) -> Iterator[BatchRow]:
-        """The rows whose ids are not `known`; a row whose id occurred before is skipped."""
-        seen: set[bytes] = set()
+        """The rows whose ids are not `known`. A row that repeats an earlier one is skipped; one that repeats its id alone, with
+        another content, is refused."""
+        seen: dict[bytes, bytes] = {}  # digest of an id -> number of its row, digest of its content
         for item in source:
             self.rows += 1
-            key = digest(item.id)
-            if key in seen:
-                self.skipped += 1
-                continue
-            seen.add(key)
             if isinstance(item, BadRow):
                 self.refuse(item)
-            elif key not in known:
+                continue
+            key, content = digest(item.id), _content_digest(item)
+            if (earlier := seen.get(key)) is not None:
+                if earlier[8:] == content:
+                    self.skipped += 1
+                else:
+                    first = int.from_bytes(earlier[:8], "big")
+                    self.refuse(BadRow(item.id, item.row, f"row {item.row}: id {item.id[:80]!r} belongs to row {first} already, "
+                                                          "which asks for something else: give each row an id of its own"))
+                continue
+            seen[key] = item.row.to_bytes(8, "big") + content
+            if key not in known:
                 yield item
+
+
+def _content_digest(row: BatchRow) -> bytes:
+    content = json.dumps([row.prompt, row.messages, row.prompt_ids, row.url, row.body], sort_keys=True)
+    return hashlib.blake2b(content.encode(), digest_size=8).digest()
+
+
+def bad_key(name: str | int) -> bytes:
+    """16 bytes for a row that cannot be sent, by its number in the file or the id of its line in a Batch output: in a space of
+    their own, so that no id of a user's is among them."""
+    return hashlib.blake2b(str(name).encode(), digest_size=16, person=b"bad row").digest()
 
 
 def digest(row_id: str) -> bytes:
@@ -115,7 +133,7 @@ def read_rows(config: RunConfig) -> Iterator[BatchRow | BadRow]:
         yield from _openai(section.source, section.limit, one_choice=output_kind(section) != "openai")
     else:
         for item in read_prompt_rows(section.source, section.field, section.limit):
-            yield BadRow(f"row-{item.row}", item.row, item.message) if isinstance(item, RowError) else _row(item)
+            yield BadRow(item.id or f"row-{item.row}", item.row, item.message) if isinstance(item, RowError) else _row(item)
 
 
 def ordered(rows: Iterable[BatchRow], window: int = WINDOW) -> Iterator[BatchRow]:
@@ -155,9 +173,7 @@ def remove_blocks(folder: Path) -> None:
 
 
 def _row(item: PromptRow) -> BatchRow:
-    given = (item.extra.get(name) for name in ("id", "prompt_id", "custom_id"))
-    row_id = next((str(value) for value in given if value not in (None, "")), None)
-    return BatchRow(row_id or content_id(item.row, item.prompt, item.messages), item.row, item.prompt, item.messages)
+    return BatchRow(own_id(item.extra) or content_id(item.row, item.prompt, item.messages), item.row, item.prompt, item.messages)
 
 
 def _held_out(config: RunConfig) -> Iterator[BatchRow]:

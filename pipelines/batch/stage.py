@@ -71,6 +71,9 @@ def run_batch(config: RunConfig) -> StageResult:
             (folder / SUCCESS).unlink(missing_ok=True)
             run.log_dataset("input", _input_digest(config), config.batch.source or "held-out prompts of this run", STAGE)
             figures, read = _answer_all(config, folder, args, serving)
+            if _fingerprint(config, serving) != wanted:
+                raise InputError(f"batch.input={config.batch.source}: changed while it was read: its rows and earlier ones "
+                                 f"are mixed in {folder}: delete that folder and run again")
             write_text(folder / "report.json", json.dumps(figures, indent=2))
             run.log_metrics({name: value for name, value in figures.items() if isinstance(value, (int, float))})
             run.log_artifact(folder / "report.json")

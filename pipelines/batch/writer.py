@@ -19,9 +19,10 @@ import pyarrow.parquet as pq
 
 from pipelines.batch.backends import Response
 from pipelines.batch.openai_format import output_line
-from pipelines.batch.reader import BadRow, BatchRow, digest
+from pipelines.batch.reader import BadRow, BatchRow, bad_key, digest
 from pipelines.rows.parquet_parts import part_files, write_part
 from pipelines.rows.schemas import ERRORS, check_schema, content_id
+from pipelines.runtime.console import say
 from pipelines.runtime.files import atomic_file
 
 META = {b"hydra_heads_schema": b"1"}
@@ -31,6 +32,7 @@ BATCH = pa.schema([
     ("accepted", pa.int32()), ("tokens_per_step", pa.float32()), ("latency_seconds", pa.float32()), ("model", pa.string()),
 ], metadata=META)
 BATCH_ERRORS = pa.schema([*ERRORS, ("row", pa.int64()), ("kind", pa.string())], metadata=META)
+INPUT = "input"
 """`kind`: `input`, a row that is not a request; `refused`, such as a prompt that is too long; `failed`, a server error."""
 
 
@@ -77,7 +79,7 @@ class Writer:
 
     def refuse(self, bad: BadRow) -> None:
         """Add a row that could not be sent."""
-        self._error(bad.id, bad.row, "input", 0, bad.message, None)
+        self._error(bad.id, bad.row, INPUT, 0, bad.message, None)
 
     def flush(self) -> None:
         self._rows = self._write(self.output.rows, self._rows, BATCH)
@@ -86,7 +88,7 @@ class Writer:
     def _error(self, row_id: str, number: int, kind: str, status: int, message: str, body: dict[str, Any] | None) -> None:
         self.failed += 1
         if self.output.kind == "openai":
-            self._errors.append(output_line(row_id, status, body, message))
+            self._errors.append(output_line(row_id, status, body, message, number if kind == INPUT else None))
         else:
             self._errors.append({"id": row_id, "stage": "batch", "row": number, "kind": kind, "message": message})
         if len(self._errors) >= self.output.rows_per_file:
@@ -112,7 +114,7 @@ class OutputTotals:
     kinds: Counter[str] = field(default_factory=Counter)
 
     def add(self, row: dict[str, Any]) -> None:
-        self.ids.add(digest(_id(row)))
+        self.ids.add(_key(row))
         if "custom_id" in row:
             answered = row.get("response") or {}
             usage = (answered.get("body") or {}).get("usage") or {}
@@ -137,10 +139,14 @@ def deduplicate(folder: Path, kind: str, schema: pa.Schema, elsewhere: set[bytes
     for path in parts(folder, kind):
         if path in rewritten:  # a part is named after its rows: the rest of an earlier part has this name now
             continue
-        rows = list(_read(path, kind, schema))
+        try:
+            rows = list(_read(path, kind, schema))
+        except (ValueError, KeyError, OSError, pa.ArrowException) as error:
+            set_aside(path, error)
+            continue
         kept = []
         for row in rows:
-            key = digest(_id(row))
+            key = _key(row)
             if key not in found.ids and key not in taken:
                 kept.append(row)
                 found.add(row)
@@ -149,6 +155,14 @@ def deduplicate(folder: Path, kind: str, schema: pa.Schema, elsewhere: set[bytes
                 rewritten.add(_write_rows(folder, kept, schema, kind))
             path.unlink()
     return found
+
+
+def set_aside(path: Path, error: Exception) -> None:
+    """Rename a part that cannot be read, as a power cut leaves one; its rows are asked for again."""
+    aside = path.with_name(f".{path.name}.torn")
+    path.replace(aside)
+    reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+    say("batch", f"{path} cannot be read ({reason}): it is now {aside.name}, and its rows are asked for again")
 
 
 def parts(folder: Path, kind: str) -> list[Path]:
@@ -184,6 +198,13 @@ def _write_rows(folder: Path, rows: list[dict[str, Any]], schema: pa.Schema, kin
 
 def _id(row: dict[str, Any]) -> str:
     return str(row["custom_id"] if "custom_id" in row else row["id"])
+
+
+def _key(row: dict[str, Any]) -> bytes:
+    """What tells a row of an output from the others: its id, or, of a row that was never a request, its place in the input."""
+    if "custom_id" in row:
+        return bad_key(row["id"]) if _error_kind(row) == INPUT else digest(_id(row))
+    return bad_key(row["row"]) if row.get("kind") == INPUT else digest(_id(row))
 
 
 def _error_kind(row: dict[str, Any]) -> str | None:

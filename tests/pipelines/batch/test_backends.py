@@ -20,6 +20,7 @@ from hydra_core.errors import InputError
 from pipelines.batch import backends as batch_ask
 from pipelines.batch.backends import RequestSettings, open_backend
 from pipelines.batch.endpoint import ask_endpoint
+from pipelines.batch.openai_format import row_seed
 from pipelines.batch.reader import BatchRow
 from pipelines.serve.messages import Answer, Generation, Refusal
 
@@ -116,7 +117,7 @@ def test_openai_rows_through_the_handle(monkeypatch: pytest.MonkeyPatch) -> None
     reply = backend.ask(BatchRow("a", 1, url="/v1/chat/completions", body=chat))
     assert reply.body is not None and reply.body["choices"][0]["message"]["content"] == "x"
     asked = handle.asked[0]
-    assert (asked.max_new_tokens, asked.temperature, asked.seed, asked.messages) == (7, 0.5, 0, chat["messages"])
+    assert (asked.max_new_tokens, asked.temperature, asked.seed, asked.messages) == (7, 0.5, row_seed(0, "a"), chat["messages"])
     reply = backend.ask(BatchRow("b", 2, url="/v1/completions", body={"prompt": "raw"}))
     assert reply.body is not None and reply.body["choices"][0]["text"] == "x" and handle.asked[1].text == "raw"
     assert handle.asked[1].max_new_tokens == 8  # what a body leaves out is the job's
@@ -176,7 +177,7 @@ def test_over_http(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (reply.status, reply.columns["text"], reply.columns["tokens"], reply.columns["steps"]) == (200, "hello", 2, None)
         path, headers, body = came[-1]
         assert (path, headers["Authorization"]) == ("/v1/chat/completions", "Bearer secret") and len(came) == 3
-        assert body == {"model": "app", "max_tokens": 8, "temperature": 0.0, "seed": 3,
+        assert body == {"model": "app", "max_tokens": 8, "temperature": 0.0, "seed": row_seed(3, "a"),
                         "messages": [{"role": "user", "content": "hi"}]}
         reply = backend.ask(BatchRow("b", 2, prompt_ids=[1, 2]))
         assert (reply.status, reply.message, reply.body) == (400, "too long", error)
@@ -203,3 +204,10 @@ def test_an_endpoint_is_looked_at_first(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.delenv("BATCH_TEST_KEY", raising=False)
     with pytest.raises(InputError, match="BATCH_TEST_KEY: that environment variable is not set"):
         open_backend(RequestSettings("app", 8, 0.0, 0, address=address, key_variable="BATCH_TEST_KEY"))
+
+
+def test_rows_draw_apart_and_the_same_again() -> None:
+    """With one seed for all rows, equal prompts would sample equal answers."""
+    seeds = [row_seed(7, name) for name in ("a", "b", "c")]
+    assert len({*seeds, 7}) == 4 and seeds == [row_seed(7, name) for name in ("a", "b", "c")]
+    assert all(row_seed(8, name) != seed and 0 <= seed < 2**63 for name, seed in zip("abc", seeds, strict=True))

@@ -82,10 +82,13 @@ def test_every_row_is_counted_once() -> None:
     refused: list[BadRow] = []
     reading = Reading(refused.append)
     source = [BatchRow("a", 1), BadRow("row-2", 2, "bad"), BatchRow("b", 3), BatchRow("a", 4), BatchRow("c", 5),
-              BadRow("row-2", 6, "bad again"), BadRow("a", 7, "bad, under an id that stands"), BatchRow("row-2", 8)]
+              BadRow("row-2", 6, "bad again"), BadRow("a", 7, "bad, under the id of a good row"), BatchRow("row-2", 8),
+              BatchRow("a", 9, prompt="another")]
     todo = list(reading.todo(source, {digest("b")}))
-    assert [row.row for row in todo] == [1, 5]
-    assert (reading.rows, reading.skipped, len(refused)) == (8, 4, 1)
+    assert [row.row for row in todo] == [1, 5, 8]  # a bad row's id takes no good row's place
+    assert [bad.row for bad in refused] == [2, 6, 7, 9]
+    assert "row 9: id 'a' belongs to row 1 already" in refused[-1].message
+    assert (reading.rows, reading.skipped) == (9, 1)
     assert len(todo) + 1 + len(refused) + reading.skipped == reading.rows  # `b` was answered already
 
 

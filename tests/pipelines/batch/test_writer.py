@@ -102,3 +102,30 @@ def test_openai_lines_have_its_shape(tmp_path: Path) -> None:
     assert good["response"]["status_code"] == 200 and good["response"]["body"] == BODY and good["response"]["request_id"]
     assert [(line["custom_id"], line["error"]["code"]) for line in bad] == [("b", "status_400"), ("row-3", "invalid_row")]
     assert bad[0]["response"]["status_code"] == 400 and bad[1]["response"] is None
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "openai"])
+def test_bad_rows_take_nobodys_place(tmp_path: Path, kind: str) -> None:
+    """Two bad rows under one id, that of a good row too: all three are kept, and again after another read."""
+    writer = Writer(Output(str(tmp_path), kind, "m", 64))
+    writer.add(BatchRow("row-1", 2), reply())
+    for number in (1, 3):
+        writer.refuse(BadRow("row-1", number, f"row {number}: is not JSON"))
+    writer.flush()
+    for _ in range(2):
+        rows = deduplicate(writer.output.rows, kind, BATCH)
+        errors = deduplicate(writer.output.errors, kind, BATCH_ERRORS, elsewhere=rows.ids)
+        assert (len(rows.ids), len(errors.ids), errors.kinds["input"]) == (1, 2, 2)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_torn_part_is_set_aside(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a power cut leaves one: its rows count as not answered, and are asked for again."""
+    writer = Writer(Output(str(tmp_path), kind, "m", 1))
+    for name in ("a", "b"):
+        writer.add(BatchRow(name, 1), reply("text of some length"))
+    torn = parts(writer.output.rows, kind)[0]
+    torn.write_bytes(torn.read_bytes()[:-9])
+    assert len(deduplicate(writer.output.rows, kind, BATCH).ids) == 1 == len(parts(writer.output.rows, kind))
+    assert f"{torn} cannot be read" in capsys.readouterr().err
+    assert torn.with_name(f".{torn.name}.torn").exists()
