@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,18 @@ UNPACKED = "/runtime_resources/working_dir_files/"
 def with_absolute_paths(config: RunConfig, path: str | None, values: Mapping[str, Any]) -> RunConfig:
     """`config`, which was read from `path` and the overrides `values`, with every relative path made absolute.
 
-    Raises InputError for a relative path inside a submitted job, where it would point into Ray's unpacked copy.
+    Raises InputError for a relative path inside a submitted job, where it would point into Ray's unpacked copy, and for a URI.
     """
     changed = dict(values)
     for dotted in PATH_FIELDS:
         section, name = dotted.split(".")
         value = getattr(getattr(config, section), name)
+        if isinstance(value, str) and not (dotted == "prompts.path" and config.prompts.source == "datasets"):
+            _refuse_scheme(dotted, value)
         if isinstance(value, str) and _is_relative_path(dotted, value, config):
             changed[dotted] = _absolute(dotted, value)
+    for name, value in config.train.start.items():
+        _refuse_scheme(f"train.start.{name}", value)
     start = {name: _absolute(f"train.start.{name}", value) if _is_relative_path("train.start", value, config) else value
              for name, value in config.train.start.items()}
     if start != config.train.start:
@@ -46,6 +51,12 @@ def inside_submitted_job() -> bool:
     RAY_ADDRESS does not tell: people export it where they submit from.
     """
     return bool(os.environ.get(JOB_VARIABLE)) or UNPACKED in f"{Path.cwd().as_posix()}/"
+
+
+def _refuse_scheme(dotted: str, value: str) -> None:
+    """`s3://bucket/x` as a path would be a folder `s3:` in the working directory."""
+    if found := re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", value):
+        raise InputError(f"{dotted}={value}: `{found[1]}://` is not supported: give a path of a file system that every node sees")
 
 
 def _absolute(dotted: str, value: str) -> str:

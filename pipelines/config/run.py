@@ -6,6 +6,7 @@ The models of this package hold all defaults. Every stage receives the whole `Ru
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,9 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not separator or not dotted.strip():
         raise InputError(f"override {text!r}: write it as section.field=value")
     try:
-        return dotted.strip(), _number(yaml.safe_load(value))
+        # outside quotes and brackets YAML takes what follows ` #` for a comment, and in an override nobody writes one
+        commented = re.search(r"(^|\s)#", value) is not None and value.lstrip()[:1] not in ("'", '"', "[", "{")
+        return dotted.strip(), value if commented else _number(yaml.safe_load(value))
     except yaml.YAMLError:
         return dotted.strip(), value
 

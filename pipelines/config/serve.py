@@ -37,6 +37,12 @@ class ServeSection(Section):
     workers: Workers = Workers(cpus=0.5, threads=2)
 
     @model_validator(mode="after")
+    def _count_is_that_of_replicas(self) -> ServeSection:
+        if "count" in self.workers.model_fields_set and self.workers.count != 1:
+            raise ValueError(f"serve.workers.count={self.workers.count} has no effect: set serve.replicas")
+        return self
+
+    @model_validator(mode="after")
     def _most_replicas(self) -> ServeSection:
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise ValueError(f"serve.max_replicas={self.max_replicas} is fewer than serve.replicas={self.replicas}")

@@ -35,10 +35,14 @@ def ensure_ray(config: RunConfig) -> Iterator[None]:
     quieten_driver()
     address = config.ray_address or os.environ.get("RAY_ADDRESS")
     if address:
+        field = "ray_address" if config.ray_address else "RAY_ADDRESS"
         try:
             ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
         except ConnectionError:
-            raise InputError(f"ray_address={address}: no Ray cluster answers there") from None
+            raise InputError(f"{field}={address}: no Ray cluster answers there") from None
+        except ValueError:  # not the form of an address: what `ray job submit` takes, or a host without a port
+            raise InputError(f"{field}={address}: is no address of a Ray cluster: write it as HOST:6379, without http:// (which "
+                             "is the dashboard's, for `ray job submit`)") from None
     else:
         ray.init(address="local", include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING,
                  runtime_env={"worker_process_setup_hook": "pipelines.runtime.logs.quieten_worker"})
@@ -53,8 +57,9 @@ def check_workers(field: str, workers: Workers, count: int | None = None) -> Non
     count, have = count or workers.count, ray.cluster_resources()
     for kind, each in (("CPU", workers.cpus), ("GPU", workers.gpus)):
         if each * count > have.get(kind, 0.0):
+            number = "serve.replicas" if field == "serve.workers" else f"{field}.count"
             raise InputError(f"{field}: {count} x {each} {kind} are asked for, the cluster has {have.get(kind, 0.0):g}: "
-                             f"lower {field}.count or .{kind.lower()}s")
+                             f"lower {number} or {field}.{kind.lower()}s")
 
 
 def measuring_resources(config: RunConfig) -> dict[str, Any]:

@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 
 from hydra_core.errors import InputError
-from pipelines.config import RunConfig, list_settings, load_config, nearest, nearest_setting, reference_page, to_yaml
+from pipelines.config import (
+    RunConfig,
+    list_settings,
+    load_config,
+    nearest,
+    nearest_setting,
+    parse_override,
+    reference_page,
+    to_yaml,
+)
 from tests.conftest import ROOT
 
 CONFIGS = sorted((ROOT / "jobs" / "configs").rglob("*.yaml"))
@@ -92,3 +101,18 @@ def test_an_override_wins_over_the_file_under_either_name(tmp_path: Path) -> Non
     file.write_text("serve: {max_batch: 3}\ndistill: {max_batch_size: 3}\n", encoding="utf-8")
     config = load_config(str(file), {"serve.max_batch_size": 8, "distill.running_batch": 9})
     assert (config.serve.max_batch_size, config.distill.max_batch_size) == (8, 9)
+
+
+@pytest.mark.parametrize(("text", "value"), [
+    ("storage=/a #1", "/a #1"), ("storage=#x", "#x"), ("storage=/mes données 100% #1?x", "/mes données 100% #1?x"),
+    ("batch.input='/a #1'", "/a #1"), ("bench.concurrency=[1, 4]", [1, 4]), ("train.lr=1e-3", 1e-3), ("batch.limit=null", None),
+    ("batch.input=/a#b", "/a#b")])
+def test_an_override_holds_no_comment(text: str, value: object) -> None:
+    """YAML takes what follows ` #` for one: everything would go to another folder."""
+    assert parse_override(text)[1] == value
+
+
+def test_a_setting_without_effect_is_refused() -> None:
+    with pytest.raises(InputError, match=r"serve\.workers\.count=7 has no effect: set serve\.replicas"):
+        load_config(None, {"serve.workers.count": 7})
+    assert load_config(None, {"serve.workers.cpus": 2, "serve.replicas": 3}).serve.replicas == 3

@@ -296,3 +296,29 @@ def test_help_plans_and_mistakes_import_nothing_heavy(words: list[str], tmp_path
     assert done.returncode == 0, done.stderr
     loaded = set(done.stdout.splitlines()[-1].split(","))
     assert "pydantic" in loaded and not loaded & HEAVY
+
+
+@pytest.mark.parametrize("override", [
+    "batch.output=s3://bucket/x", "batch.input=gs://b/p.jsonl", "prompts.path=file:///data/p.jsonl", "serve.model=https://hub/x",
+    "train.start.medusa=s3://bucket/heads", "base.model=hf://someone/model"])
+def test_a_uri_is_no_path(override: str) -> None:
+    """`s3://bucket/x` as a path would be a folder `s3:` in the working directory, and the job would end well."""
+    more = ["prompts.source=jsonl"] if override.startswith("prompts") else []
+    with pytest.raises(InputError, match=r"(batch|prompts|serve|train|base)\..*: `\w+://` is not supported"):
+        runner.read_config("batch", None, [override, *more])
+    with pytest.raises(InputError, match="must be an absolute path"):
+        runner.read_config("batch", None, ["storage=s3://bucket/x"])
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "localhost", "127.0.0.1"])
+def test_an_address_of_another_kind_is_one_line(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """RAY_ADDRESS as `ray job submit` takes it, or a host without its port."""
+    import ray
+
+    from pipelines.runtime.ray_cluster import ensure_ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(InputError, match=rf"RAY_ADDRESS={address}: is no address of a Ray cluster: write it as HOST:6379"), \
+            ensure_ray(load_config()):
+        pass

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import re
 import socket
+import sqlite3
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,6 +18,7 @@ from hydra_core.errors import InputError
 from pipelines.config import RunConfig, load_config
 from pipelines.runtime.programs import program
 from pipelines.tracking import Tracker, flatten, metric_logger, register, resolve, tracking_uri
+from tests.conftest import ROOT
 
 
 @pytest.fixture
@@ -144,3 +149,35 @@ def test_environment_names_the_server(config: RunConfig, monkeypatch: pytest.Mon
 def test_flatten_hides_secrets_and_cuts_long_values() -> None:
     flat = flatten({"a": {"api_key": "s3cret", "text": "x" * 900}, "n": None})
     assert flat["a.api_key"] == "(hidden)" and len(flat["a.text"]) == 500 and flat["n"] == "None"
+
+
+def test_several_first_starts_at_once(storage: Path) -> None:
+    """Each would make the tables of one new SQLite file, which then stayed broken for good."""
+    script = ("import sys; from pipelines.config import load_config; from pipelines.tracking import Tracker; "
+              "print(Tracker.open(load_config(None, {'storage': sys.argv[1], 'name': sys.argv[2]})).parent())")
+    started = [subprocess.Popen([sys.executable, "-c", script, str(storage), f"r{number}"], cwd=ROOT, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE) for number in range(3)]
+    ended = [process.communicate(timeout=300) for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0], ended
+    assert len({out.strip() for out, _ in ended}) == 3
+
+
+def test_a_busy_database_is_waited_for(config: RunConfig) -> None:
+    Tracker.open(config)
+    path = tracking_uri(config).removeprefix("sqlite:///")
+    held = sqlite3.connect(path, check_same_thread=False)
+    held.execute("BEGIN EXCLUSIVE")
+    timer = threading.Timer(8.0, held.rollback)  # longer than SQLite itself waits
+    timer.start()
+    assert Tracker.open(config).experiment_id
+    timer.join()
+
+
+def test_tables_that_were_left_half_made_are_named(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a file stays broken for good: the line names it."""
+    def fail(**_: str) -> None:
+        raise RuntimeError("(sqlite3.OperationalError) table _alembic_tmp_latest_metrics already exists")
+
+    monkeypatch.setattr("pipelines.tracking.client.MlflowClient", fail)
+    with pytest.raises(InputError, match=r"an interrupted first start left its tables half-made .*: delete /.*mlflow\.db"):
+        Tracker.open(config)
