@@ -51,13 +51,13 @@ def test_rows_errors_and_report(local_ray: None, tiny_base_dir: Path, tiny_base:
     with path.open("ab") as handle:
         handle.write(b'{"x": 1}\n\xff\n' + json.dumps({"prompt": "long " * 100}).encode() + b'\n{"prompt": "a", "id": "k"}\n'
                      + b'{"prompt": "b", "id": "k"}\n{"prompt": "half a pair: \\ud800"}\n{"prompt": "c", "id": "\\udfff"}\n'
-                     + b'{"messages": [{"role": "user", "content": "\\ud83d"}]}\n')
+                     + b'{"messages": [{"role": "user", "content": "\\ud83d"}]}\n{"prompt": "a", "id": "k"}\n')
     config = config_for(storage, tiny_base_dir, batch__input=str(path), batch__format=kind, batch__max_error_share=0.5,
                         batch__rows_per_file=8, batch__engine=engine)
     result = run_batch(config)
     rows = list(read_batch_rows(Path(result.outputs["rows"]), kind))
     assert len(rows) == 21 == len({row["id"] for row in rows})
-    assert (result.figures["rows"], result.figures["errors"], result.figures["rows_skipped"]) == (21, 6, 1)
+    assert (result.figures["rows"], result.figures["errors"], result.figures["rows_skipped"]) == (21, 7, 1)
     for row in rows:
         if row["row"] <= 20:
             prompt = tuple(tiny_base.encode_prompt(f"question {row['row'] - 1}"))
@@ -65,9 +65,10 @@ def test_rows_errors_and_report(local_ray: None, tiny_base_dir: Path, tiny_base:
             assert tuple(row["token_ids"]) == wanted.token_ids and row["text"] == tiny_base.decode(wanted.token_ids)
             assert row["finish_reason"] == wanted.finish_reason and row["latency_seconds"] > 0
     errors = list(read_batch_errors(Path(result.outputs["errors"]), kind))
-    assert (result.figures["errors_input"], result.figures["errors_refused"]) == (5, 1)
+    assert (result.figures["errors_input"], result.figures["errors_refused"]) == (6, 1)
     assert sorted(row["message"].split(":")[0] for row in errors) == [
-        "prompt", "row 21", "row 22", "row 26", "row 27", "row 28"]
+        "prompt", "row 21", "row 22", "row 25", "row 26", "row 27", "row 28"]
+    assert any("row 25: id 'k' belongs to row 24 already" in row["message"] for row in errors)  # row 29 repeats row 24 whole
     assert not serve.status().applications  # nothing is left running
     assert run_batch(config).skipped and batch_finished(config)
     with pytest.raises(InputError, match="another run"):
