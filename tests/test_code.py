@@ -14,7 +14,7 @@ SCRIPTS = ("tests.gpu_steps", "tests.train_speed")
 """Run by hand, so that no test sees a name in them that is gone."""
 
 
-@pytest.mark.parametrize("command", [["ruff", "check", "."], ["mypy"]], ids=lambda command: command[0])
+@pytest.mark.parametrize("command", [["ruff", "check", "."], ["mypy"], ["mypy", "--strict", "-p", "hydra_core"]], ids=" ".join)
 def test_is_clean(command: list[str]) -> None:
     done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
