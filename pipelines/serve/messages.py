@@ -67,7 +67,8 @@ class Piece:
 @dataclass(frozen=True)
 class Answer:
     """A finished answer: choice `index`. `latency_seconds`: from arrival at the replica to the last token; `drafted`,
-    `accepted` and `accepted_lengths` as in `Result`; `tokens`: where log probabilities were requested."""
+    `accepted` and `accepted_lengths` as in `Result`; `tokens`: where log probabilities were requested; `system_fingerprint`: of
+    the model that made it, as `ModelDigest.fingerprint`."""
 
     id: str
     text: str
@@ -81,6 +82,7 @@ class Answer:
     index: int = 0
     accepted_lengths: tuple[int, ...] = ()
     tokens: tuple[Token, ...] | None = None
+    system_fingerprint: str | None = None
 
     @property
     def tokens_per_step(self) -> float:

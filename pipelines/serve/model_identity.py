@@ -24,8 +24,20 @@ class ModelDigest:
     context_limit: int
     configuration: str
 
+    @property
+    def fingerprint(self) -> str:
+        """`fp_BASE_CONFIGURATION`, two short digests: the `system_fingerprint` of every answer. Greedy answers depend on the
+        first alone."""
+        return f"fp_{content_id(self.base, self.context_limit)[:10]}_{content_id(self.configuration)[:10]}"
+
     def __str__(self) -> str:
         return f"base {self.base}, context {self.context_limit}, configuration {self.configuration[:12]}"
+
+
+def base_part(fingerprint: str | None) -> str | None:
+    """The part of a `ModelDigest.fingerprint` that stands for the base; None for one of another kind."""
+    parts = (fingerprint or "").split("_")
+    return parts[1] if len(parts) == 3 and parts[0] == "fp" else None
 
 
 def model_digest(args: AppArgs) -> ModelDigest:

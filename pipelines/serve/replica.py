@@ -132,6 +132,7 @@ class DecodeServer:
     async def _decode(self, loop: EngineLoop, generation: Generation, index: int,
                       request: Request) -> AsyncIterator[Piece | Answer]:
         started = last = time.perf_counter()
+        made_by = self.serving.fingerprint if self.serving is not None else None  # later heads take new requests alone
         text = TextStream(self.base.decode, generation.stop)
         tokens: list[Token] = []
         result: Result | None = None
@@ -156,7 +157,7 @@ class DecodeServer:
                 self.metrics.cancelled()
                 log.info("cancelled", extra={"answer_id": generation.id, "choice": index})
         assert result is not None
-        answer = _answer(generation, index, text.sent, result, tuple(tokens), time.perf_counter() - started)
+        answer = _answer(generation, index, text.sent, result, tuple(tokens), time.perf_counter() - started, made_by)
         self.metrics.answer(answer)
         log.info("answered", extra=log_fields(answer))
         yield answer
@@ -212,10 +213,10 @@ def _with_client_field(message: str, generation: Generation) -> str:
 
 
 def _answer(generation: Generation, index: int, text: str, result: Result, tokens: tuple[Token, ...],
-            seconds: float) -> Answer:
+            seconds: float, made_by: str | None) -> Answer:
     return Answer(generation.id, text, result.token_ids, result.finish_reason, len(result.prompt_ids), result.steps,
                   result.drafted, result.accepted, seconds, index, result.accepted_lengths,
-                  tokens if generation.logprobs is not None else None)
+                  tokens if generation.logprobs is not None else None, made_by)
 
 
 def log_fields(answer: Answer) -> dict[str, Any]:

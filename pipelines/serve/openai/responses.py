@@ -43,7 +43,7 @@ def response(kind: str, model: str, generation: Generation, answers: Sequence[An
             choice["text"] = answer.text
         found.append(choice)
     return {"id": generation.id, "object": kind, "created": int(time.time()), "model": model, "choices": found,
-            "usage": usage(answers, generation.speculative)}
+            "system_fingerprint": answers[0].system_fingerprint, "usage": usage(answers, generation.speculative)}
 
 
 def logprobs(kind: str, tokens: Sequence[Token], offset: int) -> dict[str, Any]:
@@ -94,6 +94,7 @@ class Chunks:
         self.opened.add(item.index)
         if isinstance(item, Answer):
             self.answers.append(item)
+            self.head["system_fingerprint"] = item.system_fingerprint
         else:
             choice["speculative"] = {"depths": item.depths}
             if item.tokens:

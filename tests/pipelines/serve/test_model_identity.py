@@ -13,7 +13,8 @@ from hydra_core.decoding import DecodingConfiguration, save_configuration
 from hydra_core.errors import InputError
 from pipelines.config import load_config
 from pipelines.serve.messages import AppArgs, Generation, Refusal, is_text
-from pipelines.serve.model_identity import configuration_digest, model_digest
+from pipelines.serve.model_identity import base_part, configuration_digest, model_digest
+from pipelines.serve.openai.responses import CHAT, Chunks, response
 from pipelines.serve.replica import DecodeServer
 from pipelines.serve.user_config import heads_of
 from tests.tiny import save_tiny
@@ -52,6 +53,29 @@ def test_another_base_setting_or_configuration_is_told_apart(args: AppArgs, tiny
         {"configuration": str(tmp_path / "plain")})]
     assert len(set(found)) == len(found)
     assert model_digest(replace(args, base=args.base | {"context_limit": 256})) == found[0]  # its own limit, spelled out
+
+
+def test_every_answer_says_what_made_it(args: AppArgs, tiny_base: Base, tmp_path: Path) -> None:
+    """Heads of another kind change the second part alone, another base or context the first."""
+    save_configuration(tmp_path / "ngram", DecodingConfiguration("ngram", "ngram", tiny_base.identity))
+    heads = replace(args, configuration=str(tmp_path / "ngram"))
+    generation, server = Generation("a", 4, prompt="hello"), replica(args)
+
+    async def ask() -> tuple[str | None, list[str]]:
+        chunks, found = Chunks(CHAT, "m", generation), await server.answers(generation)
+        assert isinstance(found, list)
+        streamed = [chunks.of(item) async for item in server.stream(generation) if not isinstance(item, Refusal)]
+        return response(CHAT, "m", generation, found)["system_fingerprint"], [*streamed[-1:], chunks.usage()]
+
+    whole, ends = asyncio.run(ask())
+    assert whole == model_digest(args).fingerprint and all(f'"system_fingerprint": "{whole}"' in end for end in ends)
+    asyncio.run(server.reconfigure(heads_of(heads)))
+    after = asyncio.run(ask())[0]
+    assert after == model_digest(heads).fingerprint != whole and base_part(after) == base_part(whole) is not None
+    server.engine_loop.close()
+    for changes in ({"dtype": "bf16"}, {"context_limit": 100}):
+        assert base_part(model_digest(replace(args, base=args.base | changes)).fingerprint) not in (None, base_part(whole))
+    assert base_part(None) is base_part("fp_44709d6fcb") is base_part("b1-c2_d_e") is None
 
 
 def test_a_configuration_is_its_files_and_not_its_place(tiny_base: Base, tmp_path: Path) -> None:
