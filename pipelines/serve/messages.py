@@ -24,7 +24,9 @@ class Generation:
     """A request to a replica. Exactly one of `prompt` (templated), `text` (raw), `messages` and `prompt_ids` is given.
 
     `n`: answers to the prompt, which differ by their sampling noise; `logprobs`: the number of most likely tokens that are
-    returned at each position besides the sampled one, None: no log probabilities.
+    returned at each position besides the sampled one, None: no log probabilities. `arrived`: Unix time at which the front got
+    the request, None: when the replica gets it; waiting in between counts. `seconds`: in which the whole answer must be made,
+    from `arrived` on; after that its sequences are cancelled and it ends with Refusal 504. None: no limit.
     """
 
     id: str
@@ -42,6 +44,8 @@ class Generation:
     frequency_penalty: float = 0.0
     logprobs: int | None = None
     speculative: Speculative = "drafter"
+    arrived: float | None = None
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,8 @@ class Answer:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why there is no answer. `status`: 400 for a bad request, 429 for a full queue, 503 for a failed engine."""
+    """Why there is no answer. `status`: 400 for a bad request, 429 for a full queue, 503 for a failed engine, 504 when the
+    time of the request is over."""
 
     status: int
     message: str

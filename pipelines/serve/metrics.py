@@ -26,7 +26,7 @@ GAUGES = {
 }
 HISTOGRAMS = {
     "hydra_tokens_per_step": ("tokens after the first per base forward, of an answer", TOKENS),
-    "hydra_first_token_seconds": ("from arrival at the replica to the first token", SECONDS),
+    "hydra_first_token_seconds": ("from arrival at the front to the first token", SECONDS),
     "hydra_between_tokens_seconds": ("seconds of a step per token of the answer", SECONDS),
 }
 REQUESTS, DEPTHS = "hydra_requests", "hydra_steps_by_accepted_depth"

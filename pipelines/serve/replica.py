@@ -105,11 +105,20 @@ class DecodeServer:
         if self.in_flight + generation.n > self.args.room:
             yield Refusal(429, f"{self.in_flight} answers are being made already: try again later")
             return
+        now = asyncio.get_running_loop().time()
+        waited = max(0.0, time.time() - generation.arrived) if generation.arrived is not None else 0.0
+        deadline = now - waited + generation.seconds if generation.seconds is not None else None
+        if deadline is not None and deadline <= now:
+            yield _out_of_time(generation)
+            return
         self.in_flight += generation.n
         try:
             requests = await asyncio.to_thread(self._requests, generation)  # tokenizing a long text here would block every stream
-            async for item in merged([self._decode(loop, generation, index, request) for index, request in enumerate(requests)]):
+            async for item in merged([self._decode(loop, generation, index, request, waited)
+                                      for index, request in enumerate(requests)], deadline):
                 yield item
+        except TimeoutError:
+            yield _out_of_time(generation)
         except InputError as error:
             yield Refusal(400, _with_client_field(str(error).removeprefix(f"request {generation.id}: "), generation))
         finally:
@@ -129,8 +138,8 @@ class DecodeServer:
         request.check(self.base.vocab_size, self.base.context_limit, texts=self.base.tokenizer is not None)
         return choices(request, generation.n)
 
-    async def _decode(self, loop: EngineLoop, generation: Generation, index: int,
-                      request: Request) -> AsyncIterator[Piece | Answer]:
+    async def _decode(self, loop: EngineLoop, generation: Generation, index: int, request: Request,
+                      waited: float) -> AsyncIterator[Piece | Answer]:
         started = last = time.perf_counter()
         made_by = self.serving.fingerprint if self.serving is not None else None  # later heads take new requests alone
         text = TextStream(self.base.decode, generation.stop)
@@ -141,7 +150,7 @@ class DecodeServer:
             async for output in outputs:
                 now = time.perf_counter()
                 if result is None and last == started:
-                    self.metrics.first_token(now - started)
+                    self.metrics.first_token(waited + now - started)
                 else:
                     self.metrics.step(now - last, len(output.token_ids))
                 last, result = now, output.result
@@ -202,6 +211,11 @@ class DecodeServer:
         """Raise RuntimeError when the engine has failed, so that Serve replaces the replica."""
         if self.engine_loop is not None and self.failed:
             raise RuntimeError("the engine has failed") from self.engine_loop.failure
+
+
+def _out_of_time(generation: Generation) -> Refusal:
+    return Refusal(504, f"the answer was not complete within the {generation.seconds:g} seconds that a request may take: ask for "
+                        "fewer tokens, or try again when there is less to do")
 
 
 def _with_client_field(message: str, generation: Generation) -> str:

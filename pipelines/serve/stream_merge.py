@@ -7,8 +7,11 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 
-async def merged(sources: Sequence[AsyncIterator[Any]]) -> AsyncIterator[Any]:
-    """The items of all `sources`. An exception in one of them ends all, and so does leaving early."""
+async def merged(sources: Sequence[AsyncIterator[Any]], deadline: float | None = None) -> AsyncIterator[Any]:
+    """The items of all `sources`. An exception in one of them ends all, and so does leaving early.
+
+    `deadline`: on the event loop's clock; raises TimeoutError when not all have ended by then.
+    """
     items: asyncio.Queue[tuple[Any, BaseException | None, bool]] = asyncio.Queue()
 
     async def drain(source: AsyncIterator[Any]) -> None:
@@ -25,7 +28,8 @@ async def merged(sources: Sequence[AsyncIterator[Any]]) -> AsyncIterator[Any]:
     left = len(tasks)
     try:
         while left:
-            item, error, ended = await items.get()
+            async with asyncio.timeout_at(deadline):
+                item, error, ended = await items.get()
             if error is not None:
                 raise error
             left -= ended
