@@ -20,14 +20,15 @@ class RunningBatch:
 
     Decoding sequences have rows 0 .. D - 1, the P sequences whose prompts are prefilled have rows D .. D + P - 1. `roots`: [R]
     int64, the newest token of each decoding sequence: chosen, but not in the cache yet; `samplers`: by request id;
-    `prompt_hidden`: [P, width], the hidden state of each prompt's last token once it is computed.
+    `prompt_hidden`, `parked_hidden`: [P, width], the hidden state of the last token of each prompt that is prefilled or parked,
+    once it is computed.
     """
 
     def __init__(self, base: Base, scheduler: Scheduler, cache: KVCache, proposer: Proposer) -> None:
         self.base, self.scheduler, self.cache, self.proposer = base, scheduler, cache, proposer
         self.roots = torch.zeros(scheduler.max_batch_size, dtype=torch.int64, device=base.device)
         self.samplers: dict[str, Sampler] = {}
-        self.prompt_hidden = EMPTY
+        self.prompt_hidden = self.parked_hidden = EMPTY
 
     @property
     def decoding(self) -> list[RunningSequence]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ from hydra_core.decoding.text import TextStream
 from hydra_core.decoding.verify import accept, accept_walking
 from hydra_core.errors import InputError
 from hydra_core.heads import HeadDrafter
-from hydra_core.proposers.base import Accepted, Proposal, StepTimes
+from hydra_core.proposers.base import Accepted, Proposal, Proposer, StepTimes
+from hydra_core.proposers.plain import PlainProposer
 from hydra_core.proposers.registry import lookahead_slots, open_proposer
 from hydra_core.proposers.settings import Drafter
 from hydra_core.sampling.request import Request
@@ -37,6 +39,15 @@ from hydra_core.tree.draft_tree import PLAIN, TreeSet, default_trees
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Drafting:
+    """A drafter with its trees, and the proposer that `Engine.prepare` made of them for one engine."""
+
+    drafter: Drafter | None
+    trees: TreeSet
+    proposer: Proposer
+
+
 class Engine:
     """Decodes requests together. Its tokens are those of plain decoding, whatever runs in the same batch or drafts for it.
 
@@ -44,39 +55,72 @@ class Engine:
     each batch size, used by heads alone (default: `default_trees()`); `max_batch_size`: sequences that run at once;
     `context_limit`: tokens of prompt and answer together, at most the base's own limit; `shared_noise`: drafters rank
     candidates with the noise of the coming draw (False only shows what that gains); `graphs`: replay steps as CUDA graphs
-    (None: where possible). All memory is allocated here and none later, except for the recording of graphs. Not thread-safe:
-    one thread drives it.
+    (None: where possible); `draft_slots`: room for draft nodes that every sequence gets at least, so that a later drafter of
+    `change` may have larger trees. All memory is allocated here and none later, except for the recording of graphs. Not
+    thread-safe: one thread drives it.
     Raises InputError for limits below 1, for trees that need more heads or candidates than the drafter has, for caches that
     do not fit the memory, and for `graphs=True` where graphs cannot be recorded.
     """
 
     def __init__(self, base: Base, drafter: Drafter | None = None, trees: TreeSet | None = None, *,
                  max_batch_size: int = 8, context_limit: int | None = None, shared_noise: bool = True,
-                 graphs: bool | None = None) -> None:
+                 graphs: bool | None = None, draft_slots: int = 0) -> None:
         for name, value in (("max_batch_size", max_batch_size), ("context_limit", context_limit)):
             if value is not None and value < 1:
                 raise InputError(f"{name}={value}: must be at least 1")
-        self.base, self.max_batch_size = base, max_batch_size
+        self.base, self.max_batch_size, self.shared_noise, self.graphs = base, max_batch_size, shared_noise, graphs
         self.context_limit = min(context_limit or base.context_limit, base.context_limit)
-        if drafter is not None and not base.supports_tree:
-            log.warning("the base keeps a state that cannot be rolled back: it decodes plainly, without the drafter")
-            drafter = None
-        if not isinstance(drafter, HeadDrafter):
-            trees = TreeSet({1: PLAIN})
-        elif trees is None:
-            trees = default_trees(drafter.num_heads)
-        if isinstance(drafter, HeadDrafter):
-            _check_trees(trees, drafter)
-        num_lookahead_slots = lookahead_slots(drafter, trees)
-        slots = self.context_limit + num_lookahead_slots
-        check_memory(base, drafter, max_batch_size, slots, num_lookahead_slots)
+        drafter, trees = _usable(base, drafter, trees)
+        self.draft_slots = max(lookahead_slots(drafter, trees), draft_slots)
+        slots = self.context_limit + self.draft_slots
+        check_memory(base, drafter, max_batch_size, slots, self.draft_slots)
         self.cache = base.allocate(max_batch_size, slots)
-        self.forward = step_forward(base, self.cache, num_lookahead_slots, graphs)
-        self.proposer = open_proposer(drafter, trees, max_batch_size, slots, shared_noise, base.device, graphs, base.ragged)
-        self.scheduler = Scheduler(max_batch_size, self.context_limit, base.supports_tree)
-        self.batch = RunningBatch(base, self.scheduler, self.cache, self.proposer)
-        self.samplers = self.batch.samplers
         self.clock = Clock()
+        self._start(Drafting(drafter, trees, self._open(drafter, trees)))
+
+    def _open(self, drafter: Drafter | None, trees: TreeSet) -> Proposer:
+        return open_proposer(drafter, trees, self.max_batch_size, self.context_limit + self.draft_slots, self.shared_noise,
+                             self.base.device, self.graphs, self.base.ragged)
+
+    def _start(self, drafting: Drafting) -> None:
+        """Begin without sequences."""
+        self.forward = step_forward(self.base, self.cache, self.draft_slots, self.graphs)
+        self.drafting, self.proposer = drafting, drafting.proposer
+        self.scheduler = Scheduler(self.max_batch_size, self.context_limit, self.base.supports_tree)
+        self.batch = RunningBatch(self.base, self.scheduler, self.cache, self.proposer)
+        self._interrupted = False
+
+    def prepare(self, drafter: Drafter | None = None, trees: TreeSet | None = None) -> Drafting:
+        """Make another drafter ready for `change`: all that takes long. Any thread may call it while another one decodes.
+
+        The KV cache stays the only one; heads with a prefix layer get one of their own. Raises InputError as `Engine` does, and
+        for trees with more nodes than `draft_slots`.
+        """
+        drafter, trees = _usable(self.base, drafter, trees)
+        nodes, slots = lookahead_slots(drafter, trees), self.context_limit + self.draft_slots
+        if nodes > self.draft_slots:
+            raise InputError(f"trees: {nodes} nodes are more than the {self.draft_slots} that this engine has room for: "
+                             "make a new one")
+        check_memory(self.base, drafter, self.max_batch_size, slots, allocated=True)
+        return Drafting(drafter, trees, self._open(drafter, trees))
+
+    @torch.inference_mode()
+    def change(self, drafting: Drafting) -> None:
+        """Draft with `drafting` of `prepare` from the next step on. Sequences in the batch go on in their rows, with the same
+        tokens; where the new heads need more of their past than is known, they are not drafted for any more."""
+        for row, sequence in self.scheduler.rows:
+            sequence.drafted_for = drafting.proposer.adopt(row, sequence.request.prompt_ids, sequence.tokens)
+        self.drafting = drafting
+        self.proposer = self.batch.proposer = drafting.proposer
+
+    def reset(self) -> None:
+        """Forget all sequences, so that an engine whose step raised an exception can be used again. The KV cache stays; all
+        else that the step may have left half done is made anew, and what drafts taught is forgotten."""
+        drafter, trees = self.drafting.drafter, self.drafting.trees
+        self.batch.proposer = self.proposer = PlainProposer()  # so that its memory is free
+        self.drafting = Drafting(drafter, trees, self.proposer)
+        self.cache.clear_rows((0, self.max_batch_size))
+        self._start(Drafting(drafter, trees, self._open(drafter, trees)))
 
     @property
     def running(self) -> int:
@@ -129,10 +173,12 @@ class Engine:
     def answer(self, prompts: Sequence[str], max_new_tokens: int = 256, **settings: Any) -> list[str]:
         """Texts for prompts, in order; each prompt is one user turn where the base has a chat template.
 
-        `settings`: fields of `Request`. Raises InputError before any work when a prompt or a setting is bad.
+        `settings`: fields of `Request`. Samples are independent of each other, those of equal prompts too: prompt number i is
+        choice i of the seed. Raises InputError before any work when a prompt or a setting is bad.
         """
-        requests = [Request(str(number), tuple(self.base.encode_prompt(prompt)), max_new_tokens, **settings)
-                    for number, prompt in enumerate(prompts)]
+        requests = [
+            Request(str(number), tuple(self.base.encode_prompt(prompt)), max_new_tokens, **({"choice": number} | settings))
+            for number, prompt in enumerate(prompts)]
         texts = []
         for request, result in zip(requests, self.generate(requests), strict=True):
             text = TextStream(self.base.decode, request.stop)
@@ -161,11 +207,24 @@ class Engine:
         finally:
             for name in mine:
                 self.cancel(name)
-            self._drop_cancelled()
+            if not self._interrupted:
+                self._drop_cancelled()
+
+    def step(self) -> list[StepOutput]:
+        """Advance every decoding sequence by one verified tree, and the prompts that are prefilled by one chunk.
+
+        An exception leaves sequences half done: every later call raises RuntimeError until `reset`.
+        """
+        if self._interrupted:
+            raise RuntimeError("an exception interrupted an earlier step of this engine: call reset(), which forgets its "
+                               "sequences")
+        self._interrupted = True
+        outputs = self._step()
+        self._interrupted = False
+        return outputs
 
     @torch.inference_mode()
-    def step(self) -> list[StepOutput]:
-        """Advance every decoding sequence by one verified tree, and the prompts that are prefilled by one chunk."""
+    def _step(self) -> list[StepOutput]:
         phase = self.clock.phase
         outputs = self._drop_cancelled()
         with phase("prefill"):
@@ -173,7 +232,7 @@ class Engine:
         if not self.scheduler.decoding:
             return outputs
         # where drafts of some sequences are dropped, their failure says nothing about the drafter
-        before, whole = self.times, all(sequence.request.speculate for sequence in self.scheduler.decoding)
+        before, whole = self.times, all(sequence.speculates for sequence in self.scheduler.decoding)
         with phase("draft"):
             proposal = self._propose()
         with phase("verify"):
@@ -190,7 +249,7 @@ class Engine:
 
     def _propose(self) -> Proposal:
         sequences = self.scheduler.decoding
-        roots, plain = self.batch.roots[:len(sequences)], [not sequence.request.speculate for sequence in sequences]
+        roots, plain = self.batch.roots[:len(sequences)], [not sequence.speculates for sequence in sequences]
         if all(plain):
             return Proposal(roots[:, None], chain(1))
         proposal = self.proposer.propose(roots, _root_positions(sequences), self.batch.samplers_of(sequences))
@@ -246,6 +305,18 @@ class Engine:
     @torch.inference_mode()
     def _drop_cancelled(self) -> list[StepOutput]:
         return drop_cancelled(self.batch)
+
+
+def _usable(base: Base, drafter: Drafter | None, trees: TreeSet | None) -> tuple[Drafter | None, TreeSet]:
+    """The drafter that `base` can use, with its trees. Raises InputError for trees that do not fit the heads."""
+    if drafter is not None and not base.supports_tree:
+        log.warning("the base keeps a state that cannot be rolled back: it decodes plainly, without the drafter")
+        drafter = None
+    if not isinstance(drafter, HeadDrafter):
+        return drafter, TreeSet({1: PLAIN})
+    trees = trees or default_trees(drafter.num_heads)
+    _check_trees(trees, drafter)
+    return drafter, trees
 
 
 def _check_trees(trees: TreeSet, drafter: HeadDrafter) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import torch
+from torch import Tensor
 
 from hydra_core.decoding.batch import RunningBatch
 from hydra_core.decoding.records import FinishReason, Result, StepOutput
@@ -75,7 +76,13 @@ def drop_cancelled(batch: RunningBatch) -> list[StepOutput]:
         scheduler.forget(request)
         ended.append(Result(request.id, request.prompt_ids, (), "cancelled"))
     for index in reversed(range(len(scheduler.prefill.sequences) if scheduler.prefill else 0)):
-        ended += _drop_from_prefill(batch, index)
+        if scheduler.prefill and scheduler.prefill.sequences[index].request.id in scheduler.cancelled:
+            batch.prompt_hidden = _without(batch.prompt_hidden, index)
+            ended.append(_drop(batch, *scheduler.remove_prefilling(index)))
+    for index in reversed(range(len(scheduler.parked.sequences) if scheduler.parked else 0)):
+        if scheduler.parked and scheduler.parked.sequences[index].request.id in scheduler.cancelled:
+            batch.parked_hidden = _without(batch.parked_hidden, index)
+            ended.append(_drop(batch, *scheduler.remove_parked(index)))
     for index in reversed(range(len(scheduler.decoding))):
         if scheduler.decoding[index].request.id in scheduler.cancelled:
             ended.append(finish(batch, index, "cancelled"))
@@ -83,17 +90,16 @@ def drop_cancelled(batch: RunningBatch) -> list[StepOutput]:
     return [StepOutput(result.id, (), result) for result in ended]
 
 
-def _drop_from_prefill(batch: RunningBatch, index: int) -> list[Result]:
-    prefill = batch.scheduler.prefill
-    assert prefill is not None
-    if prefill.sequences[index].request.id not in batch.scheduler.cancelled:
-        return []
-    batch.prompt_hidden[index] = batch.prompt_hidden[-1]
-    batch.prompt_hidden = batch.prompt_hidden[:-1]
-    sequence, moves = batch.scheduler.remove_prefilling(index)
+def _without(hidden: Tensor, index: int) -> Tensor:
+    """`hidden` [P, width] without row `index`, whose place the last one takes."""
+    hidden[index] = hidden[-1]
+    return hidden[:-1]
+
+
+def _drop(batch: RunningBatch, sequence: RunningSequence, moves: list[tuple[int, int]]) -> Result:
     batch.move(moves)
     batch.forget(sequence)
-    return [to_result(sequence, "cancelled")]
+    return to_result(sequence, "cancelled")
 
 
 def to_result(sequence: RunningSequence, reason: FinishReason) -> Result:

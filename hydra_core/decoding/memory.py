@@ -53,12 +53,15 @@ def _left_in_group(folder: Path) -> int:
     return most - used
 
 
-def check_memory(base: Base, drafter: Drafter | None, rows: int, slots: int, nodes: int = 1) -> None:
-    """Log the memory of the caches and of a step with `nodes` nodes per sequence.
+def check_memory(base: Base, drafter: Drafter | None, rows: int, slots: int, nodes: int = 1, allocated: bool = False) -> None:
+    """Log the memory of the caches and of a step with `nodes` nodes per sequence. `allocated`: the base's cache and the memory
+    of steps are there already.
 
     Raises InputError when it exceeds what is free.
     """
     cached, temporary = cache_bytes(base, drafter, rows, slots), workspace_bytes(base, rows, slots, nodes)
+    if allocated:
+        cached, temporary = cached - cache_bytes(base, None, rows, slots), 0
     free = free_bytes(base.device)
     log.info("keys and values of %d sequences x %d tokens: %.2f GiB, a step: %.2f GiB, of %.2f GiB free", rows, slots,
              cached / GIB, temporary / GIB, free / GIB)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import torch
+from torch import Tensor
 
 from hydra_core.base.model import Base
 from hydra_core.decoding.batch import EMPTY, RunningBatch
@@ -18,17 +19,28 @@ from hydra_core.tree.batch import chain
 
 
 def prefill_step(batch: RunningBatch) -> list[StepOutput]:
-    """Compute one chunk of the prompts that are prefilled; when all of them are complete, the first token of each."""
+    """Compute one chunk of the prompts that are prefilled, or of the parked ones; when all of the former are complete, the first
+    token of each."""
     scheduler = batch.scheduler
+    before = scheduler.parked
+    moves = scheduler.arrange()
+    if scheduler.parked is not before:
+        batch.move(moves)
+        batch.prompt_hidden, batch.parked_hidden = batch.parked_hidden, batch.prompt_hidden
     prompts = scheduler.next_prompts()
     if prompts:
         _open(batch, prompts)
-    prefill = scheduler.prefill
-    if prefill is None:
+    turn = scheduler.turn()
+    if turn is None:
         return []
-    if not prefill.complete:
-        _compute_chunk(batch, prefill, prefill.chunk(bool(scheduler.decoding), batch.base.supports_tree))
-    return _close(batch, prefill) if prefill.complete else []
+    width = 0 if turn.complete else turn.chunk(bool(scheduler.decoding), batch.base.supports_tree)
+    if turn is scheduler.parked:
+        if width:
+            batch.parked_hidden = _compute_chunk(batch, turn, scheduler.parked_first, batch.parked_hidden, width)
+        return []
+    if width:
+        batch.prompt_hidden = _compute_chunk(batch, turn, len(batch.decoding), batch.prompt_hidden, width)
+    return _close(batch, turn) if turn.complete else []
 
 
 def _open(batch: RunningBatch, prompts: list[PrefillPrompt]) -> None:
@@ -52,9 +64,10 @@ def _sequence(base: Base, request: Request, now: float) -> RunningSequence:
     return RunningSequence(request, frozenset(stops), text, now)
 
 
-def _compute_chunk(batch: RunningBatch, prefill: PrefillBatch, width: int) -> None:
-    """The next `width` tokens of every prompt of the prefill batch; shorter prompts are padded."""
-    base, first, size = batch.base, len(batch.decoding), len(prefill.prompts)
+def _compute_chunk(batch: RunningBatch, prefill: PrefillBatch, first: int, prompt_hidden: Tensor, width: int) -> Tensor:
+    """The next `width` tokens of every prompt of a prefill batch in the cache rows from `first` on; shorter prompts are padded.
+    Returns `prompt_hidden` [P, width of the base] with the states of the prompts that end here."""
+    base, size = batch.base, len(prefill.prompts)
     rows = (first, first + size)
     ids = torch.zeros(size, width, dtype=torch.int64)
     for row, prompt in enumerate(prefill.prompts):
@@ -68,8 +81,8 @@ def _compute_chunk(batch: RunningBatch, prefill: PrefillBatch, width: int) -> No
     batch.proposer.commit(rows, hidden, counts)
     ends = (remaining > 0) & (remaining <= width)
     last = hidden[torch.arange(size, device=hidden.device), (remaining - 1).clamp(0, width - 1)]
-    batch.prompt_hidden = torch.where(ends[:, None], last, batch.prompt_hidden)
     prefill.computed += width
+    return torch.where(ends[:, None], last, prompt_hidden)
 
 
 def _close(batch: RunningBatch, prefill: PrefillBatch) -> list[StepOutput]:

@@ -2,6 +2,7 @@
 
     waiting   requests in order of arrival
     prefill   prompts that are prefilled together, chunk by chunk, in cache rows D .. D + P - 1
+    parked    long prompts whose prefill shares its steps with that of short ones, in the last cache rows
     decoding  sequences in cache rows 0 .. D - 1, each advanced by every step
 
 Rows have no holes: a sequence that ends is replaced by the last of its kind, and the scheduler returns the rows to move.
@@ -24,6 +25,8 @@ BUSY_TOKENS = 512
 """Prompt tokens computed in one step while sequences decode: limits how long those wait for their next token."""
 IDLE_TOKENS = 4096
 """Prompt tokens computed in one step while no sequence decodes."""
+SEARCHED = 8
+"""Requests of the queue for which a shared prefix is looked up at every step while long prompts are prefilled."""
 CHUNK = 512
 """Tokens of one prompt in one forward: limits the mask and the activations."""
 
@@ -33,7 +36,8 @@ class RunningSequence:
     """A request in the batch, with its answer so far.
 
     `started`, `first_token`: clock seconds of admission and of the first token; `drafted`: nodes verified;
-    `accepted_lengths`: how many steps accepted each number of drafts.
+    `accepted_lengths`: how many steps accepted each number of drafts; `drafted_for`: the proposer knows as much of its past as
+    drafts need.
     """
 
     request: Request
@@ -45,6 +49,12 @@ class RunningSequence:
     first_token: float = 0.0
     drafted: int = 0
     accepted_lengths: Counter[int] = field(default_factory=Counter)
+    drafted_for: bool = True
+
+    @property
+    def speculates(self) -> bool:
+        """Whether its steps verify drafts."""
+        return self.drafted_for and self.request.speculate
 
 
 @dataclass(frozen=True)
@@ -87,6 +97,10 @@ class PrefillBatch:
         """Whether all prompts are in the cache; this may also happen when the longest is cancelled."""
         return self.computed >= self.longest
 
+    def ends_next(self, busy: bool) -> bool:
+        """Whether the next chunk is the last one."""
+        return self.longest - self.computed <= self.chunk(busy)
+
 
 class Scheduler:
     """The state above and the decisions about it.
@@ -99,14 +113,22 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.decoding: list[RunningSequence] = []
         self.prefill: PrefillBatch | None = None
+        self.parked: PrefillBatch | None = None
+        self.parked_first = max_batch_size  # cache row of the first parked prompt
+        self._parked_turn = False
         self.ids: set[str] = set()
         self.cancelled: set[str] = set()
 
     @property
     def running(self) -> int:
         """Sequences in the cache. May be read by other threads."""
-        prefill = self.prefill
-        return len(self.decoding) + (len(prefill.sequences) if prefill else 0)
+        return len(self.decoding) + sum(len(batch.sequences) for batch in (self.prefill, self.parked) if batch)
+
+    @property
+    def rows(self) -> list[tuple[int, RunningSequence]]:
+        """All sequences in the cache, with their rows."""
+        found = list(enumerate([*self.decoding, *(self.prefill.sequences if self.prefill else ())]))
+        return found + list(enumerate(self.parked.sequences if self.parked else (), start=self.parked_first))
 
     @property
     def has_work(self) -> bool:
@@ -126,17 +148,20 @@ class Scheduler:
     def next_prompts(self) -> list[PrefillPrompt]:
         """Take the prompts of the next prefill batch from the queue; none while one is prefilled or no row is free.
 
-        The first request of the queue is always among them, so no request starves. Others join it in order when their
-        lengths are similar, so that little padding is computed, unless they share a long prefix with a member: these wait for
-        the next prefill batch and copy the prefix.
+        The first request of the queue is always among them, so no request starves; only while long prompts are parked, the
+        first short one is. Others join it in order when their lengths are similar, so that little padding is computed, unless
+        they share a long prefix with a member: these wait for the next prefill batch and copy the prefix.
         """
-        free = self.max_batch_size - len(self.decoding)
+        free = self.parked_first - len(self.decoding)
         if self.prefill is not None or free == 0:
             return []
         taken: list[PrefillPrompt] = []
         left: deque[Request] = deque()
         while self.waiting and len(taken) < free:
             request = self.waiting.popleft()
+            if self.parked is not None and not self._is_short(request, len(taken) + len(left)):
+                left.append(request)
+                continue
             prompt = self._with_prefix(request)
             if not taken or self._fits(prompt, taken):
                 taken.append(prompt)
@@ -145,11 +170,48 @@ class Scheduler:
         self.waiting.extendleft(reversed(left))
         return taken
 
+    def arrange(self) -> list[tuple[int, int]]:
+        """Park the prefill batch while short prompts wait that it would keep out, or take the parked one back for its last chunk;
+        returns the moves (from, to) of cache rows, in order. After moves the two have changed places, one of them empty."""
+        prefill, parked, first = self.prefill, self.parked, len(self.decoding)
+        if parked is not None and prefill is None and parked.ends_next(bool(self.decoding)):
+            moves = [(self.parked_first + row, first + row) for row in range(len(parked.sequences))]
+            self.prefill, self.parked, self.parked_first = parked, None, self.max_batch_size
+        elif prefill is not None and parked is None and self._keeps_short_ones_out(prefill):
+            size = len(prefill.sequences)
+            self.prefill, self.parked, self.parked_first = None, prefill, self.max_batch_size - size
+            moves = [(first + row, self.parked_first + row) for row in reversed(range(size))]
+        else:
+            return []
+        return [(source, target) for source, target in moves if source != target]
+
+    def _keeps_short_ones_out(self, prefill: PrefillBatch) -> bool:
+        short = prefill.longest - prefill.computed <= BUSY_TOKENS
+        if short or not self.supports_tree or self.running == self.max_batch_size:
+            return False
+        return any(self._is_short(request, place) for place, request in enumerate(self.waiting))
+
+    def _is_short(self, request: Request, place: int) -> bool:
+        """Whether a request at this place of the queue has few tokens to compute; copied ones are counted for the first ones of
+        the queue alone, since it takes a while to find them."""
+        if len(request.prompt_ids) <= BUSY_TOKENS:
+            return True
+        return place < SEARCHED and self._with_prefix(request).remaining <= BUSY_TOKENS
+
+    def turn(self) -> PrefillBatch | None:
+        """Whose next chunk this step computes: they take turns, and the last chunk of a parked batch waits until it is back."""
+        if self.prefill is None or self.parked is None:
+            return self.prefill or self.parked
+        self._parked_turn = not self._parked_turn and not self.parked.ends_next(bool(self.decoding))
+        return self.parked if self._parked_turn else self.prefill
+
     def _with_prefix(self, request: Request) -> PrefillPrompt:
         """Find the decoding sequence that shares the longest prefix. The last token is never copied, since its hidden state
         is needed."""
         best = PrefillPrompt(request)
         for row, sequence in enumerate(self.decoding):
+            if not sequence.drafted_for:  # the proposer has nothing to copy
+                continue
             shared = _common(request.prompt_ids[:-1], sequence.request.prompt_ids)
             if self.supports_tree and shared >= SHARED_TOKENS and shared > best.prefix_length:
                 best = PrefillPrompt(request, shared, row)
@@ -181,18 +243,31 @@ class Scheduler:
 
     def remove_prefilling(self, index: int) -> tuple[RunningSequence, list[tuple[int, int]]]:
         """Remove sequence `index` of the prefill batch; returns as `remove_decoding` does."""
-        prefill = self.prefill
-        assert prefill is not None
-        last = len(prefill.sequences) - 1
-        sequence, moves = prefill.sequences[index], []
-        if index != last:
-            prefill.sequences[index], prefill.prompts[index] = prefill.sequences[last], prefill.prompts[last]
-            moves.append((len(self.decoding) + last, len(self.decoding) + index))
-        prefill.sequences.pop()
-        prefill.prompts.pop()
-        if not prefill.sequences:
+        assert self.prefill is not None
+        sequence, moves = _remove(self.prefill, index, len(self.decoding))
+        if not self.prefill.sequences:
             self.prefill = None
         return sequence, moves
+
+    def remove_parked(self, index: int) -> tuple[RunningSequence, list[tuple[int, int]]]:
+        """Remove sequence `index` of the parked batch; returns as `remove_decoding` does."""
+        assert self.parked is not None
+        sequence, moves = _remove(self.parked, index, self.parked_first)
+        if not self.parked.sequences:
+            self.parked, self.parked_first = None, self.max_batch_size
+        return sequence, moves
+
+
+def _remove(prefill: PrefillBatch, index: int, first: int) -> tuple[RunningSequence, list[tuple[int, int]]]:
+    """Remove sequence `index` of a batch in the cache rows from `first` on: the last one takes its row."""
+    last = len(prefill.sequences) - 1
+    sequence, moves = prefill.sequences[index], []
+    if index != last:
+        prefill.sequences[index], prefill.prompts[index] = prefill.sequences[last], prefill.prompts[last]
+        moves.append((first + last, first + index))
+    prefill.sequences.pop()
+    prefill.prompts.pop()
+    return sequence, moves
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

@@ -7,19 +7,50 @@ from collections.abc import Callable, Sequence
 REPLACEMENT = "\ufffd"  # decoders write it for bytes that are not a complete character
 
 
+class _StopString:
+    """How much of a stop string the text ends with, by the automaton of Knuth, Morris and Pratt (1977): a constant number of
+    operations for each character on average, whatever the length of the stop string."""
+
+    def __init__(self, stop: str) -> None:
+        self.stop, self.matched = stop, 0
+        self._shorter = [0]  # for each beginning of `stop`: the longest shorter one that it ends with
+        length = 0
+        for char in stop[1:]:
+            length = self._grown(length, char)
+            self._shorter.append(length)
+
+    def read(self, char: str) -> bool:
+        """Add a character to the text; whether the stop string is complete with it."""
+        self.matched = self._grown(self.matched, char)
+        return self.matched == len(self.stop)
+
+    def _grown(self, length: int, char: str) -> int:
+        while length and self.stop[length] != char:
+            length = self._shorter[length - 1]
+        return length + (self.stop[length] == char)
+
+
 class TextStream:
     """Text of one answer while its tokens arrive; the pieces, joined, are the whole text.
 
-    `decode`: token ids to text; `stops`: strings that end the answer and are not part of it.
+    `decode`: token ids to text; `stops`: strings that end the answer and are not part of it. The one that is complete first
+    ends it, the longest of those that are complete with the same character; how the text is cut into tokens makes no difference.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = ()) -> None:
-        self._decode, self._stops = decode, tuple(stop for stop in stops if stop)
+        self._decode = decode
+        self._stops = [_StopString(stop) for stop in sorted(set(stops), key=len, reverse=True) if stop]
         self._ids: list[int] = []
-        self._begin = self._read = 0  # ids[:_read] are in `_whole`; decoding restarts at `_begin`, a few tokens earlier
-        self._whole = ""
-        self.sent = ""
+        self._begin = self._read = 0  # the text of ids[:_read] is complete; decoding restarts at `_begin`, a few tokens earlier
+        self._taken = 0               # characters after that text which cannot change any more
+        self._held = ""               # characters that may be the beginning of a stop string
+        self._pieces: list[str] = []
         self.stopped = False
+
+    @property
+    def sent(self) -> str:
+        """All text so far."""
+        return "".join(self._pieces)
 
     def push(self, ids: Sequence[int]) -> str:
         """Add tokens; returns the text that can no longer change. Returns nothing once `stopped`."""
@@ -33,31 +64,36 @@ class TextStream:
     def _advance(self, final: bool) -> str:
         if self.stopped:
             return ""
-        text = self._decoded()
-        found = [at for at in (text.find(stop, max(0, len(self.sent) - len(stop))) for stop in self._stops) if at >= 0]
-        if found:
-            self.stopped = True
-            text = text[:min(found)]
-        elif not final:
-            text = text.rstrip(REPLACEMENT)
-            text = text[:len(text) - self._held_back(text)]
-        fresh = text[len(self.sent):]
-        self.sent += fresh
+        fresh = self._without_stops(self._decoded(final))
+        if final and not self.stopped:
+            fresh, self._held = fresh + self._held, ""
+        self._pieces.append(fresh)
         return fresh
 
-    def _decoded(self) -> str:
-        """The text so far. Only the newest tokens are decoded, together with a few before them, as some tokenizers need."""
+    def _decoded(self, final: bool) -> str:
+        """The characters that were not taken yet and cannot change any more. Only the newest tokens are decoded, together with a
+        few before them, as some tokenizers need."""
         before = self._decode(self._ids[self._begin:self._read])
-        after = self._decode(self._ids[self._begin:])
-        text = self._whole + after[len(before):]
-        if not after.endswith(REPLACEMENT):
-            self._whole, self._begin, self._read = text, self._read, len(self._ids)
-        return text
+        text = self._decode(self._ids[self._begin:])
+        after = text[len(before):]
+        whole = after if final else after.rstrip(REPLACEMENT)
+        fresh = whole[self._taken:]
+        if text.endswith(REPLACEMENT):
+            self._taken = max(self._taken, len(whole))
+        else:
+            self._begin, self._read, self._taken = self._read, len(self._ids), 0
+        return fresh
 
-    def _held_back(self, text: str) -> int:
-        """Length of the longest suffix of `text` that is a proper prefix of a stop string."""
-        longest = max((len(stop) - 1 for stop in self._stops), default=0)
-        for size in range(min(longest, len(text)), 0, -1):
-            if any(stop.startswith(text[-size:]) for stop in self._stops):
-                return size
-        return 0
+    def _without_stops(self, fresh: str) -> str:
+        """The held characters and `fresh`, up to a stop string or to what may be the beginning of one."""
+        if not self._stops:
+            return fresh
+        text = self._held + fresh
+        for count, char in enumerate(fresh, start=len(self._held) + 1):
+            complete = [found.stop for found in self._stops if found.read(char)]  # all of them have to read it
+            if complete:
+                self.stopped, self._held = True, ""
+                return text[:count - len(complete[0])]
+        sure = len(text) - max(found.matched for found in self._stops)
+        self._held = text[sure:]
+        return text[:sure]

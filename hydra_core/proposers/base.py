@@ -80,6 +80,11 @@ class Proposer(Protocol):
         """A new sequence takes `row`; nothing is kept of the one before."""
         ...
 
+    def adopt(self, row: int, prompt_ids: Sequence[int], tokens: Sequence[int]) -> bool:
+        """A sequence that another proposer drafted for continues in `row`; `tokens`: its answer so far, the last of which is the
+        next root. False: nothing useful can be drafted for it, since hidden states of its past would be needed."""
+        ...
+
     def copy_prefix(self, source: int, target: int, count: int) -> None:
         """The first `count` tokens of row `target` are those of row `source` and are not computed again."""
         ...

@@ -109,6 +109,12 @@ class DynamicTreeProposer(PlainProposer):
         if self.drafter.heads is not None:
             self.inputs.clear(row)
 
+    def adopt(self, row: int, prompt_ids: Sequence[int], tokens: Sequence[int]) -> bool:
+        self.admit(row, prompt_ids)
+        if self.indexes:
+            self.indexes[row].extend(tokens)
+        return self.drafter.heads is None or self.inputs.prefix is None
+
     def copy_prefix(self, source: int, target: int, count: int) -> None:
         if self.drafter.heads is not None:
             self.inputs.copy_prefix(source, target, count)

@@ -44,6 +44,10 @@ class HeadProposer(PlainProposer):
     def admit(self, row: int, prompt_ids: Sequence[int]) -> None:
         self.inputs.clear(row)
 
+    def adopt(self, row: int, prompt_ids: Sequence[int], tokens: Sequence[int]) -> bool:
+        self.admit(row, prompt_ids)
+        return self.inputs.prefix is None  # without it, heads read only the newest hidden state, which the next step brings
+
     def copy_prefix(self, source: int, target: int, count: int) -> None:
         self.inputs.copy_prefix(source, target, count)
 

@@ -19,6 +19,11 @@ class PlainProposer:
     def admit(self, row: int, prompt_ids: Sequence[int]) -> None:
         """Nothing to remember."""
 
+    def adopt(self, row: int, prompt_ids: Sequence[int], tokens: Sequence[int]) -> bool:
+        """Nothing is needed of its past."""
+        self.admit(row, prompt_ids)
+        return True
+
     def copy_prefix(self, source: int, target: int, count: int) -> None:
         """Nothing to copy."""
 

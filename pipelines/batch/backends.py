@@ -146,6 +146,8 @@ class DeploymentBackend:
     def _once(self, generation: Generation) -> list[Answer] | Refusal:
         # a new id: an earlier request of this row may still be decoding, from a killed job or before its replica died
         found = self.answers(replace(generation, id=f"{generation.id}-{uuid.uuid4().hex}"))
+        if isinstance(found, Refusal) and found.in_flight:  # this row may be the reason: it is not asked again for ever
+            raise ServerError(found.message)
         if isinstance(found, Refusal) and found.status in (429, 503):
             raise Overloaded(found.message)
         return found

@@ -31,6 +31,8 @@ class ServeSection(Section):
     max_prompt_tokens: int | None = Field(None, ge=1, description="longest prompt, in tokens; default: what the context allows")
     max_body_bytes: int = Field(2**20, ge=1, description="longest request body, in bytes")
     drain_seconds: float = Field(120.0, ge=0, description="time that a stopping replica has to finish its answers")
+    hung_seconds: float = Field(
+        120.0, gt=0, description="a step that takes longer counts as hung: its answers fail and the replica is replaced")
     api_keys_file: str | None = Field(
         None, description="file of API keys, one a line, besides those in HYDRA_HEADS_API_KEYS; without any key all may ask")
     update: bool = Field(False, description="make the running application decode with `model`, and end")

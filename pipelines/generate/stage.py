@@ -32,7 +32,8 @@ def run_generate(config: RunConfig) -> StageResult:
     base = config.base.load(cache)
     if model.folder is not None:
         check_heads(model.folder, base.vocabulary)
-    requests = [Request(str(number), tuple(base.encode_prompt(prompt)), section.max_new_tokens, section.temperature, section.seed)
+    requests = [Request(str(number), tuple(base.encode_prompt(prompt)), section.max_new_tokens, section.temperature, section.seed,
+                        choice=number)  # equal prompts get different samples
                 for number, prompt in enumerate(prompts)]
     for request in requests:
         request.check(base.vocab_size, base.context_limit)

@@ -1,21 +1,42 @@
-"""The loop that runs the steps of engines in one thread, for requests that event loops await."""
+"""The loop that runs the steps of an engine in one thread, for requests that event loops await."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 from hydra_core.decoding import Engine, StepOutput
+from hydra_core.decoding.engine import Drafting
 from hydra_core.errors import InputError
 from hydra_core.sampling import Request
 
+log = logging.getLogger("ray.serve")
+
 REPORT_SECONDS = 5.0
 """Between two reports of the load while the loop is idle: Prometheus drops a gauge that nobody sets for two scrapes."""
+HUNG_SECONDS = 120.0
+"""After so long within one step the engine counts as hung. The longest honest step computes 4,096 prompt tokens."""
+RESTART_SECONDS = 60.0
+"""An engine that fails within this time after it was restarted is not restarted again."""
+WATCH_SECONDS = 1.0
+"""At most, between two looks at whether the engine hangs."""
+TRIAL_TOKENS = 4
+
+
+class EngineFailed(RuntimeError):
+    """There is no answer, since the engine failed or hangs. `in_flight`: it did so while it made this answer, so the request
+    itself may be the reason."""
+
+    def __init__(self, why: str, in_flight: bool) -> None:
+        super().__init__(f"the engine failed: {why}")
+        self.in_flight = in_flight
 
 
 @dataclass(frozen=True)
@@ -32,13 +53,16 @@ class _OutputQueue:
 
 @dataclass(frozen=True)
 class _Swap:
-    engine: Engine
+    """Another drafter for the engine. `trial`: a small engine of its own with that drafter, which must decode first."""
+
+    drafting: Drafting
+    trial: Engine
     done: Future[None]
 
 
 @dataclass(frozen=True)
 class Load:
-    """How busy a replica is. `kv_use`: tokens of all engines' sequences over the newest engine's key and value slots."""
+    """How busy a replica is. `kv_use`: tokens of all sequences over the key and value slots."""
 
     running: int
     waiting: int
@@ -46,33 +70,43 @@ class Load:
 
 
 class EngineLoop:
-    """Runs the steps of engines in its own thread; requests arrive and are cancelled through a command queue.
+    """Runs the steps of an engine in its own thread; requests arrive and are cancelled through a command queue.
 
-    New requests go to the newest engine; an older engine stays until its requests are finished. After an exception in a step
-    every request in flight fails with it, `failure` is set, and the loop has ended. `after_step`: called in that thread with
-    the load, whenever it may have changed and every few seconds.
+    When a step raises an exception, the requests in the batch fail with EngineFailed, and the engine is reset at once; those
+    that wait for a place go on waiting. When that happens again within `RESTART_SECONDS`, when the reset engine does not decode
+    either, or when a step takes longer than `hung_seconds`, everything fails, `failure` is set, and the loop has ended.
+
+    `after_step`: called in that thread with the load, whenever it may have changed and every few seconds; `after_failure`: with
+    whether the engine could be restarted; `clock`: monotonic seconds.
     """
 
-    def __init__(self, engine: Engine, after_step: Callable[[Load], None] | None = None) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, after_step: Callable[[Load], None] | None = None,
+                 after_failure: Callable[[bool], None] | None = None, hung_seconds: float = HUNG_SECONDS,
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        self.engine, self.hung_seconds = engine, hung_seconds
         self.failure: Exception | None = None
-        self._older: list[Engine] = []
-        self._after_step = after_step
+        self._after_step, self._after_failure, self._clock = after_step, after_failure, clock
         self._commands: queue.SimpleQueue[tuple[Request, _OutputQueue] | str | _Swap | None] = queue.SimpleQueue()
         self._outputs: dict[str, _OutputQueue] = {}
+        self._swaps: list[_Swap] = []
+        self._failed_at: float | None = None
+        self._busy_since: float | None = None  # when the present step began; None: the thread waits for commands
+        self._ended = threading.Event()
+        self._ending = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._watch, name="engine-watch", daemon=True).start()
 
     @property
     def running(self) -> int:
-        return sum(engine.running for engine in self._engines())
+        return self.engine.running
 
-    async def stream(self, request: Request) -> AsyncIterator[StepOutput]:
-        """Outputs of one request until its result. Leaving early cancels it. Raises InputError for a bad request."""
+    async def stream(self, request: Request) -> AsyncGenerator[StepOutput, None]:
+        """Outputs of one request until its result. Leaving early cancels it. Raises InputError for a bad request, EngineFailed
+        when the engine fails."""
         outputs = _OutputQueue(asyncio.get_running_loop(), asyncio.Queue())
         self._commands.put((request, outputs))
-        if self.failure is not None:
-            self._refuse_commands(self.failure)
+        self._refuse_after_the_end()
         done = False
         try:
             while not done:
@@ -86,72 +120,135 @@ class EngineLoop:
             if not done:
                 self._commands.put(request.id)
 
-    def swap(self, engine: Engine) -> Future[None]:
-        """Decode new requests with `engine` after a warm-up on it. When the warm-up fails, the future fails and nothing
-        changes."""
-        command = _Swap(engine, Future())
+    def swap(self, drafting: Drafting, trial: Engine) -> Future[None]:
+        """Draft with `drafting` from now on, if `trial` can decode a few tokens with the same drafter: it does so between the
+        steps of the engine. When it fails, the future fails and nothing changes."""
+        command = _Swap(drafting, trial, Future())
         self._commands.put(command)
-        if self.failure is not None:
-            self._refuse_commands(self.failure)
+        self._refuse_after_the_end()
         return command.done
+
+    def check(self) -> None:
+        """Fail everything when the engine hangs: `failure` is set then."""
+        since = self._busy_since
+        if since is not None and (passed := self._clock() - since) > self.hung_seconds:
+            self._end(RuntimeError(f"it has not finished a step for {passed:.0f} seconds"))
 
     def close(self) -> None:
         """Stop the thread after its current step."""
         self._commands.put(None)
         self._thread.join(timeout=30)
 
-    def _engines(self) -> list[Engine]:
-        return [*self._older, self.engine]
+    def is_over(self) -> bool:
+        """Whether the thread has ended; after a failure it does so at once, unless it hangs."""
+        self._thread.join(timeout=5)
+        return not self._thread.is_alive()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(min(WATCH_SECONDS, self.hung_seconds / 4)):
+            self.check()
 
     def _run(self) -> None:
         try:
-            while self._take_commands():
-                for engine in self._engines():
-                    self._step(engine)
-                self._older = [engine for engine in self._older if engine.has_work]
-                if self._after_step is not None:
-                    self._after_step(load_of(self._engines()))
-        except Exception as error:
-            self.failure = error
-            for outputs in self._outputs.values():
-                outputs.put(RuntimeError(f"the engine failed: {error}"))
-            self._outputs.clear()
-            self._refuse_commands(error)
+            while self.failure is None and self._take_commands():
+                self._step()
+                self._try_drafter()
+                if self._after_step is not None and self.failure is None:
+                    self._after_step(load_of(self.engine))
+        except Exception as error:  # not of a step: these are dealt with there
+            self._end(error)
+        finally:
+            self._ended.set()
 
-    def _refuse_commands(self, failure: Exception) -> None:
-        """Fail all commands in the queue, since no thread takes them any more. The failed thread calls it, and later every
-        caller that adds a command."""
+    def _end(self, error: Exception) -> None:
+        """The engine is not used any more: fail everything that waits for it. Any thread may call it."""
+        with self._ending:
+            if self.failure is not None:
+                return
+            self.failure = error
+        log.error("the engine failed for good", exc_info=error)
+        if self._after_failure is not None:
+            self._after_failure(False)
+        self._ended.set()
+        waiting = {request.id for request in tuple(self.engine.scheduler.waiting)}
+        self._fail(error, [name for name in self._outputs if name not in waiting])
+        for outputs in self._outputs.values():
+            outputs.put(EngineFailed(str(error), in_flight=False))
+        self._outputs.clear()
+        for swap in self._swaps:
+            swap.done.set_exception(EngineFailed(str(error), in_flight=False))
+        self._refuse_after_the_end()
+
+    def _fail(self, error: Exception, ids: list[str]) -> None:
+        for name in ids:
+            if (outputs := self._outputs.pop(name, None)) is not None:
+                outputs.put(EngineFailed(str(error), in_flight=True))
+
+    def _refuse_after_the_end(self) -> None:
+        """Fail all commands in the queue once no thread takes them any more. Every caller that adds a command calls it."""
+        if self.failure is None:
+            return
+        refusal = EngineFailed(str(self.failure), in_flight=False)
         with contextlib.suppress(queue.Empty):
             while True:
                 command = self._commands.get_nowait()
                 if isinstance(command, _Swap):
-                    command.done.set_exception(RuntimeError(f"the engine failed: {failure}"))
+                    command.done.set_exception(refusal)
                 elif isinstance(command, tuple):
-                    command[1].put(RuntimeError(f"the engine failed: {failure}"))
+                    command[1].put(refusal)
 
-    def _step(self, engine: Engine) -> None:
-        for output in engine.step() if engine.has_work else ():
-            outputs = self._outputs.get(output.id)
+    def _step(self) -> None:
+        try:
+            outputs = self.engine.step() if self.engine.has_work else []
+        except Exception as error:
+            self._restart(error)
+            return
+        if self.failure is not None:  # hung: nobody waits any more
+            return
+        for output in outputs:
+            waiting = self._outputs.get(output.id)
             if output.result is not None:
                 self._outputs.pop(output.id, None)
-            if outputs is not None:
-                outputs.put(output)
+            if waiting is not None:
+                waiting.put(output)
+
+    def _restart(self, error: Exception) -> None:
+        """Fail the requests in the batch, and go on with an engine that knows nothing of them."""
+        now, before = self._clock(), self._failed_at
+        self._failed_at = now
+        if self.failure is not None or (before is not None and now - before < RESTART_SECONDS):
+            self._end(error)
+            return
+        log.error("the engine failed and is restarted", exc_info=error)
+        waiting = [request for request in self.engine.scheduler.waiting if request.id not in self.engine.scheduler.cancelled]
+        left = {request.id for request in waiting}
+        self._fail(error, [name for name in self._outputs if name not in left])
+        try:
+            self.engine.reset()
+            warm_up(self.engine)
+        except Exception as second:
+            self._end(second)
+            return
+        for request in waiting:
+            self.engine.add(request)
+        if self._after_failure is not None:
+            self._after_failure(True)
 
     def _take_commands(self) -> bool:
         """Apply the commands in the queue; wait for one when idle. False: stop."""
         while True:
+            idle = not (self.engine.has_work or self._swaps)
+            self._busy_since = None if idle else self._clock()
             try:
-                idle = not any(engine.has_work for engine in self._engines())
                 command = self._commands.get(block=idle, timeout=REPORT_SECONDS)
             except queue.Empty:
                 return True
             if command is None:
                 return False
             if isinstance(command, _Swap):
-                self._take_over(command)
+                self._swaps.append(command)
             elif isinstance(command, str):
-                for engine in self._engines():
-                    engine.cancel(command)
+                self.engine.cancel(command)
                 self._outputs.pop(command, None)
             else:
                 self._add(*command)
@@ -163,28 +260,44 @@ class EngineLoop:
         except InputError as error:
             outputs.put(error)
 
-    def _take_over(self, command: _Swap) -> None:
-        try:
-            warm_up(command.engine)
-        except Exception as error:
-            command.done.set_exception(error)
+    def _try_drafter(self) -> None:
+        """One step of the trial of the first drafter that waits; after its last step the engine takes the drafter."""
+        if not self._swaps:
             return
-        if self.engine.has_work:  # else it is freed at once
-            self._older.append(self.engine)
-        self.engine = command.engine
-        command.done.set_result(None)
+        swap = self._swaps[0]
+        try:
+            if swap.trial.has_work:
+                swap.trial.step()
+            if swap.trial.has_work or self.failure is not None:
+                return
+            self.engine.change(swap.drafting)
+        except Exception as error:
+            swap.done.set_exception(error)
+        else:
+            swap.done.set_result(None)
+        self._swaps.remove(swap)
 
 
 def warm_up(engine: Engine) -> None:
     """Decode a few tokens, so that first use happens here: compilation, allocation, and any failure."""
-    engine.generate([Request("warm-up", (engine.base.vocab_size - 1,), 4, stop_ids=())])
+    engine.generate([_few_tokens(engine)])
 
 
-def load_of(engines: list[Engine]) -> Load:
-    """How busy `engines` are together, the newest last. Call it from the thread that runs them."""
-    rows = [row for engine in engines for row in
-            [*engine.scheduler.decoding, *(engine.scheduler.prefill.sequences if engine.scheduler.prefill else ())]]
-    held = sum(len(row.request.prompt_ids) + len(row.tokens) for row in rows)
-    newest = engines[-1]
-    return Load(sum(engine.running for engine in engines), sum(engine.waiting for engine in engines),
-                held / (newest.max_batch_size * newest.context_limit))
+def trial_of(engine: Engine, drafting: Drafting) -> Engine:
+    """A small engine with the drafter of `drafting` for `EngineLoop.swap`, with a few tokens to decode, in a cache of its own:
+    slots in use are not touched."""
+    limit = min(2 * TRIAL_TOKENS, engine.context_limit)
+    trial = Engine(engine.base, drafting.drafter, drafting.trees, max_batch_size=1, context_limit=limit,
+                   shared_noise=engine.shared_noise, graphs=engine.graphs)
+    trial.add(_few_tokens(trial))
+    return trial
+
+
+def _few_tokens(engine: Engine) -> Request:
+    return Request("warm-up", (engine.base.vocab_size - 1,), TRIAL_TOKENS, stop_ids=())
+
+
+def load_of(engine: Engine) -> Load:
+    """How busy `engine` is. Call it from the thread that runs it."""
+    held = sum(len(sequence.request.prompt_ids) + len(sequence.tokens) for _, sequence in engine.scheduler.rows)
+    return Load(engine.running, engine.waiting, held / (engine.max_batch_size * engine.context_limit))

@@ -97,10 +97,12 @@ class Answer:
 @dataclass(frozen=True)
 class Refusal:
     """Why there is no answer. `status`: 400 for a bad request, 429 for a full queue, 503 for a failed engine, 504 when the
-    time of the request is over."""
+    time of the request is over. `in_flight`: the engine failed while it made this answer, so the request itself may be the
+    reason: it should not be asked again more than a few times."""
 
     status: int
     message: str
+    in_flight: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,8 @@ class AppArgs:
 
     `version`: of a registered model; `digest`: of the configuration's files, checked again where they are loaded;
     `max_replicas`: None keeps `replicas`; `api_key_digests`: sha256 in hex of the valid keys, none: no key is needed;
-    `max_body_bytes`: of one request; `drain_seconds`: the time in which a replica that is stopped may finish its requests.
+    `max_body_bytes`: of one request; `drain_seconds`: the time in which a replica that is stopped may finish its requests;
+    `hung_seconds`: the time that one step may take before the replica counts as hung.
     """
 
     base: dict[str, Any]
@@ -131,6 +134,7 @@ class AppArgs:
     max_body_bytes: int = 2**20
     api_key_digests: tuple[str, ...] = ()
     drain_seconds: float = 120.0
+    hung_seconds: float = 120.0
 
     @property
     def room(self) -> int:

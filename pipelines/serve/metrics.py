@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from pipelines.serve.engine_loop import Load
@@ -11,11 +13,12 @@ SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.
 TOKENS = [1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0]
 COUNTERS = {
     "hydra_prompt_tokens": "tokens of answered prompts",
-    "hydra_completion_tokens": "tokens answered",
+    "hydra_completion_tokens": "tokens answered, those of answers that were not finished too",
     "hydra_decoding_steps": "base forwards of finished answers, after the prompt",
     "hydra_drafted_tokens": "draft tokens verified",
     "hydra_accepted_tokens": "draft tokens accepted",
-    "hydra_answers_cancelled": "answers whose client left",
+    "hydra_engine_failures": "exceptions in a step of the engine, and steps that never ended",
+    "hydra_engine_restarts": "failures after which the engine was restarted at once",
     "hydra_heads_rejected": "configurations that did not load, so that the earlier one stayed",
 }
 GAUGES = {
@@ -29,13 +32,15 @@ HISTOGRAMS = {
     "hydra_first_token_seconds": ("from arrival at the front to the first token", SECONDS),
     "hydra_between_tokens_seconds": ("seconds of a step per token of the answer", SECONDS),
 }
-REQUESTS, DEPTHS = "hydra_requests", "hydra_steps_by_accepted_depth"
-NAMES = (*COUNTERS, *GAUGES, *HISTOGRAMS, REQUESTS, DEPTHS)
+REQUESTS, DEPTHS, FINISHED = "hydra_requests", "hydra_steps_by_accepted_depth", "hydra_answers"
+NAMES = (*COUNTERS, *GAUGES, *HISTOGRAMS, REQUESTS, DEPTHS, FINISHED)
+Unfinished = Literal["cancelled", "timeout", "failed"]
+"""Why an answer was not finished: its client left, its time was over, or the engine failed."""
 
 
 def series() -> set[str]:
     """The names of the series in Prometheus."""
-    counters = {f"ray_{name}_total" for name in (*COUNTERS, REQUESTS, DEPTHS)}
+    counters = {f"ray_{name}_total" for name in (*COUNTERS, REQUESTS, DEPTHS, FINISHED)}
     histograms = {f"ray_{name}_{part}" for name in HISTOGRAMS for part in ("bucket", "sum", "count")}
     return counters | histograms | {f"ray_{name}" for name in GAUGES}
 
@@ -48,6 +53,7 @@ class ReplicaMetrics:
         self.gauges = {name: Gauge(name, text) for name, text in GAUGES.items()}
         self.histograms = {name: Histogram(name, text, boundaries=edges) for name, (text, edges) in HISTOGRAMS.items()}
         self.depths = Counter(DEPTHS, "steps that accepted at least so many drafts", tag_keys=("depth",))
+        self.finished = Counter(FINISHED, "answers, by how they ended", tag_keys=("reason",))
         self.version = 0
 
     def load(self, load: Load) -> None:
@@ -62,6 +68,7 @@ class ReplicaMetrics:
         self.histograms["hydra_between_tokens_seconds"].observe(seconds / max(1, tokens))
 
     def answer(self, answer: Answer) -> None:
+        self.finished.inc(tags={"reason": answer.finish_reason})
         for name, value in (("prompt_tokens", answer.prompt_tokens), ("completion_tokens", len(answer.token_ids)),
                             ("decoding_steps", answer.steps), ("drafted_tokens", answer.drafted or 0),
                             ("accepted_tokens", answer.accepted)):
@@ -72,8 +79,16 @@ class ReplicaMetrics:
         for depth in range(1, len(answer.accepted_lengths)):
             self.depths.inc(sum(answer.accepted_lengths[depth:]), tags={"depth": str(depth)})
 
-    def cancelled(self) -> None:
-        self.counters["hydra_answers_cancelled"].inc()
+    def unfinished(self, reason: Unfinished, tokens: int) -> None:
+        """An answer of which only `tokens` tokens were made."""
+        self.finished.inc(tags={"reason": reason})
+        if tokens:
+            self.counters["hydra_completion_tokens"].inc(tokens)
+
+    def failed(self, restarted: bool) -> None:
+        self.counters["hydra_engine_failures"].inc()
+        if restarted:
+            self.counters["hydra_engine_restarts"].inc()
 
     def rejected(self) -> None:
         self.counters["hydra_heads_rejected"].inc()

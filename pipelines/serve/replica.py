@@ -1,25 +1,27 @@
 """The replicas: each has one base and one running batch."""
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
-from hydra_core.decoding import Result, StepOutput, TextStream
+from hydra_core.decoding import Engine, Result, StepOutput, TextStream
 from hydra_core.errors import InputError
 from hydra_core.sampling import Request, TokenLogprob, Typical, choices
 from pipelines.config import BaseSection
 from pipelines.runtime.logs import speak
-from pipelines.serve.engine_loop import EngineLoop, warm_up
+from pipelines.serve.engine_loop import EngineFailed, EngineLoop, trial_of, warm_up
 from pipelines.serve.messages import Answer, AppArgs, Generation, Piece, Refusal, Token, is_text
-from pipelines.serve.metrics import ReplicaMetrics
+from pipelines.serve.metrics import ReplicaMetrics, Unfinished
 from pipelines.serve.model_identity import ModelDigest
+from pipelines.serve.prompt_length import PromptLength, texts_of
 from pipelines.serve.stream_merge import merged
-from pipelines.serve.user_config import Heads, make_engine
+from pipelines.serve.user_config import Heads, load_drafter, make_engine
 
 log = logging.getLogger("ray.serve")
 
@@ -32,6 +34,7 @@ class DecodeServer:
         torch.set_num_threads(args.threads)
         self.args = args
         self.base = BaseSection(**args.base).load(args.cache)
+        self.prompt_length = PromptLength(self.base.tokenizer, args.max_prompt_tokens or self.base.context_limit)
         self.metrics = ReplicaMetrics()
         self.engine_loop: EngineLoop | None = None
         self.heads: Heads | None = None
@@ -40,7 +43,8 @@ class DecodeServer:
         self.in_flight = 0
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Decode new requests with other heads; sequences in flight finish on the engine on which they started.
+        """Decode with other heads; sequences in flight go on with the same tokens. Requests for the heads that run already change
+        nothing.
 
         Heads that do not load change nothing, since an exception would end the replica; `info` reports them as rejected.
         Raises InputError where there are no earlier heads.
@@ -48,13 +52,19 @@ class DecodeServer:
         try:
             heads = Heads.of(user_config)
             if heads == self.heads:
+                self.rejected = None
                 return
-            engine, digest = await asyncio.to_thread(make_engine, heads, self.base, self.args, timing=self.engine_loop is None)
+            drafter, trees, digest = await asyncio.to_thread(load_drafter, heads, self.base, self.args,
+                                                             timing=self.engine_loop is None)
             if self.engine_loop is None:
+                engine = await asyncio.to_thread(make_engine, self.base, drafter, trees, self.args)
                 await asyncio.to_thread(warm_up, engine)
-                self.engine_loop = EngineLoop(engine, self.metrics.load)
+                self.engine_loop = self._loop_of(engine)
             else:
-                await asyncio.wrap_future(self.engine_loop.swap(engine))
+                engine = self.engine_loop.engine
+                drafting = await asyncio.to_thread(engine.prepare, drafter, trees)
+                trial = await asyncio.to_thread(trial_of, engine, drafting)
+                await asyncio.wrap_future(self.engine_loop.swap(drafting, trial))
         except Exception as error:
             if self.engine_loop is None:
                 raise
@@ -74,12 +84,19 @@ class DecodeServer:
         """Whether the engine failed: nothing is answered any more."""
         return self.engine_loop is not None and self.engine_loop.failure is not None
 
+    def _loop_of(self, engine: Engine) -> EngineLoop:
+        return EngineLoop(engine, self.metrics.load, self.metrics.failed, self.args.hung_seconds)
+
     async def restart(self) -> None:
-        """Replace a failed engine by a new one with the same heads, where no Serve replaces the replica."""
-        assert self.heads is not None
-        engine, _ = await asyncio.to_thread(make_engine, self.heads, self.base, self.args)
-        await asyncio.to_thread(warm_up, engine)
-        self.engine_loop = EngineLoop(engine, self.metrics.load)
+        """Use the engine again after it failed for good, where no Serve replaces the replica. Raises RuntimeError when it
+        hangs."""
+        loop = self.engine_loop
+        assert loop is not None and loop.failure is not None
+        if not await asyncio.to_thread(loop.is_over):
+            raise RuntimeError(f"the engine hangs: {loop.failure}") from loop.failure
+        await asyncio.to_thread(loop.engine.reset)
+        await asyncio.to_thread(warm_up, loop.engine)
+        self.engine_loop = self._loop_of(loop.engine)
 
     async def generate(self, generation: Generation) -> Answer | Refusal:
         """The whole answer to a request with `n` = 1."""
@@ -100,7 +117,7 @@ class DecodeServer:
         """Pieces of text and, for each choice, its answer; or one refusal. Leaving early cancels the sequences."""
         loop = self.engine_loop
         if loop is None or loop.failure is not None:
-            yield Refusal(503, "this replica's engine has failed; another one is being started: try again later")
+            yield Refusal(503, "the engine of this replica has failed and another one is being started: try again later")
             return
         if self.in_flight + generation.n > self.args.room:
             yield Refusal(429, f"{self.in_flight} answers are being made already: try again later")
@@ -114,21 +131,25 @@ class DecodeServer:
         self.in_flight += generation.n
         try:
             requests = await asyncio.to_thread(self._requests, generation)  # tokenizing a long text here would block every stream
-            async for item in merged([self._decode(loop, generation, index, request, waited)
-                                      for index, request in enumerate(requests)], deadline):
-                yield item
+            decoded = [self._decode(loop, generation, index, request, waited, deadline) for index, request in enumerate(requests)]
+            async with contextlib.aclosing(merged(decoded, deadline)) as items:  # leaving cancels the sequences at once
+                async for item in items:
+                    yield item
         except TimeoutError:
             yield _out_of_time(generation)
+        except EngineFailed as failed:
+            yield Refusal(503, f"{failed}: try again later", in_flight=failed.in_flight)
         except InputError as error:
             yield Refusal(400, _with_client_field(str(error).removeprefix(f"request {generation.id}: "), generation))
         finally:
             self.in_flight -= generation.n
 
     def _requests(self, generation: Generation) -> list[Request]:
+        self.prompt_length.check([text for text in (generation.prompt, generation.text) if text is not None]
+                                 + texts_of(generation.messages or []))
         prompt = tuple(self._prompt_ids(generation))
-        most = self.args.max_prompt_tokens
-        if most is not None and len(prompt) > most:
-            raise InputError(f"prompt: {len(prompt)} tokens are more than the {most} allowed here")
+        if self.args.max_prompt_tokens is not None:  # else the context's limit, which `Request.check` tells of
+            self.prompt_length.check_tokens(len(prompt))
         request = Request(
             generation.id, prompt, generation.max_new_tokens, generation.temperature, generation.seed,
             stop=generation.stop, top_p=generation.top_p, presence_penalty=generation.presence_penalty,
@@ -138,33 +159,40 @@ class DecodeServer:
         request.check(self.base.vocab_size, self.base.context_limit, texts=self.base.tokenizer is not None)
         return choices(request, generation.n)
 
-    async def _decode(self, loop: EngineLoop, generation: Generation, index: int, request: Request,
-                      waited: float) -> AsyncIterator[Piece | Answer]:
+    async def _decode(self, loop: EngineLoop, generation: Generation, index: int, request: Request, waited: float,
+                      deadline: float | None) -> AsyncGenerator[Piece | Answer, None]:
         started = last = time.perf_counter()
-        made_by = self.serving.fingerprint if self.serving is not None else None  # later heads take new requests alone
+        made_by = self.serving.fingerprint if self.serving is not None else None  # heads that come later change no token
         text = TextStream(self.base.decode, generation.stop)
         tokens: list[Token] = []
         result: Result | None = None
-        outputs, failed = loop.stream(request), False
+        outputs, made = loop.stream(request), 0
+        ended: Unfinished | None = "cancelled"
         try:
             async for output in outputs:
                 now = time.perf_counter()
-                if result is None and last == started:
+                if made == 0:
                     self.metrics.first_token(waited + now - started)
                 else:
                     self.metrics.step(now - last, len(output.token_ids))
-                last, result = now, output.result
                 piece = self._piece(index, output, text)
+                last, result, made = now, output.result, made + len(output.token_ids)
                 tokens += piece.tokens
                 yield piece
-        except (InputError, RuntimeError):  # a bad request or a failed engine: not cancelled by the client
-            failed = True
+            ended = None
+        except InputError:  # there is no answer
+            ended = None
+            raise
+        except EngineFailed:
+            ended = "failed"
             raise
         finally:
-            await outputs.aclose()  # type: ignore[attr-defined]  # cancels the sequence at once
-            if result is None and not failed:
-                self.metrics.cancelled()
-                log.info("cancelled", extra={"answer_id": generation.id, "choice": index})
+            await outputs.aclose()  # cancels the sequence at once
+            if ended is not None and result is None:
+                if deadline is not None and asyncio.get_running_loop().time() >= deadline - 0.001:
+                    ended = "timeout"
+                self.metrics.unfinished(ended, made)
+                log.info(ended, extra={"answer_id": generation.id, "choice": index, "completion_tokens": made})
         assert result is not None
         answer = _answer(generation, index, text.sent, result, tuple(tokens), time.perf_counter() - started, made_by)
         self.metrics.answer(answer)
@@ -208,8 +236,11 @@ class DecodeServer:
         return replace(self.args, **asdict(self.heads))
 
     def check_health(self) -> None:
-        """Raise RuntimeError when the engine has failed, so that Serve replaces the replica."""
-        if self.engine_loop is not None and self.failed:
+        """Raise RuntimeError when the engine has failed for good or hangs, so that Serve replaces the replica."""
+        if self.engine_loop is None:
+            return
+        self.engine_loop.check()
+        if self.failed:
             raise RuntimeError("the engine has failed") from self.engine_loop.failure
 
 

@@ -60,7 +60,7 @@ def find_args(config: RunConfig) -> AppArgs:
                    section.replicas, section.workers.cpus, section.workers.gpus, section.workers.threads, model.version,
                    max_replicas=section.max_replicas, max_prompt_tokens=section.max_prompt_tokens,
                    max_body_bytes=section.max_body_bytes, api_key_digests=key_digests(section.api_keys_file),
-                   drain_seconds=section.drain_seconds)
+                   drain_seconds=section.drain_seconds, hung_seconds=section.hung_seconds)
 
 
 def check_args(args: AppArgs) -> AppArgs:

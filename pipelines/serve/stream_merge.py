@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 
-async def merged(sources: Sequence[AsyncIterator[Any]], deadline: float | None = None) -> AsyncIterator[Any]:
+async def merged(sources: Sequence[AsyncGenerator[Any, None]], deadline: float | None = None) -> AsyncGenerator[Any, None]:
     """The items of all `sources`. An exception in one of them ends all, and so does leaving early.
 
     `deadline`: on the event loop's clock; raises TimeoutError when not all have ended by then.
     """
     items: asyncio.Queue[tuple[Any, BaseException | None, bool]] = asyncio.Queue()
 
-    async def drain(source: AsyncIterator[Any]) -> None:
+    async def drain(source: AsyncGenerator[Any, None]) -> None:
         try:
             async for item in source:
                 items.put_nowait((item, None, False))
@@ -22,7 +22,7 @@ async def merged(sources: Sequence[AsyncIterator[Any]], deadline: float | None =
         except Exception as error:
             items.put_nowait((None, error, True))
         finally:
-            await source.aclose()  # type: ignore[attr-defined]
+            await source.aclose()
 
     tasks = [asyncio.create_task(drain(source)) for source in sources]
     left = len(tasks)

@@ -11,9 +11,14 @@ from typing import Any
 from hydra_core.base import Base
 from hydra_core.decoding import Engine, load_heads
 from hydra_core.errors import InputError
+from hydra_core.proposers import Drafter
+from hydra_core.tree import TreeSet
 from pipelines.profiling.cost_cache import known_costs, machine_costs
 from pipelines.serve.messages import AppArgs
 from pipelines.serve.model_identity import configuration_digest
+
+DRAFT_SLOTS = 64
+"""Room for draft nodes of a sequence: as many as the largest recorded step has, and more than any tree that is made here."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +63,17 @@ def without_heads(args: AppArgs) -> AppArgs:
     return replace(args, configuration=None, label="", version=None, digest=None)
 
 
-def make_engine(heads: Heads, base: Base, args: AppArgs, timing: bool = True) -> tuple[Engine, str]:
-    """A new engine, and the digest of the files that it was made from. `timing`: measure this machine's step costs where they
-    are not known yet. Raises InputError for another base, changed files, and heads that do not load."""
+def load_drafter(heads: Heads, base: Base, args: AppArgs, timing: bool = True) -> tuple[Drafter | None, TreeSet | None, str]:
+    """The drafter and trees of `heads`, and the digest of the files that they were made from. `timing`: measure this machine's
+    step costs where they are not known yet. Raises InputError for another base, changed files, and heads that do not load."""
     digest = heads.check_digest()
     costs = partial(machine_costs if timing else known_costs, base, Path(args.cache))
     drafter, trees = load_heads(heads.configuration, base, costs) if heads.configuration else (None, None)
     if heads.check_digest() != digest:
         raise InputError(f"{heads.configuration}: its files changed while they were loaded: promote again")
-    return Engine(base, drafter, trees, max_batch_size=args.max_batch_size), digest
+    return drafter, trees, digest
+
+
+def make_engine(base: Base, drafter: Drafter | None, trees: TreeSet | None, args: AppArgs) -> Engine:
+    """A new engine, in which any drafter has room."""
+    return Engine(base, drafter, trees, max_batch_size=args.max_batch_size, draft_slots=DRAFT_SLOTS)

@@ -150,6 +150,9 @@ def test_a_running_batch_equals_naive(tiny_base: Base, make_engine: Callable[...
     recorded = recordings(engine)
     assert len({kv_len for _, _, kv_len in recorded}) >= 2
     assert {rows for rows, _, _ in recorded} == ({1} if max_batch_size == 1 else {1, 2, 4, 5})
+    alone = Request("alone", random_prompts(6, seed=1)[0], 30, stop_ids=())  # what heads were trained on
+    results["alone"] = engine.generate([alone])[0]
+    assert results["alone"].token_ids == naive_generate(tiny_base, alone).token_ids
     assert max(result.accepted for result in results.values()) > 0 or name == "plain"
 
 

@@ -69,7 +69,7 @@ def test_cancelling_frees_a_row_at_once(tiny_base: Base, heads: HeadDrafter) -> 
     assert (engine.running, engine.waiting) == (2, 1)
     engine.cancel("a")
     ended = [output.id for output in engine.step() if output.result]
-    assert ended == ["a"] and (engine.running, engine.waiting) == (2, 0) and set(engine.samplers) == {"b", "c"}
+    assert ended == ["a"] and (engine.running, engine.waiting) == (2, 0) and set(engine.batch.samplers) == {"b", "c"}
 
 
 @pytest.mark.parametrize("kind", ["fixed", "adaptive"])
@@ -137,7 +137,7 @@ def test_an_abandoned_stream_leaves_nothing_running(tiny_base: Base) -> None:
     stream = engine.stream(requests)
     assert next(stream).id == "0"
     stream.close()
-    assert not engine.has_work and engine.running == engine.waiting == 0 and not engine.samplers
+    assert not engine.has_work and engine.running == engine.waiting == 0 and not engine.batch.samplers
     with pytest.raises(InputError, match="request bad: prompt: is empty"):
         list(engine.stream([requests[3], Request("bad", (), 3)]))
     assert not engine.has_work

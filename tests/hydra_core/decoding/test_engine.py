@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -157,10 +158,11 @@ def test_choices_share_their_prompt(tiny_base: Base, make_engine: Callable[..., 
 
 
 def test_stop_strings_end_an_answer_where_they_are_complete(tiny_base: Base, make_engine: Callable[..., Engine]) -> None:
-    prompts = random_prompts(6, seed=1)
+    prompts = random_prompts(12, seed=1)
     texts = [tiny_base.decode(naive_generate(tiny_base, Request("a", prompt, 30)).token_ids) for prompt in prompts]
-    requests = [Request(f"r{i}", prompt, 30, stop=(text[5:7], "never here"))
-                for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)) if text[5:7].isprintable() and text[5:7]]
+    requests = [Request(f"r{i}", prompt, 30, stop=(found[0], "never here"))
+                for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
+                if (found := re.search("[!-~]{2}", text[3:]))]
     assert len(requests) >= 3
     for name in DRAFTERS:
         results = make_engine(name, max_batch_size=3).generate(requests)
@@ -402,6 +404,17 @@ def test_answers_as_text(tiny_base: Base, make_engine: Callable[..., Engine]) ->
     assert make_engine("hydra").answer(["two"], max_new_tokens=12, stop=(stop,)) == [plain[1][:plain[1].index(stop)]]
     with pytest.raises(InputError, match="prompt: is empty"):
         Engine(tiny_base).answer([""])
+
+
+def test_samples_of_equal_prompts_are_independent(tiny_base: Base, make_engine: Callable[..., Engine]) -> None:
+    asked, settings = ["one", "one", "one"], {"temperature": 1.0, "seed": 7, "stop_ids": ()}
+    texts = make_engine("hydra", max_batch_size=2).answer(asked, 12, **settings)
+    assert len(set(texts)) == 3 and texts == Engine(tiny_base).answer(asked, 12, **settings)
+    prompt = tuple(tiny_base.encode_prompt("one"))
+    for number, text in enumerate(texts):
+        request = Request("x", prompt, 12, temperature=1.0, seed=7, choice=number, stop_ids=())
+        assert text == tiny_base.decode(naive_generate(tiny_base, request).token_ids)
+    assert texts[1:2] == Engine(tiny_base).answer(["one"], 12, choice=1, **settings)
 
 
 @pytest.mark.parametrize("name", ["plain", "ngram", "hydra", "adaptive"])

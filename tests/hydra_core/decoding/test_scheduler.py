@@ -114,3 +114,55 @@ def test_rows_have_no_holes() -> None:
     assert left.request.id == "y" and moves == [(3, 2)]
     left, moves = scheduler.remove_prefilling(0)
     assert left.request.id == "x" and moves == [] and scheduler.prefill is None
+
+
+def parked_scheduler() -> Scheduler:
+    """One sequence decodes; two long prompts of which 512 tokens are computed make room for a short one."""
+    scheduler = Scheduler(8, LIMIT)
+    scheduler.decoding = [sequence(request("a", prompt(5)))]
+    members = [request(name, prompt(1500 + i, 7 + i)) for i, name in enumerate("xy")]
+    scheduler.prefill = PrefillBatch([PrefillPrompt(member) for member in members], [sequence(member) for member in members], 512)
+    scheduler.ids = {"a", "x", "y"}
+    assert scheduler.arrange() == []  # nobody waits
+    scheduler.add(request("long", prompt(600, 3)))
+    assert scheduler.arrange() == []  # nobody who is short
+    scheduler.add(request("short", prompt(BUSY_TOKENS, 5)))
+    assert scheduler.arrange() == [(2, 7), (1, 6)]  # the last one first: a row is free when something moves into it
+    return scheduler
+
+
+def test_long_prompts_are_parked_in_the_last_rows_and_come_back() -> None:
+    scheduler = parked_scheduler()
+    assert [(row, one.request.id) for row, one in scheduler.rows] == [(0, "a"), (6, "x"), (7, "y")] and scheduler.running == 3
+    prompts = scheduler.next_prompts()
+    assert [one.request.id for one in prompts] == ["short"] and [one.id for one in scheduler.waiting] == ["long"]
+    scheduler.prefill = PrefillBatch(prompts, [sequence(prompts[0].request)])
+    parked = scheduler.parked
+    assert parked is not None and [scheduler.turn() for _ in range(4)] == [parked, scheduler.prefill] * 2
+    parked.computed = 1501 - 200
+    assert [scheduler.turn() for _ in range(3)] == [scheduler.prefill] * 3  # the last chunk waits until they are back
+    assert scheduler.arrange() == []
+    scheduler.decoding += scheduler.prefill.sequences  # type: ignore[union-attr]
+    scheduler.prefill = None
+    assert scheduler.arrange() == [(6, 2), (7, 3)]
+    assert scheduler.prefill is parked and scheduler.parked is None and scheduler.next_prompts() == []
+    assert [(row, one.request.id) for row, one in scheduler.rows] == [(0, "a"), (1, "short"), (2, "x"), (3, "y")]
+
+
+def test_a_parked_prompt_may_be_cancelled() -> None:
+    scheduler = parked_scheduler()
+    left, moves = scheduler.remove_parked(0)
+    assert left.request.id == "x" and moves == [(7, 6)] and [row for row, _ in scheduler.rows] == [0, 6]
+    left, moves = scheduler.remove_parked(0)
+    assert left.request.id == "y" and moves == [] and scheduler.parked is None and scheduler.parked_first == 8
+
+
+def test_what_is_not_parked() -> None:
+    """A batch that is nearly complete, or whose base takes prompts whole, and none where no row is left."""
+    for most, supports_tree, computed in ((8, True, 1500 - BUSY_TOKENS), (8, False, 0), (2, True, 0)):
+        scheduler = Scheduler(most, LIMIT, supports_tree)
+        scheduler.decoding = [sequence(request("a", prompt(5)))]
+        long = request("x", prompt(1500, 7))
+        scheduler.prefill = PrefillBatch([PrefillPrompt(long)], [sequence(long)], computed)
+        scheduler.add(request("short", prompt(5, 5)))
+        assert scheduler.arrange() == [] and scheduler.parked is None

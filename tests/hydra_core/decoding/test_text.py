@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hydra_core.decoding.text import TextStream
@@ -24,22 +24,65 @@ def test_pieces_join_to_the_whole(text: str, sizes: list[int]) -> None:
     assert sent + stream.finish() == text == stream.sent
 
 
-@given(st.text("ab<>", max_size=30), st.lists(st.text("ab<>", min_size=1, max_size=4), max_size=3), st.integers(1, 5))
-def test_stop_strings(text: str, stops: list[str], size: int) -> None:
-    data = list(text.encode())
-    stream, sent = TextStream(decode_bytes, stops), ""
-    for at in range(0, len(data), size):
-        sent += stream.push(data[at:at + size])
-        if stream.stopped:
-            break
+def cut(text: str, stops: list[str]) -> str:
+    """What stays of `text`: up to the stop string that is complete first, the longest one of several."""
+    ends = {end: stop for stop in sorted(stops, key=len) if (end := text.find(stop) + len(stop)) >= len(stop)}
+    return text[:min(ends) - len(ends[min(ends)])] if ends else text
+
+
+ALPHABETS = ("ab", "ab<>", "aé日\U0001f600\ufffd")
+
+
+@settings(max_examples=400)
+@given(st.data())
+def test_stop_strings_end_the_text_however_it_is_cut(data: st.DataObject) -> None:
+    """Tokens of one byte, so that characters are cut too; any number of them at once; a stop string may be the beginning, the
+    middle or the end of another one."""
+    alphabet = data.draw(st.sampled_from(ALPHABETS))
+    text = data.draw(st.text(alphabet, max_size=40))
+    stops = data.draw(st.lists(st.text(alphabet, min_size=1, max_size=6), max_size=4))
+    wanted, stream, sent, at = cut(text, stops), TextStream(decode_bytes, stops), "", 0
+    ids = list(text.encode())
+    while at < len(ids) and not stream.stopped:
+        size = data.draw(st.integers(1, 9))
+        piece = stream.push(ids[at:at + size])
+        sent, at = sent + piece, at + size
+        seen = bytes(ids[:at]).decode(errors="ignore")
+        held = len(wanted) - len(sent)
+        assert wanted.startswith(sent) and held >= 0
+        if not stream.stopped and not seen.endswith("\ufffd"):  # no more is held back than a stop string may need
+            ending = max((n for stop in stops for n in range(len(stop)) if seen.endswith(stop[:n])), default=0)
+            assert len(seen) - len(sent) == ending
     sent += stream.finish()
-    found = [at for at in (text.find(stop) for stop in stops) if at >= 0]
-    if size == 1 or not found:  # with several tokens at once, a later but longer-seen stop may not come into play
-        ends = [text.find(stop) + len(stop) for stop in stops if stop in text]
-        cut = min((text.find(stop) for stop in stops if stop in text and text.find(stop) + len(stop) == min(ends)), default=None)
-        assert sent == (text if cut is None else text[:cut])
-    assert stream.stopped == bool(found)
-    assert all(stop not in sent for stop in stops)
+    assert sent == stream.sent == wanted
+    assert stream.stopped == (wanted != text)
+    if stream.stopped:
+        assert stream.push(list(b"more")) == stream.finish() == ""
+
+
+def test_long_stop_strings_cost_the_same_for_every_token() -> None:
+    """A text that is almost each of four stop strings of 255 characters at every place: comparisons of characters are counted."""
+    compared = 0
+
+    class Char(str):
+        def __ne__(self, other: object) -> bool:
+            nonlocal compared
+            compared += 1
+            return str.__ne__(self, other)
+
+        __hash__ = str.__hash__
+
+    class Stop(str):
+        def __getitem__(self, at: object) -> str:
+            return Char(str.__getitem__(self, at))  # type: ignore[index]
+
+    stream = TextStream(decode_bytes, ["a" * 254 + end for end in "1234"])
+    for found in stream._stops:
+        found.stop = Stop(found.stop)
+    for _ in range(1000):
+        stream.push(list(b"a"))
+    assert stream.sent == "a" * (1000 - 254) and not stream.stopped
+    assert 4 * 1000 - 4 <= compared <= 2 * 4 * 1000
 
 
 def test_unfinished_bytes_come_out_at_the_end() -> None:

@@ -20,7 +20,9 @@ from hydra_core.sampling import Request
 KEY = "a-key-of-this-test-0123456789"
 MODEL = "hydra-heads"
 LONG = {"model": MODEL, "prompt": "hello", "max_tokens": 200, "temperature": 1.0, "seed": 3}
-REJECTED, CANCELLED = "ray_hydra_heads_rejected_total", "ray_hydra_answers_cancelled_total"
+REJECTED = "ray_hydra_heads_rejected_total"
+UNSEEN = {REJECTED, "ray_hydra_engine_failures_total", "ray_hydra_engine_restarts_total"}
+"""What is not told until it happens."""
 
 
 def expected(base: Base, prompt: str, tokens: int, **settings: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +49,8 @@ def test_an_answer_that_takes_too_long_is_refused_and_its_rows_are_freed(server:
         return step()
 
     monkeypatch.setattr(engine, "step", slow)
+    ends: list[tuple[str, int]] = []
+    monkeypatch.setattr(server.metrics, "unfinished", lambda reason, tokens: ends.append((reason, tokens)))
 
     async def ask() -> list[object]:
         items = [item async for item in server.stream(replace(GENERATION, n=2, max_new_tokens=200, seconds=0.5))]
@@ -58,7 +61,35 @@ def test_an_answer_that_takes_too_long_is_refused_and_its_rows_are_freed(server:
     items = asyncio.run(ask())
     assert [type(item) for item in items[:-1]] == [Piece] * (len(items) - 1) and len(items) > 1
     assert isinstance(items[-1], Refusal) and items[-1].status == 504 and "within the 0.5 seconds" in items[-1].message
-    assert server.in_flight == 0 and engine.running == 0
+    made = [sum(len(item.depths) for item in items if isinstance(item, Piece) and item.index == index) for index in range(2)]
+    assert server.in_flight == 0 and engine.running == 0 and ends == [("timeout", count) for count in made] and min(made) > 0
+
+
+def test_how_answers_ended_is_counted(server: DecodeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens of answers that were not finished too."""
+    assert server.engine_loop is not None
+    engine, step, ends, tokens = server.engine_loop.engine, server.engine_loop.engine.step, Counter[str](), Counter[str]()
+    monkeypatch.setattr(server.metrics.finished, "inc", lambda tags: ends.update(tags.values()))
+    monkeypatch.setattr(server.metrics.counters["hydra_completion_tokens"], "inc", lambda value: tokens.update({"made": value}))
+
+    def broken() -> list[object]:
+        raise RuntimeError("out of memory")
+
+    async def ask() -> None:
+        answer = await server.generate(replace(GENERATION, max_new_tokens=5))
+        assert isinstance(answer, Answer) and tokens == {"made": len(answer.token_ids)}
+        tokens.clear()
+        leaving = server.stream(replace(GENERATION, max_new_tokens=200))
+        pieces = [await anext(leaving) for _ in range(3)]
+        await leaving.aclose()  # type: ignore[attr-defined]
+        assert tokens == {"made": sum(len(piece.depths) for piece in pieces if isinstance(piece, Piece))}
+        assert isinstance(await server.generate(replace(GENERATION, prompt_ids=[-1])), Refusal)
+        monkeypatch.setattr(engine, "step", broken)
+        assert isinstance(await server.generate(GENERATION), Refusal)
+        monkeypatch.setattr(engine, "step", step)
+
+    asyncio.run(ask())
+    assert ends == {"length": 1, "cancelled": 1, "failed": 1}
 
 
 def test_time_before_the_replica_counts(server: DecodeServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,3 +101,4 @@ def test_time_before_the_replica_counts(server: DecodeServer, monkeypatch: pytes
     assert isinstance(asyncio.run(server.generate(replace(late, seconds=400.0))), Answer)
     assert isinstance(asyncio.run(server.generate(replace(GENERATION, arrived=time.time() + 50, seconds=40.0))), Answer)
     assert first[0] >= 100 and 0 <= first[1] < 40  # a front whose clock is ahead waits no negative time
+
