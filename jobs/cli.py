@@ -44,6 +44,9 @@ def print_config(words: Sequence[str]) -> int:
     if "--config" in rest:
         at = rest.index("--config")
         path, rest = (rest[at + 1] if at + 1 < len(rest) else ""), rest[:at] + rest[at + 2:]
+        if not path or "=" in path:
+            print("error: config --config: name a file: --config FILE", file=sys.stderr)
+            return 2
     try:
         print(to_yaml(read_config("config", path, rest)), end="")
     except InputError as error:

@@ -62,7 +62,10 @@ def _refuse_scheme(dotted: str, value: str) -> None:
 def _absolute(dotted: str, value: str) -> str:
     if inside_submitted_job():
         raise InputError(f"{dotted}={value}: is a relative path, which has no meaning inside a submitted job: make it absolute")
-    return str(Path(value).expanduser().resolve())
+    try:
+        return str(Path(value).expanduser().resolve())
+    except RuntimeError:
+        raise InputError(f"{dotted}={value}: no such home folder: give an absolute path") from None
 
 
 def _is_relative_path(dotted: str, value: str, config: RunConfig) -> bool:

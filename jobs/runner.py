@@ -1,7 +1,7 @@
 """What every job does: arguments to a configuration, one pipeline call, the result on stdout, an exit code.
 
-Exit 0: done; 2: a mistake of the user, explained in one line; 1: anything else, with its traceback (an interrupt, and work
-that stopped itself, with one line).
+Exit 0: done; 2: a mistake of the user, explained in one line; 1: anything else, with its traceback (an interrupt, work that
+stopped itself, and a disk that takes no more, with one line).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra_core.errors import InputError, StoppedError
@@ -26,8 +27,10 @@ from jobs.usage import stage_details
 from pipelines.config import RunConfig, load_config, parse_override, to_yaml
 from pipelines.runtime.artifacts import StageResult
 from pipelines.runtime.dry_run import describe
+from pipelines.runtime.faults import find_cause, storage_fault
+from pipelines.runtime.reachability import spare_loopback
 
-__all__ = ["STAGES", "find_mistake", "read_config", "run"]
+__all__ = ["STAGES", "read_config", "run"]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -45,9 +48,11 @@ def run(stage: str, argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _parser(stage).parse_intermixed_args(argv)  # overrides may stand on both sides of --config
     except InputError as error:
-        return _mistake(error)
+        return _told(error)
+    spare_loopback()
     wants_json = arguments.json or not sys.stdout.isatty()
     with _stdout_for_result() as emit:
+        config: RunConfig | None = None
         try:
             default = STAGES[stage].config
             config = read_config(stage, arguments.config or (str(default) if default else None),
@@ -63,12 +68,10 @@ def run(stage: str, argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print(f"{stage}: interrupted; run the same command again to continue", file=sys.stderr)
             return 1
-        except StoppedError as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            return 1
         except Exception as error:
-            if (mistake := find_mistake(error)) is not None:
-                return _mistake(mistake)
+            cause = find_cause(error) or storage_fault(error, Path(config.storage) if config else Path.cwd())
+            if cause is not None:
+                return _told(cause)
             traceback.print_exc()
             return 1
 
@@ -84,28 +87,6 @@ def read_config(stage: str, path: str | None, overrides: Sequence[str]) -> RunCo
     return with_absolute_paths(load_config(path, values), path, values)
 
 
-def find_mistake(error: BaseException) -> InputError | None:
-    """The InputError that `error` is or comes from, or None.
-
-    Ray wraps an exception that leaves a task, a training worker or an actor in others, whose text is a traceback. The
-    exception that was being handled (`__context__`) is followed for Ray's alone: an error in this project's code that
-    occurs while a mistake is handled is not the user's mistake.
-    """
-    seen: list[BaseException] = []
-    todo: list[Any] = [error]
-    while todo:
-        found = todo.pop(0)
-        if not isinstance(found, BaseException) or found in seen:
-            continue
-        inner = getattr(found, "cause", None)  # of a RayTaskError; it is an InputError itself when its cause is one
-        if isinstance(found, InputError) and not isinstance(inner, BaseException):
-            return found
-        seen.append(found)
-        todo += [inner, *getattr(found, "worker_failures", {}).values(), found.__cause__]
-        todo += [found.__context__] if type(found).__module__.startswith("ray.") else []
-    return None
-
-
 def _overrides(stage: str, words: Sequence[str]) -> list[str]:
     """`words`, of which those without `name=` at their beginning become one override where the stage has a setting for them."""
     setting = STAGES[stage].words
@@ -113,9 +94,10 @@ def _overrides(stage: str, words: Sequence[str]) -> list[str]:
     return [word for word in words if word not in own] + ([f"{setting}={json.dumps(own)}"] if own else [])
 
 
-def _mistake(error: InputError) -> int:
+def _told(error: InputError | StoppedError) -> int:
+    """Print the one line of `error`; returns the exit code."""
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
+    return 2 if isinstance(error, InputError) else 1
 
 
 def _with_format(config: RunConfig, stage: str) -> RunConfig:

@@ -64,7 +64,7 @@ def run_batch(config: RunConfig) -> StageResult:
     if args is not None:
         check_args(args)
     next(read_rows(config), None)  # raises for a file without a usable row before anything starts
-    with only_run(folder, Path(config.storage)):
+    with only_run(folder, Path(config.storage), "batch.output"):
         if (done := _done(folder, wanted)) is not None:  # finished by the run that held the lock until now
             return done
         with stage_folder(config, STAGE, folder, wanted) as stage, tracker.start(STAGE, fingerprint=wanted) as run:
@@ -161,7 +161,8 @@ def _stream(config: RunConfig, folder: Path, before: OutputTotals, settings: Bat
         size = max(config.batch.rows_per_file, 8 * settings.concurrency)
         blocks = [pa.table({"path": [str(path)]}) for path in write_blocks(folder / "todo", rows, size)]
         workers = config.serve.workers
-        run_blocks(BatchWorker, settings, blocks, actors=config.serve.replicas, cpus=workers.cpus, gpus=workers.gpus)
+        run_blocks(BatchWorker, settings, blocks, actors=config.serve.replicas, cpus=workers.cpus, gpus=workers.gpus,
+                   storage=folder)
     finally:
         refused.flush()
         remove_blocks(folder / "todo")

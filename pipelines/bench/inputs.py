@@ -28,6 +28,7 @@ from pipelines.bench.plan import (
 from pipelines.config import BenchSection, RunConfig
 from pipelines.rows.schemas import content_id
 from pipelines.runtime.artifacts import RunPaths, file_digest, fingerprint, read_manifest, recorded_settings, require_manifest
+from pipelines.runtime.ray_cluster import measuring_device
 from pipelines.serve.model_identity import model_digest
 from pipelines.serve.stage import find_args
 from pipelines.tracking.lookup import bundled_heads
@@ -102,8 +103,9 @@ def input_digests(config: RunConfig, heads: dict[str, str]) -> dict[str, tuple[s
                     for name, folder in heads.items()}
 
 
-def bench_fingerprint(config: RunConfig, heads: dict[str, str]) -> str:
-    """Digest of what a bench measures: settings, prompts and the heads' files.
+def bench_fingerprint(config: RunConfig, heads: dict[str, str], device: str | None = None) -> str:
+    """Digest of what a bench measures: settings, prompts and the heads' files. `device`: what an earlier version would have put
+    into it, `base.device` as it is written; default: `auto` wherever that comes to the same.
 
     Settings and contenders that were renamed have their earlier names in it, so that a bench that an earlier version finished
     is still found. Raises InputError for missing files.
@@ -125,8 +127,12 @@ def bench_fingerprint(config: RunConfig, heads: dict[str, str]) -> str:
     if config.bench.batch_job:
         upstream["batch"] = str(model_digest(find_args(config)))
     settings = {"bench": _recorded_settings(config.bench), "ngram": config.ngram.model_dump(),
-                "base": config.base.model_dump(exclude={"model"})}
+                "base": config.base.model_dump(exclude={"model"}) | {"device": device or _device(config)}}
     return fingerprint("bench", settings, upstream)
+
+
+def _device(config: RunConfig) -> str:
+    return "auto" if measuring_device(config) == measuring_device(config, "auto") else config.base.device
 
 
 def _recorded_settings(section: BenchSection) -> dict[str, Any]:

@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import json
 import re
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from hydra_core.errors import InputError
 from pipelines.bench.inputs import bench_fingerprint, find_heads
 from pipelines.config import RunConfig, load_config
-from pipelines.runtime.artifacts import CLAIM, MANIFEST, RunPaths, read_manifest, require_manifest
+from pipelines.runtime.artifacts import CLAIM, MANIFEST, RunPaths, StageFolder, read_manifest, require_manifest, stage_folder
 
+CLAIM_SECONDS = 2.0
+"""In which a run that has locked a folder claims it."""
 SHOWN = 8
 """Characters of a fingerprint in a folder's name."""
 
@@ -31,6 +35,25 @@ def result_folder(root: Path, wanted: str, label: str) -> Path:
         if owner == wanted:
             return folder
     return root / f"{label}-{wanted[:SHOWN]}" if claimed else root
+
+
+@contextmanager
+def claimed_result(config: RunConfig, stage: str, root: Path, wanted: str, label: str) -> Iterator[StageFolder]:
+    """`stage_folder` in the folder that `result_folder` gives. Where another run has claimed that one in between, this one takes
+    another."""
+    deadline = time.monotonic() + CLAIM_SECONDS
+    with ExitStack() as stack:
+        while True:
+            folder = result_folder(root, wanted, label)
+            try:
+                claimed = stack.enter_context(stage_folder(config, stage, folder, wanted))
+                break
+            except InputError:
+                # the other one may hold the lock and have written no claim yet
+                if ((folder / CLAIM).exists() and result_folder(root, wanted, label) == folder) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+        yield claimed
 
 
 def bench_label(config: RunConfig) -> str:
@@ -54,9 +77,10 @@ def fitting_bench(config: RunConfig) -> tuple[Path, dict[str, Any]]:
     if not benches:
         return root, require_manifest(root, "bench")
     with suppress(InputError):  # of settings that do not matter where there is only one
-        wanted = bench_fingerprint(config, find_heads(config))
+        heads = find_heads(config)
+        wanted = (bench_fingerprint(config, heads), bench_fingerprint(config, heads, config.base.device))
         for folder, manifest in benches.items():
-            if manifest["fingerprint"] == wanted:
+            if manifest["fingerprint"] in wanted:
                 return folder, manifest
     if len(benches) == 1:
         return next(iter(benches.items()))

@@ -31,11 +31,11 @@ from pipelines.bench.report import (
     metrics_of,
     summarise,
 )
-from pipelines.bench.results import bench_label, result_folder
+from pipelines.bench.results import bench_label, claimed_result, result_folder
 from pipelines.bench.step_breakdown import step_table, steps_markdown
 from pipelines.bench.throughput import read_batches, summarise_batches
 from pipelines.config import RunConfig
-from pipelines.runtime.artifacts import RunPaths, StageResult, finished, stage_folder
+from pipelines.runtime.artifacts import RunPaths, StageResult, finished
 from pipelines.runtime.files import write_text
 from pipelines.runtime.ray_cluster import ensure_ray, measuring_resources
 from pipelines.serve.stage import resolve_args
@@ -56,14 +56,16 @@ def run_bench(config: RunConfig) -> StageResult:
     heads = known if COMBINED in methods else {name: folder for name, folder in known.items() if name in asked}
     tracker = Tracker.open(config)
     wanted = bench_fingerprint(config, known)
-    folder = result_folder(RunPaths.of(config).stage("bench"), wanted, bench_label(config))
-    if (done := finished(folder, wanted)) is not None:
-        return done
+    root, label = RunPaths.of(config).stage("bench"), bench_label(config)
+    for one in dict.fromkeys((wanted, bench_fingerprint(config, known, config.base.device))):
+        if (done := finished(result_folder(root, one, label), one)) is not None:
+            return done
     check_contenders(config, methods, heads)
     questions, errors = load_questions(config)
-    plan = _plan(config, folder, methods, heads)
-    with (stage_folder(config, "bench", folder, wanted) as stage, ensure_ray(config),
+    with (claimed_result(config, "bench", root, wanted, label) as stage, ensure_ray(config),
           tracker.start("bench", fingerprint=wanted) as run):
+        folder = stage.folder
+        plan = _plan(config, folder, methods, heads)
         for name, (digest, where) in input_digests(config, heads).items():
             run.log_dataset(name, digest, where, "bench")
         task = ray.remote(measure).options(**measuring_resources(config))

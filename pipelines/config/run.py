@@ -5,6 +5,7 @@ The models of this package hold all defaults. Every stage receives the whole `Ru
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -22,12 +23,20 @@ from pipelines.config.distill import DistillSection, PromptsSection
 from pipelines.config.generate import GenerateSection
 from pipelines.config.load import LoadSection
 from pipelines.config.reference import nearest_setting
-from pipelines.config.section import Section
+from pipelines.config.section import HIDDEN, Section
 from pipelines.config.serve import ServeSection
 from pipelines.config.train import TrainSection
 from pipelines.config.tree import NgramSection, TreeSection
 
 STORAGE_VARIABLE = "HYDRA_HEADS_STORAGE"
+log = logging.getLogger(__name__)
+
+
+def _default_storage() -> str:
+    try:
+        return os.environ.get(STORAGE_VARIABLE) or str(Path.home() / ".hydra-heads")
+    except RuntimeError:  # a user without a home, as in a container
+        raise InputError(f"storage: this user has no home folder: give storage=FOLDER or set {STORAGE_VARIABLE}") from None
 
 
 class RunConfig(Section):
@@ -35,7 +44,7 @@ class RunConfig(Section):
 
     name: str = Field("default", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run and of its folder")
     storage: str = Field(
-        default_factory=lambda: os.environ.get(STORAGE_VARIABLE) or str(Path.home() / ".hydra-heads"),
+        default_factory=_default_storage,
         validate_default=True,
         description="root folder of all outputs, the cache and the tracking database; absolute",
         json_schema_extra={"default_text": f"~/.hydra-heads, or {STORAGE_VARIABLE}"})
@@ -71,7 +80,7 @@ def load_config(path: str | None = None, overrides: dict[str, Any] | None = None
 
     Raises InputError naming the file and field for a missing file, broken YAML, an unknown field or a bad value.
     """
-    values = _read_yaml(path) if path else {}
+    values = _without_hidden(_read_yaml(path), path) if path else {}
     _refuse_two_names(overrides or {})
     for dotted, value in (overrides or {}).items():
         _set_dotted(values, dotted, value)
@@ -115,6 +124,15 @@ def _read_yaml(path: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"config {path}: must be a mapping of sections, got {type(values).__name__}")
     return values
+
+
+def _without_hidden(values: dict[str, Any], path: str, prefix: str = "") -> dict[str, Any]:
+    """`values` without those that an earlier version hid when it recorded them, each with a warning."""
+    for name, value in values.items():
+        if value == HIDDEN:
+            log.warning("config %s: %s%s was not recorded: give it again if it is needed", path, prefix, name)
+    return {name: _without_hidden(value, path, f"{prefix}{name}.") if isinstance(value, dict) else value
+            for name, value in values.items() if value != HIDDEN}
 
 
 def _set_dotted(values: dict[str, Any], dotted: str, value: Any) -> None:

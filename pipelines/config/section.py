@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 log = logging.getLogger(__name__)
 Size = Annotated[int, Field(ge=1)]
+HIDDEN = "(hidden)"
+"""Stands for a secret in what is written beside outputs."""
 _told: set[tuple[str, str]] = set()
 
 

@@ -41,7 +41,7 @@ from pipelines.rows.schemas import ERRORS, FEATURES, PROMPTS, RESPONSES, check_c
 from pipelines.runtime.artifacts import RunPaths, StageResult, fingerprint, finished, require_manifest, stage_folder
 from pipelines.runtime.console import Progress, say
 from pipelines.runtime.files import write_text
-from pipelines.runtime.ray_cluster import check_workers, ensure_ray, run_blocks
+from pipelines.runtime.ray_cluster import check_workers, ensure_ray, environment_options, run_blocks
 from pipelines.tracking import Run, Tracker
 
 BLOCK_BATCHES = 8   # full batches in one block of work: the end of a block, where the batch is not full, costs little
@@ -62,9 +62,12 @@ def distill_fingerprint(config: RunConfig) -> str:
     """Digest of all that decides the rows of a `distill` folder. Raises InputError if the prompts or the base do not exist."""
     source = source_digest(config.prompts)
     resolved = resolve_base(config.base.model, RunPaths.of(config).cache)
-    settings = {"prompts": config.prompts.model_dump(), "distill": config.distill.model_dump(exclude=EXECUTION_FIELDS),
-                "base": config.base.model_dump(exclude={"device", "model"})}
-    return fingerprint("distill", settings, {"base": resolved.digest} | ({"prompts": source} if source else {}))
+    return fingerprint("distill", _deciding_settings(config), {"base": resolved.digest} | ({"prompts": source} if source else {}))
+
+
+def _deciding_settings(config: RunConfig) -> dict[str, Any]:
+    return {"prompts": config.prompts.model_dump(), "distill": config.distill.model_dump(exclude=EXECUTION_FIELDS),
+            "base": config.base.model_dump(exclude={"device", "model"})}
 
 
 def run_distill(config: RunConfig) -> StageResult:
@@ -74,7 +77,7 @@ def run_distill(config: RunConfig) -> StageResult:
     if (done := finished(folder, wanted)) is not None and not _lacks_features(config, done):
         return done
     _check_base(config)
-    with stage_folder(config, "distill", folder, wanted) as stage:
+    with stage_folder(config, "distill", folder, wanted, settings=_deciding_settings(config)) as stage:
         for part in (*PARTS, "candidates"):
             sweep(folder / part)
         shutil.rmtree(folder / "errors" / "answers", ignore_errors=True)  # failed answers are tried again
@@ -148,6 +151,7 @@ def _run(config: RunConfig, actor: type, settings: WorkerSettings, blocks: list[
     workers = config.distill.workers
     with Progress("distill", WORK[actor.__name__], sum(map(len, blocks))) as progress:
         return run_blocks(actor, settings, blocks, actors=workers.count, cpus=workers.cpus, gpus=workers.gpus,
+                          storage=Path(settings.folder), options=environment_options(config),
                           done=lambda counts: progress.advance(sum(counts.get(name, 0) for name in COUNTED)))
 
 

@@ -86,28 +86,42 @@ def _check_bench(config: RunConfig, folder: Path, measured: str) -> None:
     then = load_config(str(folder / "config.yaml"))
     base = then.base.model_copy(update={"model": config.base.model, "dtype": config.base.dtype})
     now = then.model_copy(update={"name": config.name, "storage": config.storage, "base": base})
-    if bench_fingerprint(now, find_heads(now)) != measured:
+    heads = find_heads(now)
+    if measured not in (bench_fingerprint(now, heads), bench_fingerprint(now, heads, now.base.device)):
         raise InputError(f"{folder}: measured another base than base.model={config.base.model} in {config.base.dtype}, or "
                          "other heads or prompts than there are now: set that base, or run `hydra-heads bench` again")
 
 
 def choose_winner(methods: dict[str, Any], min_gain: float) -> tuple[str, str]:
-    """The fastest lossless contender, and the reason in one line.
+    """The fastest lossless contender that is really faster than plain decoding, and the reason in one line.
 
     Lossless means that no answer differs by more than a near-tie: from the naive loop in fp32 and every other format that was
-    checked, and from plain decoding among timed answers. A contender whose fp32 answers were not checked does not qualify.
-    Plain decoding always qualifies. Raises InputError for a bench without it.
+    checked, and from plain decoding among timed answers. A contender whose fp32 answers were not checked does not qualify. Really
+    faster means that it drafts, that is, a step gives more than one token, and that the whole 95 % interval of its speed, where
+    there is one, lies above plain's: the highest of several noisy figures is above 1 where none is faster. Plain decoding always
+    qualifies. Raises InputError for a bench without it.
     """
     if PLAIN not in methods:
         raise InputError("promote: the bench has no plain decoding to compare with: run `bench` again")
     lossless = {name for name, values in methods.items() if name not in (PLAIN, *FOREIGN) and _is_lossless(values)}
-    speeds = {name: methods[name]["speed_vs_plain"] for name in lossless if methods[name]["speed_vs_plain"]}
-    best = max(speeds, key=lambda name: speeds[name], default=None)
     refused = sorted(set(methods) - lossless - {PLAIN, *FOREIGN})
     note = f"; not considered, since not shown to be lossless: {', '.join(refused)}" if refused else ""
+    noise = {name: why for name in sorted(lossless) if (why := _why_noise(methods[name]))}
+    note += f"; not considered: {', '.join(f'{name} ({why})' for name, why in noise.items())}" if noise else ""
+    speeds = {name: methods[name]["speed_vs_plain"] for name in lossless - noise.keys() if methods[name]["speed_vs_plain"]}
+    best = max(speeds, key=lambda name: speeds[name], default=None)
     if best is None or speeds[best] <= min_gain:
         return PLAIN, f"no lossless contender is faster than {min_gain:g}x plain decoding{note}"
     return best, f"{speeds[best]:.2f}x plain decoding, the fastest of {len(speeds)} lossless contenders{note}"
+
+
+def _why_noise(figures: dict[str, Any]) -> str | None:
+    """Why the speed of a contender says nothing, None if it does."""
+    if (figures["tokens_per_step"] or 0.0) <= 1.0:
+        return "drafts nothing that is accepted"
+    if (spread := figures.get("spread")) and spread[0] <= 1.0:
+        return f"may be no faster: {spread[0]:.2f}x - {spread[1]:.2f}x plain"
+    return None
 
 
 def _is_lossless(figures: dict[str, Any]) -> bool:

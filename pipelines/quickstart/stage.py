@@ -13,6 +13,7 @@ from typing import Any
 from hydra_core.errors import InputError
 from pipelines.batch.stage import batch_finished, run_batch
 from pipelines.bench.report import method_table
+from pipelines.bench.results import finished_benches, fitting_bench
 from pipelines.bench.stage import run_bench
 from pipelines.config import RunConfig
 from pipelines.distill.stage import run_distill
@@ -122,9 +123,20 @@ def _drop_stale(config: RunConfig) -> None:
         folder = RunPaths.of(config).stage(stage)
         if stale:
             shutil.rmtree(folder, ignore_errors=True)
-        elif stage in ("train", "tree", "bench") and any(damaged(path.parent) for path in folder.rglob(MANIFEST)):
+        elif stage in ("train", "tree", "bench") and any(map(damaged, _finished_folders(config, stage))):
             stale = True
             say("quickstart", f"{folder}: its files were changed: this stage and those that were built on it run again")
+
+
+def _finished_folders(config: RunConfig, stage: str) -> list[Path]:
+    """The finished outputs of a stage that the next one reads: of several benches the one with these settings."""
+    if stage != "bench":
+        return [path.parent for path in RunPaths.of(config).stage(stage).rglob(MANIFEST)]
+    benches = list(finished_benches(config))
+    try:
+        return benches if len(benches) < 2 else [fitting_bench(config)[0]]
+    except InputError:  # none of them has these settings
+        return []
 
 
 def _folder(config: RunConfig, name: str, results: dict[str, StageResult]) -> Path:

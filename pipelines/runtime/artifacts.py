@@ -10,22 +10,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from hydra_core.errors import InputError
 from pipelines.config import RunConfig, Section
 from pipelines.runtime.files import write_text
+from pipelines.runtime.lock import holds, only_run
 from pipelines.runtime.provenance import provenance, shareable_yaml
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 CLAIM = "claim.json"
+DEVICES = ("auto", "cpu", "cuda")
+LEFTOVER = r"\.[0-9a-f]{8}\.(part|old)$"
+"""How names end of what `atomic_file` and `atomic_folder` write before they rename it, and of a folder that they replace."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,15 @@ def recorded_settings(section: Section, **options: Any) -> dict[str, Any]:
     """
     earlier = {now: before for before, now in section.renamed.items()}
     return {earlier.get(name, name): value for name, value in section.model_dump(**options).items()}
+
+
+def earlier_bases(config: RunConfig, folder: Path) -> list[dict[str, Any]]:
+    """The base as an earlier version may have put it into the fingerprint of `folder`: with the path that it had then, and every
+    device."""
+    recorded = _recorded(folder)
+    base = config.base.model_dump(mode="json")
+    return [base | {"model": model, "device": device} for model in {base["model"], recorded.get("base.model", base["model"])}
+            for device in DEVICES]
 
 
 def fingerprint(stage: str, settings: Mapping[str, Any], upstream: Mapping[str, str]) -> str:
@@ -154,40 +170,102 @@ def damaged(folder: Path) -> list[Path]:
             or file_digest(path) != entry["sha256"]]
 
 
-def finished(folder: Path, wanted: str) -> StageResult | None:
-    """The recorded result if the folder has the fingerprint `wanted` and its files are intact, else None."""
+def finished(folder: Path, wanted: str, earlier: Collection[str] = ()) -> StageResult | None:
+    """The recorded result if the folder has the fingerprint `wanted`, or one of `earlier` (what earlier versions gave to the same
+    request), and its files are intact, else None."""
     manifest = read_manifest(folder)
-    if manifest is None or manifest["fingerprint"] != wanted or damaged(folder):
+    if manifest is None or manifest["fingerprint"] not in (wanted, *earlier) or damaged(folder):
         return None
     return StageResult(**{**manifest["result"], "skipped": True})
 
 
 @contextmanager
-def stage_folder(config: RunConfig, stage: str, folder: Path, wanted: str) -> Iterator[StageFolder]:
-    """Claim `folder` for the fingerprint `wanted`. Raises InputError if it holds the output of another run.
+def stage_folder(config: RunConfig, stage: str, folder: Path, wanted: str, *, earlier: Collection[str] = (),
+                 settings: Mapping[str, Any] | None = None) -> Iterator[StageFolder]:
+    """Claim `folder` for the fingerprint `wanted`, under the lock of `only_run`. Raises InputError if it holds the output of
+    another run, naming the `settings` (by section and name) that differ, or if another process works in it now.
 
-    A folder that holds only temporary claims of killed writers counts as empty. If the block raises before anything is
+    `earlier`: fingerprints that earlier versions gave to the same request; a folder that has one keeps it.
+
+    What killed writers have left under temporary names is removed. If the block raises before anything is
     written, the claim is removed: the corrected command has another fingerprint, and would be refused as another run.
     """
+    with nullcontext() if holds(folder) else only_run(folder, Path(config.storage)):
+        ours = not (folder / CLAIM).exists()
+        owner = _claim(stage, folder, wanted, earlier, flatten(settings or {}))
+        try:
+            yield StageFolder(stage, folder, owner, config)
+        except BaseException:
+            if ours:
+                _release(folder, Path(config.storage))
+            raise
+
+
+def _claim(stage: str, folder: Path, wanted: str, earlier: Collection[str], settings: Mapping[str, Any]) -> str:
+    """Claim `folder`; returns its fingerprint."""
     claim = folder / CLAIM
-    ours = not claim.exists()
-    if not ours:
-        if _owner(claim) != wanted:
-            raise InputError(f"{folder}: holds the `{stage}` output of another run (settings or inputs differ): "
-                             "choose another `name=` or delete that folder")
-        for path in damaged(folder):
-            path.unlink(missing_ok=True)
-        (folder / MANIFEST).unlink(missing_ok=True)  # the stage is not finished any more
-    elif folder.exists() and any(not path.name.startswith(f".{CLAIM}.") for path in folder.iterdir()):
-        raise InputError(f"{folder}: is not empty and not a `{stage}` output: choose another folder or empty it")
-    else:
-        write_text(claim, json.dumps({"fingerprint": wanted, "stage": stage}))
+    _sweep(folder)
+    if not claim.exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise InputError(f"{folder}: is not empty and not a `{stage}` output: choose another folder or empty it")
+        write_text(claim, json.dumps({"fingerprint": wanted, "stage": stage, "settings": settings}))
+        return wanted
+    owner = _owner(claim)
+    if owner is None or owner not in (wanted, *earlier):
+        raise InputError(f"{folder}: holds the `{stage}` output of another run ({_differences(folder, settings)}): "
+                         "choose another `name=` or delete that folder")
+    for path in damaged(folder):
+        path.unlink(missing_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)  # the stage is not finished any more
+    return owner
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted names with plain values."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+        flat |= inner
+    return flat
+
+
+def _differences(folder: Path, settings: Mapping[str, Any]) -> str:
+    """The settings of the output in `folder` that differ from `settings`, with both values."""
+    then = _recorded(folder)
+    shown = [f"{name} {_shown(then[name])} -> {_shown(value)}" for name, value in settings.items()
+             if name in then and _shown(then[name]) != _shown(value)]
+    if not then or not settings:
+        return "settings or inputs differ"
+    return ", ".join(shown) or "the settings are the same: its inputs were made again, or are others"
+
+
+def _recorded(folder: Path) -> dict[str, Any]:
+    """The settings of the output in `folder`: its claim has them, or, from an earlier version, the file beside a finished one."""
     try:
-        yield StageFolder(stage, folder, wanted, config)
-    except BaseException:
-        if ours:
-            _release(folder, Path(config.storage))
-        raise
+        if found := json.loads((folder / CLAIM).read_text(encoding="utf-8")).get("settings"):
+            return dict(found)
+        return flatten(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        return {}
+
+
+def _shown(value: Any) -> str:
+    """A value as an override has it; the same for what JSON or YAML has made of it."""
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(_shown, value))}]"
+    return f"{value:g}" if isinstance(value, float) else "null" if value is None else str(value)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what atomic writes of killed processes have left in and beside `folder`, whose lock this process holds."""
+    own = re.compile(rf"\.{re.escape(folder.name)}{LEFTOVER}")
+    leftovers = [path for path in folder.glob(".*") if re.search(LEFTOVER, path.name)]
+    leftovers += [path for path in folder.parent.glob(".*") if own.fullmatch(path.name)]
+    for path in leftovers:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _owner(claim: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""A lock on an output folder of `batch`: two runs at the same time would compute the same rows."""
+"""A lock on an output folder: two runs at the same time would compute the same rows and remove each other's files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -13,29 +14,45 @@ from pathlib import Path
 
 from hydra_core.errors import InputError
 
+_held: dict[Path, int] = {}
+"""Lock files that this process holds, with the thread that does."""
+
 
 @contextmanager
-def only_run(folder: Path, storage: Path) -> Iterator[None]:
+def only_run(folder: Path, storage: Path, field: str | None = None) -> Iterator[None]:
     """Hold the lock of `folder` inside the block. Raises InputError, which names the holder, if another run holds it.
 
     It is a lock of the operating system on a file beside the folder, so it ends with its process, however that ends. The file
-    names the holder. At the end it is removed, and with it the folders above it inside `storage` that are then empty.
+    names the holder. At the end it is removed, and with it the folders above it inside `storage` that are then empty. A link
+    to a folder has the lock of that folder. `field`: the setting that `folder` comes from, None for a folder of the run.
     """
-    path = folder.parent / f".{folder.name}.lock"
-    descriptor = _locked(path, folder)
+    path = _lock_file(folder)
+    descriptor = _locked(path, f"{field}={folder}" if field else str(folder))
+    _held[path] = threading.get_ident()
     try:
         os.ftruncate(descriptor, 0)
         os.write(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname(),
                                          "since": datetime.now(UTC).isoformat(timespec="seconds")}).encode())
         yield
     finally:
+        del _held[path]
         path.unlink(missing_ok=True)
         os.close(descriptor)
         _remove_empty(path.parent, storage)
 
 
-def _locked(path: Path, folder: Path) -> int:
-    """An open descriptor of the lock file, locked."""
+def holds(folder: Path) -> bool:
+    """Whether this thread is inside `only_run` of `folder`."""
+    return _held.get(_lock_file(folder)) == threading.get_ident()
+
+
+def _lock_file(folder: Path) -> Path:
+    real = folder.resolve()
+    return real.parent / f".{real.name}.lock"
+
+
+def _locked(path: Path, shown: str) -> int:
+    """An open descriptor of the lock file, locked. `shown`: what errors call the folder."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -47,10 +64,10 @@ def _locked(path: Path, folder: Path) -> int:
         except BlockingIOError:
             holder = _holder(descriptor)
             os.close(descriptor)
-            raise InputError(f"batch.output={folder}: another run writes to it{holder}: wait for it or stop it") from None
+            raise InputError(f"{shown}: another run writes to it{holder}: wait for it or stop it") from None
         except OSError as error:
             os.close(descriptor)
-            raise InputError(f"batch.output={folder}: this file system has no locks ({error.strerror}): choose a folder on one "
+            raise InputError(f"{shown}: this file system has no locks ({error.strerror}): choose a folder on one "
                              "that has, as NFS 4 and local disks do") from None
         if _same_file(descriptor, path):
             return descriptor

@@ -1,4 +1,4 @@
-"""Which log lines reach the user. It must import next to nothing: every worker of a local Ray runs it as it starts."""
+"""Which log lines reach the user."""
 
 import functools
 import logging
@@ -9,14 +9,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-
-_CLEANER = "ray.train.v2._internal.execution.controller.placement_group_cleaner"
-
-
-def quieten_worker() -> None:
-    """Silence Ray Train's cleaner of placement groups. It asks the dashboard every second whether the controller lives, and a
-    local Ray has no dashboard: each time it would log that."""
-    logging.getLogger(_CLEANER).setLevel(logging.ERROR)
 
 
 def speak() -> None:

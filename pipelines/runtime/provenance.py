@@ -19,8 +19,8 @@ from urllib.request import url2pathname
 import yaml
 
 from pipelines.config import RunConfig
+from pipelines.config.section import HIDDEN
 
-HIDDEN = "(hidden)"
 GIT_SECONDS = 20
 _SECRET = re.compile(r"password|passwd|secret|api_?key|credential|(?:^|[._-])token$", re.IGNORECASE)
 _USERINFO = re.compile(r"(?<=://)[^/@\s]+@")
@@ -37,8 +37,9 @@ def provenance(config: RunConfig) -> dict[str, Any]:
 
 
 def is_secret(name: str) -> bool:
-    """Whether the value of a setting called `name` (dots allowed) must not be written anywhere."""
-    return bool(_SECRET.search(name))
+    """Whether the value of a setting called `name` (dots allowed) must not be written anywhere. Where a secret lies, in a file or
+    an environment variable, is none."""
+    return bool(_SECRET.search(name)) and not name.endswith(("_file", "_variable"))
 
 
 def without_credentials(text: str) -> str:

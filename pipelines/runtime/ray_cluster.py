@@ -5,19 +5,23 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import ray
 import ray.data
 
-from hydra_core.errors import InputError
+from hydra_core.errors import InputError, StoppedError
 from pipelines.config import RunConfig, Workers
+from pipelines.runtime.faults import one_line
 from pipelines.runtime.logs import quieten_driver
+from pipelines.runtime.ray_access import prepare_to_join, prepare_to_start, worker_environment
 
-MISTAKE = "mistake"
+MISTAKE, STOPPED = "mistake", "stopped"
+"""Columns of a row that holds an actor's InputError, or its StoppedError."""
 
 
 @contextmanager
@@ -26,30 +30,40 @@ def ensure_ray(config: RunConfig) -> Iterator[None]:
 
     A process that is connected already (a stage inside another one, a test) stays so. Else the address comes from the
     settings, then from RAY_ADDRESS (set inside a submitted job). Without either, a private local instance is started and shut
-    down at the end; never `auto`, which could join the cluster of somebody else. Raises InputError if an address does not
-    answer.
+    down at the end; never `auto`, which could join the cluster of somebody else. Raises StoppedError if an address does not
+    answer, InputError if it is none or wants another token.
     """
     if ray.is_initialized():
         yield
         return
     quieten_driver()
-    address = config.ray_address or os.environ.get("RAY_ADDRESS")
-    if address:
+    if address := cluster_address(config):
         field = "ray_address" if config.ray_address else "RAY_ADDRESS"
+        prepare_to_join(address, field)
         try:
             ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
-        except ConnectionError:
-            raise InputError(f"{field}={address}: no Ray cluster answers there") from None
+        except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+            raise StoppedError(f"{field}={address}: cannot be joined ({_first_line(error)})") from None
         except ValueError:  # not the form of an address: what `ray job submit` takes, or a host without a port
             raise InputError(f"{field}={address}: is no address of a Ray cluster: write it as HOST:6379, without http:// (which "
                              "is the dashboard's, for `ray job submit`)") from None
     else:
+        # without a runtime environment: Serve takes that of the driver for a part of a deployment's version
         ray.init(address="local", include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING,
-                 runtime_env={"worker_process_setup_hook": "pipelines.runtime.logs.quieten_worker"})
+                 _temp_dir=str(prepare_to_start()))
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def cluster_address(config: RunConfig) -> str | None:
+    """The address of the cluster to join; None where a local Ray is started."""
+    return config.ray_address or os.environ.get("RAY_ADDRESS") or None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def check_workers(field: str, workers: Workers, count: int | None = None) -> None:
@@ -66,34 +80,56 @@ def measuring_resources(config: RunConfig) -> dict[str, Any]:
     """Ray options of a task that times decoding: a GPU if the base runs on one, else a share of a CPU."""
     gpus = ray.cluster_resources().get("GPU", 0)
     wants_gpu = config.base.device == "cuda" or (config.base.device == "auto" and gpus >= 1)
-    return {"num_cpus": 0.5, "num_gpus": 1 if wants_gpu else 0, "max_retries": 0}
+    return {"num_cpus": 0.5, "num_gpus": 1 if wants_gpu else 0, "max_retries": 0, **environment_options(config)}
+
+
+def environment_options(config: RunConfig) -> dict[str, Any]:
+    """Ray options of a worker: the variables that it needs of this process, where it does not inherit them."""
+    environment = worker_environment(cluster_address(config))
+    return {"runtime_env": environment} if environment else {}
+
+
+def measuring_device(config: RunConfig, asked: str | None = None) -> str:
+    """`asked` (default: `base.device`) as far as it is known before a cluster is joined: `auto` is `cpu` on one machine without
+    a GPU."""
+    device = asked or config.base.device
+    if device != "auto" or cluster_address(config) is not None:
+        return device
+    import torch
+
+    return "auto" if torch.cuda.is_available() else "cpu"
 
 
 class _ErrorAsRow:
-    """An actor that returns an InputError as a row. Raised, it would be lost in pages of Ray Data's traceback."""
+    """An actor that returns an InputError or StoppedError as a row. Raised, it would be lost in pages of Ray Data's traceback."""
 
-    def __init__(self, actor: type, settings: Any) -> None:
-        self.mistake: str | None = None
-        try:
-            self.actor = actor(settings)
-        except InputError as error:
-            self.mistake = str(error)
+    def __init__(self, actor: type, settings: Any, storage: Path) -> None:
+        self.error: pa.Table | None = None
+        self.storage = storage
+        self.actor = self._guarded(lambda: actor(settings))
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        if self.mistake is None:
-            try:
-                return self.actor(block)
-            except InputError as error:
-                self.mistake = str(error)
-        return pa.table({MISTAKE: [self.mistake]})
+        counts = self._guarded(lambda: self.actor(block)) if self.error is None else None
+        return counts if self.error is None else self.error
+
+    def _guarded(self, work: Callable[[], Any]) -> Any:
+        """The result of `work`; None, and the error as a row in `self.error`, if it raises one that is told in one line."""
+        try:
+            with one_line(self.storage):
+                return work()
+        except (InputError, StoppedError) as error:
+            self.error = pa.table({MISTAKE if isinstance(error, InputError) else STOPPED: [str(error)]})
+            return None
 
 
-def run_blocks(actor: type, settings: Any, blocks: list[pa.Table], *, actors: int, cpus: float,
-               gpus: float = 0, done: Callable[[dict[str, int]], None] | None = None) -> dict[str, int]:
+def run_blocks(actor: type, settings: Any, blocks: list[pa.Table], *, actors: int, cpus: float, storage: Path,
+               gpus: float = 0, done: Callable[[dict[str, int]], None] | None = None,
+               options: Mapping[str, Any] | None = None) -> dict[str, int]:
     """Map `actor(settings)` over `blocks` with a pool of Ray Data actors.
 
-    Actors write their own output and return one row of counts for each block; the result has the sums. `done` is called with
-    the counts of each block. Raises the InputError that an actor raised.
+    Actors write their own output and return one row of counts for each block; the result has the sums. `storage`: where they
+    write; `done` is called with the counts of each block; `options`: further ones of Ray for the actors. Raises the InputError or
+    StoppedError that an actor raised, and StoppedError for a disk that takes no more.
     """
     totals: dict[str, int] = {}
     if not blocks:
@@ -102,11 +138,14 @@ def run_blocks(actor: type, settings: Any, blocks: list[pa.Table], *, actors: in
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     mapped = ray.data.from_arrow(blocks).map_batches(
         # one block for each call: all but the last have the same size, and with GPUs Ray Data needs a number
-        _ErrorAsRow, fn_constructor_args=(actor, settings), batch_size=max(map(len, blocks)), batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=min(actors, len(blocks))), num_cpus=cpus, num_gpus=gpus)
+        _ErrorAsRow, fn_constructor_args=(actor, settings, storage), batch_size=max(map(len, blocks)), batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=min(actors, len(blocks))), num_cpus=cpus, num_gpus=gpus,
+        **(options or {}))
     for row in mapped.iter_rows():
         if MISTAKE in row:
             raise InputError(row[MISTAKE])
+        if STOPPED in row:
+            raise StoppedError(row[STOPPED])
         counts = {name: int(value) for name, value in row.items()}
         for name, value in counts.items():
             totals[name] = totals.get(name, 0) + value

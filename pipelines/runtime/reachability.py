@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 import urllib.error
@@ -11,6 +12,21 @@ from collections.abc import Callable
 PROBE_SECONDS = 3
 GATEWAY_ERRORS = (502, 503, 504)
 """Status codes of a proxy whose server does not answer."""
+
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+def spare_loopback() -> None:
+    """Keep the proxy that the environment names, if any, away from servers on this machine, here and in every process started
+    from here: it could not reach them."""
+    if not any(name.lower() in ("http_proxy", "https_proxy", "all_proxy") for name in os.environ):
+        return
+    given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    spared = [one.strip() for one in given.split(",") if one.strip()]
+    if "*" not in spared:
+        for name in ("no_proxy", "NO_PROXY"):
+            os.environ[name] = ",".join(dict.fromkeys((*spared, *LOOPBACK)))
 
 
 def why_unreachable(url: str) -> str | None:

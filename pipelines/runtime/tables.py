@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-WIDTH = 130
-"""Characters of a line where stderr is no terminal."""
+WIDTH = 1000
+"""Most characters of a line where stderr is no terminal: a file has no width, and a path that is cut in two cannot be copied."""
 _NUMERIC = {*"0123456789-+", ""}
 """First characters of a cell that holds a number, or nothing."""
 

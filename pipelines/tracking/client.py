@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
+import re
+import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
 
-from hydra_core.errors import InputError
+from hydra_core.errors import InputError, StoppedError
+from pipelines.runtime.faults import storage_fault
 from pipelines.runtime.provenance import without_credentials
 from pipelines.runtime.reachability import why_silent, why_unreachable
 
@@ -21,12 +26,12 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 for _noisy in ("alembic", "mlflow.store.db.utils", "mlflow.tracking"):
     logging.getLogger(_noisy).setLevel(logging.WARNING)
 
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag  # noqa: E402
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.tracking import MlflowClient  # noqa: E402
 from mlflow.utils.time import get_current_time_millis  # noqa: E402
 
-__all__ = ["Dataset", "DatasetInput", "InputTag", "Metric", "MlflowClient", "MlflowException", "Param", "RunTag",
+__all__ = ["Dataset", "DatasetInput", "InputTag", "Metric", "MlflowClient", "MlflowException", "Param",
            "get_current_time_millis", "open_client"]
 TABLES_SECONDS, BUSY_SECONDS = 120.0, 30.0
 """Longest wait for another process that makes the tables of an SQLite file, and for one that writes to it."""
@@ -34,22 +39,91 @@ DATABASE_PORTS = {"postgresql": 5432, "postgres": 5432, "mysql": 3306, "mssql": 
 
 
 def open_client(uri: str) -> MlflowClient:
-    """A client whose server answers. Raises InputError within seconds if it does not, or if the store is refused."""
+    """A client whose server answers, and whose faults later are one line. Raises StoppedError within seconds if no server
+    answers or the disk takes no more, InputError if the store is refused."""
     shown = without_credentials(uri)
     if fault := _why_dead(uri):
-        raise InputError(f"tracking.uri={shown}: no MLflow server answers there ({fault}): start it or choose another")
+        raise StoppedError(f"tracking.uri={shown}: no MLflow server answers there ({fault}): start it or choose another")
     try:
+        if _has_tables(uri):
+            return _told_in_one_line(_connected(uri), shown)
         with _one_at_a_time(uri):
-            return _connected(uri)
+            return _told_in_one_line(_connected(uri), shown)
     except Timeout:
         raise InputError(f"tracking.uri={shown}: another process has been making its tables for {TABLES_SECONDS:.0f} s: try "
                          f"again, or delete {_database(uri)}.lock if none is running") from None
     except Exception as error:  # each kind of store raises its own exceptions
+        if (path := _database(uri)) and (fault := storage_fault(error, path.parent)):
+            raise fault from None
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if "_alembic_tmp_" in reason or "already exists" in reason:
             raise InputError(f"tracking.uri={shown}: an interrupted first start left its tables half-made ({reason}): delete "
                              f"{_database(uri) or 'that database'} and run again") from None
         raise InputError(f"tracking.uri={shown}: cannot be used ({reason})") from None
+
+
+class _OneLine:
+    """A client whose calls raise StoppedError, with one line, for what no caller can go on from: a server that went away, an
+    experiment or a run that somebody deleted meanwhile."""
+
+    def __init__(self, client: MlflowClient, shown: str) -> None:
+        self._client, self._shown = client, shown
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._client, name)
+
+        def call(*arguments: Any, **more: Any) -> Any:
+            try:
+                return method(*arguments, **more)
+            except MlflowException as error:
+                if (line := _line_of(str(error))) is None:
+                    raise
+                raise StoppedError(f"tracking.uri={self._shown}: {line}") from None
+
+        return call
+
+
+def _told_in_one_line(client: MlflowClient, shown: str) -> MlflowClient:
+    return cast(MlflowClient, _OneLine(client, shown))
+
+
+_DELETED = re.compile(r"The (run|experiment) (\S+) must be in the '?active'? state", re.IGNORECASE)
+_AWAY = re.compile(r"API request to .* failed|Max retries exceeded|Connection (refused|reset|aborted)|could not connect")
+
+
+def _line_of(message: str) -> str | None:
+    """What a person reads of a fault of the store, None for one that a caller knows what to do about."""
+    if found := _DELETED.search(message):
+        what = found[1].lower()
+        return (f"the {what} {found[2]} was deleted while this command used it: `mlflow {what}s restore --{what}-id {found[2]}`, "
+                "or run the same command again")
+    if _AWAY.search(message):
+        return f"the MLflow server does not answer any more ({message.splitlines()[0][:200]}): run the same command again"
+    return None
+
+
+def _has_tables(uri: str) -> bool:
+    """Whether an SQLite store has all its tables already: the lock is for those who make them."""
+    path = _database(uri)
+    if path is None or not path.is_file():
+        return False
+    try:
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
+            found = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+    except sqlite3.Error:
+        return False
+    return found is not None and found[0] == _newest_schema()
+
+
+@functools.cache
+def _newest_schema() -> str | None:
+    """The version of the tables that this MLflow makes, None if it cannot be found out."""
+    try:
+        from mlflow.store.db.utils import _get_latest_schema_revision
+
+        return str(_get_latest_schema_revision())
+    except (ImportError, AttributeError):
+        return None
 
 
 def _connected(uri: str) -> MlflowClient:
@@ -90,5 +164,5 @@ def _why_dead(uri: str) -> str | None:
         parts = urlsplit(uri)
         port = parts.port or DATABASE_PORTS.get(parts.scheme.split("+")[0])
     except ValueError as error:
-        return str(error)
+        raise InputError(f"tracking.uri={without_credentials(uri)}: is no address ({error})") from None
     return why_silent(parts.hostname, port) if parts.hostname and port else None

@@ -5,13 +5,17 @@ All calls go through `MlflowClient` with explicit run ids: MLflow's active runs 
 
 from __future__ import annotations
 
+import errno
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from hydra_core.errors import InputError, StoppedError
 from pipelines.config import RunConfig
+from pipelines.runtime.console import say
 from pipelines.runtime.provenance import HIDDEN, is_secret, shareable_yaml, without_credentials
 from pipelines.tracking.address import tracking_uri
 from pipelines.tracking.client import (
@@ -22,7 +26,6 @@ from pipelines.tracking.client import (
     MlflowClient,
     MlflowException,
     Param,
-    RunTag,
     get_current_time_millis,
     open_client,
 )
@@ -46,7 +49,10 @@ class Run:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
                  trace: TracebackType | None) -> None:
-        self.end("FAILED" if kind else "FINISHED")
+        try:
+            self.end("FAILED" if kind else "FINISHED")
+        except Exception as error:  # the work is done, or has failed for a reason that matters more
+            say("tracking", f"the end of run {self.run_id} is not recorded: {(str(error).splitlines() or [''])[0]}")
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log numbers at a step; other characters of a name than letters, digits and . _ - / are replaced."""
@@ -72,22 +78,34 @@ class Run:
         self._client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
 
     def log_artifact(self, path: Path | str, artifact_path: str | None = None) -> None:
-        """Log a file, or the contents of a folder, under `artifact_path`."""
-        if Path(path).is_dir():
-            self._client.log_artifacts(self.run_id, str(path), artifact_path)
-        else:
-            self._client.log_artifact(self.run_id, str(path), artifact_path)
-
-    def set_tags(self, tags: Mapping[str, str]) -> None:
-        self._client.log_batch(self.run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
+        """Log a file, or the contents of a folder, under `artifact_path`. Raises InputError if the store of artifacts refuses."""
+        log = self._client.log_artifacts if Path(path).is_dir() else self._client.log_artifact
+        with self._artifacts():
+            log(self.run_id, str(path), artifact_path)
 
     def artifact_uri(self, path: str) -> str:
         """The address of an artifact of this run."""
         return f"{self._client.get_run(self.run_id).info.artifact_uri}/{path}"
 
     def log_text(self, text: str, file: str) -> None:
-        """Log a text as the artifact `file`."""
-        self._client.log_text(self.run_id, text, file)
+        """Log a text as the artifact `file`. Raises InputError if the store of artifacts refuses."""
+        with self._artifacts():
+            self._client.log_text(self.run_id, text, file)
+
+    @contextmanager
+    def _artifacts(self) -> Iterator[None]:
+        """Tell in one line that artifacts cannot be stored. A full disk is told by who prints errors."""
+        try:
+            yield
+        except (StoppedError, InputError):
+            raise
+        except Exception as error:  # each kind of store raises its own exceptions
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            where = without_credentials(self._client.get_run(self.run_id).info.artifact_uri)
+            raise InputError(f"tracking.experiment: its artifacts cannot be stored in {where} "
+                             f"({(str(error).splitlines() or [type(error).__name__])[0][:200]}): choose another "
+                             "tracking.experiment, or correct the server's artifact root") from None
 
     def end(self, status: str = "FINISHED") -> None:
         for run_id in (self.run_id, self._parent):
@@ -105,12 +123,16 @@ class Tracker:
 
     @classmethod
     def open(cls, config: RunConfig) -> Tracker:
-        """Connect. Raises InputError within seconds if the server does not answer."""
+        """Connect. Raises StoppedError within seconds if the server does not answer, InputError for an experiment that was
+        deleted."""
         uri = tracking_uri(config)
         client = open_client(uri)
         name = config.tracking.experiment
         found = client.get_experiment_by_name(name)
         if found is not None:
+            if found.lifecycle_stage == "deleted":
+                raise InputError(f"tracking.experiment={name}: was deleted: restore it (`mlflow experiments restore "
+                                 f"--experiment-id {found.experiment_id}`) or choose another name")
             return cls(config, client, uri, found.experiment_id)
         location = None
         if uri.startswith("sqlite:"):  # MLflow's default is relative to the folder that a worker runs in
@@ -188,7 +210,7 @@ class MetricLogger:
 
 
 def metric_logger(uri: str, run_id: str) -> MetricLogger:
-    """A logger for the run `run_id` of the store at `uri`. Raises InputError as `open_client` does."""
+    """A logger for the run `run_id` of the store at `uri`. Raises InputError and StoppedError as `open_client` does."""
     return MetricLogger(uri, run_id)
 
 

@@ -108,6 +108,9 @@ class AsyncEvaluator:
                          self.context.train.workers.threads)
 
     def _log(self, step: int, value: float) -> None:
-        if (logger := tracker_of(self.context)) is not None:
-            logger.log({METRIC: value}, step)
+        try:
+            if (logger := tracker_of(self.context)) is not None:
+                logger.log({METRIC: value}, step)
+        except Exception as error:  # each kind of store raises its own exceptions, and none is worth the training
+            self.say(f"{METRIC} of step {step} is not logged: {(str(error).splitlines() or [type(error).__name__])[0]}")
         self.say(f"decoded with the heads of step {step}: {value:.3f} tokens per step")

@@ -33,6 +33,7 @@ from pipelines.rows.packed_reader import ProcessGroup, RowReader, load_log_parti
 from pipelines.rows.row_index import RowStore
 from pipelines.rows.schemas import content_id
 from pipelines.runtime.artifacts import RunPaths
+from pipelines.runtime.faults import one_line
 from pipelines.runtime.files import write_array
 from pipelines.train.async_eval import AsyncEvaluator
 from pipelines.train.batches import Batch, StepBatches, valid_counts, validation_groups
@@ -47,7 +48,13 @@ STATE_TAG = "state"
 
 
 def train_loop(settings: dict[str, Any]) -> None:
-    """Train one drafter on this rank until its last step, resuming from Ray's checkpoint if there is one."""
+    """Train one drafter on this rank until its last step, resuming from Ray's checkpoint if there is one. Raises StoppedError for
+    a disk that takes no more."""
+    with one_line(Path(settings["folder"])):
+        _train(settings)
+
+
+def _train(settings: dict[str, Any]) -> None:
     import ray.train
 
     worker = ray.train.get_context()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from pipelines.runtime.files import write_text
 from pipelines.train.context import CURVE, HEADS, LOGGED
 
 if TYPE_CHECKING:
-    from pipelines.tracking import MetricLogger
+    from pipelines.tracking import MetricLogger, Run
     from pipelines.train.context import TrainContext
 
 PROGRESS_SECONDS = 5.0
@@ -48,18 +49,47 @@ def tracker_of(context: TrainContext) -> MetricLogger | None:
 
 
 def log_curve(context: TrainContext, figures: dict[str, float]) -> None:
-    """Log the steps since the last logged one, and the held-out figures. A restarted worker continues where the log ends."""
-    logger = tracker_of(context)
-    if logger is None:
+    """Log the steps since the last logged one, and the held-out figures. A restarted worker continues where the log ends.
+
+    A tracker that does not take them costs no training: they are kept, and logged with those of the next validation or, by
+    `log_rest`, at the end.
+    """
+    folder = Path(context.settings.folder)
+    if context.settings.run_id is None:
         return
-    marker = Path(context.settings.folder) / LOGGED
-    done = json.loads(marker.read_text(encoding="utf-8"))["next_step"] if marker.exists() else 0
-    logger.log_curve([
-        (record["step"], {f"train.{name}": value for name, value in record.items() if name not in ("step", "time")})
-        for record in context.curve if record["step"] >= done])
-    if context.next_step > done:
-        logger.log({f"held_out.{name}": value for name, value in figures.items()}, context.next_step)
-    write_text(marker, json.dumps({"next_step": max(done, context.next_step)}))
+    marker = _read_marker(folder)
+    if context.next_step > marker["next_step"]:
+        marker["held_out"][str(context.next_step)] = figures
+    try:
+        if (logger := tracker_of(context)) is None:
+            return
+        _log(logger, context.curve, marker)
+        marker = {"next_step": max(marker["next_step"], context.next_step), "held_out": {}}
+    except Exception as error:  # a server that is down, a busy database: each kind of store raises its own exceptions
+        say(f"train {context.settings.drafter}", f"step {context.next_step}: metrics are not logged yet, training goes on "
+            f"({(str(error).splitlines() or [type(error).__name__])[0]})")
+    write_text(folder / LOGGED, json.dumps(marker))
+
+
+def log_rest(run: Run, folder: Path, curve: Path) -> None:
+    """Log what `log_curve` could not: the driver does it when training has ended. `curve`: the file with all steps."""
+    marker = _read_marker(folder)
+    _log(run, [json.loads(line) for line in curve.read_text(encoding="utf-8").splitlines()], marker)
+
+
+def _log(logger: MetricLogger | Run, curve: Sequence[Mapping[str, Any]], marker: Mapping[str, Any]) -> None:
+    points = [(record["step"], {f"train.{name}": value for name, value in record.items() if name not in ("step", "time")})
+              for record in curve if record["step"] >= marker["next_step"]]
+    points += [(int(step), {f"held_out.{name}": value for name, value in figures.items()})
+               for step, figures in marker["held_out"].items()]
+    logger.log_curve(points)
+
+
+def _read_marker(folder: Path) -> dict[str, Any]:
+    """The first step that is not logged, and the held-out figures, by step, that are not."""
+    marker = folder / LOGGED
+    found: dict[str, Any] = json.loads(marker.read_text(encoding="utf-8")) if marker.exists() else {"next_step": 0}
+    return {"held_out": {}, **found}
 
 
 class StepLines:

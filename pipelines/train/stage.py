@@ -12,7 +12,7 @@ from typing import Any
 
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 
 from hydra_core.base import BaseVocabulary, load_vocabulary
 from hydra_core.errors import InputError
@@ -21,15 +21,18 @@ from pipelines.config import RunConfig
 from pipelines.distill.stage import answered, distilled
 from pipelines.rows.feature_store import FeatureStore
 from pipelines.rows.row_index import RowStore
-from pipelines.runtime.artifacts import RunPaths, StageFolder, StageResult, fingerprint, finished, stage_folder
+from pipelines.runtime.artifacts import RunPaths, StageFolder, StageResult, earlier_bases, fingerprint, finished, stage_folder
 from pipelines.runtime.files import copy_folder
 from pipelines.runtime.provenance import provenance
-from pipelines.runtime.ray_cluster import check_workers, ensure_ray
+from pipelines.runtime.ray_access import worker_environment
+from pipelines.runtime.ray_cluster import check_workers, cluster_address, ensure_ray
 from pipelines.tracking import Run, Tracker
 from pipelines.train.context import CURVE, HEADS, LAST, LOGGED, LoopSettings
 from pipelines.train.deepspeed_config import check_toolchain
 from pipelines.train.divergence import STOPPED, raise_if_stopped
 from pipelines.train.loop import total_steps, train_loop, training_rows
+from pipelines.train.ray_train import HeadTrainer, NodeTorchConfig
+from pipelines.train.reporting import log_rest
 from pipelines.train.untrained import run_dry
 from pipelines.train.warm_start import check_start, start_digest
 
@@ -62,7 +65,8 @@ def run_train(config: RunConfig) -> StageResult:
     results: dict[str, StageResult] = {}
     todo = []
     for name in names:
-        done = finished(RunPaths.of(config).stage(STAGE, name), _fingerprint(config, name, data_digest))
+        done = finished(RunPaths.of(config).stage(STAGE, name), _fingerprint(config, name, data_digest),
+                        _earlier_fingerprints(config, name, data_digest))
         results |= {name: done} if done else {}
         todo += [] if done else [name]
     if todo:
@@ -88,7 +92,7 @@ def _shorten_waits(config: RunConfig) -> None:
     and at the end. A local Ray has no nodes that can be preempted, and so needs no actor that watches for it.
     """
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    if not config.ray_address and not os.environ.get("RAY_ADDRESS"):
+    if cluster_address(config) is None:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 
 
@@ -100,13 +104,13 @@ def build_trainer(config: RunConfig, settings: LoopSettings, state: Path, name: 
     train = config.train
     uses_gpu = train.workers.gpus > 0
     resources = {"CPU": train.workers.cpus} | ({"GPU": train.workers.gpus} if uses_gpu else {})
-    return TorchTrainer(
+    return HeadTrainer(
         train_loop,
         train_loop_config=asdict(settings),
-        torch_config=TorchConfig(backend="nccl" if uses_gpu else "gloo"),
+        torch_config=NodeTorchConfig(backend="nccl" if uses_gpu else "gloo"),
         scaling_config=ScalingConfig(num_workers=train.workers.count, use_gpu=uses_gpu, resources_per_worker=resources),
         run_config=RayRunConfig(
-            name=name, storage_path=str(state),
+            name=name, storage_path=str(state), worker_runtime_env=worker_environment(cluster_address(config)),
             logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]  # typed as the old RunConfig
             failure_config=FailureConfig(max_failures=train.max_failures),
             # The best one. Ray keeps the last one besides, from which it would resume.
@@ -119,7 +123,8 @@ def _train_one(config: RunConfig, name: str, data: tuple[Path, Path], data_diges
     """Train one drafter; `data`: folders of the training rows and of the features that validation reads."""
     rows, features = data
     folder, wanted = RunPaths.of(config).stage(STAGE, name), _fingerprint(config, name, data_digest)
-    with stage_folder(config, STAGE, folder, wanted) as stage:
+    with stage_folder(config, STAGE, folder, wanted, earlier=_earlier_fingerprints(config, name, data_digest),
+                      settings=_named_settings(config, name)) as stage:
         store = training_rows(config.train, rows)
         coverage = _coverage(config, name, store, vocabulary)
         with tracker.start(STAGE, part=name, fingerprint=wanted) as run:
@@ -129,7 +134,7 @@ def _train_one(config: RunConfig, name: str, data: tuple[Path, Path], data_diges
                                     str(folder), tracker.uri, run.run_id, provenance(config) | {
                                         "data_digest": data_digest, "start_digest": start_digest(config, name)})
             (folder / STOPPED).unlink(missing_ok=True)
-            result = build_trainer(config, settings, folder / STATE, f"{name}-{wanted[:16]}").fit()
+            result = build_trainer(config, settings, folder / STATE, f"{name}-{stage.fingerprint[:16]}").fit()
             raise_if_stopped(folder, name, result.checkpoint)
             steps = total_steps(config.train, store)
             learned = int(store.index.lengths.sum() - store.index.prompt_tokens.sum())
@@ -150,6 +155,7 @@ def _finish(stage: StageFolder, name: str, result: Any, run: Run, figures: dict[
         "tokens_per_step": round(metrics["tokens_per_step"], 4),
         "top1": [round(metrics[f"head{head}_top1"], 4) for head in range(heads)],
         "best_step": metrics["step"], "seconds": round(time.time() - stage.started, 1)}
+    log_rest(run, folder, folder / CURVE)
     run.log_metrics({f"best.{key}": float(value) for key, value in metrics.items()})
     run.log_artifact(folder / HEADS, "heads")
     run.log_artifact(folder / CURVE)
@@ -164,20 +170,36 @@ def _finish(stage: StageFolder, name: str, result: Any, run: Run, figures: dict[
 
 
 def _settings(config: RunConfig, name: str) -> dict[str, Any]:
-    """The settings that decide the heads of one drafter."""
+    """The settings that decide the heads of one drafter. Of the base they are those that change what it computes: the rows say
+    which base it is, wherever it lies."""
     train = config.train.model_dump(mode="json", by_alias=True, exclude=EXECUTION_FIELDS)
     train["workers"] = config.train.workers.count  # logical CPUs and threads change the time alone
     heads = config.train.drafters[name].model_dump(mode="json")
     if not heads["recurrent"]:
         del heads["recurrent"]  # trainings from before this field keep their fingerprint
-    return {"train": train, "heads": heads,
-            "base": config.base.model_dump(mode="json")}
+    return {"train": train, "heads": heads, "base": config.base.model_dump(mode="json", include={"dtype", "context_limit"})}
+
+
+def _named_settings(config: RunConfig, name: str) -> dict[str, Any]:
+    """The same, under the names that a user gives."""
+    settings = _settings(config, name)
+    train = settings["train"] | {"workers": {"count": settings["train"]["workers"]}, "drafters": {name: settings["heads"]}}
+    return {"train": train, "base": settings["base"]}
 
 
 def _fingerprint(config: RunConfig, name: str, data_digest: str) -> str:
-    start = start_digest(config, name)
-    return fingerprint(STAGE, _settings(config, name) | {"drafter": name},
-                       {"distill": data_digest} | ({"start": start} if start else {}))
+    return _digest_of(_settings(config, name), name, data_digest, start_digest(config, name))
+
+
+def _earlier_fingerprints(config: RunConfig, name: str, data_digest: str) -> set[str]:
+    """Those that earlier versions gave to this training: they held the base's path and device too."""
+    settings, start = _settings(config, name), start_digest(config, name)
+    return {_digest_of(settings | {"base": base}, name, data_digest, start)
+            for base in earlier_bases(config, RunPaths.of(config).stage(STAGE, name))}
+
+
+def _digest_of(settings: dict[str, Any], name: str, data_digest: str, start: str | None) -> str:
+    return fingerprint(STAGE, settings | {"drafter": name}, {"distill": data_digest} | ({"start": start} if start else {}))
 
 
 def _check_data(config: RunConfig, rows: Path, features: Path) -> BaseVocabulary:

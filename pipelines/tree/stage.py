@@ -37,17 +37,20 @@ from pipelines.profiling.step_curves import CURVES, run_curves
 from pipelines.rows.feature_store import FeatureStore
 from pipelines.rows.packed_reader import RowReader
 from pipelines.runtime.artifacts import (
+    DEVICES,
     RunPaths,
     StageFolder,
     StageResult,
+    earlier_bases,
     fingerprint,
     finished,
+    read_manifest,
     require_manifest,
     stage_folder,
 )
 from pipelines.runtime.console import say
 from pipelines.runtime.files import atomic_folder, write_text
-from pipelines.runtime.ray_cluster import ensure_ray, measuring_resources
+from pipelines.runtime.ray_cluster import ensure_ray, measuring_device, measuring_resources
 from pipelines.tracking import Run, Tracker
 from pipelines.tree.plots import plot_choices, plot_tree
 
@@ -88,7 +91,7 @@ def run_tree(config: RunConfig) -> StageResult:
     wanted = {name: _fingerprint(config, name, data_digest) for name in names}
     results: dict[str, StageResult] = {}
     for name in names:
-        done = finished(RunPaths.of(config).stage(STAGE, name), wanted[name])
+        done = finished(RunPaths.of(config).stage(STAGE, name), wanted[name], _earlier_fingerprints(config, name, data_digest))
         results |= {name: done} if done else {}
     todo = [name for name in names if name not in results]
     if todo:
@@ -186,7 +189,8 @@ def _write_one(config: RunConfig, name: str, wanted: str, measured: Measured, tr
     source = RunPaths.of(config).stage("train", name) / HEADS
     scored = choose_trees(measured, config.tree.batch_sizes, max(config.tree.node_counts))
     best = {batch: best_choice(choices) for batch, choices in scored.items()}
-    with (stage_folder(config, STAGE, folder, wanted) as stage,
+    with (stage_folder(config, STAGE, folder, wanted, earlier=_earlier_fingerprints(config, name, features[1]),
+                       settings=_settings(config)) as stage,
           tracker.start(STAGE, part=name, fingerprint=wanted) as run):
         run.log_dataset("features", features[1], str(features[0]), STAGE)
         run.log_dataset(f"{name} heads", _trained(config, name), str(source), STAGE)
@@ -257,14 +261,29 @@ def _check_room(config: RunConfig, limit: int) -> None:
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
-    return {"tree": config.tree.model_dump(mode="json", exclude={"curves"}), "base": config.base.model_dump(mode="json")}
+    """The settings that decide a tree. The heads say which base it is, wherever it lies."""
+    base = config.base.model_dump(mode="json", include={"dtype", "context_limit"})
+    return {"tree": config.tree.model_dump(mode="json", exclude={"curves"}), "base": base | {"device": measuring_device(config)}}
 
 
-def _fingerprint(config: RunConfig, name: str, data_digest: str) -> str:
-    return fingerprint(STAGE, _settings(config) | {"drafter": name},
+def _fingerprint(config: RunConfig, name: str, data_digest: str, settings: dict[str, Any] | None = None) -> str:
+    return fingerprint(STAGE, (settings or _settings(config)) | {"drafter": name},
                        {"distill": data_digest, "train": _trained(config, name)})
+
+
+def _earlier_fingerprints(config: RunConfig, name: str, data_digest: str) -> set[str]:
+    """Those that earlier versions gave to this work: they held the base's path, and the device as it was written."""
+    same = {device for device in DEVICES if measuring_device(config, device) == measuring_device(config)}
+    return {_fingerprint(config, name, data_digest, _settings(config) | {"base": base})
+            for base in earlier_bases(config, RunPaths.of(config).stage(STAGE, name)) if base["device"] in same}
 
 
 def _trained(config: RunConfig, name: str) -> str:
     """Digest of a drafter's trained heads. Raises InputError if it is not trained yet."""
-    return str(require_manifest(RunPaths.of(config).stage("train", name), "train")["digest"])
+    folder = RunPaths.of(config).stage("train", name)
+    if config.train.only is None and read_manifest(folder) is None:
+        paths = RunPaths.of(config)
+        if others := [one for one in config.train.drafters if read_manifest(paths.stage("train", one)) is not None]:
+            raise InputError(f"{folder}: no finished `train` here: run `hydra-heads train` for it too, or choose a drafter "
+                             f"that is trained: train.only={others[0]}")
+    return str(require_manifest(folder, "train")["digest"])

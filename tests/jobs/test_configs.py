@@ -17,6 +17,7 @@ from pipelines.config import (
     reference_page,
     to_yaml,
 )
+from pipelines.runtime.provenance import shareable_yaml
 from tests.conftest import ROOT
 
 CONFIGS = sorted((ROOT / "jobs" / "configs").rglob("*.yaml"))
@@ -116,3 +117,36 @@ def test_a_setting_without_effect_is_refused() -> None:
     with pytest.raises(InputError, match=r"serve\.workers\.count=7 has no effect: set serve\.replicas"):
         load_config(None, {"serve.workers.count": 7})
     assert load_config(None, {"serve.workers.cpus": 2, "serve.replicas": 3}).serve.replicas == 3
+
+
+def test_what_is_recorded_reads_back(tmp_path: Path) -> None:
+    """A file of keys is named, not hidden: an endpoint that is started from the record asks for keys too."""
+    config = load_config(None, {"storage": str(tmp_path), "serve.api_keys_file": "/keys", "batch.key_variable": "MY_KEY",
+                                "tracking.uri": "http://me:hunter2@host"})
+    path = tmp_path / "config.yaml"
+    path.write_text(shareable_yaml(config), encoding="utf-8")
+    found = load_config(str(path))
+    assert (found.serve.api_keys_file, found.batch.key_variable, found.tracking.uri) == ("/keys", "MY_KEY", "http://host")
+    assert found.model_copy(update={"tracking": config.tracking}) == config
+
+
+def test_what_an_earlier_version_hid_is_left_out_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("name: mine\nserve: {api_keys_file: (hidden), port: 9000}\n", encoding="utf-8")
+    config = load_config(str(path))
+    assert (config.name, config.serve.port, config.serve.api_keys_file) == ("mine", 9000, None)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"config {path}: serve.api_keys_file was not recorded: give it again if it is needed"]
+
+
+def test_a_user_without_a_home_is_told_what_to_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.delenv("HYDRA_HEADS_STORAGE", raising=False)
+    with pytest.raises(InputError, match="storage: this user has no home folder: give storage=FOLDER or set HYDRA_HEADS_STORAGE"):
+        load_config()
+    assert load_config(None, {"storage": "/data"}).storage == "/data"
+    monkeypatch.setenv("HYDRA_HEADS_STORAGE", "/data/variable")
+    assert load_config().storage == "/data/variable"

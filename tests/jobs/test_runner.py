@@ -282,6 +282,9 @@ def test_config_prints_settings_and_their_reference(tmp_path: Path, capsys: pyte
     assert (load_config(str(path)).name, load_config(str(path)).train.learning_rate) == ("mixed", 1e-4)
     assert cli.main(["config", "--describe"]) == 0
     assert "| `train.max_steps` | integer >= 1 or null | null | " in capsys.readouterr().out
+    for words in (["--config"], ["--config", "train.lr=1"]):
+        assert cli.main(["config", *words]) == 2
+        assert "config --config: name a file" in capsys.readouterr().err
     assert cli.main(["config", "train.steps=1"]) == 2
     assert "did you mean train.max_steps?" in capsys.readouterr().err
 

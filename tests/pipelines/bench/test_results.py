@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from hydra_core.base import Base, resolve_base
 from hydra_core.bundled import folders
 from hydra_core.errors import InputError
 from hydra_core.heads.checkpoint import save_checkpoint
 from hydra_core.tree import DraftTree, TreeSet
+from pipelines.bench import results
 from pipelines.bench.inputs import bench_fingerprint, find_heads, find_methods
 from pipelines.bench.plan import read_rows
-from pipelines.bench.results import bench_label, finished_benches, fitting_bench, result_folder
+from pipelines.bench.results import bench_label, claimed_result, finished_benches, fitting_bench, result_folder
 from pipelines.bench.stage import run_bench
 from pipelines.config import RunConfig, load_config
 from pipelines.promote.stage import run_promote
@@ -77,6 +80,42 @@ def test_a_folder_that_is_no_result_is_left_alone(tiny_base_dir: Path, storage: 
     (root / "notes.txt").unlink()
     write_text(root / "claim.json", "half a cla")  # nobody's work any more, and not free
     assert finish(config).parent == root
+
+
+def test_two_first_benches_at_once_have_a_folder_each(tiny_base_dir: Path, storage: Path,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both have found the first folder free; one of them has claimed it then."""
+    config = config_for(storage, tiny_base_dir)
+    root, real, early = RunPaths.of(config).stage("bench"), results.result_folder, [RunPaths.of(config).stage("bench")]
+    monkeypatch.setattr(results, "result_folder", lambda *asked: early.pop() if early else real(*asked))
+    with ThreadPoolExecutor(1) as other, stage_folder(config, "bench", root, "a" * 64):
+        def second() -> Path:
+            with claimed_result(config, "bench", root, "b" * 64, "questions") as stage:
+                write_text(stage.folder / "rows", "mine")
+                return stage.folder
+
+        assert other.submit(second).result() == root / "questions-bbbbbbbb" and not early
+        write_text(root / "rows", "first")
+    assert result_folder(root, "b" * 64, "questions") == root / "questions-bbbbbbbb"
+    with ThreadPoolExecutor(1) as other, stage_folder(config, "bench", root, "a" * 64), \
+            pytest.raises(InputError, match="another run writes to it"):  # the very same bench
+        other.submit(lambda: claimed_result(config, "bench", root, "a" * 64, "questions").__enter__()).result()
+
+
+def test_the_device_that_auto_chooses_is_no_other_bench(tiny_base_dir: Path, storage: Path) -> None:
+    """Where there is no GPU; and what an earlier version recorded with `cpu` is found."""
+    if torch.cuda.is_available():
+        pytest.skip("auto is not the CPU here")
+    auto, cpu = config_for(storage, tiny_base_dir), config_for(storage, tiny_base_dir, base__device="cpu")
+    finish(auto)
+    assert run_bench(cpu).skipped and fitting_bench(cpu)[0] == fitting_bench(auto)[0]
+    limited = {"bench__limit": 1, "base__device": "cpu"}
+    early = config_for(storage, tiny_base_dir, **limited)
+    folder = result_folder(RunPaths.of(auto).stage("bench"), bench_fingerprint(early, {}, "cpu"), "questions")
+    with stage_folder(early, "bench", folder, bench_fingerprint(early, {}, "cpu")) as stage:
+        write_text(folder / "report.json", "{}")
+        stage.finish(StageResult("bench", None, {"report": str(folder / "report.json")}, {}), [folder / "report.json"])
+    assert run_bench(early).outputs["report"] == str(folder / "report.json") and fitting_bench(early)[0] == folder
 
 
 def test_promote_takes_the_bench_of_its_settings(tiny_base_dir: Path, storage: Path) -> None:

@@ -11,8 +11,9 @@ import pytest
 
 from hydra_core.base import Base
 from hydra_core.decoding import read_configuration
-from hydra_core.errors import InputError
+from hydra_core.errors import InputError, StoppedError
 from hydra_core.heads.checkpoint import save_checkpoint
+from hydra_core.proposers import NgramDrafter
 from hydra_core.tree import DraftTree, TreeSet
 from pipelines.bench.inputs import bench_fingerprint, find_heads
 from pipelines.config import RunConfig, load_config
@@ -44,7 +45,7 @@ def benched(config: RunConfig, **speeds: float) -> Path:
     heads = find_heads(config)
     folder = RunPaths.of(config).stage("bench")
     methods = {name: FIGURES | {"speed_vs_plain": speed} for name, speed in {"plain": 1.0, **speeds}.items()}
-    plan = {"base": config.base.model_dump(mode="json"), "ngram": [3, 2, 8], "heads": heads}
+    plan = {"base": config.base.model_dump(mode="json"), "ngram": [5, 4, 8], "heads": heads}
     with stage_folder(config, "bench", folder, bench_fingerprint(config, heads)) as stage:
         write_text(folder / "report.json", json.dumps({"methods": methods, "plan": plan}))
         stage.finish(StageResult("bench", None, {}, {}), [folder / "report.json"])
@@ -65,6 +66,8 @@ def test_registered_again_where_the_alias_does_not_stand_for_it(tiny_base_dir: P
     benched(config, ngram=1.5)
     first = run_promote(config)
     assert (first.figures["champion"], first.figures["version"]) == ("ngram", 1)
+    promoted = read_configuration(Path(first.outputs["configuration"]))
+    assert promoted.ngram == NgramDrafter(max_match=5, min_match=4, length=8)  # as measured, not the defaults
     client = MlflowClient(Tracker.open(config).uri)
     params = client.get_run(first.run_id).data.params
     assert params["base.dtype"] == "fp32" and params["promote.alias"] == "champion" and params["batch.seed"] == "0"
@@ -136,7 +139,7 @@ def test_mistakes_leave_no_claim(tiny_base_dir: Path, storage: Path) -> None:
     with pytest.raises(InputError, match="no finished `bench` here"):
         run_promote(config)
     benched(config, ngram=1.5)
-    with pytest.raises(InputError, match=r"tracking\.uri=http://127\.0\.0\.1:9"):
+    with pytest.raises(StoppedError, match=r"tracking\.uri=http://127\.0\.0\.1:9"):
         run_promote(config)
     assert not (storage / "runs" / "default" / "promote").exists()
 

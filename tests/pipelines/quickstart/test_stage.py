@@ -40,6 +40,22 @@ def test_what_was_built_on_a_changed_stage_goes(storage: Path, changed: str | No
     assert {name for name, path in outputs.items() if not path.exists()} == gone
 
 
+def test_a_bench_of_other_prompts_is_not_looked_at(storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(None, {"storage": str(storage)})
+    outputs = finish_all(config)
+    side = RunPaths.of(config).stage("bench") / "mine-0a1b2c3d"
+    with stage_folder(config, "bench", side, "other") as stage:
+        write_text(side / "output", "side")
+        stage.finish(StageResult("bench", None, {}, {}), [side / "output"])
+    monkeypatch.setattr(quickstart, "fitting_bench", lambda config: (outputs["bench"].parent, {}))
+    (side / "output").write_text("changed", encoding="utf-8")
+    quickstart._drop_stale(config)
+    assert all(path.exists() for path in outputs.values())
+    outputs["bench"].write_text("changed", encoding="utf-8")
+    quickstart._drop_stale(config)
+    assert not outputs["promote"].exists()
+
+
 @pytest.mark.slow
 def test_a_chain_that_fails_does_not_go_on_running(local_ray: None, tiny_base_dir: Path, storage: Path,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -158,3 +162,84 @@ def test_fingerprints_hold_settings_by_their_earlier_names() -> None:
     """So that what an earlier version finished counts as done."""
     serve = recorded_settings(load_config(None, {"serve.max_batch_size": 5}).serve, mode="json", exclude={"update"})
     assert serve["max_batch"] == 5 and not {"max_batch_size", "update"} & serve.keys()
+
+
+def test_two_runs_of_a_stage_at_once(config: RunConfig, tmp_path: Path) -> None:
+    """The second one is told, touches nothing, and the first one ends as if it were alone."""
+    folder, told = tmp_path / "out", []
+
+    def second() -> None:
+        try:
+            work(config, folder)
+        except InputError as error:
+            told.append(str(error))
+
+    with stage_folder(config, "distill", folder, WANTED) as stage:
+        write_text(folder / "rows", "first")
+        before = sorted(folder.rglob("*"))
+        other = threading.Thread(target=second)
+        other.start()
+        other.join()
+        assert sorted(folder.rglob("*")) == before and len(told) == 1
+        assert re.fullmatch(rf"{folder}: another run writes to it \(process {os.getpid()} on .*\): wait for it or stop it",
+                            told[0])
+        stage.finish(StageResult("distill", None, {}, {}), [folder / "rows"])
+    assert finished(folder, WANTED) is not None and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("finish", [True, False])
+def test_the_settings_that_differ_are_named_with_both_values(config: RunConfig, tmp_path: Path, finish: bool) -> None:
+    folder = tmp_path / "out"
+
+    def run(lr: float, betas: tuple[float, ...] = (0.9, 0.95)) -> None:
+        settings = {"train": {"lr": lr, "betas": betas, "schedule": "wsd", "max_steps": None}}
+        with stage_folder(config, "train", folder, fingerprint("train", settings, {}), settings=settings) as stage:
+            write_text(folder / "rows", "rows")
+            if not finish:
+                raise RuntimeError
+            stage.finish(StageResult("train", None, {}, {}), [folder / "rows"])
+
+    with nullcontext() if finish else pytest.raises(RuntimeError):
+        run(1e-3)
+    with pytest.raises(InputError, match=r"the `train` output of another run \(train\.lr 0\.001 -> 0\.002\): choose"):
+        run(2e-3)
+    with pytest.raises(InputError, match=r"\(train\.lr 0\.001 -> 0\.002, train\.betas \[0\.9,0\.95\] -> \[0\.9,0\.99\]\)"):
+        run(2e-3, (0.9, 0.99))
+    with pytest.raises(InputError, match="the settings are the same: its inputs were made again"), \
+            stage_folder(config, "train", folder, "other inputs", settings={"train": {"lr": 1e-3}}):
+        pass
+
+
+def test_the_settings_of_an_earlier_version_are_read_from_its_config(config: RunConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    work(config, folder)
+    write_text(folder / "claim.json", json.dumps({"fingerprint": WANTED, "stage": "distill"}))
+    with pytest.raises(InputError, match=r"\(distill\.seed 0 -> 3\)"), \
+            stage_folder(config, "distill", folder, "x", settings={"distill": {"seed": 3, "temperatures": (0.0, 1.0)}}):
+        pass
+
+
+def test_what_an_earlier_version_finished_counts_under_its_own_fingerprint(config: RunConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    work(config, folder)
+    now = fingerprint("distill", {"a": "as it is written now"}, {})
+    assert finished(folder, now) is None and finished(folder, now, {WANTED}) is not None
+    with stage_folder(config, "distill", folder, now, earlier={WANTED}) as stage:
+        assert stage.fingerprint == WANTED
+        stage.finish(StageResult("distill", None, {}, {}), [folder / "deep" / "rows"])
+    assert require_manifest(folder, "distill")["fingerprint"] == WANTED
+
+
+def test_leftovers_of_killed_writers_go(config: RunConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "train" / "hydra"
+    (folder / ".heads.0a1b2c3d.part").mkdir(parents=True)
+    (folder / ".heads.0a1b2c3d.part" / "model").write_text("half", encoding="utf-8")
+    (folder / ".claim.json.00000000.part").write_text("", encoding="utf-8")
+    others = [folder.parent / ".hydra.seed0.0a1b2c3d.part", folder.parent / ".hydra.notes"]
+    for path in others:
+        path.write_text("of others", encoding="utf-8")
+    (folder.parent / ".hydra.0a1b2c3d.old").mkdir()
+    work(config, folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["claim.json", "config.yaml", "deep", "manifest.json",
+                                                              "provenance.json"]
+    assert sorted(path for path in folder.parent.iterdir() if path != folder) == sorted(others)

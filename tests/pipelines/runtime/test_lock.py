@@ -6,12 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from hydra_core.errors import InputError
-from pipelines.runtime.lock import only_run
+from pipelines.runtime.lock import holds, only_run
 from tests.conftest import ROOT
 
 HOLD = """
@@ -50,3 +51,28 @@ def test_folders_that_hold_something_stay(storage: Path) -> None:
     with only_run(outside, storage):
         pass
     assert outside.parent.exists()
+
+
+def test_a_link_to_a_folder_has_its_lock(storage: Path) -> None:
+    (storage / "real").mkdir(parents=True)
+    (storage / "link").symlink_to(storage / "real")
+    with only_run(storage / "real", storage), pytest.raises(InputError, match="/link: another run writes to it"), \
+            only_run(storage / "link", storage):
+        pass
+
+
+def test_the_line_names_the_setting(storage: Path) -> None:
+    with only_run(storage / "out", storage), pytest.raises(InputError, match=r"^batch\.output=/.*/out: another run"), \
+            only_run(storage / "out", storage, "batch.output"):
+        pass
+
+
+def test_who_holds_a_folder(storage: Path) -> None:
+    folder, found = storage / "out", []
+    assert not holds(folder)
+    with only_run(folder, storage):
+        other = threading.Thread(target=lambda: found.append(holds(folder)))
+        other.start()
+        other.join()
+        assert holds(folder) and found == [False]
+    assert not holds(folder)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
+
 import pyarrow as pa
 import pytest
 
-from hydra_core.errors import InputError
+from hydra_core.errors import InputError, StoppedError
 from pipelines.config import Workers
 from pipelines.runtime.ray_cluster import check_workers, run_blocks
 
@@ -23,16 +26,20 @@ class Counter:
     def __call__(self, block: pa.Table) -> pa.Table:
         if self.fault == "block" and 3 in block["n"].to_pylist():
             raise InputError("row 3: is wrong")
+        if self.fault == "disk":
+            raise OSError(errno.ENOSPC, "No space left on device")
         return pa.table({"ok": [len(block)]})
 
 
-def test_a_mistake_of_an_actor_is_one_line(local_ray: None) -> None:
+def test_a_mistake_of_an_actor_is_one_line(local_ray: None, tmp_path: Path) -> None:
     blocks = [pa.table({"n": [start, start + 1]}) for start in range(0, 8, 2)]
-    assert run_blocks(Counter, "none", blocks, actors=1, cpus=0.2) == {"ok": 8}
+    assert run_blocks(Counter, "none", blocks, actors=1, cpus=0.2, storage=tmp_path) == {"ok": 8}
     for fault, words in (("start", "base.model=/x: cannot be loaded"), ("block", "row 3: is wrong")):
         with pytest.raises(InputError) as caught:
-            run_blocks(Counter, fault, blocks, actors=1, cpus=0.2)
+            run_blocks(Counter, fault, blocks, actors=1, cpus=0.2, storage=tmp_path)
         assert str(caught.value) == words
+    with pytest.raises(StoppedError, match=r"^the disk is full: .*make room and run the same command again$"):
+        run_blocks(Counter, "disk", blocks, actors=1, cpus=0.2, storage=tmp_path)
 
 
 def test_workers_that_never_fit(local_ray: None) -> None:

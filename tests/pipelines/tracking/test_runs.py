@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from hydra_core.errors import InputError
+from hydra_core.errors import InputError, StoppedError
 from pipelines.config import RunConfig, load_config
 from pipelines.runtime.programs import program
 from pipelines.tracking import Tracker, flatten, metric_logger, register, resolve, tracking_uri
@@ -77,7 +77,7 @@ def test_registry(config: RunConfig, tmp_path: Path) -> None:
 @pytest.mark.parametrize("scheme", ["http", "postgresql", "mysql+pymysql"])
 def test_a_dead_server_is_told_at_once(config: RunConfig, scheme: str) -> None:
     started = time.monotonic()
-    with pytest.raises(InputError, match=rf"tracking\.uri={re.escape(scheme)}://127\.0\.0\.1:9.*refused"):
+    with pytest.raises(StoppedError, match=rf"tracking\.uri={re.escape(scheme)}://127\.0\.0\.1:9.*refused"):
         Tracker.open(load_config(None, {"storage": config.storage, "tracking.uri": f"{scheme}://u:secret@127.0.0.1:9/x"}))
     assert time.monotonic() - started < 10
 
@@ -87,7 +87,7 @@ def test_a_server_that_takes_connections_and_says_nothing(config: RunConfig) -> 
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         started = time.monotonic()
-        with pytest.raises(InputError, match="no MLflow server answers there"):
+        with pytest.raises(StoppedError, match="no MLflow server answers there"):
             Tracker.open(load_config(None, {"storage": config.storage,
                                             "tracking.uri": f"http://127.0.0.1:{silent.getsockname()[1]}"}))
         assert time.monotonic() - started < 8  # the process has to start too

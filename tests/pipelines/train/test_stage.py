@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from pipelines.config import RunConfig, load_config, to_yaml
 from pipelines.distill.stage import distilled
 from pipelines.runtime.artifacts import RunPaths
 from pipelines.tracking import Tracker
+from pipelines.train import stage as train_stage
 from pipelines.train.loop import restore
 from pipelines.train.stage import run_train
 from tests.conftest import ROOT
@@ -137,6 +139,38 @@ def test_training_learns_and_leaves_a_loadable_checkpoint(undisturbed: RunConfig
     assert provenance["training"]["step"] == figures["best_step"] and provenance["data_digest"]
     state = RunPaths.of(undisturbed).stage("train", "hydra")
     assert not (state / "state").exists() and not list(state.glob("log_partitions*"))
+
+
+def changed(config: RunConfig, **values: Any) -> RunConfig:
+    return load_config(None, config.model_dump(mode="json", by_alias=True) | {
+        name.replace("__", "."): value for name, value in values.items()})
+
+
+@pytest.mark.slow
+def test_the_same_base_elsewhere_and_the_device_of_auto_are_no_other_run(undisturbed: RunConfig, tiny_base_dir: Path,
+                                                                        tmp_path: Path) -> None:
+    """Nor are they where an earlier version has recorded them in the fingerprint."""
+    shutil.copytree(tiny_base_dir, tmp_path / "mount" / tiny_base_dir.name)
+    moved = changed(undisturbed, base__model=str(tmp_path / "mount" / tiny_base_dir.name), base__device="cpu")
+    assert run_train(moved).skipped
+    manifest = RunPaths.of(undisturbed).stage("train", "hydra") / "manifest.json"
+    now = manifest.read_text(encoding="utf-8")
+    settings = train_stage._settings(undisturbed, "hydra") | {"base": undisturbed.base.model_dump(mode="json")}
+    earlier = train_stage._digest_of(settings, "hydra", distilled(undisturbed)[1], None)
+    assert earlier != json.loads(now)["fingerprint"]
+    try:
+        manifest.write_text(json.dumps(json.loads(now) | {"fingerprint": earlier}), encoding="utf-8")
+        assert run_train(moved).skipped
+    finally:
+        manifest.write_text(now, encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_settings_that_differ_are_named(undisturbed: RunConfig) -> None:
+    other = changed(undisturbed, train__lr=0.002, train__drafters={"hydra": {"kind": "hydra", "draft_vocab_size": 200,
+                                                                             "dropout": 0.1}})
+    with pytest.raises(InputError, match=r"\(train\.lr 0\.003 -> 0\.002, train\.drafters\.hydra\.dropout 0 -> 0\.1\)"):
+        run_train(other)
 
 
 @pytest.mark.slow

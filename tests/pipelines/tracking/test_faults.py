@@ -1,0 +1,115 @@
+"""A store that refuses or goes away is one line, and costs no training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from hydra_core.errors import InputError, StoppedError
+from pipelines.config import RunConfig, load_config
+from pipelines.tracking import Tracker
+from pipelines.tracking.client import _has_tables, _line_of, open_client
+from pipelines.train.reporting import log_curve, log_rest
+
+
+@pytest.fixture
+def config(storage: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return load_config(None, {"storage": str(storage), "tracking.experiment": "mine"})
+
+
+def test_a_deleted_experiment_is_told_before_the_work(config: RunConfig) -> None:
+    tracker = Tracker.open(config)
+    MlflowClient(tracker.uri).delete_experiment(tracker.experiment_id)
+    with pytest.raises(InputError, match=rf"^tracking\.experiment=mine: was deleted: restore it \(`mlflow experiments restore "
+                                         rf"--experiment-id {tracker.experiment_id}`\) or choose another name$"):
+        Tracker.open(config)
+
+
+@pytest.mark.parametrize("what", ["run", "experiment"])
+def test_what_is_deleted_during_the_work_is_one_line(config: RunConfig, what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    tracker = Tracker.open(config)
+    client = MlflowClient(tracker.uri)
+    with pytest.raises(StoppedError, match=r"^tracking\.uri=sqlite:.*: the run \w+ was deleted while this command used it: `ml"
+                                           r"flow runs restore --run-id \w+`, or run the same command again$"), \
+            tracker.start("train") as run:
+        client.delete_run(run.run_id) if what == "run" else client.delete_experiment(tracker.experiment_id)
+        run.log_metrics({"loss": 1.0})
+    assert "tracking: the end of run" in capsys.readouterr().err
+    if what == "experiment":
+        with pytest.raises(StoppedError, match=rf"the experiment {tracker.experiment_id} was deleted while this command used it"):
+            tracker.start("train")
+
+
+def test_work_that_is_done_stays_so_without_a_record_of_its_end(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    tracker = Tracker.open(config)
+    with tracker.start("train") as run:
+        MlflowClient(tracker.uri).delete_run(run.run_id)
+    assert f"tracking: the end of run {run.run_id} is not recorded" in capsys.readouterr().err
+
+
+def test_artifacts_that_cannot_be_stored(config: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    MlflowClient(Tracker.open(load_config(None, {"storage": config.storage})).uri).create_experiment(
+        "mine", artifact_location=(tmp_path / "file" / "art").as_uri())
+    tracker = Tracker.open(config)
+    with pytest.raises(InputError, match=rf"^tracking\.experiment: its artifacts cannot be stored in \S*{tmp_path}/file/art/\S+ "
+                                         r"\(.*Not a directory.*\): choose another tracking\.experiment"):
+        tracker.start("train")
+
+
+@pytest.mark.parametrize(("message", "words"), [
+    ("The run abc must be in the 'active' state. Current state is deleted.", "the run abc was deleted"),
+    ("API request to http://h:1/api/2.0 failed with exception HTTPConnectionPool(host='h')", "does not answer any more"),
+    ("Registered Model with name=x not found", None)])
+def test_which_faults_are_told(message: str, words: str | None) -> None:
+    found = _line_of(message)
+    assert found is None if words is None else words in (found or "")
+
+
+def test_the_lock_of_the_tables_is_for_those_who_make_them(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = Tracker.open(config).uri
+    assert _has_tables(uri) and not _has_tables(f"{uri}.other")
+    monkeypatch.setattr("pipelines.tracking.client.FileLock", None)
+    assert open_client(uri).search_experiments(max_results=1)
+
+
+def context_of(config: RunConfig, folder: Path, uri: str, run_id: str) -> Any:
+    return SimpleNamespace(
+        curve=[], next_step=0, settings=SimpleNamespace(tracking_uri=uri, run_id=run_id, folder=str(folder), drafter="hydra"))
+
+
+def test_a_tracker_that_is_down_costs_no_training(config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Steps and held-out figures of the outage are logged by the next validation, or at the end by the driver, once."""
+    tracker = Tracker.open(config)
+    run = tracker.start("train")
+    context = context_of(config, tmp_path, tracker.uri, run.run_id)
+    client = MlflowClient(tracker.uri)
+
+    def validate(uri: str) -> None:
+        context.settings.tracking_uri = uri
+        context.curve += [{"step": step, "time": 0.0, "loss": 9.0 - step} for step in (context.next_step, context.next_step + 1)]
+        context.next_step += 2
+        log_curve(context, {"tokens_per_step": 1.0 + context.next_step})
+
+    def logged(metric: str) -> list[tuple[int, float]]:
+        return sorted((point.step, point.value) for point in client.get_metric_history(run.run_id, metric))
+
+    down = "http://127.0.0.1:9"
+    validate(tracker.uri)
+    validate(down)
+    assert "step 4: metrics are not logged yet, training goes on (tracking.uri=http://127.0.0.1:9: no MLflow server" in (
+        capsys.readouterr().err)
+    validate(tracker.uri)
+    assert logged("train.loss") == [(step, 9.0 - step) for step in range(6)]
+    assert logged("held_out.tokens_per_step") == [(2, 3.0), (4, 5.0), (6, 7.0)]
+    validate(down)
+    (tmp_path / "curve.jsonl").write_text("".join(json.dumps(record) + "\n" for record in context.curve), encoding="utf-8")
+    log_rest(run, tmp_path, tmp_path / "curve.jsonl")
+    assert logged("train.loss") == [(step, 9.0 - step) for step in range(8)]
+    assert logged("held_out.tokens_per_step")[-1] == (8, 9.0)

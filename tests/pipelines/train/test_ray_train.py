@@ -1,0 +1,100 @@
+"""Ray Train as the project uses it: beside another Ray, across nodes, and on a disk that fills."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import ray
+from ray.train.v2._internal.execution.failure_handling import FailureDecision
+
+from hydra_core.base import Base
+from hydra_core.errors import InputError, StoppedError
+from hydra_core.heads.checkpoint import load_checkpoint
+from pipelines.config import load_config
+from pipelines.train import ray_train
+from pipelines.train.ray_train import INTERFACE_VARIABLES, HeadTrainer, choose_interface, interface_of
+from tests.conftest import ROOT
+from tests.pipelines.runtime.test_ray_access import START
+from tests.pipelines.synthetic import write_distilled
+
+Address = namedtuple("Address", "family address")
+INTERFACES = {"lo": [Address(2, "127.0.0.1"), Address(10, "::1")], "docker0": [Address(2, "172.17.0.1")],
+              "eth0": [Address(17, "aa:bb"), Address(2, "10.0.0.7"), Address(10, "fe80::1%eth0")]}
+
+
+@pytest.mark.parametrize(("address", "name"), [("10.0.0.7", "eth0"), ("127.0.0.1", "lo"), ("172.17.0.1", "docker0"),
+                                               ("fe80::1", "eth0"), ("10.0.0.8", None), ("aa:bb", None)])
+def test_the_interface_with_the_nodes_address(address: str, name: str | None) -> None:
+    assert interface_of(address, INTERFACES) == name
+
+
+def test_a_worker_is_told_its_nodes_interface_unless_the_user_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_train, "psutil", SimpleNamespace(net_if_addrs=lambda: INTERFACES))
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "10.0.0.7")
+    for variable in INTERFACE_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
+    choose_interface()
+    assert {name: os.environ.pop(name) for name in INTERFACE_VARIABLES} == {
+        "GLOO_SOCKET_IFNAME": "eth0", "NCCL_SOCKET_IFNAME": "ib0", "TP_SOCKET_IFNAME": "eth0"}
+
+
+class Failures(ray.train.TrainingFailedError):
+    def __init__(self, failure: Exception) -> None:
+        super().__init__("")
+        self.worker_failures = {0: failure}
+
+
+@pytest.mark.parametrize("error", [StoppedError("the disk is full"), InputError("row 3")])
+def test_work_that_stopped_is_not_restarted(error: Exception) -> None:
+    policy = ray_train._RestartTheDead(ray.train.FailureConfig(max_failures=2))
+    assert policy.make_decision(Failures(error)) == FailureDecision.RAISE
+
+
+def test_dead_workers_are_restarted() -> None:
+    policy = ray_train._RestartTheDead(ray.train.FailureConfig(max_failures=1))
+    failed = ray.train.WorkerGroupError("a worker died", {0: ray.exceptions.RayActorError()})
+    assert [policy.make_decision(failed) for _ in range(2)] == [FailureDecision.RETRY, FailureDecision.RAISE]
+
+
+def test_no_cleaner_of_placement_groups(local_ray: None) -> None:
+    names = {type(one).__name__ for one in HeadTrainer(lambda: None)._create_default_callbacks()}
+    assert "BackendSetupCallback" in names and ray_train.CLEANER not in names
+
+
+def write_run(tiny_base: Base, tiny_base_dir: Path, storage: Path, **changes: object) -> list[str]:
+    """A distilled run below `storage`; the words that train it."""
+    values = {"storage": str(storage), "base.model": str(tiny_base_dir), "base.dtype": "fp32", "train.only": "hydra",
+              "train.max_steps": 4, "train.rows_per_step": 4, "train.validate_every": 2, "train.validation_rows": 4, **changes}
+    write_distilled(load_config(None, values), tiny_base, train=16, held_out=4)
+    return [sys.executable, "-m", "jobs.train", *(f"{name}={value}" for name, value in values.items())]
+
+
+def environment_of(worker_env: dict[str, str]) -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")} | worker_env
+
+
+@pytest.mark.slow
+def test_beside_another_ray(tiny_base: Base, tiny_base_dir: Path, tmp_path: Path, worker_env: dict[str, str]) -> None:
+    """In a folder whose name is as people name folders."""
+    storage = tmp_path / "mes données #1 100%"
+    command, environment = write_run(tiny_base, tiny_base_dir, storage), environment_of(worker_env)
+    other = subprocess.Popen([sys.executable, "-c", START], cwd=ROOT, env=environment, stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        assert other.stdout is not None and other.stdout.readline()
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    finally:
+        other.communicate(timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr and "PlacementGroupCleaner" not in done.stderr
+    outputs = json.loads(done.stdout)["outputs"]
+    assert outputs["hydra"] == str(storage / "runs" / "default" / "train" / "hydra" / "heads")
+    assert load_checkpoint(Path(outputs["hydra"]), tiny_base.vocabulary).drafter.num_heads == 4
