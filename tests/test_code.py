@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-SCRIPTS = ("tests.gpu_steps", "tests.train_speed")
+SCRIPTS = ("tests.gpu_steps", "tests.mutation", "tests.train_speed")
 """Run by hand, so that no test sees a name in them that is gone."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import tomllib
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -126,3 +127,15 @@ def test_runtime_env() -> None:
 
 def test_no_python_here() -> None:
     assert not list(CLUSTER.rglob("*.py"))
+
+
+def test_ports_routes_and_names_are_the_defaults() -> None:
+    """What the pages say of `hydra-heads serve` holds for the manifests too: one port, one name, one image."""
+    usual = RunConfig()
+    for values in (load("serve_config.yaml"), yaml.safe_load(load("rayservice.yaml")["spec"]["serveConfigV2"])):
+        (application,) = values["applications"]
+        assert (values["http_options"]["port"], application["name"], application["route_prefix"]) == (
+            usual.serve.port, usual.serve.app_name, "/")
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    images = {found for path in CLUSTER.glob("*.yaml") for found in re.findall(r"image: (\S+)", path.read_text(encoding="utf-8"))}
+    assert {image for image in images if image.startswith("hydra-heads")} == {f"hydra-heads:{version}"}

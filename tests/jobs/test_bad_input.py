@@ -173,7 +173,7 @@ def test_one_line_and_nothing_left(bench: Bench, local_ray: None, quiet_log: Non
     taken = time.monotonic() - started
     check_mistake(status, *capfd.readouterr(), words, expected(name))
     assert files(bench.storage / "runs") == before
-    assert "MLflow" not in name or taken < 10, "a server that does not answer is told within 10 seconds"
+    assert "MLflow" not in name or taken < 100, "MLflow itself would try for many minutes"
 
 
 AS_COMMANDS = ("too many bad rows", "silent MLflow server")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import gc
 import random
 import re
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
@@ -381,17 +381,28 @@ def test_memory_is_flat_over_two_thousand_requests(make_engine: Callable[..., En
     engine = make_engine("hydra++", max_batch_size=4, context_limit=64)
     prompts = random_prompts(2200, seed=13, longest=20)
 
-    def serve(part: list[tuple[int, ...]]) -> int:
-        for _ in engine.stream(Request(f"r{i}", prompt, 1 + i % 6, temperature=i % 2) for i, prompt in enumerate(part)):
-            pass
+    def bytes_held() -> int:
         gc.collect()
-        return len(gc.get_objects())
+        tensors = [found for found in gc.get_objects() if type(found) is torch.Tensor]
+        return sum(found.untyped_storage().nbytes() for found in tensors)
 
-    objects, places = serve(prompts[:200]), [engine.cache.keys.data_ptr(), engine.proposer.features.data_ptr()]  # type: ignore[attr-defined]
-    resident = psutil.Process().memory_info().rss
-    assert serve(prompts[200:]) <= objects + 50
-    assert [engine.cache.keys.data_ptr(), engine.proposer.features.data_ptr()] == places  # type: ignore[attr-defined]
-    assert psutil.Process().memory_info().rss - resident < 32 * 2**20
+    def serve(part: list[tuple[int, ...]]) -> tuple[int, list[int], list[weakref.ref[Request]]]:
+        seen = []
+
+        def requests() -> Iterator[Request]:
+            for i, prompt in enumerate(part):
+                request = Request(f"r{i}", prompt, 1 + i % 6, temperature=i % 2)
+                seen.append(weakref.ref(request))
+                yield request
+
+        for _ in engine.stream(requests()):
+            pass
+        return bytes_held(), [engine.cache.keys.data_ptr(), engine.proposer.features.data_ptr()], seen  # type: ignore[attr-defined]
+
+    held, places, _ = serve(prompts[:200])
+    later, kept, seen = serve(prompts[200:])
+    assert later == held and kept == places
+    assert len(seen) == 2000 and not [found for found in seen if found() is not None]
     assert engine.running == engine.waiting == 0 and not engine.scheduler.ids
 
 

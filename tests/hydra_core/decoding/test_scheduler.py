@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from hydra_core.decoding.scheduler import (
     BUSY_TOKENS,
     CHUNK,
@@ -73,15 +75,16 @@ def test_a_shared_prefix_is_computed_once() -> None:
         (f"r{i}", 100, 0, 2) for i in (1, 2, 3)]
 
 
-def test_what_is_never_copied() -> None:
-    scheduler = Scheduler(4, LIMIT)
+@pytest.mark.parametrize(("tokens", "supports_tree", "copied"), [
+    (tuple(range(3, 103)), True, 99),  # the last token's hidden state is needed
+    (tuple(range(3, 103)), False, 0), (tuple(range(3, 3 + SHARED_TOKENS)), True, 0),
+    (tuple(range(3, 4 + SHARED_TOKENS)), True, SHARED_TOKENS), (tuple(range(3, 2 + SHARED_TOKENS)), True, 0)])
+def test_what_is_copied_and_what_never(tokens: tuple[int, ...], supports_tree: bool, copied: int) -> None:
+    scheduler = Scheduler(4, LIMIT, supports_tree=supports_tree)
     scheduler.decoding.append(sequence(request("source", tuple(range(3, 103)))))
-    same = scheduler._with_prefix(request("same", tuple(range(3, 103))))
-    assert (same.prefix_length, same.remaining) == (99, 1)  # the last token's hidden state is needed
-    assert scheduler._with_prefix(request("short", tuple(range(3, 2 + SHARED_TOKENS)))).prefix_length == 0
-    plain = Scheduler(4, LIMIT, supports_tree=False)
-    plain.decoding.append(sequence(request("source", tuple(range(3, 103)))))
-    assert plain._with_prefix(request("same", tuple(range(3, 103)))).prefix_length == 0
+    scheduler.add(request("late", tokens))
+    (found,) = scheduler.next_prompts()
+    assert (found.prefix_length, found.prefix_source, found.remaining) == (copied, 0 if copied else -1, len(tokens) - copied)
 
 
 def test_padding_never_leaves_the_cache() -> None:

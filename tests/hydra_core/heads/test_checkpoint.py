@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,17 @@ def test_another_base_is_refused(folder: Path, tmp_path: Path) -> None:
     other = load_base(str(save_tiny(tmp_path / "other", seed=1)), dtype="fp32", cache=tmp_path)
     with pytest.raises(InputError, match="belong to base"):
         load_checkpoint(folder, other.vocabulary)
+
+
+def test_the_digest_counts_and_the_name_does_not(folder: Path, tiny_base: Base) -> None:
+    """The same base under another path or hub name is the same base; another one of the same name is not."""
+    vocabulary = tiny_base.vocabulary
+    renamed = replace(vocabulary, identity=replace(vocabulary.identity, name="elsewhere"))
+    assert len(load_checkpoint(folder, renamed).drafter.draft_vocab) == 60
+    other = replace(vocabulary, identity=replace(vocabulary.identity, digest="0" * 64))
+    with pytest.raises(InputError, match="belong to base") as refused:
+        load_checkpoint(folder, other)
+    assert "0" * 16 in str(refused.value) and vocabulary.identity.digest[:16] in str(refused.value)
 
 
 @pytest.mark.parametrize("fault", ["missing", "extra", "misshapen", "no ids", "bad ids", "truncated", "absent"])

@@ -134,6 +134,33 @@ def test_other_heads_than_were_measured_are_refused(tiny_base_dir: Path, tiny_ba
     assert resolve_args(config).configuration is not None
 
 
+@pytest.mark.parametrize(("winner", "drafter", "heads"), [
+    ("plain", "plain", None), ("ngram", "ngram", None), ("one", "heads", "one"), ("two", "heads", "two"),
+    ("combined", "combined", "two")])
+def test_the_winner_is_registered_with_its_own_heads_and_settings(tiny_base_dir: Path, tiny_base: Base, storage: Path,
+                                                                  winner: str,
+                                                                  drafter: str, heads: str | None) -> None:
+    """Of several heads `combined` drafts with the last ones of the run; text lookup has the settings that were measured."""
+    config = config_for(storage, tiny_base_dir, train__drafters={name: {"kind": "hydra"} for name in ("one", "two")})
+    digests = {}
+    for seed, name in enumerate(config.train.drafters):
+        folder = RunPaths.of(config).stage("tree", name)
+        with stage_folder(config, "tree", folder, name) as stage:
+            save_checkpoint(folder / "heads", random_heads(tiny_base, "hydra", seed=seed), tiny_base.identity,
+                            TreeSet({1: DraftTree(((0,), (0, 0)))}), {})
+            stage.finish(StageResult("tree", None, {}, {}), list((folder / "heads").iterdir()))
+        digests[name] = (folder / "heads" / "model.safetensors").read_bytes()
+    benched(config, **{name: 3.0 if name == winner else 0.5 for name in ("ngram", "one", "two", "combined")})
+    promoted = run_promote(config)
+    assert (promoted.figures["champion"], promoted.figures["speed_vs_plain"]) == (winner, 1.0 if winner == "plain" else 3.0)
+    _, folder = resolve(config, "models:/hydra-heads@champion", storage / "download")
+    found = read_configuration(folder)
+    assert (found.name, found.drafter, found.base, found.ngram) == (winner, drafter, tiny_base.identity, NgramDrafter(5, 4, 8))
+    assert (folder / "heads").exists() == (heads is not None)
+    assert heads is None or (folder / "heads" / "model.safetensors").read_bytes() == digests[heads]
+    assert digests["one"] != digests["two"]
+
+
 def test_mistakes_leave_no_claim(tiny_base_dir: Path, storage: Path) -> None:
     config = config_for(storage, tiny_base_dir, tracking__uri="http://127.0.0.1:9")
     with pytest.raises(InputError, match="no finished `bench` here"):

@@ -11,6 +11,8 @@ import pytest
 from hydra_core.base import Base
 from hydra_core.decoding import Engine
 from pipelines.serve import engine_loop as host
+from pipelines.serve import metrics
+from pipelines.serve.messages import Answer
 from pipelines.serve.metrics import NAMES, series
 from tests.conftest import ROOT
 
@@ -33,3 +35,78 @@ def test_an_idle_replica_goes_on_telling(tiny_base: Base, monkeypatch: pytest.Mo
         assert [told.get(timeout=10).running for _ in range(3)] == [0, 0, 0]
     finally:
         running.close()
+
+
+class Told:
+    """Stands in for Ray's metrics: what each series was told, by name and tags."""
+
+    def __init__(self) -> None:
+        self.values: dict[tuple[str, ...], list[float]] = {}
+
+    def kind(self, tell: str) -> type:
+        told = self
+
+        class Metric:
+            def __init__(self, name: str, description: str, boundaries: list[float] | None = None,
+                         tag_keys: tuple[str, ...] = ()) -> None:
+                assert description and boundaries == (sorted(boundaries) if boundaries else None)
+                self.name, self.tag_keys = name, tag_keys
+
+            def _tell(self, value: float = 1.0, tags: dict[str, str] | None = None) -> None:
+                assert set(tags or ()) == set(self.tag_keys) and (tell != "inc" or value > 0)  # as Ray's counters refuse 0
+                told.values.setdefault((self.name, *(tags or {}).values()), []).append(value)
+
+        setattr(Metric, tell, Metric._tell)
+        return Metric
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Told:
+    told = Told()
+    for name, tell in (("Counter", "inc"), ("Gauge", "set"), ("Histogram", "observe")):
+        monkeypatch.setattr(metrics, name, told.kind(tell))
+    return told
+
+
+def test_what_an_answer_adds(told: Told) -> None:
+    """The figures of its usage, each in its own series."""
+    replica = metrics.ReplicaMetrics()
+    replica.answer(Answer("a", "text", (5, 6, 7, 8, 9, 4, 3), "stop", 11, 3, 10, 3, 0.5, accepted_lengths=(1, 1, 1)))
+    assert told.values == {
+        ("hydra_answers", "stop"): [1], ("hydra_prompt_tokens",): [11], ("hydra_completion_tokens",): [7],
+        ("hydra_decoding_steps",): [3],
+        ("hydra_drafted_tokens",): [10], ("hydra_accepted_tokens",): [3], ("hydra_tokens_per_step",): [2.0],
+        ("hydra_steps_by_accepted_depth", "1"): [2], ("hydra_steps_by_accepted_depth", "2"): [1]}
+    told.values.clear()
+    replica.answer(Answer("b", "", (2,), "stop", 4, 0, None, 0, 0.1))  # no steps, no drafts
+    assert told.values == {("hydra_answers", "stop"): [1], ("hydra_prompt_tokens",): [4], ("hydra_completion_tokens",): [1]}
+    told.values.clear()
+    replica.unfinished("cancelled", 5)
+    replica.unfinished("timeout", 0)
+    assert told.values == {("hydra_answers", "cancelled"): [1], ("hydra_completion_tokens",): [5],
+                           ("hydra_answers", "timeout"): [1]}
+
+
+def test_what_else_a_replica_tells(told: Told) -> None:
+    replica = metrics.ReplicaMetrics()
+    replica.serves(7)
+    load = host.Load(running=5, waiting=3, kv_use=0.25)
+    replica.load(load)
+    assert told.values == {("hydra_queue_size",): [3], ("hydra_batch_size",): [5], ("hydra_kv_use",): [0.25],
+                           ("hydra_heads_version",): [7]}
+    told.values.clear()
+    replica.serves(None)
+    replica.load(load)
+    assert told.values["hydra_heads_version",] == [0]
+    told.values.clear()
+    replica.first_token(0.75)
+    replica.step(0.5, 4)
+    replica.step(0.5, 0)
+    replica.failed(restarted=True)
+    replica.failed(restarted=False)
+    replica.rejected()
+    metrics.FrontMetrics().request("/v1/completions", 429)
+    assert told.values == {("hydra_first_token_seconds",): [0.75], ("hydra_between_tokens_seconds",): [0.125, 0.5],
+                           ("hydra_engine_failures",): [1.0, 1.0], ("hydra_engine_restarts",): [1.0],
+                           ("hydra_heads_rejected",): [1.0],
+                           ("hydra_requests", "/v1/completions", "429"): [1.0]}

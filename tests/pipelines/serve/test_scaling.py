@@ -19,14 +19,14 @@ from pipelines.serve.stage import start_app
 from tests.pipelines.serve.test_stage import free_port
 
 pytestmark = pytest.mark.slow
-CLIENTS, TOKENS = 12, 150
+CLIENTS, TOKENS, ROWS = 12, 150, 2
 
 
 def test_a_second_replica_comes_while_rows_are_short(local_ray: None, tiny_base_dir: Path, tiny_base: Base,
                                                      storage: Path) -> None:
     app = start_app(load_config(None, {
         "storage": str(storage), "base.model": str(tiny_base_dir), "base.dtype": "fp32", "serve.model": "plain",
-        "serve.port": free_port(), "serve.max_batch_size": 2, "serve.max_replicas": 2, "serve.workers.cpus": 0.25,
+        "serve.port": free_port(), "serve.max_batch_size": ROWS, "serve.max_replicas": 2, "serve.workers.cpus": 0.25,
         "serve.workers.threads": 1}))
     enough, answers = threading.Event(), dict[int, set[str]]()
 
@@ -38,20 +38,23 @@ def test_a_second_replica_comes_while_rows_are_short(local_ray: None, tiny_base_
                 assert answer.status_code == 200, answer.text
                 answers.setdefault(client, set()).add(answer.json()["choices"][0]["text"])
 
-    def replicas() -> int:
+    def front(name: str) -> int:
         found: dict[str, Any] = httpx.get(f"{app.url}/ready", timeout=30).json()
-        return int(found.get("replicas", 0))
+        return int(found.get(name, 0))
+
+    def wait_for(name: str, least: int) -> None:
+        until = time.monotonic() + 240
+        while front(name) < least:
+            assert time.monotonic() < until, f"{name} stays below {least}"
+            time.sleep(0.2)
 
     try:
-        assert replicas() == 1
+        assert front("replicas") == 1
         with ThreadPoolExecutor(CLIENTS) as pool:
             asking = [pool.submit(ask, client) for client in range(CLIENTS)]
             try:
-                until = time.monotonic() + 240
-                while replicas() < 2 and time.monotonic() < until:
-                    time.sleep(1)
-                assert replicas() == 2, "no second replica came"
-                time.sleep(3)  # both of them answer
+                wait_for("replicas", 2)
+                wait_for("running", ROWS + 1)  # more than one replica has rows for: the second one answers
             finally:
                 enough.set()
             for one in asking:

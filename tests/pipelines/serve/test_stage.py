@@ -75,10 +75,12 @@ def test_models(client: openai.OpenAI, app: ServedApp) -> None:
 
 def test_completion_equals_naive_and_streaming_equals_it(client: openai.OpenAI, tiny_base: Base) -> None:
     for prompt in ("hello", "às ✓", "x"):
-        wanted = expected(tiny_base, tuple(tiny_base.tokenizer(prompt).input_ids), 40)
+        ids = tuple(tiny_base.tokenizer(prompt).input_ids)
+        wanted, tokens = expected(tiny_base, ids, 40), naive_generate(tiny_base, Request("x", ids, 40)).token_ids
         whole = client.completions.create(model="hydra-heads", prompt=prompt, max_tokens=40, temperature=0)
         assert whole.choices[0].text == wanted
-        assert whole.usage is not None and whole.usage.completion_tokens <= 40
+        assert whole.usage is not None
+        assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (len(ids), len(tokens))
         assert whole.usage.model_extra["speculative"]["steps"] >= 1
         pieces = client.completions.create(model="hydra-heads", prompt=prompt, max_tokens=40, temperature=0, stream=True)
         assert "".join(piece.choices[0].text for piece in pieces) == wanted
@@ -255,8 +257,9 @@ def test_told_to_stop_while_it_starts(tiny_base_dir: Path, storage: Path, tmp_pa
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     told = log.read_text()
-    assert (process.returncode, out) == (1, "") or "answers at" in told, told[-3000:]
-    assert "serve: interrupted" in told or "answers at" in told
+    answered = "answers at" in told  # it came to that before the signal did
+    assert answered or ("serve: interrupted" in told and out == ""), told[-3000:]
+    assert process.returncode == (0 if answered else 1), told[-3000:]
     deadline = time.monotonic() + 30
     while (left := marked(mark)) and time.monotonic() < deadline:
         time.sleep(0.2)

@@ -201,17 +201,17 @@ def test_metrics_are_in_the_tracker(undisturbed: RunConfig) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_worker_costs_nothing_but_time(exact: RunConfig, tiny_base: Base, tiny_base_dir: Path,
-                                                local_ray: None) -> None:
+def test_a_killed_worker_costs_nothing_but_time(exact: RunConfig, tiny_base: Base, tiny_base_dir: Path, local_ray: None,
+                                                moment: random.Random) -> None:
     """SIGKILL at a random step: every step stands once in the curve, and it and all weights are equal to the last bit."""
     config = make_config(tiny_base_dir, Path(exact.storage), "killed-worker", **EXACT)
     write_distilled(config, tiny_base)
     killed: list[float] = []
-    least = random.randrange(EVERY, STEPS - 3 * EVERY)
+    least, later = moment.randrange(EVERY, STEPS - 3 * EVERY), moment.uniform(0, 0.25)
 
     def kill() -> None:
         wait_for(lambda: saved_steps(config, "hydra++") >= least)
-        time.sleep(random.random() / 4)
+        time.sleep(later)
         workers = [pid for pid, command in children_of(os.getpid()).items() if "RayTrainWorker" in command]
         killed.append(time.time())
         os.kill(workers[0], signal.SIGKILL)

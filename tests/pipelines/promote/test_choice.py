@@ -1,0 +1,62 @@
+"""Which contender of a bench wins: the fastest of those shown to be lossless, or plain decoding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hydra_core.errors import InputError
+from pipelines.bench.plan import FOREIGN, PLAIN
+from pipelines.promote.stage import choose_winner
+
+
+def verdicts(different: int = 0, near: int = 0, identical: int = 8) -> dict[str, int]:
+    return {"identical": identical, "near-tie": near, "different": different}
+
+
+def figures(speed: float | None, **others: Any) -> dict[str, Any]:
+    return {"speed_vs_plain": speed, "fp32": verdicts()} | others
+
+
+def test_the_fastest_wins() -> None:
+    methods = {PLAIN: figures(1.0), "heads": figures(1.5), "ngram": figures(2.25, fp32=verdicts(near=3)),
+               "combined": figures(2.0)}
+    assert choose_winner(methods, 1.0) == ("ngram", "2.25x plain decoding, the fastest of 3 lossless contenders")
+    for order in (sorted(methods), sorted(methods, reverse=True)):
+        assert choose_winner({name: methods[name] for name in order}, 1.0)[0] == "ngram"
+
+
+@pytest.mark.parametrize("fault", [
+    {"fp32": verdicts(different=1)}, {"fp32": None}, {"fp32": {}}, {"differing": verdicts(different=1)},
+    {"naive": {"fp32": verdicts(), "bf16": verdicts(different=2)}}])
+def test_what_is_not_shown_to_be_lossless_does_not_win_however_fast(fault: dict[str, Any]) -> None:
+    methods = {PLAIN: figures(1.0), "fast": figures(9.0, **fault), "also": figures(8.0, **fault), "slow": figures(1.1)}
+    left_out = "; not considered, since not shown to be lossless: also, fast"
+    assert choose_winner(methods, 1.0) == ("slow", f"1.10x plain decoding, the fastest of 1 lossless contenders{left_out}")
+    del methods["slow"]
+    assert choose_winner(methods, 1.0) == (PLAIN, f"no lossless contender is faster than 1x plain decoding{left_out}")
+
+
+@pytest.mark.parametrize("clean", [{"differing": verdicts()}, {"differing": None}, {"naive": None}, {"naive": {}},
+                                   {"naive": {"bf16": verdicts(near=5), "fp32": None}}, {"differing": verdicts(near=9)}])
+def test_near_ties_and_what_was_not_checked_besides_fp32_are_no_fault(clean: dict[str, Any]) -> None:
+    assert choose_winner({PLAIN: figures(1.0), "fast": figures(9.0, **clean)}, 1.0)[0] == "fast"
+
+
+@pytest.mark.parametrize(("speed", "gain", "winner"), [(1.5, 1.0, "fast"), (1.5, 1.49, "fast"), (1.5, 1.5, PLAIN),
+                                                       (1.5, 1.51, PLAIN),
+                                                       (0.9, 0.5, "fast"), (None, 0.0, PLAIN), (0.0, 0.0, PLAIN)])
+def test_the_least_gain(speed: float | None, gain: float, winner: str) -> None:
+    found, why = choose_winner({PLAIN: figures(1.0), "fast": figures(speed)}, gain)
+    assert found == winner
+    assert winner != PLAIN or why == f"no lossless contender is faster than {gain:g}x plain decoding"
+
+
+def test_others_do_not_compete_and_plain_decoding_must_be_there() -> None:
+    others = {name: figures(99.0) for name in FOREIGN}
+    found = choose_winner({PLAIN: figures(1.0), **others}, 1.0)
+    assert FOREIGN and found == (PLAIN, "no lossless contender is faster than 1x plain decoding")
+    assert choose_winner({PLAIN: figures(7.0), "slow": figures(1.1)}, 1.0)[0] == "slow"
+    with pytest.raises(InputError, match="no plain decoding to compare with"):
+        choose_winner({"fast": figures(2.0)}, 1.0)
