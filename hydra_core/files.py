@@ -18,7 +18,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     The content is on the disk before the name is. The mode follows the umask, unlike that of `tempfile.mkstemp` or of a file
     that safetensors has written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     mode = stat.S_IMODE(temporary.stat().st_mode)
@@ -40,7 +40,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     An existing folder is moved to a name of its own first and removed afterwards: a kill in between leaves no half of either.
     Everything inside gets the mode that the umask allows, whatever mode it was written or copied with.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(folder.parent)
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
     temporary.mkdir()
     mode, older = stat.S_IMODE(temporary.stat().st_mode), temporary.with_suffix(".old")
@@ -61,6 +61,14 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         raise
     shutil.rmtree(older, ignore_errors=True)
     sync(folder.parent)
+
+
+def _make_folder(folder: Path) -> None:
+    """Make `folder` and those above it; the names of new ones are on the disk afterwards."""
+    new = [one for one in (folder, *folder.parents) if not one.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for one in new:
+        sync(one.parent)
 
 
 def _set_mode(path: Path, mode: int) -> None:

@@ -93,5 +93,6 @@ STAGES: dict[str, Stage] = {
     "load": Stage(
         "send requests at constant rates, up to twice what the endpoint can answer",
         ("base", "load", "serve", *MODEL),
-        "hydra-heads load load.prompts=/data/prompts.jsonl load.rates=[0.5,1,2]"),
+        "hydra-heads load load.prompts=/data/prompts.jsonl load.rates=[0.5,1,2]",
+        flags=(Flag("--soak", "load.soak=true", "minutes of kills, swaps and clients that leave; checks that nothing is lost"),)),
 }

@@ -74,9 +74,11 @@ def output_line(row_id: str, status: int, body: dict[str, Any] | None, message: 
 
 
 def _body(body: dict[str, Any], model: str, seed: int, max_new_tokens: int) -> dict[str, Any]:
-    """The request completed by defaults, so that every server decodes it alike; a fixed seed makes an answer reproducible."""
-    limit = {} if any(body.get(name) is not None for name in LIMITS) else {"max_tokens": max_new_tokens}
-    return {"model": model, "seed": seed} | {name: value for name, value in body.items() if name not in STREAMING} | limit
+    """The request completed by defaults, so that every server decodes it alike; a fixed seed makes an answer reproducible. A
+    field that is null counts as one that is left out."""
+    given = {name: value for name, value in body.items() if value is not None and name not in STREAMING}
+    limit = {} if any(name in given for name in LIMITS) else {"max_tokens": max_new_tokens}
+    return {"model": model, "seed": seed} | given | limit
 
 
 def _prompt(prompt: str | list[int]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,14 @@ import pyarrow as pa
 from ray import serve
 
 from hydra_core.errors import InputError
-from pipelines.batch.backends import RequestSettings, api_key
+from pipelines.batch.backend import RequestSettings
 from pipelines.batch.endpoint import ask_endpoint
+from pipelines.batch.http_backend import api_key
+from pipelines.batch.model_names import check_model_names
 from pipelines.batch.reader import Reading, ordered, output_kind, read_rows, remove_blocks, write_blocks
 from pipelines.batch.report import report
 from pipelines.batch.worker import BatchSettings, BatchWorker
-from pipelines.batch.writer import BATCH, BATCH_ERRORS, Output, OutputTotals, Writer, deduplicate, parts
+from pipelines.batch.writer import BATCH, BATCH_ERRORS, Output, OutputTotals, Writer, deduplicate, parts, set_aside
 from pipelines.config import RunConfig
 from pipelines.rows.parquet_parts import sweep
 from pipelines.rows.prompt_reader import prompt_files
@@ -48,30 +50,44 @@ from pipelines.tracking import Tracker
 
 STAGE = "batch"
 SUCCESS = "_SUCCESS"
+MADE_BY = "made_by.json"
+"""Model and fingerprint of the first answer, of an endpoint that says no more of itself."""
 EXECUTION_FIELDS = {"concurrency", "rows_per_file", "max_error_share", "input", "output", "partition", "engine", "address",
-                    "key_variable"}
+                    "key_variable", "row_seconds", "any_model"}
 """Settings that change no answer: a run that failed may continue with others. The input counts by its content."""
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What answers: the digest of its model, the application to start or find (None for an endpoint given by address), the
+    names of the models that it serves, and whether its answers carry the digest's fingerprint."""
+
+    digest: ModelDigest
+    args: AppArgs | None
+    names: tuple[str, ...]
+    ours: bool
 
 
 def run_batch(config: RunConfig) -> StageResult:
     """Answer every row once. Raises InputError for the user's mistakes, while another run writes the same output, and when too
     many rows fail."""
-    args, serving = _serving(config)
-    folder, wanted = _folder(config), _fingerprint(config, serving)
+    serving = _serving(config)
+    folder, wanted = _folder(config), _fingerprint(config, serving.digest)
     if (done := _done(folder, wanted)) is not None:
         return done
-    tracker = Tracker.open(config)
-    if args is not None:
-        check_args(args)
     next(read_rows(config), None)  # raises for a file without a usable row before anything starts
+    check_model_names(config, serving.names)
+    tracker = Tracker.open(config)
+    if serving.args is not None:
+        check_args(serving.args)
     with only_run(folder, Path(config.storage), "batch.output"):
         if (done := _done(folder, wanted)) is not None:  # finished by the run that held the lock until now
             return done
         with stage_folder(config, STAGE, folder, wanted) as stage, tracker.start(STAGE, fingerprint=wanted) as run:
             (folder / SUCCESS).unlink(missing_ok=True)
             run.log_dataset("input", _input_digest(config), config.batch.source or "held-out prompts of this run", STAGE)
-            figures, read = _answer_all(config, folder, args, serving)
-            if _fingerprint(config, serving) != wanted:
+            figures, read = _answer_all(config, folder, serving)
+            if _fingerprint(config, serving.digest) != wanted:
                 raise InputError(f"batch.input={config.batch.source}: changed while it was read: its rows and earlier ones "
                                  f"are mixed in {folder}: delete that folder and run again")
             write_text(folder / "report.json", json.dumps(figures, indent=2))
@@ -89,24 +105,31 @@ def run_batch(config: RunConfig) -> StageResult:
 
 def batch_finished(config: RunConfig) -> bool:
     """Whether `run_batch` would find the same work finished. Raises InputError for a missing model, base or input."""
-    return finished(_folder(config), _fingerprint(config, _serving(config)[1])) is not None
+    return finished(_folder(config), _fingerprint(config, _serving(config).digest)) is not None
 
 
 def _done(folder: Path, wanted: str) -> StageResult | None:
-    """The result of a finished run, with a line for the user. Writes the success marker where a kill prevented that."""
+    """The result of a finished run, with a line for the user. Writes the success marker where a kill prevented that, and sets
+    aside what a killed job wrote after the end of the one that followed it: every row of it has its place already."""
     if (done := finished(folder, wanted)) is not None:
+        listed = require_manifest(folder, STAGE)["files"]
+        for part in ("rows", "errors"):
+            for kind in ("parquet", "jsonl"):
+                for path in parts(folder / part, kind):
+                    if str(path.relative_to(folder)) not in listed:
+                        set_aside(path, "late", "was written after the job had ended")
         say(STAGE, f"{folder} is finished already, with {done.figures['rows']} rows: nothing to do")
         if not (folder / SUCCESS).exists():
             write_text(folder / SUCCESS, "")
     return done
 
 
-def _serving(config: RunConfig) -> tuple[AppArgs | None, ModelDigest]:
-    """The application to start or find (None for an endpoint given by address), and the digest of its model."""
+def _serving(config: RunConfig) -> Serving:
     if config.batch.address:
-        return None, ask_endpoint(config.batch.address, config.serve.app_name, api_key(config.batch.key_variable))
+        found = ask_endpoint(config.batch.address, config.serve.app_name, api_key(config.batch.key_variable))
+        return Serving(found.digest, None, found.names, ours=found.ours)
     args = find_args(config)
-    return args, model_digest(args)
+    return Serving(model_digest(args), args, (config.serve.app_name,), ours=True)
 
 
 def _folder(config: RunConfig) -> Path:
@@ -126,7 +149,7 @@ def _input_digest(config: RunConfig) -> str:
     return content_id(*(file_digest(file) for file in prompt_files(Path(config.batch.source))))
 
 
-def _answer_all(config: RunConfig, folder: Path, args: AppArgs | None, serving: ModelDigest) -> tuple[dict[str, Any], int]:
+def _answer_all(config: RunConfig, folder: Path, serving: Serving) -> tuple[dict[str, Any], int]:
     """Answer the rows that have no answer yet, and count: returns the report and the number of rows read."""
     section, kind = config.batch, output_kind(config.batch)
     for part in ("rows", "errors"):
@@ -135,29 +158,37 @@ def _answer_all(config: RunConfig, folder: Path, args: AppArgs | None, serving: 
         path.unlink()
     before = deduplicate(folder / "rows", kind, BATCH)
     say(STAGE, f"{len(before.ids)} rows were answered already")
-    request_settings = RequestSettings(config.serve.app_name, section.max_new_tokens, section.temperature, section.seed,
-                                       config.serve.max_batch_size)
-    with _backend(config, args, serving, request_settings) as (request_settings, label):
+    if not before.ids:
+        (folder / MADE_BY).unlink(missing_ok=True)
+    request_settings = RequestSettings(
+        config.serve.app_name, section.max_new_tokens, section.temperature, section.seed, config.serve.max_batch_size,
+        row_seconds=section.row_seconds, serves=serving.digest.fingerprint if serving.ours else None,
+        made_by=str(folder / MADE_BY), any_model=section.any_model)
+    with _backend(config, serving, request_settings) as (request_settings, label):
         output = Output(str(folder), kind, label, section.rows_per_file)
         started = time.perf_counter()
-        reading = _stream(config, folder, before, BatchSettings(output, request_settings, in_flight(config)))
+        reading, made_by = _stream(config, folder, before, BatchSettings(output, request_settings, in_flight(config)))
         seconds = time.perf_counter() - started
     rows = deduplicate(folder / "rows", kind, BATCH)
     errors = deduplicate(folder / "errors", kind, BATCH_ERRORS, elsewhere=rows.ids)
     counted = len(rows.ids), len(errors.ids), reading.skipped
     say(STAGE, f"{reading.rows} rows = {counted[0]} ok + {counted[1]} errors + {counted[2]} skipped")
-    return report(rows, errors, before, reading.skipped, seconds, label), reading.rows
+    figures = report(rows, errors, before, reading.skipped, seconds, label)
+    return figures | ({"made_by": made_by} if made_by else {}), reading.rows
 
 
-def _stream(config: RunConfig, folder: Path, before: OutputTotals, settings: BatchSettings) -> Reading:
-    """Send rows from the input to the backend: from this process, or through files to actors that hold engines."""
+def _stream(config: RunConfig, folder: Path, before: OutputTotals, settings: BatchSettings) -> tuple[Reading, str]:
+    """Send rows from the input to the backend: from this process, or through files to actors that hold engines. Returns also
+    what made the answers, as far as this process has seen them."""
     refused = Writer(settings.output)
     reading = Reading(refused.refuse)
     rows = ordered(reading.todo(read_rows(config), before.ids))
     try:
         if settings.requests.embedded is None:
-            BatchWorker(settings).answer(rows)
-            return reading
+            worker = BatchWorker(settings)
+            worker.answer(rows)
+            worker.backend.stop()
+            return reading, worker.backend.made_by
         size = max(config.batch.rows_per_file, 8 * settings.concurrency)
         blocks = [pa.table({"path": [str(path)]}) for path in write_blocks(folder / "todo", rows, size)]
         workers = config.serve.workers
@@ -166,7 +197,7 @@ def _stream(config: RunConfig, folder: Path, before: OutputTotals, settings: Bat
     finally:
         refused.flush()
         remove_blocks(folder / "todo")
-    return reading
+    return reading, str(settings.requests.serves)
 
 
 def in_flight(config: RunConfig) -> int:
@@ -178,19 +209,19 @@ def in_flight(config: RunConfig) -> int:
 
 
 @contextmanager
-def _backend(config: RunConfig, args: AppArgs | None, serving: ModelDigest,
+def _backend(config: RunConfig, serving: Serving,
              settings: RequestSettings) -> Iterator[tuple[RequestSettings, str]]:
     """Request settings that name the backend, and the model's label. What is started here (Ray, an application) ends with it."""
-    section = config.batch
+    section, args = config.batch, serving.args
     if args is None:
-        yield replace(settings, address=section.address, key_variable=section.key_variable), str(serving.base)
+        yield replace(settings, address=section.address, key_variable=section.key_variable), str(serving.digest.base)
         return
     with ensure_ray(config):
         if section.engine == "embedded":
             check_workers("serve.workers", config.serve.workers, config.serve.replicas)
             yield replace(settings, embedded=replace(args, max_queued=in_flight(config))), args.label
             return
-        with _application(config, args, serving) as (name, label):
+        with _application(config, args, serving.digest) as (name, label):
             yield replace(settings, app_name=name), label
 
 

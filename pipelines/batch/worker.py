@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipelines.batch.backends import RequestSettings, Response, open_backend
+from pipelines.batch.backend import RequestSettings, Response
+from pipelines.batch.backends import open_backend
 from pipelines.batch.reader import BatchRow, read_block
 from pipelines.batch.writer import Output, Writer
 from pipelines.distill.actors import counts
@@ -53,7 +54,7 @@ class BatchWorker:
                 while flying:
                     self._take(flying, progress)
         except BaseException:
-            self.backend.retry_policy.stopped = True  # threads that wait for a server would keep the process alive
+            self.backend.stop()  # threads that wait for a server would keep the process alive
             raise
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.batch.backends import Response
+from pipelines.batch.backend import Response
 from pipelines.batch.openai_format import output_line
 from pipelines.batch.reader import BadRow, BatchRow, bad_key, digest
 from pipelines.rows.parquet_parts import part_files, write_part
@@ -116,8 +116,7 @@ class OutputTotals:
     def add(self, row: dict[str, Any]) -> None:
         self.ids.add(_key(row))
         if "custom_id" in row:
-            answered = row.get("response") or {}
-            usage = (answered.get("body") or {}).get("usage") or {}
+            usage = (row["response"]["body"].get("usage") or {}) if row["error"] is None else {}
             counts = usage.get("speculative") or {}
             row = counts | {"tokens": usage.get("completion_tokens"), "kind": _error_kind(row)}
         tokens, steps = row.get("tokens") or 0, row.get("steps") or 0
@@ -142,7 +141,8 @@ def deduplicate(folder: Path, kind: str, schema: pa.Schema, elsewhere: set[bytes
         try:
             rows = list(_read(path, kind, schema))
         except (ValueError, KeyError, OSError, pa.ArrowException) as error:
-            set_aside(path, error)
+            reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+            set_aside(path, "torn", f"cannot be read ({reason})", ", and its rows are asked for again")
             continue
         kept = []
         for row in rows:
@@ -157,12 +157,11 @@ def deduplicate(folder: Path, kind: str, schema: pa.Schema, elsewhere: set[bytes
     return found
 
 
-def set_aside(path: Path, error: Exception) -> None:
-    """Rename a part that cannot be read, as a power cut leaves one; its rows are asked for again."""
-    aside = path.with_name(f".{path.name}.torn")
+def set_aside(path: Path, name: str, why: str, then: str = "") -> None:
+    """Rename a part that is none, such as one that a power cut tore, with a line for the user."""
+    aside = path.with_name(f".{path.name}.{name}")
     path.replace(aside)
-    reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-    say("batch", f"{path} cannot be read ({reason}): it is now {aside.name}, and its rows are asked for again")
+    say("batch", f"{path} {why}: it is now {aside.name}{then}")
 
 
 def parts(folder: Path, kind: str) -> list[Path]:

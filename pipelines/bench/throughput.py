@@ -15,7 +15,7 @@ from hydra_core.base import Base
 from hydra_core.decoding import Engine, load_heads
 from hydra_core.sampling import Request
 from pipelines.batch import reader as batch_rows
-from pipelines.batch.backends import RequestSettings
+from pipelines.batch.backend import RequestSettings
 from pipelines.batch.worker import BatchSettings, BatchWorker
 from pipelines.batch.writer import BATCH, Output, deduplicate
 from pipelines.bench.hf_transformers import batch_contender

@@ -30,6 +30,10 @@ class BatchSection(Section):
     seed: int = Field(0, description="of sampled answers")
     concurrency: int | None = Field(None, ge=1, description="requests in flight; default: twice what replicas decode together")
     rows_per_file: int = Field(64, ge=1, description="rows in an output file: the most work that a killed run loses")
+    row_seconds: float = Field(600.0, gt=0, description="after which an attempt at a row counts as hung: it is made again, three "
+                                                        "in all, and the row is an error then")
+    any_model: bool = Field(False, description="take answers of several models from an `address` of another kind; else the job "
+                                               "stops when model or system_fingerprint change")
     max_error_share: float = Field(0.05, ge=0, le=1, description="the stage fails if a larger share of rows fails")
 
     @field_validator("partition", mode="before")

@@ -21,3 +21,8 @@ class LoadSection(Section):
     capacity_requests: int = Field(32, ge=1, description="requests that measure the capacity, with a full batch in flight")
     first_token_seconds: float = Field(5.0, gt=0, description="goodput counts answers whose first token comes within this time")
     patience: float = Field(300.0, gt=0, description="seconds after which a request counts as lost")
+    soak: bool = Field(False, description="instead: kill replicas, swap heads, leave, burst and stay silent for some minutes, "
+                                          "and check that nothing is lost")
+    soak_minutes: float = Field(20.0, gt=0, description="how long a soak lasts")
+    soak_seed: int | None = Field(None, description="what happens when in a soak; default: drawn, and told")
+    soak_growth: float = Field(2.0, gt=0, description="MiB a minute by which a process may grow during a soak")

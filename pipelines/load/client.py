@@ -89,7 +89,8 @@ async def _ask(session: aiohttp.ClientSession, target: Target, prompt: str, zero
     pieces: list[float] = []
     tokens, whole = 0, False
     try:
-        async with session.post(f"{target.address.rstrip('/')}/v1/chat/completions", json=body) as answer:
+        async with session.post(f"{target.address.rstrip('/')}/v1/chat/completions", json=body,
+                                allow_redirects=False) as answer:
             if answer.status != 200:
                 text = (await answer.text())[:200]
                 outcome = REFUSED if answer.status == 429 else FAILED

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -16,11 +17,13 @@ import numpy as np
 
 from hydra_core.bundled import BUNDLED, EARLIER
 from hydra_core.errors import InputError
-from pipelines.batch.backends import api_key
 from pipelines.batch.endpoint import ask_endpoint
+from pipelines.batch.http_backend import api_key
 from pipelines.config import RunConfig
 from pipelines.load.client import FAILED, LOST, OK, REFUSED, Sent, Target, closed_loop, open_loop, run
 from pipelines.load.report import draw, markdown, rate_table
+from pipelines.load.soak import Soaked, chaos_folder, run_soak, soak_args
+from pipelines.load.soak_chaos import Chaos
 from pipelines.rows.parquet_parts import read_parts
 from pipelines.rows.prompt_reader import PromptRow, read_prompt_rows
 from pipelines.rows.schemas import PROMPTS, content_id
@@ -41,15 +44,19 @@ from pipelines.serve.stage import find_args, resolve_args, serving_params, start
 from pipelines.tracking import Tracker
 
 STAGE = "load"
+SOAK_FIELDS = {"soak", "soak_minutes", "soak_seed", "soak_growth"}
+"""Settings that no rate depends on."""
 
 
 def run_load(config: RunConfig) -> StageResult:
     """Measure capacity, then every rate. Raises InputError for missing prompts, and when the endpoint does not answer."""
     prompts = _prompts(config)
+    if config.load.soak:
+        return _soak(config, prompts)
     folder = RunPaths.of(config).stage(STAGE)
     served = recorded_settings(config.serve, mode="json", exclude={"update"})
     served["model"] = EARLIER if served["model"] == BUNDLED else served["model"]
-    settings = config.load.model_dump(mode="json") | {"serve": served}
+    settings = config.load.model_dump(mode="json", exclude=SOAK_FIELDS) | {"serve": served}
     serves = _serves(config)
     wanted = fingerprint(STAGE, settings, {"prompts": content_id(*prompts), "serves": str(serves)})
     if (done := finished(folder, wanted)) is not None:
@@ -73,6 +80,24 @@ def run_load(config: RunConfig) -> StageResult:
         return stage.finish(StageResult(STAGE, tracked.run_id, {"report": str(folder / "report.md")}, figures), files)
 
 
+def _soak(config: RunConfig, prompts: list[str]) -> StageResult:
+    """Minutes of disturbances: of the endpoint given by address by its clients alone, of an application of its own in full."""
+    section, slots = config.load, config.serve.max_batch_size
+    seed = random.SystemRandom().randrange(2**31) if section.soak_seed is None else section.soak_seed
+    if section.address:
+        serves = _serves(config)
+        with _endpoint(config, serves) as (target, label):
+            return run_soak(config, Soaked(target, label, slots, 4 * slots, 1, serves.base.endswith(":fp32"), None), prompts,
+                            seed)
+    config = soak_args(config)
+    args = resolve_args(config)
+    with _endpoint(config, model_digest(args)) as (target, label):
+        chaos = Chaos(args, chaos_folder(config), random.Random(seed))
+        replicas = config.serve.replicas
+        return run_soak(config, Soaked(target, label, slots * replicas, args.room * replicas, replicas,
+                                       args.base["dtype"] == "fp32", chaos), prompts, seed)
+
+
 def _prompts(config: RunConfig) -> list[str]:
     section = config.load
     if section.prompts:
@@ -92,7 +117,7 @@ def _serves(config: RunConfig) -> ModelDigest:
     """The digest of the model that the endpoint decodes now."""
     section = config.load
     if section.address:
-        return ask_endpoint(section.address, config.serve.app_name, api_key(section.key_variable))
+        return ask_endpoint(section.address, config.serve.app_name, api_key(section.key_variable)).digest
     return model_digest(find_args(config))
 
 

@@ -16,9 +16,9 @@ from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
-from hydra_core.errors import InputError
-from pipelines.batch import backends as batch_ask
-from pipelines.batch.backends import RequestSettings, open_backend
+from hydra_core.errors import InputError, StoppedError
+from pipelines.batch.backend import Backend, RequestSettings
+from pipelines.batch.backends import open_backend
 from pipelines.batch.endpoint import ask_endpoint
 from pipelines.batch.openai_format import row_seed
 from pipelines.batch.reader import BatchRow
@@ -31,30 +31,49 @@ class Handle:
     """A deployment handle that gives or raises what stands in `script`, then answers."""
 
     def __init__(self, *script: object) -> None:
-        self.script = list(script)
+        self.script, self.cancelled = list(script), 0
         self.asked: list[Generation] = []
         self.answers = SimpleNamespace(remote=self._remote)
 
     def _remote(self, generation: Generation) -> Any:
         self.asked.append(generation)
 
-        def result() -> Any:
+        def result(timeout_s: float) -> Any:
             found = self.script.pop(0) if self.script else [Answer(generation.id, "x", (5, 6), "stop", 3, 1, 1, 1, 0.1)]
             if isinstance(found, Exception):
                 raise found
             return found
 
-        return SimpleNamespace(result=result)
+        return Flying(result, self)
 
 
-@pytest.fixture(autouse=True)
-def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch_ask.time, "sleep", lambda _: None)
+class Flying:
+    """A request in flight."""
+
+    def __init__(self, result: Any, handle: Any) -> None:
+        self.result, self.handle = result, handle
+
+    def cancel(self) -> None:
+        self.handle.cancelled += 1
 
 
-def through(monkeypatch: pytest.MonkeyPatch, handle: Handle) -> batch_ask.Backend:
+class Clock:
+    """Seconds that pass only where somebody waits."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.now, self.pauses = 0.0, list[float]()
+        backend.retry_policy.clock, backend.retry_policy.pause = lambda: self.now, self.pause
+
+    def pause(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        self.now += seconds
+
+
+def through(monkeypatch: pytest.MonkeyPatch, handle: Handle, **settings: Any) -> Backend:
     monkeypatch.setattr(serve, "get_deployment_handle", lambda *_: handle)
-    return open_backend(RequestSettings("app", 8, 0.0, 0, app_name="app"))
+    backend = open_backend(RequestSettings("app", 8, 0.0, 0, app_name="app", **settings))
+    Clock(backend)
+    return backend
 
 
 def test_a_full_queue_and_a_dead_replica_mean_wait(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +105,7 @@ def test_a_row_that_breaks_the_server_breaks_nobody_elses(monkeypatch: pytest.Mo
                 if generation.id.startswith("batch-poison"):
                     broken.update(flying)
 
-            def result() -> list[Answer]:
+            def result(timeout_s: float) -> list[Answer]:
                 threading.Event().wait(0.01)
                 with lock:
                     flying.discard(generation.id)
@@ -95,7 +114,7 @@ def test_a_row_that_breaks_the_server_breaks_nobody_elses(monkeypatch: pytest.Mo
                     raise RayTaskError("answers", "pages", RuntimeError("out of memory"), "title", 1, "ip")
                 return [Answer(generation.id, "x", (5, 6), "stop", 3, 1, 1, 1, 0.1)]
 
-            return SimpleNamespace(result=result)
+            return Flying(result, self)
 
     backend = through(monkeypatch, SimpleNamespace(answers=Server()))  # type: ignore[arg-type]
     rows = [BatchRow(f"{'poison' if number in (3, 17) else 'row'}-{number}", number, prompt="x") for number in range(40)]
@@ -105,9 +124,35 @@ def test_a_row_that_breaks_the_server_breaks_nobody_elses(monkeypatch: pytest.Mo
 
 
 def test_nobody_is_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch_ask, "PATIENCE", -1.0)
-    with pytest.raises(InputError, match="the deployment: has answered nothing"):
-        through(monkeypatch, Handle(RayActorError())).ask(BatchRow("a", 1, prompt="x"))
+    """Ten minutes without an answer to any row end the job, whether the backend is away or hangs; a hung request is cancelled."""
+    with pytest.raises(StoppedError, match="the deployment: has answered nothing for 600 s") as caught:
+        through(monkeypatch, Handle(*[RayActorError()] * 999)).ask(BatchRow("a", 1, prompt="x"))
+    assert "\n" not in str(caught.value)
+    handle = Handle()
+    backend = through(monkeypatch, handle, row_seconds=700.0)
+    clock, others = Clock(backend), [True]
+
+    def result(timeout_s: float) -> Any:
+        clock.now += timeout_s
+        if others[0]:
+            backend.retry_policy.last_answer = clock.now
+        raise TimeoutError
+
+    handle.answers.remote = lambda _: Flying(result, handle)
+    reply = backend.ask(BatchRow("b", 2, prompt="x"))  # others are answered meanwhile: this row alone is an error
+    assert (reply.status, handle.cancelled, clock.now) == (504, 3, 2100.0) and "batch.row_seconds" in reply.message
+    others[0] = False
+    with pytest.raises(StoppedError, match=r"has answered nothing for 700 s \(no answer in 700 s\)"):
+        backend.ask(BatchRow("c", 3, prompt="x"))
+
+
+def test_a_row_waits_for_room_only_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While other rows are answered, one that never finds room becomes an error row."""
+    backend = through(monkeypatch, Handle(*[Refusal(429, "full")] * 9999), row_seconds=60.0)
+    clock = Clock(backend)
+    backend.retry_policy.pause = lambda seconds: (clock.pause(seconds), setattr(backend.retry_policy, "last_answer", clock.now))
+    reply = backend.ask(BatchRow("a", 1, prompt="x"))
+    assert (reply.status, max(clock.pauses)) == (504, 5.0) and 180 < clock.now <= 190
 
 
 def test_openai_rows_through_the_handle(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,6 +218,7 @@ def test_over_http(monkeypatch: pytest.MonkeyPatch) -> None:
     with endpoint((429, {}), (503, {}), (200, ANSWER), (400, error), (500, {}), (200, ANSWER), (200, {}), *[(500, {})] * 3) as (
             address, came):
         backend = open_backend(RequestSettings("app", 8, 0.0, 3, address=address, key_variable="BATCH_TEST_KEY"))
+        Clock(backend)
         reply = backend.ask(BatchRow("a", 1, prompt="hi"))
         assert (reply.status, reply.columns["text"], reply.columns["tokens"], reply.columns["steps"]) == (200, "hello", 2, None)
         path, headers, body = came[-1]
@@ -185,22 +231,24 @@ def test_over_http(monkeypatch: pytest.MonkeyPatch) -> None:
         own = {"messages": [], "model": "other", "seed": 9, "stream": True}
         assert backend.ask(BatchRow("c", 3, url="/v1/chat/completions", body=own)).status == 200
         assert came[-1][2] == {"messages": [], "model": "other", "seed": 9, "max_tokens": 8}  # as through the handle
-        assert backend.ask(BatchRow("d", 4, prompt="x")).message == "the endpoint's answer is not in OpenAI's format"
+        assert backend.ask(BatchRow("d", 4, prompt="x")).message.startswith("the endpoint's answer is not in OpenAI's format")
         assert backend.ask(BatchRow("e", 5, prompt="x")).status == 500
 
 
 def test_an_endpoint_is_looked_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
     with endpoint() as (address, _):
-        assert ask_endpoint(address, "app", {}).base == "app"  # not one of ours: no more is known
+        found = ask_endpoint(address, "app", {})  # not one of ours: no more is known
+        assert (found.digest.base, found.names, found.ours) == ("app", ("app",), False)
         with pytest.raises(InputError, match="does not serve 'other', only app"):
             ask_endpoint(address, "other", {})
-    with pytest.raises(InputError, match="no endpoint answers there"):
+    with pytest.raises(StoppedError, match="no endpoint answers there"):
         ask_endpoint(address, "app", {})
     ours = {"base": "b", "context_limit": 9, "configuration": "c"}
     with endpoint((503, {"status": "starting"}), (200, ours)) as (address, _):
-        with pytest.raises(InputError, match="is not ready"):  # or it would pass for another configuration
+        with pytest.raises(StoppedError, match="is not ready"):  # or it would pass for another configuration
             ask_endpoint(address, "app", {})
-        assert ask_endpoint(address, "app", {}).configuration == "c"
+        found = ask_endpoint(address, "app", {})
+        assert (found.digest.configuration, found.ours) == ("c", True)
     monkeypatch.delenv("BATCH_TEST_KEY", raising=False)
     with pytest.raises(InputError, match="BATCH_TEST_KEY: that environment variable is not set"):
         open_backend(RequestSettings("app", 8, 0.0, 0, address=address, key_variable="BATCH_TEST_KEY"))

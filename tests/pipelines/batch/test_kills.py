@@ -21,8 +21,7 @@ from ray import serve
 from hydra_core.base import Base
 from hydra_core.decoding import Engine, StepOutput, naive_generate
 from hydra_core.sampling import Request
-from pipelines.batch import backends as batch_ask
-from pipelines.batch.backends import RequestSettings
+from pipelines.batch.backend import RequestSettings
 from pipelines.batch.reader import BatchRow
 from pipelines.batch.stage import run_batch
 from pipelines.batch.worker import BatchSettings, BatchWorker
@@ -158,7 +157,6 @@ def test_a_killed_job_leaves_no_application_for_good(local_ray: None, tiny_base_
 
 def test_an_embedded_engine_that_fails_is_made_again(tiny_base_dir: Path, tiny_base: Base, storage: Path,
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch_ask.time, "sleep", lambda _: None)
     step, broken = Engine.step, set[str]()
 
     def failing(engine: Engine) -> list[StepOutput]:
@@ -172,6 +170,7 @@ def test_an_embedded_engine_that_fails_is_made_again(tiny_base_dir: Path, tiny_b
     app = AppArgs(base, str(storage / "cache"), None, "plain", max_batch_size=4, max_queued=8, threads=1)
     output, request_settings = Output(str(storage / "out"), "jsonl", "plain", 8), RequestSettings("m", 9, 0.0, 0, embedded=app)
     worker = BatchWorker(BatchSettings(output, request_settings, 8))
+    worker.backend.retry_policy.pause = lambda _: None
     worker.answer(BatchRow("poison" if number == 5 else f"r{number}", number, prompt=f"question {number - 1}")
                   for number in range(1, 31))
     assert (worker.writer.done, worker.writer.failed) == (29, 1) and len(broken) == 3

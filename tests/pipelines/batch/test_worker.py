@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from pipelines.batch import worker as batch_worker
-from pipelines.batch.backends import RequestSettings, Response, RetryPolicy
+from pipelines.batch.backend import RequestSettings, Response
 from pipelines.batch.reader import BadRow, BatchRow, Reading, ordered
+from pipelines.batch.retry import RetryPolicy
 from pipelines.batch.worker import BatchSettings, BatchWorker
 from pipelines.batch.writer import BATCH, Output, deduplicate, read_batch_rows
 
@@ -24,6 +25,11 @@ class Echo:
         self.retry_policy = RetryPolicy("echo")
         self.fault, self.running, self.most = fault, 0, 0
         self.lock = threading.Lock()
+
+    made_by = "echo"
+
+    def stop(self) -> None:
+        self.retry_policy.stop()
 
     def ask(self, row: BatchRow) -> Response:
         with self.lock:

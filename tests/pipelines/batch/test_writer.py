@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.batch.backends import Response
+from pipelines.batch.backend import Response
 from pipelines.batch.reader import BadRow, BatchRow, digest
 from pipelines.batch.report import report
 from pipelines.batch.writer import BATCH, BATCH_ERRORS, Output, OutputTotals, Writer, deduplicate, parts, read_batch_rows

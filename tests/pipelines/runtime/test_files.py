@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hydra_core import files
 from pipelines.runtime.console import Progress
 from pipelines.runtime.figures import new_figure, save_figure
 from pipelines.runtime.files import atomic_file, atomic_folder, write_array, write_text
@@ -96,3 +97,13 @@ def test_progress_is_a_bar_on_a_terminal(capsys: pytest.CaptureFixture[str], mon
         progress.advance(4)
     shown = capsys.readouterr().err
     assert "distill: answers" in shown and "4/4" in shown
+
+
+def test_what_a_name_leads_to_is_on_the_disk_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The names of new folders first, then the content, then the name of the file."""
+    synced: list[Path] = []
+    monkeypatch.setattr(files, "sync", synced.append)
+    write_text(tmp_path / "a" / "b" / "file", "x")
+    outer, inner, content, last = synced
+    assert {outer, inner} == {tmp_path, tmp_path / "a"} and content.parent == last == tmp_path / "a" / "b"
+    assert content.name.startswith(".file.") and not content.exists()
