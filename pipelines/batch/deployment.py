@@ -14,6 +14,7 @@ from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 
+from hydra_core.errors import StoppedError
 from pipelines.batch.backend import RequestSettings, Response
 from pipelines.batch.made_by import MadeBy
 from pipelines.batch.openai_format import generation_of
@@ -158,7 +159,10 @@ class Embedded(Replicas):
     def answers(self, generation: Generation, seconds: float) -> list[Answer] | Refusal:
         with self._restarting:
             if self.server.failed:
-                self._run(self.server.restart(), None)
+                try:
+                    self._run(self.server.restart(), None)
+                except RuntimeError as error:  # it hangs
+                    raise StoppedError(f"{_first_line(error)}: run again; every row that was answered is kept") from None
         try:
             found: list[Answer] | Refusal = self._run(self.server.answers(generation), seconds)
             return found
