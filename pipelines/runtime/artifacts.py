@@ -14,7 +14,7 @@ import re
 import shutil
 import time
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -240,13 +240,12 @@ def _differences(folder: Path, settings: Mapping[str, Any]) -> str:
 
 
 def _recorded(folder: Path) -> dict[str, Any]:
-    """The settings of the output in `folder`: its claim has them, or, from an earlier version, the file beside a finished one."""
-    try:
-        if found := json.loads((folder / CLAIM).read_text(encoding="utf-8")).get("settings"):
-            return dict(found)
-        return flatten(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
-    except (OSError, ValueError, AttributeError, yaml.YAMLError):
-        return {}
+    """The settings of the output in `folder`, by dotted name: those of its claim, and those recorded beside a finished one."""
+    found: dict[str, Any] = {}
+    for file, read in (("config.yaml", yaml.safe_load), (CLAIM, lambda text: json.loads(text).get("settings", {}))):
+        with suppress(OSError, ValueError, AttributeError, yaml.YAMLError):  # missing, or broken
+            found |= flatten(read((folder / file).read_text(encoding="utf-8")))
+    return found
 
 
 def _shown(value: Any) -> str:

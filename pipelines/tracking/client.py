@@ -23,8 +23,9 @@ from pipelines.runtime.reachability import why_silent, why_unreachable
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-for _noisy in ("alembic", "mlflow.store.db.utils", "mlflow.tracking"):
-    logging.getLogger(_noisy).setLevel(logging.WARNING)
+for _noisy, _level in (("alembic", logging.WARNING), ("mlflow.tracking", logging.WARNING),
+                       ("mlflow.store.db.utils", logging.CRITICAL)):  # it logs a traceback of what it raises as well
+    logging.getLogger(_noisy).setLevel(_level)
 
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402

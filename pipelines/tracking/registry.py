@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from hydra_core.errors import InputError
+from hydra_core.errors import InputError, StoppedError
 from pipelines.config import RunConfig
+from pipelines.runtime.faults import storage_fault
+from pipelines.runtime.files import atomic_folder
+from pipelines.runtime.provenance import without_credentials
 from pipelines.tracking.address import tracking_uri
 from pipelines.tracking.client import MlflowException, open_client
 from pipelines.tracking.runs import Run
@@ -37,8 +41,9 @@ def register(config: RunConfig, name: str, run: Run, artifact_path: str, alias: 
 def resolve(config: RunConfig, uri: str, download: Path) -> tuple[int, Path]:
     """Version and local folder of `models:/NAME@alias` or `models:/NAME/3`.
 
-    Artifacts of a remote store are downloaded to `download`. Raises InputError for a malformed name and for a version whose
-    folder does not exist any more, NotRegistered for an unknown name, alias or version.
+    Artifacts of a remote store are downloaded to `download`, once a version. Raises InputError for a malformed name and for
+    a version whose folder does not exist any more, NotRegistered for an unknown name, alias or version, StoppedError for
+    artifacts that cannot be downloaded.
     """
     match = _MODEL_URI.match(uri)
     if match is None:
@@ -59,9 +64,23 @@ def resolve(config: RunConfig, uri: str, download: Path) -> tuple[int, Path]:
             raise InputError(f"serve.model={uri}: version {version.version} lay in {folder}, which is gone: "
                              "run `hydra-heads promote` again")
         return int(version.version), folder
-    from mlflow.artifacts import download_artifacts
+    return int(version.version), _downloaded(config, source, download / match["name"] / str(version.version))
 
-    target = download / match["name"] / str(version.version)
-    target.mkdir(parents=True, exist_ok=True)
-    return int(version.version), Path(download_artifacts(artifact_uri=source, dst_path=str(target),
-                                                         tracking_uri=tracking_uri(config)))
+
+def _downloaded(config: RunConfig, source: str, folder: Path) -> Path:
+    """The artifacts at `source`, below `folder`. They are downloaded whole or not at all: others may be loading them."""
+    # a database that was made again gives other artifacts the same version
+    target = folder / hashlib.sha256(source.encode()).hexdigest()[:8]
+    if not target.is_dir():
+        from mlflow.artifacts import download_artifacts
+
+        try:
+            with atomic_folder(target) as temporary:
+                download_artifacts(artifact_uri=source, dst_path=str(temporary), tracking_uri=tracking_uri(config))
+        except Exception as error:  # each kind of store raises its own exceptions
+            if fault := storage_fault(error, folder):
+                raise fault from None
+            raise StoppedError(f"{without_credentials(source)}: cannot be downloaded "
+                               f"({(str(error).splitlines() or [type(error).__name__])[0][:200]})") from None
+    inside = list(target.iterdir())
+    return inside[0] if len(inside) == 1 and inside[0].is_dir() else target

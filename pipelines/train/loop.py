@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from hydra_core.base import BaseVocabulary, load_vocabulary
+from hydra_core.errors import InputError, StoppedError
 from hydra_core.heads import DraftVocab, build_drafter
 from hydra_core.training.metrics import HeadCounts
 from hydra_core.training.model import HeadTraining
@@ -50,8 +51,12 @@ STATE_TAG = "state"
 def train_loop(settings: dict[str, Any]) -> None:
     """Train one drafter on this rank until its last step, resuming from Ray's checkpoint if there is one. Raises StoppedError for
     a disk that takes no more."""
-    with one_line(Path(settings["folder"])):
-        _train(settings)
+    try:
+        with one_line(Path(settings["folder"])):
+            _train(settings)
+    except (InputError, StoppedError):
+        _quieten(logging.CRITICAL)  # Ray Train would print a traceback, and the driver prints the line
+        raise
 
 
 def _train(settings: dict[str, Any]) -> None:
@@ -277,12 +282,12 @@ def _gathered(context: TrainContext) -> AbstractContextManager[Any]:
     return gathered
 
 
-def _quieten() -> None:
+def _quieten(level: int = logging.WARNING) -> None:
     """Silence Ray Train's line for every report and torch's warning for every deprecated call in DeepSpeed: they would hide the
     lines of progress."""
     for name in list(logging.root.manager.loggerDict):  # some loggers of Ray Train are named after their file
         if name.startswith("ray.train") or "/ray/train/" in name:
-            logging.getLogger(name).setLevel(logging.WARNING)
+            logging.getLogger(name).setLevel(level)
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 

@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import yaml
+from ray._private.ray_constants import DEFAULT_DASHBOARD_PORT, DEFAULT_PORT
 from ray.serve.schema import ServeDeploySchema
 
 from jobs.runner import STAGES, read_config
 from pipelines.config import RunConfig
 from pipelines.serve.messages import AppArgs
+from pipelines.serve.stage import ROUTE
 from tests.conftest import ROOT
 
 CLUSTER = ROOT / "cluster"
@@ -123,6 +125,38 @@ def test_runtime_env() -> None:
     from ray.runtime_env import RuntimeEnv
 
     RuntimeEnv(**load("runtime_env.yaml"))
+
+
+def values_of(node: Any, name: str) -> list[Any]:
+    """Every value that stands under `name` anywhere in a manifest."""
+    if isinstance(node, dict):
+        return [value for key, value in node.items() if key == name] + [
+            found for value in node.values() for found in values_of(value, name)]
+    return [found for value in node for found in values_of(value, name)] if isinstance(node, list) else []
+
+
+def test_ray_is_the_version_that_the_package_pins() -> None:
+    needs = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    (pinned,) = [one.partition("==")[2] for one in needs if one.startswith("ray[")]
+    found = {path.name: {str(version) for version in values_of(load(path.name), "rayVersion")} for path in CLUSTER.glob("*.yaml")}
+    assert {name for name, versions in found.items() if versions} == {"rayjob.yaml", "raycronjob.yaml", "rayservice.yaml"}
+    assert all(versions <= {pinned} for versions in found.values())
+
+
+def test_ports_and_routes_are_those_of_the_code() -> None:
+    config = read_config("serve", None, ["storage=/data"])
+    for name in ("serve_config.yaml", "rayservice.yaml"):
+        values = load(name)
+        values = yaml.safe_load(values["spec"]["serveConfigV2"]) if name == "rayservice.yaml" else values
+        assert values["http_options"]["port"] == config.serve.port
+        assert [one["route_prefix"] for one in values["applications"]] == [ROUTE]
+        assert [one["name"] for one in values["applications"]] == [config.serve.app_name]
+    (command,) = [word for word in values_of(load("cron_batch.yaml"), "command")[0] if word.startswith("--address=")]
+    service = load("rayservice.yaml")["metadata"]["name"]
+    assert command == f"--address=http://{service}-head-svc:{DEFAULT_DASHBOARD_PORT}"
+    started = "\n".join(values_of(load("ray_cluster.yaml"), "head_start_ray_commands")[0]
+                        + values_of(load("ray_cluster.yaml"), "worker_start_ray_commands")[0])
+    assert set(re.findall(r"(?:--port=|HEAD_IP:)(\d+)", started)) == {str(DEFAULT_PORT)}
 
 
 def test_no_python_here() -> None:

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
+import os
+import random
 import re
+import resource
+import string
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +18,7 @@ import ray.exceptions
 
 from hydra_core.errors import InputError, StoppedError
 from pipelines.runtime.faults import find_cause, one_line, storage_fault
+from tests.conftest import ROOT
 
 
 def wrapped(error: Exception) -> Exception:
@@ -72,3 +80,22 @@ def test_a_mistake_stays_one_and_a_full_disk_becomes_one_line(tmp_path: Path) ->
 def test_a_cause_is_found_behind_what_ray_wraps_it_in() -> None:
     assert str(find_cause(Failures(rank1=wrapped(StoppedError("full"))))) == "full"
     assert str(find_cause(wrapped(InputError("row 3")))) == "row 3"
+
+
+def test_a_command_with_a_storage_that_takes_no_more(tiny_base_dir: Path, tmp_path: Path) -> None:
+    """A limit on the size of files, which the operating system enforces for a process as a full disk does."""
+    prompts = tmp_path / "prompts.jsonl"
+    draw = random.Random(0)
+    prompts.write_text("".join(json.dumps({"prompt": "".join(draw.choices(string.ascii_letters, k=200))}) + "\n"
+                               for _ in range(12000)), encoding="utf-8")
+    command = [sys.executable, "-m", "jobs.distill", f"storage={tmp_path}/storage", f"base.model={tiny_base_dir}",
+               "base.dtype=fp32", "prompts.source=jsonl", f"prompts.path={prompts}"]
+
+    def limit() -> None:  # more than the tracking database needs, and less than the prompts
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2 << 20, 2 << 20))
+
+    done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), preexec_fn=limit, capture_output=True, text=True,
+                          timeout=300)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr and "error: the disk is full: " in done.stderr
+    assert not list(tmp_path.glob("storage/**/*.part"))

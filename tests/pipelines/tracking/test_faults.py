@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 
 from hydra_core.errors import InputError, StoppedError
 from pipelines.config import RunConfig, load_config
-from pipelines.tracking import Tracker
+from pipelines.tracking import Tracker, resolve
 from pipelines.tracking.client import _has_tables, _line_of, open_client
 from pipelines.train.reporting import log_curve, log_rest
 
@@ -61,6 +61,37 @@ def test_artifacts_that_cannot_be_stored(config: RunConfig, tmp_path: Path) -> N
     with pytest.raises(InputError, match=rf"^tracking\.experiment: its artifacts cannot be stored in \S*{tmp_path}/file/art/\S+ "
                                          r"\(.*Not a directory.*\): choose another tracking\.experiment"):
         tracker.start("train")
+
+
+def test_a_version_of_a_remote_store_is_downloaded_once_and_whole(config: RunConfig, tmp_path: Path,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    """A download that breaks off leaves nothing that a later run would take for the whole."""
+    asked: list[str] = []
+    source = "mlflow-artifacts:/1/abc/artifacts/configuration"
+
+    def download(artifact_uri: str, dst_path: str, tracking_uri: str) -> str:
+        asked.append(artifact_uri)
+        folder = Path(dst_path) / "configuration"
+        folder.mkdir()
+        (folder / "half").write_text("half", encoding="utf-8")
+        if len(asked) == 1:
+            raise RuntimeError("Connection broken\nmore")
+        (folder / "half").rename(folder / "whole")
+        return str(folder)
+
+    version = SimpleNamespace(version="3", source=source)
+    monkeypatch.setattr("pipelines.tracking.registry.open_client", lambda uri: SimpleNamespace(
+        get_model_version=lambda name, number: version))
+    monkeypatch.setattr("mlflow.artifacts.download_artifacts", download)
+    with pytest.raises(StoppedError, match=rf"^{source}: cannot be downloaded \(Connection broken\)$"):
+        resolve(config, "models:/heads/3", tmp_path / "models")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    for _ in range(2):
+        number, folder = resolve(config, "models:/heads/3", tmp_path / "models")
+        assert number == 3 and [path.name for path in folder.iterdir()] == ["whole"]
+    assert len(asked) == 2
+    version.source = source.replace("abc", "def")  # another database
+    assert resolve(config, "models:/heads/3", tmp_path / "models")[1] != folder and len(asked) == 3
 
 
 @pytest.mark.parametrize(("message", "words"), [

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections import namedtuple
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +21,7 @@ from hydra_core.base import Base
 from hydra_core.errors import InputError, StoppedError
 from hydra_core.heads.checkpoint import load_checkpoint
 from pipelines.config import load_config
+from pipelines.runtime.artifacts import RunPaths
 from pipelines.train import ray_train
 from pipelines.train.ray_train import INTERFACE_VARIABLES, HeadTrainer, choose_interface, interface_of
 from tests.conftest import ROOT
@@ -98,3 +102,38 @@ def test_beside_another_ray(tiny_base: Base, tiny_base_dir: Path, tmp_path: Path
     outputs = json.loads(done.stdout)["outputs"]
     assert outputs["hydra"] == str(storage / "runs" / "default" / "train" / "hydra" / "heads")
     assert load_checkpoint(Path(outputs["hydra"]), tiny_base.vocabulary).drafter.num_heads == 4
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 24 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_is_one_line_and_the_same_command_goes_on(tiny_base: Base, tiny_base_dir: Path, small_disk: Path,
+                                                                    tmp_path: Path, worker_env: dict[str, str]) -> None:
+    storage = small_disk / "storage"
+    command, environment = write_run(tiny_base, tiny_base_dir, storage), environment_of(worker_env)
+    config = load_config(None, dict(word.split("=", 1) for word in command[3:]))
+    subprocess.run([sys.executable, "-c", "import sys; from pipelines.config import load_config; from pipelines.tracking import "
+                    "Tracker; Tracker.open(load_config(None, {'storage': sys.argv[1]})).parent()", str(storage)],
+                   cwd=ROOT, env=environment, check=True)
+    filler = small_disk / "filler"
+    with filler.open("wb") as file:
+        file.write(b"0" * max(0, shutil.disk_usage(small_disk).free - (200 << 10)))
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 1, done.stderr
+    told = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(told) == 1 and re.search(rf"the disk is full: {small_disk}\S* has 0\.\d MiB left", told[0]), done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) < 25, done.stderr
+    assert not (RunPaths.of(config).stage("train", "hydra") / "heads").exists()
+    filler.unlink()
+    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    assert again.returncode == 0, again.stderr
+    assert load_checkpoint(Path(json.loads(again.stdout)["outputs"]["hydra"]), tiny_base.vocabulary).drafter.num_heads == 4
