@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,9 +54,28 @@ def ensure_ray(config: RunConfig) -> Iterator[None]:
         ray.init(address="local", include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING,
                  _temp_dir=str(prepare_to_start()))
     try:
-        yield
+        with _termination_as_interrupt():
+            yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _termination_as_interrupt() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt inside the block. Ray's own handler, set on connecting, aborts the process with pages of
+    stack and leaves to others to end what it has started."""
+    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers, and it gets the signals
+        yield
+        return
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def cluster_address(config: RunConfig) -> str | None:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 import pytest
 
 from hydra_core.errors import InputError, StoppedError
 from pipelines.config import Workers
 from pipelines.runtime.ray_cluster import check_workers, run_blocks
+from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -48,3 +54,34 @@ def test_workers_that_never_fit(local_ray: None) -> None:
         check_workers("x.workers", Workers(count=1, cpus=1), 3)
     with pytest.raises(InputError, match=r"x\.workers: 1 x 1\.0 GPU"):
         check_workers("x.workers", Workers(cpus=0, gpus=1))
+
+
+WAITING = """
+import sys, time
+import pipelines.generate
+from jobs.runner import run
+from pipelines.runtime.ray_cluster import ensure_ray
+
+def run_generate(config):
+    with ensure_ray(config):
+        print("connected", file=sys.stderr, flush=True)
+        time.sleep(300)
+
+pipelines.generate.run_generate = run_generate
+sys.exit(run("generate", ["storage=" + sys.argv[1], "base.dtype=fp32", "Hello"]))
+"""
+
+
+def test_a_terminated_stage_ends_like_an_interrupted_one(tmp_path: Path) -> None:
+    """As `kill`, a container's stop and Kubernetes end it: one line, exit 1, and nothing of its Ray stays."""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    stage = subprocess.Popen([sys.executable, "-c", WAITING, str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+                             env=environment)
+    assert stage.stderr is not None
+    assert any("connected" in line for line in stage.stderr)
+    started = psutil.Process(stage.pid).children(recursive=True)
+    stage.send_signal(signal.SIGTERM)
+    told = stage.stderr.read()
+    assert stage.wait(60) == 1
+    assert told == "generate: interrupted; run the same command again to continue\n"
+    assert started and not psutil.wait_procs(started, timeout=30)[1]
