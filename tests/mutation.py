@@ -27,17 +27,26 @@ NOTICED = {1, 3, 24, 36, 152, 255, -9, -11, -24}
 
 @dataclass(frozen=True)
 class Target:
-    """Files whose functions are changed (patterns), and the fast tests that are to notice."""
+    """Files whose functions are changed (patterns), and the fast tests that are to notice; `fast`: an expression as `-k` takes
+    it, where not all of these tests are fast enough to be run some hundred times."""
 
     files: tuple[str, ...]
     tests: tuple[str, ...]
+    fast: str = ""
 
 
 TARGETS = {
     "sampling": Target(("hydra_core/sampling/*.py",), ("tests/hydra_core/sampling",)),
-    "acceptance": Target(("hydra_core/decoding/verify.py", "hydra_core/decoding/near_ties.py"),
-                         ("tests/hydra_core/decoding/test_verify.py", "tests/hydra_core/decoding/test_near_ties.py")),
-    "proposers": Target(("hydra_core/proposers/*.py",), ("tests/hydra_core/proposers",)),
+    "acceptance": Target(("hydra_core/decoding/verify.py",), ("tests/hydra_core/decoding/test_verify.py",)),
+    "near-ties": Target(("hydra_core/decoding/near_ties.py",), ("tests/hydra_core/decoding/test_near_ties.py",)),
+    "proposers": Target(
+        tuple(f"hydra_core/proposers/{name}.py" for name in ("acceptance", "calibration", "candidate_tree", "node_budget",
+                                                             "ngram")),
+        tuple(f"tests/hydra_core/proposers/test_{name}.py" for name in ("estimates", "calibration", "dynamic_tree", "ngram")),
+        "not pay and not paths_that_could and not deep and not no_longer and not long_texts"),
+    "drafting": Target(
+        tuple(f"hydra_core/proposers/{name}.py" for name in ("dynamic", "heads", "head_features")),
+        ("tests/hydra_core/proposers/test_drafts.py", "tests/hydra_core/proposers/test_dynamic_tree.py")),
     "alignment": Target(("hydra_core/training/alignment.py",), ("tests/hydra_core/training/test_alignment.py",)),
     "losses": Target(("hydra_core/training/losses.py", "hydra_core/training/metrics.py"),
                      ("tests/hydra_core/training/test_losses.py", "tests/hydra_core/training/test_metrics.py")),
@@ -49,17 +58,19 @@ TARGETS = {
     "metrics": Target(("pipelines/serve/metrics.py",), ("tests/pipelines/serve/test_metrics.py",)),
     "batch": Target(("pipelines/batch/reader.py", "pipelines/batch/writer.py", "pipelines/batch/openai_format.py"),
                     ("tests/pipelines/batch",)),
-    "config": Target(("pipelines/config/*.py",), ("tests/jobs/test_configs.py", "tests/jobs/test_runner.py")),
+    "config": Target(("pipelines/config/*.py",), ("tests/jobs/test_configs.py", "tests/jobs/test_runner.py"),
+                     "not heavy and not terminal"),
 }
 SETTINGS = """
 [tool.mutmut]
 source_paths = ["hydra_core", "pipelines", "jobs"]
 only_mutate = {files}
 also_copy = ["README.md", "cluster"]
-pytest_add_cli_args = ["-n", "0", "-m", "not slow", "-p", "no:cacheprovider", "-W", "ignore"]
+pytest_add_cli_args = ["-n", "0", "-m", "not slow", "-p", "no:cacheprovider", "-W", "ignore", "-k", {fast}]
 pytest_add_cli_args_test_selection = {tests}
 process_isolation = "forkserver"
-timeout_constant = 2.0
+timeout_multiplier = 3.0
+timeout_constant = 3.0
 use_git_change_detection = false
 do_not_mutate_patterns = ['^\\s*raise ', '^\\s*(log|logger|console)\\.', '^\\s*assert ']
 """
@@ -128,6 +139,7 @@ def prepare(name: str) -> Path:
         path.write_text(undecorated(path.read_text(encoding="utf-8")), encoding="utf-8")
     (folder / "mutants" / "mutmut-stats.json").unlink(missing_ok=True)  # which test comes to which function may have changed
     settings = SETTINGS.format(files=json.dumps(target.files),
+                               fast=json.dumps(target.fast),
                                tests=json.dumps([test for test in target.tests if (ROOT / test).exists()]))
     with (folder / "pyproject.toml").open("a", encoding="utf-8") as file:
         file.write(settings)

@@ -16,7 +16,8 @@ from transformers import (
 )
 
 from hydra_core.base.vocabulary import argmax
-from hydra_core.sampling import Request, Sampler, sample
+from hydra_core.kernels import ops
+from hydra_core.sampling import Request, Sampler, Typical, sample
 from hydra_core.sampling.noise import gumbel, position_key
 from hydra_core.sampling.sampler import rank_scores, token_logprob
 
@@ -36,7 +37,8 @@ def random_logits(rows: int, seed: int = 0) -> torch.Tensor:
     {"temperature": 0.7}, {"temperature": 1.3, "top_k": 7}, {"temperature": 0.9, "top_p": 0.8},
     {"temperature": 1.0, "min_p": 0.05}, {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "min_p": 0.02},
     {"temperature": 1.0, "top_p": 1e-6}, {"temperature": 2.0, "top_p": 0.999}, {"temperature": 1.0, "top_k": 9999},
-    {"temperature": 0.8, "top_k": 20, "repetition_penalty": 1.4},
+    {"temperature": 0.8, "top_k": 20, "repetition_penalty": 1.4}, {"temperature": 1.0, "repetition_penalty": 1.4},
+    {"temperature": 1.0, "repetition_penalty": 0.7}, {"temperature": 1.0, "top_k": 1}, {"temperature": 1.0, "top_k": VOCAB},
 ])
 def test_processors_are_transformers_own(settings: dict[str, Any]) -> None:
     own = sampler(**settings)
@@ -149,3 +151,40 @@ def test_a_nucleus_of_next_to_nothing_holds_the_most_likely_token(top_p: float) 
     logits = torch.randn(5, 50, generator=torch.Generator().manual_seed(0))
     samplers = [Sampler(Request(str(row), (1,), 1, temperature=1.0, top_p=top_p, seed=row), 50) for row in range(5)]
     assert sample(logits, [3] * 5, samplers) == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize(("settings", "simple"), [
+    ({}, True), ({"seed": 5, "top_k": 3, "top_p": 0.5}, True), ({"temperature": 0.5}, False), ({"temperature": 1.0}, False),
+    ({"presence_penalty": 1.0}, False), ({"repetition_penalty": 1.1}, False), ({"logprobs": 0}, False),
+    ({"lossy_typical": Typical()}, False), ({"temperature": 1.0, "logprobs": 2}, False)])
+def test_where_the_argmax_is_enough(settings: dict[str, Any], simple: bool) -> None:
+    made = sampler(**settings)
+    assert made.simple is simple and (made.counts is None) == (made.in_prompt is None) == (not made.request.penalised)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_draws_with_and_without_the_compiled_kernel(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy rows beside warm ones, on every processor: argmax(logits / T + noise), by hand."""
+    if not compiled:
+        monkeypatch.setattr(ops, "supports_sample_tokens", lambda scores: False)
+    logits, temperatures = random_logits(30, seed=7), [(0.0, 0.3, 1.0, 2.0)[row % 4] for row in range(30)]
+    samplers = [sampler(temperature=temperature, seed=row, choice=row % 3) for row, temperature in enumerate(temperatures)]
+    positions = [row % 5 for row in range(30)]
+    wanted = []
+    for row, temperature in enumerate(temperatures):
+        noise = gumbel([position_key(row, row % 5, row % 3)], torch.arange(VOCAB))[0]
+        wanted.append(int((logits[row] / temperature + noise if temperature else logits[row]).argmax()))
+    assert sample(logits, positions, samplers) == wanted
+    warm = sampler(temperature=1.0, seed=3)
+    assert sample(logits[:1], [4], [warm]) == [int((logits[0] + gumbel([position_key(3, 4)], torch.arange(VOCAB))[0]).argmax())]
+
+
+def test_greedy_rows_are_ranked_by_their_logits_alone() -> None:
+    """Beside warm ones, which have noise: whole and by the row that each path belongs to."""
+    logits, ids = random_logits(3, seed=8)[:, None], torch.arange(VOCAB)
+    samplers = [sampler(), sampler(temperature=0.5, seed=2), sampler()]
+    scores = rank_scores(logits, [4, 5, 6], samplers, ids)
+    assert torch.equal(scores[0], logits[0]) and torch.equal(scores[2], logits[2])
+    torch.testing.assert_close(scores[1, 0], logits[1, 0] / 0.5 + gumbel([position_key(2, 5)], ids)[0])
+    whose = torch.tensor([1, 1, 2])
+    torch.testing.assert_close(rank_scores(logits[whose], [4, 5, 6], samplers, ids, whose), scores[whose])

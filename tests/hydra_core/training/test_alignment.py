@@ -85,3 +85,15 @@ def test_draft_positions_are_the_steps_a_decoder_can_take() -> None:
     assert got == wanted
     assert len(got) == sum(response - 1 for _, response in NAMES)
     assert torch.equal(draft_positions(packed.spans), head_slice(0, packed.spans, decoding=True).features)
+
+
+@pytest.mark.parametrize("head", [0, 2])
+def test_chosen_positions_stay_together(head: int) -> None:
+    """Features, path, target and teacher of a position are kept or left out as one."""
+    part = head_slice(head, pack_rows(numbered_rows(), 16).spans)
+    wanted = torch.arange(part.count) % 3 == 1
+    chosen, places = part.only(wanted), range(1, part.count, 3)
+    assert chosen.count == len(places) and all(part.features[place] == found for place,
+                                               found in zip(places, chosen.features, strict=True))
+    assert torch.equal(chosen.path, chosen.features[:, None] + torch.arange(1, head + 2))
+    assert torch.equal(chosen.target, chosen.features + 2 + head) and torch.equal(chosen.teacher, chosen.features + 1 + head)

@@ -254,7 +254,7 @@ def test_mistakes_leave_nothing_behind_and_the_corrected_command_runs(local_ray:
     assert result.figures["responses"] == 4
 
 
-def test_heads_make_the_same_rows_sooner(local_ray: None, tiny_base_dir: Path, tiny_base: Base, storage: Path) -> None:
+def test_rows_are_the_same_with_heads(local_ray: None, tiny_base_dir: Path, tiny_base: Base, storage: Path) -> None:
     """Greedy and sampled answers, token for token; the fingerprint is the same, since the rows are."""
     prompts = write_prompts(storage.parent / "p.jsonl", 10)
     known = [tuple(tiny_base.encode_prompt(f"question {i}")) for i in range(10)]
@@ -262,10 +262,10 @@ def test_heads_make_the_same_rows_sooner(local_ray: None, tiny_base_dir: Path, t
     save_checkpoint(heads, overfit_heads(tiny_base, "hydra++", known, tokens=20), tiny_base.identity,
                     TreeSet({1: DraftTree(((0,), (1,), (0, 0)))}), {})
     plain = config_for(storage, tiny_base_dir, prompts, name="plain")
-    sooner = config_for(storage, tiny_base_dir, prompts, name="sooner", distill__heads=str(heads))
-    assert distill_fingerprint(plain) == distill_fingerprint(sooner)
+    with_heads = config_for(storage, tiny_base_dir, prompts, name="with-heads", distill__heads=str(heads))
+    assert distill_fingerprint(plain) == distill_fingerprint(with_heads)
     rows = []
-    for config in (plain, sooner):
+    for config in (plain, with_heads):
         run_distill(config)
         found = read_parts(storage / "runs" / config.name / "distill" / "responses", RESPONSES).to_pylist()
         rows.append({row["id"]: row for row in found})
