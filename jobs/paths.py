@@ -13,7 +13,7 @@ from hydra_core.errors import InputError
 from pipelines.config import RunConfig, load_config
 
 PATH_FIELDS = ("prompts.path", "distill.heads", "bench.prompts", "bench.heads", "batch.input", "batch.output", "load.prompts",
-               "serve.model", "generate.model", "serve.api_keys_file", "base.model")
+               "serve.model", "generate.model", "serve.api_keys_file", "serve.tls_keyfile", "serve.tls_certfile", "base.model")
 WORDS = {"serve.model": ("plain", BUNDLED, EARLIER), "generate.model": ("plain", BUNDLED, EARLIER),
          "bench.heads": (BUNDLED, EARLIER), "distill.heads": (BUNDLED, EARLIER), "train.start": (BUNDLED, EARLIER)}
 """Values of such a setting that are no path."""

@@ -236,7 +236,7 @@ def _application(config: RunConfig, args: AppArgs, serving: ModelDigest) -> Iter
         with _own_application(config, args, serving) as own:
             yield own, args.label
         return
-    if (status := instance.applications[name][0]) != "RUNNING":
+    if (status := instance.applications[name].status) != "RUNNING":
         raise InputError(f"serve.app_name={name}: the application of that name is {status}: wait, delete it or choose another")
     info = ask_replicas(name)
     running = ModelDigest(info["base"], info["context_limit"], info["configuration"])

@@ -28,7 +28,11 @@ _AT_SHUTDOWN = re.compile(r"Task ServeController\.\w+ failed\. There are .* retr
 """Serve's controller is killed at a clean shutdown while it is being asked for changes."""
 _STUCK = re.compile(r"taken more than|schedul|resources|initializ", re.IGNORECASE)
 """A warning of Serve's that explains why nothing happens: a cluster that cannot give what a replica asks for."""
+_DIED = re.compile(r"Exception when trying to get routing stats")
+"""Serve's controller was asking a replica that has died, of which it tells in a line of its own: with two tracebacks."""
 _dropped: set[Any] = set()
+_with_traceback: set[Any] = set()
+"""Processes whose output is left out: up to the next record, and of some records with a traceback too."""
 
 
 @functools.cache
@@ -64,12 +68,15 @@ def wanted_lines(data: dict[str, Any]) -> list[str]:
 
 
 def _without_records(lines: list[str], pid: Any) -> Iterator[str]:
-    """Leave out records below ERROR, with the lines that continue them, which may come in a later batch of the process."""
+    """Leave out records below ERROR, and what a replica's death adds to them, with the lines that continue them, which may come
+    in a later batch of the process."""
     for line in lines:
         if found := _RECORD.match(line):
-            quiet = found[1] in ("DEBUG", "INFO") or (found[1] == "WARNING" and not _STUCK.search(line))
+            died = _DIED.search(line) is not None
+            quiet = died or found[1] in ("DEBUG", "INFO") or (found[1] == "WARNING" and not _STUCK.search(line))
             (_dropped.add if quiet else _dropped.discard)(pid)
-        elif line.startswith("Traceback"):
+            (_with_traceback.add if died else _with_traceback.discard)(pid)
+        elif line.startswith("Traceback") and pid not in _with_traceback:
             _dropped.discard(pid)
         if pid not in _dropped:
             yield line

@@ -19,15 +19,12 @@ def key_digests(path: str | None) -> tuple[str, ...]:
     """sha256 in hex of the keys in the file `path` (one a line) and in the environment variable (separated by commas or lines);
     empty: the endpoint needs no key.
 
-    Raises InputError, whose message never contains a key, for a file that cannot be read or has no key, and for a bad key.
+    Raises InputError, whose message never contains a key, for a file that cannot be read, has no key or is open to others, and
+    for a bad key.
     """
     keys = [(VARIABLE, number, key) for number, key in enumerate(_words(os.environ.get(VARIABLE, "")), start=1)]
     if path is not None:
-        try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError):
-            raise InputError(f"serve.api_keys_file={path}: cannot be read as text") from None
-        found = [(path, row, line.strip()) for row, line in enumerate(lines, start=1)
+        found = [(path, row, line.strip()) for row, line in enumerate(_lines(path), start=1)
                  if line.strip() and not line.lstrip().startswith("#")]
         if not found:
             raise InputError(f"serve.api_keys_file={path}: holds no key: write one a line")
@@ -36,6 +33,26 @@ def key_digests(path: str | None) -> tuple[str, ...]:
         if len(key) < SHORTEST or not key.isascii() or not key.isprintable() or " " in key:
             raise InputError(f"{where}: key {row}: must be {SHORTEST} or more printable ASCII characters without spaces")
     return tuple(sorted({hashlib.sha256(key.encode()).hexdigest() for _, _, key in keys}))
+
+
+def check_required(required: bool, given: bool) -> None:
+    """Raise InputError where keys are required and none is given: without one anybody could ask."""
+    if required and not given:
+        raise InputError("serve.require_keys=true: there is no API key: give serve.api_keys_file, or set "
+                         f"{VARIABLE} on the machine that starts the application")
+
+
+def _lines(path: str) -> list[str]:
+    """As ssh does with private keys: a file of one's own that others can read is refused; those of others (a mounted secret) are
+    theirs to protect."""
+    try:
+        found = os.stat(path)
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError):
+        raise InputError(f"serve.api_keys_file={path}: cannot be read as text") from None
+    if found.st_uid == os.getuid() and found.st_mode & 0o077:
+        raise InputError(f"serve.api_keys_file={path}: others may read it (mode {found.st_mode & 0o777:o}): run chmod 600 {path}")
+    return lines
 
 
 def _words(text: str) -> list[str]:

@@ -7,6 +7,7 @@ model whose name is a string as a query parameter.
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,24 +22,26 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
-from pipelines.serve.instance import together
+from pipelines.serve.admission import Admission, bodies_at_once
+from pipelines.serve.body_readers import BodyReaders
 from pipelines.serve.messages import AppArgs, Generation, Refusal
 from pipelines.serve.metrics import FrontMetrics
-from pipelines.serve.middleware import KNOWN, Limits, RequestMiddleware
-from pipelines.serve.openai.errors import ApiError, not_ready, queue_full, refused
+from pipelines.serve.middleware import BODY_SECONDS, KNOWN, ROUTES, Limits, RequestMiddleware
+from pipelines.serve.openai.errors import ApiError, not_ready, queue_full, refused, too_slow
 from pipelines.serve.openai.requests import ChatRequest, CompletionRequest
 from pipelines.serve.openai.responses import CHAT, DONE, TEXT, Chunks, event, response
+from pipelines.serve.relay import Relay
+from pipelines.serve.replica_states import REPORT_SECONDS, states_of, together
 
 log = logging.getLogger("ray.serve")
 PLAYGROUND = Path(__file__).with_name("playground.html")
-READY_SECONDS, HEALTH_SECONDS = 5.0, 0.8
-"""Time limits for replicas to answer `/ready` and `/health`; a health probe often waits for one second at most."""
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 """Headers that tell proxies not to buffer events."""
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"description": text, "content": {"application/json": {}}}
     for status, text in ((400, "a bad request"), (401, "no key"), (404, "an unknown model"), (408, "too slow"),
-                         (413, "too long"), (429, "a full queue"), (503, "not ready"))}
+                         (413, "too long"), (415, "not JSON"), (429, "a full queue"), (503, "not ready"),
+                         (504, "no answer in time"))}
 
 api = FastAPI(title="hydra-heads", description="OpenAI-compatible speculative decoding")
 api.add_middleware(RequestMiddleware)
@@ -60,13 +63,16 @@ async def _malformed(request: Request, error: RequestValidationError) -> JSONRes
     first = error.errors()[0]
     place = [part for part in first["loc"] if part != "body"]  # a number: the position where the JSON is malformed
     param = place[0] if place and isinstance(place[0], str) else None
-    return JSONResponse(ApiError(400, f"{param or 'body'}: {first['msg']}", param).body(), 400)
+    message = str(first["msg"]).removeprefix("Value error, ")
+    return JSONResponse(ApiError(400, f"{param or 'body'}: {message}", param).body(), 400)
 
 
 @api.exception_handler(HTTPException)
 async def _no_route(request: Request, error: HTTPException) -> JSONResponse:
-    return JSONResponse(ApiError(error.status_code, str(error.detail)).body(), error.status_code,
-                        headers=dict(error.headers or {}))
+    what = str(error.detail)
+    if error.status_code in (404, 405):
+        what = f"{request.method} {request.url.path}: {what.lower()}: there are {', '.join(ROUTES)}"
+    return JSONResponse(ApiError(error.status_code, what).body(), error.status_code, headers=dict(error.headers or {}))
 
 
 @api.exception_handler(Exception)
@@ -90,64 +96,87 @@ async def _after(first: str, events: AsyncIterator[str]) -> AsyncIterator[str]:
         await events.aclose()  # type: ignore[attr-defined]  # frees the slot at once
 
 
-@contextlib.contextmanager
-def _cancelled_with_client(call: Any) -> Iterator[Any]:
-    """A call to a replica, which is cancelled when the client leaves."""
-    try:
-        yield call
-    except (asyncio.CancelledError, GeneratorExit):
-        call.cancel()
-        raise
-
-
 @serve.ingress(api)
 class Ingress:
-    """The HTTP ingress. It limits the answers in flight over all replicas."""
+    """The HTTP ingress. It limits the answers in flight over all replicas, and answers from memory what it is asked of them."""
 
     def __init__(self, server: DeploymentHandle, args: AppArgs) -> None:
-        self.server, self.args, self.in_flight = server, args, 0
+        self.args, self.admission, self.states = args, Admission(), states_of(server.app_name)
+        self.relay = Relay(server, self.states, args.request_seconds)
         self.metrics = FrontMetrics()
-        RequestMiddleware.limits = Limits(args.max_body_bytes, tuple(args.api_key_digests), count=self._count)
+        self.model: dict[str, Any] | None = None
+        self.reporting: asyncio.Task[None] | None = None
+        self.bodies = BodyReaders(bodies_at_once(args), BODY_SECONDS, args.max_body_bytes)
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serve calls it before any request, and whenever the keys are changed."""
+        RequestMiddleware.limits = Limits(self.bodies, tuple(user_config["api_key_digests"]), self.args.require_keys,
+                                          tuple(self.args.cors_origins), self._count)
+        if self.reporting is None:
+            self.reporting = asyncio.create_task(self._report())
+
+    async def _report(self) -> None:
+        while True:
+            self.metrics.waiting(self.states.waiting())
+            self._known()
+            await asyncio.sleep(REPORT_SECONDS)
 
     def _count(self, route: str, status: int, seconds: float) -> None:
-        self.metrics.request(route, status)
+        self.metrics.request(route, status, seconds)
         log.info("request", extra={"route": route, "status": status, "seconds": round(seconds, 4)})
 
+    def _known(self) -> dict[str, Any] | None:
+        """What the running replicas told last, together; None where none has told anything."""
+        infos = self.states.infos()
+        if infos:
+            self.model = together(infos)
+        return self.model if infos else None
+
+    async def state(self) -> dict[str, Any]:
+        """For whoever started or updates the application."""
+        limits = RequestMiddleware.limits
+        return {"args": self.args, "api_key_digests": limits.key_digests if limits else (), "running": len(self.states.replicas),
+                "replicas": self.states.infos(), "in_flight": self.admission.in_flight, "closing": self.admission.closing}
+
+    async def close(self) -> int:
+        """Accept no more requests. Returns the answers in flight."""
+        self.admission.closing = True
+        return self.admission.in_flight
+
     @api.get("/health", responses=ERRORS)
-    async def health(self) -> Any:
-        """Whether this ingress runs and no replica that answers has failed."""
-        info = await self._info(HEALTH_SECONDS)
-        if info is not None and info["failed"]:
-            return JSONResponse({"status": "failed"}, 503)
+    async def health(self) -> dict[str, str]:
+        """Whether this ingress runs."""
         return {"status": "ok"}
 
     @api.get("/ready", responses=ERRORS)
     async def ready(self, request: Request) -> Any:
-        """Whether requests are decoded now: a base is loaded and the warm-up is done. With a valid key (or without keys) the
-        answer also has the model, the load of all replicas together, and the heads that one of them rejected."""
-        info = await self._info(READY_SECONDS)
-        if info is None or info["failed"]:
-            return JSONResponse({"status": "starting" if info is None else "failed"}, 503)
-        return {"status": "ready"} | (info if request.scope[KNOWN] else {})
+        """Whether requests are decoded now: a replica has its base, is warm and has not failed, and nobody is stopping the
+        endpoint. With a valid key (or without keys) the answer also has the model, the load of all replicas together, the heads
+        that one of them rejected, and how old this is."""
+        info = self._known()
+        status = "starting" if info is None else "failed" if info["failed"] else "ready"
+        if self.admission.closing:
+            status = "closing"
+        known = info | {"age_seconds": round(self.states.age(), 3)} if info is not None and request.scope[KNOWN] else {}
+        return JSONResponse({"status": status} | known, 200 if status == "ready" else 503)
 
     @api.get("/v1/models", responses=ERRORS)
     async def models(self) -> dict[str, Any]:
-        info = await self._info(READY_SECONDS)
+        return {"object": "list", "data": [self._model()]}
+
+    @api.get("/v1/models/{name:path}", responses=ERRORS)
+    async def one_model(self, name: str) -> dict[str, Any]:
+        self._check_model(name)
+        return self._model()
+
+    def _model(self) -> dict[str, Any]:
+        self._known()
+        info = self.model
         if info is None:
             raise not_ready("no replica is ready")
-        return {"object": "list", "data": [
-            {"id": self.args.app_name, "object": "model", "created": 0, "owned_by": "hydra-heads", "base": info["base"],
-             "configuration": info["label"], "version": info["version"], "digest": info["configuration"],
-             "context_limit": info["context_limit"]}]}
-
-    async def _info(self, seconds: float) -> dict[str, Any] | None:
-        """The combined `info` of all replicas; None where none answers."""
-        try:
-            found = await self.server.broadcast("info").results_async(timeout_s=seconds, return_exceptions=True)
-            return together([info for info in found if isinstance(info, dict)])
-        except Exception as error:
-            log.warning("no replica answers", extra={"why": f"{type(error).__name__}: {error}"[:200]})
-            return None
+        return {"id": self.args.app_name, "object": "model", "created": 0, "owned_by": "hydra-heads", "base": info["base"],
+                "configuration": info["label"], "version": info["version"], "digest": info["configuration"],
+                "context_limit": info["context_limit"], "max_model_len": info["context_limit"]}
 
     @api.post("/v1/completions", responses=ERRORS)
     async def completions(self, body: CompletionRequest) -> Any:
@@ -166,35 +195,44 @@ class Ingress:
         return await self._respond(CHAT, body, generation)
 
     def _accept(self, body: CompletionRequest | ChatRequest, prefix: str, default: int) -> Generation:
-        if body.model != self.args.app_name:
-            raise ApiError(404, f"model {body.model[:60]!r} does not exist; {self.args.app_name!r} does", "model",
-                           "model_not_found")
+        self.admission.check_open()
+        self._check_model(body.model)
         body.refuse_unsupported()
-        return body.generation(prefix, self.args.max_new_tokens, default, self.args.max_batch_size)
+        return replace(body.generation(prefix, self.args.max_new_tokens, default, self.args.max_batch_size),
+                       arrived=time.time(), seconds=self.args.request_seconds)
+
+    def _check_model(self, name: str) -> None:
+        if name != self.args.app_name:
+            raise ApiError(404, f"model {name[:60]!r} does not exist; {self.args.app_name!r} does", "model", "model_not_found")
 
     @contextlib.contextmanager
     def _slots(self, count: int) -> Iterator[None]:
-        """Reserve room for `count` answers. Raises ApiError 429 when there is none, 503 when no replica can answer."""
-        if self.in_flight + count > self.args.room * max(self.args.replicas, self.args.max_replicas or 0):
-            raise queue_full(self.in_flight)
-        self.in_flight += count
-        try:
-            yield
-        except BackPressureError:
-            raise queue_full(self.in_flight) from None
-        except RayActorError:  # its unfinished answers are lost
-            raise not_ready("the replica that answered has died; another one is being started") from None
-        except DeploymentUnavailableError:
-            raise not_ready("no replica can be started; the log says why") from None
-        finally:
-            self.in_flight -= count
+        """Reserve room for `count` answers. Raises ApiError 429 when there is none, 503 when no replica can answer, 504 when it
+        takes too long."""
+        running = max(1, len(self.states.replicas))
+        decoding = self.args.max_batch_size * running
+        with self.admission.slots(count, self.args.room * running, decoding):
+            try:
+                yield
+            except BackPressureError:
+                raise queue_full(self.admission.in_flight, self.admission.retry_seconds(decoding)) from None
+            except RayActorError:  # its unfinished answers are lost
+                raise not_ready("the replica that answered has died; another one is being started") from None
+            except DeploymentUnavailableError:
+                raise not_ready("no replica can be started; the log says why") from None
+            except TimeoutError:
+                raise too_slow(self.args.request_seconds) from None
+
+    def _checked(self, item: Any) -> Any:
+        """`item` of a replica. Raises ApiError where it is a refusal."""
+        if isinstance(item, Refusal):
+            raise refused(item, self.admission.retry_seconds(self.args.max_batch_size * max(1, len(self.states.replicas))))
+        return item
 
     async def _respond(self, kind: str, body: CompletionRequest | ChatRequest, generation: Generation) -> Any:
         if not body.stream:
-            with self._slots(generation.n), _cancelled_with_client(self.server.answers.remote(generation)) as answers:
-                found = await answers
-            if isinstance(found, Refusal):
-                raise refused(found)
+            with self._slots(generation.n):
+                found = self._checked(await self.relay.answers(generation))
             return response(kind, body.model, generation, found)
         events = self._events(Chunks(kind, body.model, generation), body.include_usage)
         first = await anext(events)  # a refusal comes before the first byte, while the status can still be set
@@ -204,13 +242,13 @@ class Ingress:
         """Server-sent events of one response. Raises ApiError only before the first event."""
         begun = False
         try:
-            stream = self.server.options(stream=True).stream
-            with self._slots(chunks.generation.n), _cancelled_with_client(stream.remote(chunks.generation)) as items:
-                async for item in items:
-                    if isinstance(item, Refusal):
-                        raise refused(item)
-                    begun = True
-                    yield chunks.of(item)
+            items = self.relay.stream(chunks.generation)
+            with self._slots(chunks.generation.n):
+                async with contextlib.aclosing(items):
+                    async for item in items:
+                        text = chunks.of(self._checked(item))
+                        begun = True
+                        yield text
             if include_usage:
                 yield chunks.usage()
         except Exception as error:

@@ -26,7 +26,8 @@ class Generation:
     `n`: answers to the prompt, which differ by their sampling noise; `logprobs`: the number of most likely tokens that are
     returned at each position besides the sampled one, None: no log probabilities. `arrived`: Unix time at which the front got
     the request, None: when the replica gets it; waiting in between counts. `seconds`: in which the whole answer must be made,
-    from `arrived` on; after that its sequences are cancelled and it ends with Refusal 504. None: no limit.
+    from `arrived` on; after that its sequences are cancelled and it ends with Refusal 504. None: no limit. `stop_ids`:
+    token ids that end an answer besides the base's own, which `ignore_eos` turns off.
     """
 
     id: str
@@ -46,15 +47,22 @@ class Generation:
     speculative: Speculative = "drafter"
     arrived: float | None = None
     seconds: float | None = None
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token with its log probability, and the top_k at its position as (text, log probability), best first."""
+    """A token with its log probability and UTF-8 bytes, and the most likely ones at its position, best first, which have none of
+    their own. A token that ends an answer has a name and no bytes: the bytes of all tokens together are the answer's text."""
 
     text: str
     logprob: float
-    top: tuple[tuple[str, float], ...]
+    bytes: bytes
+    top: tuple[Token, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,11 +106,12 @@ class Answer:
 class Refusal:
     """Why there is no answer. `status`: 400 for a bad request, 429 for a full queue, 503 for a failed engine, 504 when the
     time of the request is over. `in_flight`: the engine failed while it made this answer, so the request itself may be the
-    reason: it should not be asked again more than a few times."""
+    reason: it should not be asked again more than a few times. `replica`: which one refuses."""
 
     status: int
     message: str
     in_flight: bool = False
+    replica: str | None = None
 
 
 @dataclass(frozen=True)
@@ -111,8 +120,10 @@ class AppArgs:
 
     `version`: of a registered model; `digest`: of the configuration's files, checked again where they are loaded;
     `max_replicas`: None keeps `replicas`; `api_key_digests`: sha256 in hex of the valid keys, none: no key is needed;
-    `max_body_bytes`: of one request; `drain_seconds`: the time in which a replica that is stopped may finish its requests;
-    `hung_seconds`: the time that one step may take before the replica counts as hung.
+    `max_body_bytes`: of one request; `drain_seconds`: the time in which an application that is stopped may finish its answers;
+    `hung_seconds`: the time that one step may take before the replica counts as hung;
+    `request_seconds`: from a request's arrival to the end of its answer, None: no limit; `require_keys`: never run without a key;
+    `cors_origins`: origins of web pages that may ask, `*`: all.
     """
 
     base: dict[str, Any]
@@ -135,6 +146,9 @@ class AppArgs:
     api_key_digests: tuple[str, ...] = ()
     drain_seconds: float = 120.0
     hung_seconds: float = 120.0
+    request_seconds: float | None = None
+    require_keys: bool = False
+    cors_origins: tuple[str, ...] = ()
 
     @property
     def room(self) -> int:

@@ -1,15 +1,19 @@
-"""The metrics of a running application: Ray exports them to Prometheus on every node, with the prefix `ray_`."""
+"""The metrics of a running application: Ray exports them to Prometheus on every node, with the prefix `ray_`, and with the tags
+`application`, `deployment` and `replica`."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Literal
 
-from ray.util.metrics import Counter, Gauge, Histogram
+from ray.serve.metrics import Counter, Gauge, Histogram
 
 from pipelines.serve.engine_loop import Load
 from pipelines.serve.messages import Answer
 
 SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0]
+WHOLE_SECONDS = [0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0]
 TOKENS = [1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0]
 COUNTERS = {
     "hydra_prompt_tokens": "tokens of answered prompts",
@@ -22,41 +26,48 @@ COUNTERS = {
     "hydra_heads_rejected": "configurations that did not load, so that the earlier one stayed",
 }
 GAUGES = {
-    "hydra_queue_size": "answers that wait for a slot of the batch",
+    "hydra_queue_size": "what waits for a slot of the batch: answers in replicas, and requests in the front for a replica",
     "hydra_batch_size": "sequences that decode or are in prefill",
     "hydra_kv_use": "share of the key and value slots that hold tokens",
     "hydra_heads_version": "version of the registered model in use, 0: not registered",
 }
 HISTOGRAMS = {
     "hydra_tokens_per_step": ("tokens after the first per base forward, of an answer", TOKENS),
-    "hydra_first_token_seconds": ("from arrival at the front to the first token", SECONDS),
+    "hydra_first_token_seconds": ("from arrival at the front (or the replica, for batch jobs) to the first token", SECONDS),
     "hydra_between_tokens_seconds": ("seconds of a step per token of the answer", SECONDS),
 }
 REQUESTS, DEPTHS, FINISHED = "hydra_requests", "hydra_steps_by_accepted_depth", "hydra_answers"
-NAMES = (*COUNTERS, *GAUGES, *HISTOGRAMS, REQUESTS, DEPTHS, FINISHED)
+REQUEST_SECONDS = "hydra_request_seconds"
+NAMES = (*COUNTERS, *GAUGES, *HISTOGRAMS, REQUESTS, DEPTHS, FINISHED, REQUEST_SECONDS)
 Unfinished = Literal["cancelled", "timeout", "failed"]
 """Why an answer was not finished: its client left, its time was over, or the engine failed."""
+LOAD_SECONDS = 1.0
+"""Between two reports of the load: a step takes milliseconds, and Ray exports every few seconds."""
 
 
 def series() -> set[str]:
     """The names of the series in Prometheus."""
     counters = {f"ray_{name}_total" for name in (*COUNTERS, REQUESTS, DEPTHS, FINISHED)}
-    histograms = {f"ray_{name}_{part}" for name in HISTOGRAMS for part in ("bucket", "sum", "count")}
+    histograms = {f"ray_{name}_{part}" for name in (*HISTOGRAMS, REQUEST_SECONDS) for part in ("bucket", "sum", "count")}
     return counters | histograms | {f"ray_{name}" for name in GAUGES}
 
 
 class ReplicaMetrics:
     """The metrics of one replica."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.counters = {name: Counter(name, text) for name, text in COUNTERS.items()}
         self.gauges = {name: Gauge(name, text) for name, text in GAUGES.items()}
         self.histograms = {name: Histogram(name, text, boundaries=edges) for name, (text, edges) in HISTOGRAMS.items()}
         self.depths = Counter(DEPTHS, "steps that accepted at least so many drafts", tag_keys=("depth",))
         self.finished = Counter(FINISHED, "answers, by how they ended", tag_keys=("reason",))
-        self.version = 0
+        self.version, self._clock, self._next_load = 0, clock, 0.0
 
     def load(self, load: Load) -> None:
+        """Called after every step; told once a second."""
+        if (now := self._clock()) < self._next_load:
+            return
+        self._next_load = now + LOAD_SECONDS
         for name, value in (("hydra_queue_size", load.waiting), ("hydra_batch_size", load.running),
                             ("hydra_kv_use", load.kv_use), ("hydra_heads_version", self.version)):
             self.gauges[name].set(value)
@@ -99,10 +110,17 @@ class ReplicaMetrics:
 
 
 class FrontMetrics:
-    """The metrics of one ingress: requests by route and status."""
+    """The metrics of one ingress: requests by route and status, their time, and how many wait for a replica."""
 
     def __init__(self) -> None:
-        self.requests = Counter(REQUESTS, "HTTP requests answered", tag_keys=("route", "status"))
+        self.requests = Counter(REQUESTS, "HTTP requests answered", tag_keys=("route", "status"))  # type: ignore[arg-type]
+        self.seconds = Histogram(REQUEST_SECONDS, "from a request's arrival to the end of its answer", boundaries=WHOLE_SECONDS,
+                                 tag_keys=("route",))
+        self.queue = Gauge("hydra_queue_size", GAUGES["hydra_queue_size"])
 
-    def request(self, route: str, status: int) -> None:
+    def request(self, route: str, status: int, seconds: float) -> None:
         self.requests.inc(tags={"route": route, "status": str(status)})
+        self.seconds.observe(seconds, tags={"route": route})
+
+    def waiting(self, requests: int) -> None:
+        self.queue.set(requests)

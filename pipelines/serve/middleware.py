@@ -1,36 +1,45 @@
-"""The ASGI middleware that every request passes first: API key, size and time of the body; it also counts responses."""
+"""The ASGI middleware that every request passes first: web pages of other origins, API key, kind and body of the request; it also
+counts responses."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from starlette.middleware.cors import CORSMiddleware
+
 from pipelines.serve.api_keys import opens
+from pipelines.serve.body_readers import BodyReaders, Disconnected, Receive
 from pipelines.serve.openai.errors import ApiError
 
 Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 OPEN = ("/", "/health", "/ready")
 """Paths that need no key: probes, and the page that a browser opens first. None of them decodes."""
 KNOWN = "hydra_heads.known"
 """In a request's scope: whether the client has a valid key, and so may see more than a probe needs."""
 ROUTES = (*OPEN, "/v1/models", "/v1/completions", "/v1/chat/completions")
+BODY_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of requests. `key_digests`: empty: no key is needed; `body_seconds`: in which a request's body must arrive;
-    `count`: called with the route, status and seconds of each request."""
+    """Limits of requests. `bodies`: reads bodies; `key_digests`: empty: no key is needed, unless `require_keys`, which then lets
+    nobody in; `origins`: of web pages that may ask, `*`: all; `count`: called with the route, status and seconds of each
+    request."""
 
-    max_body_bytes: int
+    bodies: BodyReaders
     key_digests: tuple[str, ...] = ()
-    body_seconds: float = 30.0
+    require_keys: bool = False
+    origins: tuple[str, ...] = ()
     count: Callable[[str, int, float], None] = lambda route, status, seconds: None
+
+    def opened_by(self, authorization: str | None) -> bool:
+        """Whether that header opens the endpoint."""
+        return (not self.key_digests and not self.require_keys) or opens(authorization, self.key_digests)
 
 
 class RequestMiddleware:
@@ -43,9 +52,20 @@ class RequestMiddleware:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        limits = RequestMiddleware.limits
         if scope["type"] != "http":
             await self.app(scope, receive, send)
-            return
+        elif limits is None:
+            await _send(ApiError(503, "the server is starting: try again later", headers={"Retry-After": "1"}), send)
+        elif limits.origins:  # a browser asks first, without a key, and wants to see errors too
+            await CORSMiddleware(self._checked, allow_origins=limits.origins, allow_methods=("GET", "POST"),  # type: ignore[arg-type]
+                                 allow_headers=("*",), expose_headers=("Retry-After",))(scope, receive, send)
+        else:
+            await self._checked(scope, receive, send)
+
+    async def _checked(self, scope: Scope, receive: Receive, send: Send) -> None:
+        limits = RequestMiddleware.limits
+        assert limits is not None
         began, seen = time.perf_counter(), [499]  # stays where the client leaves before a response
 
         async def counting(message: MutableMapping[str, Any]) -> None:
@@ -54,59 +74,45 @@ class RequestMiddleware:
             await send(message)
 
         try:
-            limits = self._limits(scope)
-            body = await _body(scope, receive, limits)
-            await self.app(scope, _replayed(body, receive), counting)
+            _check_key(scope, limits)
+            await self.app(scope, _replayed(await _body(scope, receive, limits), receive), counting)
         except ApiError as error:
             await _send(error, counting)
-        except _Disconnected:
+        except Disconnected:
             return
         except Exception:
             seen[0] = 500  # the server around this application sends it
             raise
         finally:
-            if RequestMiddleware.limits is not None:
-                route = scope["path"] if scope["path"] in ROUTES else "other"
-                RequestMiddleware.limits.count(route, seen[0], time.perf_counter() - began)
-
-    def _limits(self, scope: Scope) -> Limits:
-        limits = RequestMiddleware.limits
-        if limits is None:
-            raise ApiError(503, "the server is starting: try again later", headers={"Retry-After": "1"})
-        given = _header(scope, b"authorization")
-        scope[KNOWN] = not limits.key_digests or opens(given, limits.key_digests)
-        if not scope[KNOWN] and scope["path"] not in OPEN:
-            raise ApiError(401, "an API key is needed: Authorization: Bearer KEY" if given is None else
-                           "the API key is not one of this server's", code="invalid_api_key",
-                           headers={"WWW-Authenticate": "Bearer"})
-        return limits
+            limits.count(_route(scope["path"]), seen[0], time.perf_counter() - began)
 
 
-class _Disconnected(Exception):
-    """The client left before its request was complete."""
+def _route(path: str) -> str:
+    """A path as metrics name it: one of few."""
+    if path.startswith("/v1/models/"):
+        return "/v1/models"
+    return path if path in ROUTES else "other"
+
+
+def _check_key(scope: Scope, limits: Limits) -> None:
+    given = _header(scope, b"authorization")
+    scope[KNOWN] = limits.opened_by(given)
+    if not scope[KNOWN] and scope["path"] not in OPEN:
+        raise ApiError(401, "an API key is needed: Authorization: Bearer KEY" if given is None else
+                       "the API key is not one of this server's", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
 async def _body(scope: Scope, receive: Receive, limits: Limits) -> bytes:
-    """The whole body. Raises ApiError 413 when it is too long, by its header or its size, and 408 when it does not arrive."""
-    too_long = ApiError(413, f"the request is longer than the {limits.max_body_bytes} bytes allowed", code="request_too_large")
-    length = _header(scope, b"content-length") or "0"
-    if length.isdigit() and (len(length) > 18 or int(length) > limits.max_body_bytes):
-        raise too_long
-    parts, size = [], 0
-    try:
-        async with asyncio.timeout(limits.body_seconds):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise _Disconnected
-                parts.append(message.get("body", b""))
-                size += len(parts[-1])
-                if size > limits.max_body_bytes:
-                    raise too_long
-                if not message.get("more_body", False):
-                    return b"".join(parts)
-    except TimeoutError:
-        raise ApiError(408, f"the request did not come within {limits.body_seconds:g} s", code="request_timeout") from None
+    """The body of a request that needs one; what comes with any other is not waited for."""
+    if scope["method"] not in ("POST", "PUT", "PATCH", "DELETE") or scope["path"] in OPEN:
+        return b""
+    encoding = (_header(scope, b"content-encoding") or "identity").strip().lower()
+    if encoding != "identity":
+        raise ApiError(415, f"Content-Encoding: {encoding[:40]} is not read here: send the body as plain JSON")
+    kind = (_header(scope, b"content-type") or "").partition(";")[0].strip().lower()
+    if scope["path"] in ROUTES and not (kind.startswith("application/") and kind.endswith(("/json", "+json"))):
+        raise ApiError(415, f"Content-Type: {kind[:40] or 'none'}: send the body as Content-Type: application/json")
+    return await limits.bodies.read(_header(scope, b"content-length"), receive)
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

@@ -5,10 +5,12 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
+from ray import serve
+from ray.serve.exceptions import RayServeException
 
 from hydra_core.decoding import Engine, Result, StepOutput, TextStream
 from hydra_core.errors import InputError
@@ -21,6 +23,7 @@ from pipelines.serve.metrics import ReplicaMetrics, Unfinished
 from pipelines.serve.model_identity import ModelDigest
 from pipelines.serve.prompt_length import PromptLength, texts_of
 from pipelines.serve.stream_merge import merged
+from pipelines.serve.token_texts import TokenTexts
 from pipelines.serve.user_config import Heads, load_drafter, make_engine
 
 log = logging.getLogger("ray.serve")
@@ -40,19 +43,28 @@ class DecodeServer:
         self.heads: Heads | None = None
         self.serving: ModelDigest | None = None
         self.rejected: dict[str, Any] | None = None
+        self.tried: dict[str, Any] | None = None
         self.in_flight = 0
+        self.name = _replica_name()
+        self.tokens = TokenTexts(self.base)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Decode with other heads; sequences in flight go on with the same tokens. Requests for the heads that run already change
         nothing.
 
-        Heads that do not load change nothing, since an exception would end the replica; `info` reports them as rejected.
-        Raises InputError where there are no earlier heads.
+        Heads that do not load change nothing, since an exception would end the replica; `info` reports them as rejected, until
+        others are asked for. Raises InputError where there are no earlier heads.
         """
+        try:
+            await self._reconfigure(user_config)
+        finally:
+            self.tried = user_config
+
+    async def _reconfigure(self, user_config: dict[str, Any]) -> None:
         try:
             heads = Heads.of(user_config)
             if heads == self.heads:
-                self.rejected = None
+                self.rejected = self.rejected if heads.restored else None
                 return
             drafter, trees, digest = await asyncio.to_thread(load_drafter, heads, self.base, self.args,
                                                              timing=self.engine_loop is None)
@@ -117,7 +129,8 @@ class DecodeServer:
         """Pieces of text and, for each choice, its answer; or one refusal. Leaving early cancels the sequences."""
         loop = self.engine_loop
         if loop is None or loop.failure is not None:
-            yield Refusal(503, "the engine of this replica has failed and another one is being started: try again later")
+            yield Refusal(503, "the engine of this replica has failed and another one is being started: try again later",
+                          replica=self.name)
             return
         if self.in_flight + generation.n > self.args.room:
             yield Refusal(429, f"{self.in_flight} answers are being made already: try again later")
@@ -138,7 +151,8 @@ class DecodeServer:
         except TimeoutError:
             yield _out_of_time(generation)
         except EngineFailed as failed:
-            yield Refusal(503, f"{failed}: try again later", in_flight=failed.in_flight)
+            gone = self.name if loop.failure is not None else None  # else the engine is restarted already
+            yield Refusal(503, f"{failed}: try again later", failed.in_flight, gone)
         except InputError as error:
             yield Refusal(400, _with_client_field(str(error).removeprefix(f"request {generation.id}: "), generation))
         finally:
@@ -153,11 +167,18 @@ class DecodeServer:
         request = Request(
             generation.id, prompt, generation.max_new_tokens, generation.temperature, generation.seed,
             stop=generation.stop, top_p=generation.top_p, presence_penalty=generation.presence_penalty,
-            frequency_penalty=generation.frequency_penalty, logprobs=generation.logprobs,
+            frequency_penalty=generation.frequency_penalty, repetition_penalty=generation.repetition_penalty,
+            top_k=generation.top_k, min_p=generation.min_p, stop_ids=self._stop_ids(generation), logprobs=generation.logprobs,
             lossy_typical=Typical() if generation.speculative == "lossy-typical" else None,
             speculate=generation.speculative != "off")
         request.check(self.base.vocab_size, self.base.context_limit, texts=self.base.tokenizer is not None)
         return choices(request, generation.n)
+
+    def _stop_ids(self, generation: Generation) -> tuple[int, ...] | None:
+        """None: the base's own."""
+        if not generation.stop_ids and not generation.ignore_eos:
+            return None
+        return (*(() if generation.ignore_eos else self.base.stop_ids), *generation.stop_ids)
 
     async def _decode(self, loop: EngineLoop, generation: Generation, index: int, request: Request, waited: float,
                       deadline: float | None) -> AsyncGenerator[Piece | Answer, None]:
@@ -175,7 +196,7 @@ class DecodeServer:
                     self.metrics.first_token(waited + now - started)
                 else:
                     self.metrics.step(now - last, len(output.token_ids))
-                piece = self._piece(index, output, text)
+                piece = self._piece(index, output, text, generation.stop_ids)
                 last, result, made = now, output.result, made + len(output.token_ids)
                 tokens += piece.tokens
                 yield piece
@@ -199,9 +220,12 @@ class DecodeServer:
         log.info("answered", extra=log_fields(answer))
         yield answer
 
-    def _piece(self, index: int, output: StepOutput, text: TextStream) -> Piece:
-        """The text of one step; text that was held back comes with the last one."""
-        fresh = text.push(output.token_ids)
+    def _piece(self, index: int, output: StepOutput, text: TextStream, stop_ids: tuple[int, ...]) -> Piece:
+        """The text of one step; text that was held back comes with the last one. One of `stop_ids` has no text where it ends an
+        answer, as the base's own have none."""
+        ends = output.result is not None and output.result.finish_reason == "stop"
+        shown = output.token_ids[:-1] if ends and output.token_ids[-1] in stop_ids else output.token_ids
+        fresh = text.push(shown)
         if output.result is not None:
             fresh += text.finish()
         count = len(output.token_ids)
@@ -209,8 +233,7 @@ class DecodeServer:
         return Piece(index, fresh, depths, tuple(self._token(token) for token in output.logprobs or ()))
 
     def _token(self, found: TokenLogprob) -> Token:
-        return Token(self.base.decode([found.token]), found.logprob,
-                     tuple((self.base.decode([token]), logprob) for token, logprob in found.top))
+        return self.tokens.named(found.token, found.logprob, tuple(self.tokens.named(*one) for one in found.top))
 
     def _prompt_ids(self, generation: Generation) -> list[int]:
         if generation.prompt_ids is not None:
@@ -224,16 +247,16 @@ class DecodeServer:
         return self.base.encode_prompt(generation.prompt, generation.messages)
 
     async def info(self) -> dict[str, Any]:
-        """The model, its load, and the heads that were rejected last."""
+        """The model, its load, the heads that were rejected last and the `user_config` that was tried last. `at`: Unix time."""
         assert self.heads is not None and self.serving is not None and self.engine_loop is not None
         return {"label": self.heads.label, "version": self.heads.version, **asdict(self.serving),
                 "in_flight": self.in_flight, "running": self.engine_loop.running, "slots": self.args.max_batch_size,
-                "failed": self.failed, "rejected": self.rejected}
+                "failed": self.failed, "rejected": self.rejected,
+                "heads": self.heads.in_args(), "tried": self.tried, "at": time.time()}
 
-    async def running_args(self) -> AppArgs:
-        """The arguments of this application, with its present heads."""
-        assert self.heads is not None
-        return replace(self.args, **asdict(self.heads))
+    async def record_routing_stats(self) -> dict[str, Any]:
+        """`info`, for all who send requests to this replica: Serve asks for it now and then, whatever the replica does."""
+        return {} if self.engine_loop is None or self.heads is None else await self.info()
 
     def check_health(self) -> None:
         """Raise RuntimeError when the engine has failed for good or hangs, so that Serve replaces the replica."""
@@ -249,11 +272,21 @@ def _out_of_time(generation: Generation) -> Refusal:
                         "fewer tokens, or try again when there is less to do")
 
 
+def _replica_name() -> str | None:
+    """What Serve's routers call this replica; None where no Serve runs it."""
+    try:
+        return str(serve.get_replica_context().replica_id.unique_id)
+    except RayServeException:
+        return None
+
+
 def _with_client_field(message: str, generation: Generation) -> str:
     """An error message that names the field that the client gave."""
     field, colon, rest = message.partition(":")
     if field in ("prompt", "prompt_ids"):
         field = "prompt" if generation.messages is None else "messages"
+    elif field == "stop_ids":
+        field = "stop_token_ids"
     return field + colon + rest
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import ray
 from ray import serve
@@ -21,32 +23,20 @@ from pipelines.config import RunConfig, ServeSection
 from pipelines.runtime.artifacts import RunPaths, StageResult
 from pipelines.runtime.console import say
 from pipelines.runtime.ray_cluster import ensure_ray
-from pipelines.serve.api_keys import key_digests
+from pipelines.serve.api_keys import check_required, key_digests
 from pipelines.serve.deployment import build
-from pipelines.serve.instance import REPLICA_SECONDS, Instance, ask_replicas, end_instance, running_instance, start_instance
+from pipelines.serve.instance import Instance, Listen, ask_front, ask_replicas, running_instance, start_instance
 from pipelines.serve.messages import AppArgs
 from pipelines.serve.model_identity import configuration_digest, model_digest
+from pipelines.serve.served_app import STAGE, ServedApp
+from pipelines.serve.user_config import heads_of
 from pipelines.tracking import Tracker
 from pipelines.tracking.lookup import find_model
 
-STAGE = "serve"
 ROUTE = "/"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
-
-@dataclass(frozen=True)
-class ServedApp:
-    """A running application; `stop` removes it. `alone`: Serve itself was started for it, and stops with it."""
-
-    name: str
-    url: str
-    label: str
-    alone: bool
-
-    def stop(self) -> None:
-        serve.delete(self.name)
-        if self.alone:
-            end_instance()
+OPEN = "{} is open to others and no API keys are set: anybody may send requests"
+log = logging.getLogger("ray.serve")
 
 
 def find_args(config: RunConfig) -> AppArgs:
@@ -60,7 +50,9 @@ def find_args(config: RunConfig) -> AppArgs:
                    section.replicas, section.workers.cpus, section.workers.gpus, section.workers.threads, model.version,
                    max_replicas=section.max_replicas, max_prompt_tokens=section.max_prompt_tokens,
                    max_body_bytes=section.max_body_bytes, api_key_digests=key_digests(section.api_keys_file),
-                   drain_seconds=section.drain_seconds, hung_seconds=section.hung_seconds)
+                   drain_seconds=section.drain_seconds, hung_seconds=section.hung_seconds,
+                   request_seconds=section.request_seconds,
+                   require_keys=section.require_keys, cors_origins=section.cors_origins)
 
 
 def check_args(args: AppArgs) -> AppArgs:
@@ -74,8 +66,11 @@ def check_args(args: AppArgs) -> AppArgs:
 
 
 def resolve_args(config: RunConfig) -> AppArgs:
-    """The application to serve, checked before anything starts. Raises InputError as `find_args` and `check_args` do."""
-    return check_args(find_args(config))
+    """The application to serve, checked before anything starts. Raises InputError as `find_args` and `check_args` do, and where
+    keys are required and none is given; an update keeps those of the running one."""
+    args = find_args(config)
+    check_required(args.require_keys and not config.serve.update, bool(args.api_key_digests))
+    return check_args(args)
 
 
 def build_app(args: dict[str, Any]) -> serve.Application:
@@ -89,13 +84,22 @@ def build_app(args: dict[str, Any]) -> serve.Application:
             args.setdefault(now, args.pop(earlier))
     digests = {*args.pop("api_key_digests", ()), *key_digests(args.pop("api_keys_file", None))}
     args["api_key_digests"] = tuple(sorted(digests))
+    args["cors_origins"] = tuple(args.get("cors_origins", ()))
     known = {field.name for field in dataclasses.fields(AppArgs)}
     if unknown := sorted(set(args) - known):
         raise InputError(f"args.{unknown[0]}: unknown field; known are {', '.join(sorted(known))}")
     try:
-        return build(AppArgs(**args))
+        found = AppArgs(**args)
     except TypeError as error:
         raise InputError(f"args: {error}") from None
+    instance = running_instance() if ray.is_initialized() else None
+    if not found.api_key_digests and instance is not None and instance.url is not None and not _is_loopback(instance.url):
+        log.warning(OPEN.format(instance.url))
+    return build(found)
+
+
+def _is_loopback(url: str) -> bool:
+    return urlsplit(url).hostname in LOOPBACK
 
 
 def start_app(config: RunConfig, args: AppArgs | None = None, route: str | None = ROUTE) -> ServedApp:
@@ -106,19 +110,26 @@ def start_app(config: RunConfig, args: AppArgs | None = None, route: str | None 
     use, and for a name or route that another application has.
     """
     args = args or resolve_args(config)
-    host, port = config.serve.host, config.serve.port
+    if route is None:
+        args = replace(args, require_keys=False)  # nobody can ask over HTTP
+    section = config.serve
+    listen = Listen(section.host, section.port, section.tls_keyfile, section.tls_certfile)
     shared = running_instance()
+    if shared is not None and shared.url is None and not shared.applications:  # left by a job that needed no HTTP
+        serve.shutdown()
+        shared = None
     if shared is not None:
         shared.check_room(args.app_name, route)
-        if route and port and (host, port) != (shared.host, shared.port):
-            say(STAGE, f"Serve runs on this cluster already, at {shared.url}: serve.host={host} and serve.port={port} have no "
-                       "effect")
-    instance = shared or start_instance(host, port)
-    app = ServedApp(args.app_name, instance.url, args.label, alone=shared is None)
+        if route and section.port and listen.url != shared.url:
+            say(STAGE, f"Serve runs on this cluster already, at {shared.url}: serve.host, serve.port and serve.tls_* "
+                       f"({listen.url}) have no effect")
+    instance = shared or start_instance(None if route is None else listen)
+    app = ServedApp(args.app_name, instance.url or "", args.label, shared is None, args.drain_seconds)
     try:
         serve.run(build(args), name=args.app_name, route_prefix=route)
+        ask_replicas(args.app_name)
     except BaseException:
-        app.stop()
+        app.remove()
         raise
     return app
 
@@ -134,11 +145,10 @@ def run_serve(config: RunConfig) -> StageResult:
         with ensure_ray(config), tracker.start(STAGE, params=serving_params(args)) as run:
             app = update_app(args)
         return StageResult(STAGE, run.run_id, {"url": app.url}, {"model": app.label, "version": args.version})
-    if config.serve.host not in LOOPBACK and not args.api_key_digests:
-        say(STAGE, f"serve.host={config.serve.host} is open to others and no API keys are set: anybody may send requests")
-    with ensure_ray(config), _signals() as (started, stopped):
+    _warn(config, args)
+    with ensure_ray(config), _signals() as told:
         app = start_app(config, args)
-        started.set()
+        told.started.set()
         try:
             with tracker.start(STAGE, params=serving_params(args)) as run:
                 say(STAGE, f"{app.label} answers at {app.url}, for example\n"
@@ -146,33 +156,57 @@ def run_serve(config: RunConfig) -> StageResult:
                            f"'{{\"model\": \"{app.name}\", \"messages\": [{{\"role\": \"user\", \"content\": \"Hello\"}}]}}'")
                 say(STAGE, "to change the heads while it runs: hydra-heads serve --update "
                            f"ray_address={ray.get_runtime_context().gcs_address}")
-                while not stopped.wait(1.0):
+                say(STAGE, f"metrics for Prometheus: {', '.join(metrics_addresses())}")
+                while not told.stopped.wait(1.0):
                     pass
         finally:
-            app.stop()
+            app.stop(told.hurry)
     return StageResult(STAGE, run.run_id, {"url": app.url}, {"model": app.label})
 
 
+def metrics_addresses() -> list[str]:
+    """Where Ray exports metrics: one address a node."""
+    return [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in ray.nodes() if node["Alive"]]
+
+
+def _warn(config: RunConfig, args: AppArgs) -> None:
+    """Say what others on the network may do with an endpoint that is open to them."""
+    section = config.serve
+    if section.host in LOOPBACK:
+        return
+    if not args.api_key_digests:
+        say(STAGE, OPEN.format(f"serve.host={section.host}"))
+    elif section.tls_certfile is None:
+        say(STAGE, f"serve.host={section.host} is open to others and API keys travel there in clear text: set serve.tls_keyfile "
+                   "and serve.tls_certfile, or put a proxy with TLS in front")
+
+
 def update_app(args: AppArgs) -> ServedApp:
-    """Give the running application of that name the heads of `args`; its other settings and its replicas stay.
+    """Give the running application of that name the heads of `args`, and its keys where it has any; its other settings, its
+    address and its replicas stay.
 
     Raises InputError when no such application runs, when it has another base, and when a replica rejects the heads: the
     application then keeps the earlier ones.
     """
-    instance = _instance_with(args.app_name)
-    asked, before = model_digest(args), ask_replicas(args.app_name)
+    name, instance = args.app_name, _instance_with(args.app_name)
+    asked, before = model_digest(args), ask_replicas(name)
     if asked.base != before["base"]:
-        raise InputError(f"serve.update: {args.app_name} runs base {before['base']}, the heads are for {asked.base}: only "
+        raise InputError(f"serve.update: {name} runs base {before['base']}, the heads are for {asked.base}: only "
                          "heads can be changed; start another application for another base")
-    handle = serve.get_deployment_handle("DecodeServer", args.app_name)
-    running = handle.broadcast("running_args").results(timeout_s=REPLICA_SECONDS)[0]
+    state, application = ask_front(name), instance.applications[name]
+    running = replace(state["args"], **state["replicas"][0]["heads"],
+                      api_key_digests=args.api_key_digests or state["api_key_digests"])
     wanted = replace(running, configuration=args.configuration, label=args.label, version=args.version, digest=args.digest)
-    serve.run(build(wanted), name=args.app_name, route_prefix=ROUTE)
-    after = ask_replicas(args.app_name)
+
+    def deploy(args: AppArgs, restored: bool) -> dict[str, Any]:
+        serve.run(build(args, application.environments, restored), name=name, route_prefix=application.route)
+        return ask_replicas(name, tried=heads_of(args, restored))
+
+    after = deploy(wanted, restored=False)
     if after["rejected"] is not None and after["configurations"] != [asked.configuration]:
-        serve.run(build(running), name=args.app_name, route_prefix=ROUTE)  # or a new replica would start with the rejected ones
+        deploy(running, restored=True)  # or a new replica would start with the rejected ones
         raise InputError(f"serve.update: {args.label} was rejected, {after['label']} stays: {after['rejected']['reason']}")
-    return ServedApp(args.app_name, instance.url, args.label, alone=False)
+    return ServedApp(name, instance.url or "", args.label, alone=False)
 
 
 def _instance_with(name: str) -> Instance:
@@ -188,23 +222,32 @@ def serving_params(args: AppArgs) -> dict[str, Any]:
     return {"serves": {"label": args.label, "version": args.version, **asdict(model_digest(args))}}
 
 
+@dataclass(frozen=True)
+class _Told:
+    """What signals have told. `started`: set by the caller; `stopped`: by SIGINT and SIGTERM from then on; `hurry`: by another
+    one."""
+
+    started: threading.Event = field(default_factory=threading.Event)
+    stopped: threading.Event = field(default_factory=threading.Event)
+    hurry: threading.Event = field(default_factory=threading.Event)
+
+
 @contextmanager
-def _signals() -> Iterator[tuple[threading.Event, threading.Event]]:
-    """Events `started`, which the caller sets, and `stopped`, which SIGINT and SIGTERM set from then on; before that they raise
-    KeyboardInterrupt.
+def _signals() -> Iterator[_Told]:
+    """SIGINT and SIGTERM as events, once `started` is set; before that they raise KeyboardInterrupt.
 
     Use it only while connected to a cluster: on connecting, Ray sets a handler that aborts the process.
     """
-    started, stopped = threading.Event(), threading.Event()
+    told = _Told()
 
     def handle(*_: Any) -> None:
-        if not started.is_set():
+        if not told.started.is_set():
             raise KeyboardInterrupt
-        stopped.set()
+        (told.hurry if told.stopped.is_set() else told.stopped).set()
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield started, stopped
+        yield told
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -24,12 +24,13 @@ DRAFT_SLOTS = 64
 @dataclass(frozen=True)
 class Heads:
     """`configuration`: a folder, None: plain decoding; `version`: of a registered model; `digest`: of the folder's files, None:
-    any files."""
+    any files; `restored`: asked for after others were rejected, which stays told."""
 
     configuration: str | None
     label: str
     version: int | None = None
     digest: str | None = None
+    restored: bool = dataclasses.field(default=False, compare=False)
 
     @staticmethod
     def of(values: dict[str, Any]) -> Heads:
@@ -37,12 +38,16 @@ class Heads:
         known = {field.name for field in dataclasses.fields(Heads)}
         if unknown := sorted(set(values) - known):
             raise InputError(f"user_config.{unknown[0]}: unknown field; known are {', '.join(sorted(known))}")
-        for name, kind in (("configuration", str), ("label", str), ("version", int), ("digest", str)):
+        for name, kind in (("configuration", str), ("label", str), ("version", int), ("digest", str), ("restored", bool)):
             if type(values.get(name)) not in (kind, type(None)):
                 raise InputError(f"user_config.{name}={values[name]!r}: is not of type {kind.__name__}")
         if not {"configuration", "label"} <= set(values) or values["label"] is None:
             raise InputError("user_config: needs configuration (a folder, or null to decode plainly) and label")
         return Heads(**values)
+
+    def in_args(self) -> dict[str, Any]:
+        """The fields of `AppArgs` that say these heads."""
+        return {name: value for name, value in asdict(self).items() if name != "restored"}
 
     def check_digest(self) -> str:
         """The digest of the folder now. Raises InputError when another one was deployed."""
@@ -53,14 +58,15 @@ class Heads:
         return found
 
 
-def heads_of(args: AppArgs) -> dict[str, Any]:
+def heads_of(args: AppArgs, restored: bool = False) -> dict[str, Any]:
     """The `user_config` of an application."""
-    return asdict(Heads(args.configuration, args.label, args.version, args.digest))
+    return asdict(Heads(args.configuration, args.label, args.version, args.digest, restored))
 
 
 def without_heads(args: AppArgs) -> AppArgs:
-    """The arguments that do not change while an application runs: Serve replaces a replica when its arguments change."""
-    return replace(args, configuration=None, label="", version=None, digest=None)
+    """The arguments that do not change while an application runs, without heads and keys: Serve replaces a replica when its
+    arguments change."""
+    return replace(args, configuration=None, label="", version=None, digest=None, api_key_digests=())
 
 
 def load_drafter(heads: Heads, base: Base, args: AppArgs, timing: bool = True) -> tuple[Drafter | None, TreeSet | None, str]:

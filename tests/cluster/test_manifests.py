@@ -17,6 +17,7 @@ from ray.serve.schema import ServeDeploySchema
 from jobs.runner import STAGES, read_config
 from pipelines.config import RunConfig
 from pipelines.serve.messages import AppArgs
+from pipelines.serve.served_app import REMOVED_SECONDS
 from pipelines.serve.stage import ROUTE
 from tests.conftest import ROOT
 
@@ -74,6 +75,7 @@ def test_rayservice_carries_the_serve_config() -> None:
     assert inner["http_options"].pop("host") == "0.0.0.0"  # others are to reach it, so it asks for keys
     (application,) = inner["applications"]
     keys = Path(application["args"].pop("api_keys_file"))
+    assert application["args"].pop("require_keys") is True
     inner["http_options"]["host"] = "127.0.0.1"
     check_serve(inner)
     assert inner == load("serve_config.yaml")
@@ -83,7 +85,8 @@ def test_rayservice_carries_the_serve_config() -> None:
         spec = group["template"]["spec"]
         mounted = {mount["mountPath"]: mount["name"] for mount in spec["containers"][0]["volumeMounts"]}
         (volume,) = [volume for volume in spec["volumes"] if volume["name"] == mounted[str(keys.parent)]]
-        assert volume["secret"]["secretName"]
+        assert volume["secret"]["secretName"] and volume["secret"]["defaultMode"] == 0o400  # a file of keys is nobody else's
+        assert spec["terminationGracePeriodSeconds"] >= application["args"]["drain_seconds"] + REMOVED_SECONDS
 
 
 def check_cluster(spec: dict[str, Any]) -> None:

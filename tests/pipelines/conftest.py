@@ -10,7 +10,8 @@ import pytest
 from sqlalchemy import Engine
 
 from pipelines.config import RunConfig
-from pipelines.serve.stage import ServedApp, start_app
+from pipelines.serve.served_app import ServedApp
+from pipelines.serve.stage import start_app
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,7 +6,7 @@ import math
 import uuid
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from hydra_core.sampling.request import LEAST_TEMPERATURE, MOST_LOGPROBS
 from pipelines.rows.conversations import BadChat, normal_chat
@@ -17,12 +17,15 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "best_of": (None, 1), "logit_bias": (None, {}), "echo": (None, False), "suffix": (None, ""), "tools": (None, []),
     "tool_choice": (None, "none", "auto"), "functions": (None, []), "function_call": (None, "none", "auto"),
     "response_format": (None, {"type": "text"}), "modalities": (None, ["text"]), "audio": (None,),
-    "parallel_tool_calls": (None, True, False), "store": (None, False),
+    "parallel_tool_calls": (None, True, False), "store": (None, False), "min_tokens": (0,), "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,), "include_stop_str_in_output": (False,), "add_generation_prompt": (True,),
+    "continue_final_message": (False,), "use_beam_search": (False,), "length_penalty": (1.0, 1), "bad_words": ([],),
+    "chat_template_kwargs": ({},),
 }
 """Parameters that are not supported, each with the values that have no effect and are accepted."""
 IGNORED = ("user", "metadata", "service_tier", "prompt_cache_key", "safety_identifier")
 """Parameters that are accepted and change no answer."""
-MOST_STOPS, LONGEST_STOP = 4, 256
+MOST_STOPS, LONGEST_STOP, MOST_STOP_IDS = 4, 256, 64
 
 
 class StreamOptions(BaseModel):
@@ -39,7 +42,12 @@ class _Common(BaseModel):
     model: str
     n: int | None = Field(None, ge=1, description="answers to make, which differ by their noise")
     temperature: float | None = Field(None, ge=0, le=100, description="OpenAI's default is 1; 0 is greedy")
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1, description="0: greedy")
+    top_k: int | None = Field(None, ge=-1, le=2**31, description="0 and -1: all")
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100, description="1: none")
+    stop_token_ids: list[int] | None = Field(None, max_length=MOST_STOP_IDS)
+    ignore_eos: bool | None = Field(None, description="go on after the end of a turn")
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     seed: int | None = Field(None, ge=-2**63, lt=2**63, description="the same seed gives the same text, whatever else runs")
@@ -54,7 +62,7 @@ class _Common(BaseModel):
     def refuse_unsupported(self) -> None:
         """Raise ApiError 400 for the first parameter that is unknown or not supported."""
         for name, value in (self.model_extra or {}).items():
-            if name in IGNORED:
+            if name in IGNORED or value is None:
                 continue
             if name not in UNSUPPORTED:
                 raise ApiError(400, f"{name!r}: unknown parameter: leave it out", name, "unknown_parameter")
@@ -82,9 +90,13 @@ class _Common(BaseModel):
         temperature = 1.0 if self.temperature is None else self.temperature
         if not math.isfinite(temperature) or 0 < temperature < LEAST_TEMPERATURE:
             raise ApiError(400, f"temperature: must be 0 or at least {LEAST_TEMPERATURE:g}", "temperature")
+        if self.top_p == 0:
+            temperature = 0.0  # nothing but the likeliest token is left
         seed = uuid.uuid4().int >> 65 if self.seed is None else self.seed
         return Generation(f"{prefix}-{uuid.uuid4().hex}", max_new_tokens=wanted, temperature=temperature, seed=seed,
-                          stop=self.stops(), n=n, top_p=1.0 if self.top_p is None else self.top_p,
+                          stop=self.stops(), n=n, top_p=self.top_p or 1.0, top_k=max(0, self.top_k or 0), min_p=self.min_p or 0.0,
+                          repetition_penalty=self.repetition_penalty or 1.0, stop_ids=tuple(self.stop_token_ids or ()),
+                          ignore_eos=bool(self.ignore_eos),
                           presence_penalty=self.presence_penalty or 0.0, frequency_penalty=self.frequency_penalty or 0.0,
                           logprobs=self.wanted_logprobs(), speculative=self.speculative or "drafter")
 
@@ -107,6 +119,16 @@ class CompletionRequest(_Common):
     prompt: str | list[int]
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
 
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _one_prompt(cls, value: Any) -> Any:
+        """The prompt itself where a list holds one."""
+        if isinstance(value, list) and len(value) == 1 and isinstance(value[0], (str, list)):
+            value = value[0]
+        if isinstance(value, str) or (isinstance(value, list) and all(type(item) is int for item in value)):
+            return value
+        raise ValueError("one prompt a request: a text, or a list of token ids")
+
     def wanted_logprobs(self) -> int | None:
         return self.logprobs
 
@@ -125,7 +147,7 @@ class ChatRequest(_Common):
         return super()._wanted()
 
     def wanted_logprobs(self) -> int | None:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs: needs logprobs=true", "top_logprobs")
         return (self.top_logprobs or 0) if self.logprobs else None
 

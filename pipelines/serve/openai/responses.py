@@ -49,24 +49,23 @@ def response(kind: str, model: str, generation: Generation, answers: Sequence[An
 def logprobs(kind: str, tokens: Sequence[Token], offset: int) -> dict[str, Any]:
     """Log probabilities of `tokens`; `offset`: characters of the answer before them."""
     if kind == CHAT:
-        return {"content": [{**_logprob_entry(token.text, token.logprob),
-                             "top_logprobs": [_logprob_entry(text, value) for text, value in token.top]} for token in tokens],
+        return {"content": [{**_logprob_entry(token), "top_logprobs": [_logprob_entry(one) for one in token.top]}
+                            for token in tokens],
                 "refusal": None}
     offsets = list(accumulate((len(token.text) for token in tokens[:-1]), initial=offset)) if tokens else []
     return {"tokens": [token.text for token in tokens], "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": [_by_text(token) for token in tokens], "text_offset": offsets}
 
 
-def _logprob_entry(text: str, value: float) -> dict[str, Any]:
-    """`bytes` is null for a token that is not a whole character, whose text does not show its bytes."""
-    return {"token": text, "logprob": value, "bytes": None if "\ufffd" in text else list(text.encode())}
+def _logprob_entry(token: Token) -> dict[str, Any]:
+    return {"token": token.text, "logprob": token.logprob, "bytes": list(token.bytes)}
 
 
 def _by_text(token: Token) -> dict[str, float]:
     """The top_k and the sampled token by text; of tokens with the same text the most likely one."""
     found: dict[str, float] = {}
-    for text, value in (*token.top, (token.text, token.logprob)):
-        found.setdefault(text, value)
+    for one in (*token.top, token):
+        found.setdefault(one.text, one.logprob)
     return found
 
 

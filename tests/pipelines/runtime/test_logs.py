@@ -38,6 +38,14 @@ def test_serve_tells_of_errors_alone() -> None:
     assert shown(INFO, "keys and values", WARNING, actor="ServeReplica:app:DecodeServer") == ["keys and values", WARNING]
 
 
+def test_a_replica_that_dies_is_told_of_once() -> None:
+    asked = "ERROR 2026-11-28 22:55:51,486 controller 8990 -- Exception when trying to get routing stats:"
+    assert shown(asked, FAILED, "  File x", actor="ServeController", pid=9) == []
+    assert shown("ray.exceptions.ActorDiedError", FAILED, "more", actor="ServeController", pid=9) == []  # the same record's
+    assert shown(INFO, FAILED, "x", actor="ServeController", pid=9) == [FAILED, "x"]
+    assert shown(asked, FAILED, ERROR, FAILED, actor="ServeController", pid=9) == [ERROR, FAILED]
+
+
 def test_a_clean_shutdown_is_no_failure() -> None:
     assert shown(RETRIED, pid="raylet") == []
     other = RETRIED.replace("ServeController.graceful_shutdown", "measure")

@@ -12,10 +12,12 @@ from typing import Any
 import httpx
 import pytest
 import ray
+from ray import serve
 
 from hydra_core.base import Base
 from hydra_core.decoding import naive_generate
 from hydra_core.sampling import Request
+from pipelines.serve.replica_states import together
 
 KEY = "a-key-of-this-test-0123456789"
 MODEL = "hydra-heads"
@@ -36,6 +38,11 @@ def until(true: Callable[[], bool], what: str) -> None:
             return
         time.sleep(0.1)
     pytest.fail(what)
+
+
+def load_now() -> dict[str, Any]:
+    """What the replicas do at this moment, told by themselves: `/ready` is a second old. They must not be full."""
+    return together(serve.get_deployment_handle("DecodeServer", MODEL).broadcast("info").results(timeout_s=60))
 
 
 def log_lines() -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from hydra_core.decoding import DecodingConfiguration, save_configuration
 from hydra_core.heads.checkpoint import save_checkpoint
 from hydra_core.tree import DraftTree, TreeSet
 from pipelines.config import RunConfig, load_config
-from pipelines.serve.stage import ServedApp
+from pipelines.serve.served_app import ServedApp
 from tests.pipelines.serve.clients import KEY
 from tests.pipelines.serve.test_stage import free_port
 from tests.trained import overfit_heads, random_prompts
@@ -35,6 +35,7 @@ def configuration(tiny_base: Base, tmp_path_factory: pytest.TempPathFactory) -> 
 def config(tiny_base_dir: Path, configuration: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     keys = tmp_path_factory.mktemp("keys") / "keys"
     keys.write_text(f"# of this test\n{KEY}\n", encoding="utf-8")
+    keys.chmod(0o600)
     return load_config(None, {
         "storage": str(tmp_path_factory.mktemp("storage")), "base.model": str(tiny_base_dir), "base.dtype": "fp32",
         "serve.model": str(configuration), "serve.port": free_port(), "serve.max_batch_size": 4, "serve.max_queued": 60,

@@ -19,9 +19,10 @@ from hydra_core.base import Base
 from hydra_core.decoding import DecodingConfiguration, save_configuration
 from hydra_core.errors import InputError
 from pipelines.config import RunConfig
-from pipelines.serve.stage import ServedApp, resolve_args, run_serve, update_app
+from pipelines.serve.served_app import ServedApp
+from pipelines.serve.stage import resolve_args, run_serve, update_app
 from pipelines.tracking import Tracker, register
-from tests.pipelines.serve.clients import LONG, MODEL, REJECTED, expected, log_lines, scraped, until
+from tests.pipelines.serve.clients import LONG, MODEL, REJECTED, expected, load_now, log_lines, scraped, until
 from tests.processes import children
 
 pytestmark = pytest.mark.slow
@@ -116,5 +117,5 @@ def test_a_replica_that_dies_is_told_of_and_replaced(http: httpx.Client, client:
         assert {other.result().status_code for other in others} <= {200, 503}
         assert any(other.result().status_code == 503 for other in others)
     until(lambda: http.get("/ready").status_code == 200 and not stood & replicas(), "no new replica")
-    assert http.get("/ready").json()["in_flight"] == 0
+    until(lambda: load_now()["in_flight"] == 0, "rows are held")
     assert client.completions.create(model=MODEL, prompt="hello", max_tokens=5, temperature=0).choices

@@ -60,6 +60,13 @@ class Told:
         return Metric
 
 
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> Told:
     told = Told()
@@ -88,7 +95,8 @@ def test_what_an_answer_adds(told: Told) -> None:
 
 
 def test_what_else_a_replica_tells(told: Told) -> None:
-    replica = metrics.ReplicaMetrics()
+    clock = Clock()
+    replica = metrics.ReplicaMetrics(clock)
     replica.serves(7)
     load = host.Load(running=5, waiting=3, kv_use=0.25)
     replica.load(load)
@@ -96,6 +104,9 @@ def test_what_else_a_replica_tells(told: Told) -> None:
                            ("hydra_heads_version",): [7]}
     told.values.clear()
     replica.serves(None)
+    replica.load(load)
+    assert not told.values  # a step takes milliseconds, and nobody reads them as often
+    clock.now += metrics.LOAD_SECONDS
     replica.load(load)
     assert told.values["hydra_heads_version",] == [0]
     told.values.clear()
@@ -105,8 +116,11 @@ def test_what_else_a_replica_tells(told: Told) -> None:
     replica.failed(restarted=True)
     replica.failed(restarted=False)
     replica.rejected()
-    metrics.FrontMetrics().request("/v1/completions", 429)
+    front = metrics.FrontMetrics()
+    front.request("/v1/completions", 429, 0.25)
+    front.waiting(4)
     assert told.values == {("hydra_first_token_seconds",): [0.75], ("hydra_between_tokens_seconds",): [0.125, 0.5],
                            ("hydra_engine_failures",): [1.0, 1.0], ("hydra_engine_restarts",): [1.0],
                            ("hydra_heads_rejected",): [1.0],
-                           ("hydra_requests", "/v1/completions", "429"): [1.0]}
+                           ("hydra_requests", "/v1/completions", "429"): [1.0], ("hydra_queue_size",): [4],
+                           ("hydra_request_seconds", "/v1/completions"): [0.25]}

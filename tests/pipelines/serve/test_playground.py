@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from pipelines.serve.body_readers import BodyReaders
 from pipelines.serve.ingress import PLAYGROUND, api
 from pipelines.serve.messages import Answer, Generation, Piece, Token
 from pipelines.serve.middleware import Limits, RequestMiddleware
@@ -50,7 +51,7 @@ class Elements(HTMLParser):
 
 
 def test_the_page_is_served_without_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RequestMiddleware, "limits", Limits(2**20, ("0" * 64,)))
+    monkeypatch.setattr(RequestMiddleware, "limits", Limits(BodyReaders(9, 5.0, 2**20), ("0" * 64,)))
     answer = TestClient(api).get("/")
     assert answer.status_code == 200 and answer.text == PAGE
     assert answer.headers["content-type"] == "text/html; charset=utf-8"
@@ -87,9 +88,9 @@ def answer_of(body: dict[str, Any]) -> str:
     """The events of a short answer in two steps, with markup in it."""
     chunks = Chunks(CHAT, "hydra-heads", Generation("x", 8, speculative=body["speculative"]))
     pieces = (("<b>a", (0,)), ("b", (1,)), ("c", (2,)), ("d", (0,))) if body["speculative"] == "off" else ()
-    steps = [Piece(0, text, (0,), (Token(text, -1.0, ()),)) for text, _ in pieces] or [
-        Piece(0, "<b>a", (0,), (Token("<b>a", -1.0, ()),)),
-        Piece(0, "bcd", (1, 2, 0), tuple(Token(text, -1.0, ()) for text in "bcd"))]
+    steps = [Piece(0, text, (0,), (Token(text, -1.0, text.encode()),)) for text, _ in pieces] or [
+        Piece(0, "<b>a", (0,), (Token("<b>a", -1.0, b"<b>a"),)),
+        Piece(0, "bcd", (1, 2, 0), tuple(Token(text, -1.0, text.encode()) for text in "bcd"))]
     answer = Answer("x", "<b>abcd", (1, 2, 3, 4), "length", 3, len(steps) - 1, 4, 2, 0.1)
     return "".join(chunks.of(item) for item in [*steps, answer]) + chunks.usage() + DONE
 

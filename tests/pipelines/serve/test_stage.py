@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -27,7 +28,9 @@ from hydra_core.heads.checkpoint import save_checkpoint
 from hydra_core.sampling import Request
 from hydra_core.tree import DraftTree, TreeSet
 from pipelines.config import RunConfig, load_config
-from pipelines.serve.stage import ServedApp, build_app, resolve_args, run_serve
+from pipelines.serve.served_app import ServedApp
+from pipelines.serve.stage import build_app, resolve_args, run_serve
+from tests.tiny import save_tiny
 from tests.trained import overfit_heads, random_prompts
 
 pytestmark = pytest.mark.slow
@@ -141,7 +144,9 @@ def test_concurrent_requests_equal_lone_ones(client: openai.OpenAI, tiny_base: B
     ("completions", {"model": "hydra-heads", "prompt": "x", "max_tokens": 10**9}, 400, "max_tokens"),
     ("completions", {"model": "hydra-heads", "prompt": "x", "temperature": -1}, 400, "temperature"),
     ("completions", {"model": "hydra-heads", "prompt": "x", "n": 5}, 400, "n"),
-    ("completions", {"model": "hydra-heads", "prompt": "x", "top_p": 0}, 400, "top_p"),
+    ("completions", {"model": "hydra-heads", "prompt": "x", "top_p": -0.1}, 400, "top_p"),
+    ("completions", {"model": "hydra-heads", "prompt": ["x", "y"]}, 400, "prompt"),
+    ("completions", {"model": "hydra-heads", "prompt": "x", "stop_token_ids": [99999]}, 400, "stop_token_ids"),
     ("completions", {"model": "hydra-heads", "prompt": "x", "stop": ["a"] * 5}, 400, "stop"),
     ("chat/completions", {"model": "hydra-heads", "messages": []}, 400, "messages"),
     ("chat/completions", {"model": "hydra-heads", "messages": [{"role": "user"}]}, 400, "messages"),
@@ -203,14 +208,33 @@ def marked(mark: str) -> list[str]:
     return found
 
 
-def test_the_command_serves_until_told_to_stop(tiny_base_dir: Path, storage: Path, tmp_path: Path,
-                                               worker_env: dict[str, str]) -> None:
+def stop_while_it_answers(process: subprocess.Popen[str], url: str, count: int) -> list[httpx.Response]:
+    """SIGTERM while `count` requests decode or wait; what came of them."""
+    body = {"model": "hydra-heads", "prompt": "hello", "max_tokens": 1000, "ignore_eos": True, "temperature": 1.0}
+    with ThreadPoolExecutor(count) as pool:
+        asked = [pool.submit(httpx.post, f"{url}/v1/completions", json=body | {"seed": seed}, timeout=120)
+                 for seed in range(count)]
+        deadline = time.monotonic() + 60
+        while httpx.get(f"{url}/ready", timeout=30).json().get("in_flight", 0) < 16 and time.monotonic() < deadline:
+            time.sleep(0.05)  # what decodes and waits in the replica; the others wait in front of it
+        process.send_signal(signal.SIGTERM)
+        while (ready := httpx.get(f"{url}/ready", timeout=30)).status_code == 200 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert (ready.status_code, ready.json()["status"]) == (503, "closing")
+        late = httpx.post(f"{url}/v1/completions", json=body, timeout=30)
+        assert (late.status_code, late.json()["error"]["code"]) == (503, "closing") and int(late.headers["retry-after"]) > 0
+        return [one.result() for one in asked]
+
+
+def test_the_command_serves_until_told_to_stop_and_finishes_what_it_accepted(storage: Path, tmp_path: Path,
+                                                                             worker_env: dict[str, str]) -> None:
     from mlflow.tracking import MlflowClient
 
+    base = save_tiny(tmp_path / "base", max_position_embeddings=2048)
     mark = f"HYDRA_TEST_{uuid.uuid4().hex}"
     log = tmp_path / "stderr"
     with log.open("wb") as errors:
-        process = subprocess.Popen(command_for(storage, tiny_base_dir, 0), env=environment_of(worker_env, **{mark: "1"}),
+        process = subprocess.Popen(command_for(storage, base, 0), env=environment_of(worker_env, **{mark: "1"}),
                                    stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True)
     try:
         deadline = time.monotonic() + 180
@@ -221,12 +245,16 @@ def test_the_command_serves_until_told_to_stop(tiny_base_dir: Path, storage: Pat
         models = httpx.get(f"{told[1]}/v1/models", timeout=30).json()["data"]
         assert [(model["id"], model["configuration"]) for model in models] == [("hydra-heads", "plain")]
         assert len(marked(mark)) > 3  # Ray's processes carry it too
-        process.send_signal(signal.SIGTERM)
+        assert (metrics := re.search(r"metrics for Prometheus: (\S+)", log.read_text())), log.read_text()[-3000:]
+        assert httpx.get(metrics[1], timeout=60).status_code == 200
+        found = stop_while_it_answers(process, told[1], 40)
         out, _ = process.communicate(timeout=120)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, log.read_text()[-3000:]
+    assert process.returncode == 0 and "Traceback" not in log.read_text(), log.read_text()[-3000:]
+    assert [(answer.status_code, answer.json()["usage"]["completion_tokens"]) for answer in found] == [(200, 1000)] * 40
+    assert re.search(r"serve: finishing \d+ answers", log.read_text())
     assert out.count("\n") == 1
     result = json.loads(out)
     assert (result["stage"], result["outputs"]["url"], result["model"]) == ("serve", told[1], "plain")

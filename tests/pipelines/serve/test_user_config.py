@@ -78,9 +78,13 @@ def test_bad_heads_change_nothing_and_are_told(args: AppArgs, ngram: dict[str, A
             assert rejected["label"] == "bad" and word in rejected["reason"]
             assert (await server.info())["label"] == "ngram"
             assert isinstance(await server.generate(GENERATION), Answer)
+        assert (await server.info())["tried"]["configuration"] == 7
+        await server.reconfigure(ngram | {"restored": True})
+        assert (await server.info())["rejected"]["label"] == "bad"  # still told: nobody asked for other heads
         await server.reconfigure(ngram)
-        assert (await server.info())["rejected"] is None  # what is asked for is what runs
-        await server.reconfigure({"nonsense": 1})
+        assert (await server.info())["rejected"] is None  # asked for again, and accepted
+        await server.reconfigure(ngram | {"version": "2"})
+        assert (await server.info())["rejected"] is not None
         await server.reconfigure(heads_of(args))
         assert (await server.info())["rejected"] is None and (await server.info())["label"] == "plain"
         assert server.engine_loop is not None
@@ -161,8 +165,26 @@ def test_only_heads_are_no_part_of_the_version(args: AppArgs, ngram: dict[str, A
         assert Heads.of(server.user_config) == Heads.of(heads_of(asked))
         return front._version, server._version
 
+    keys = {"api_key_digests": ("0" * 64,)}
     assert versions(args) == versions(replace(args, **ngram)) != versions(replace(args, max_batch_size=2))
-    assert without_heads(replace(args, **ngram)) == without_heads(args)
+    assert versions(args) == versions(replace(args, **keys))
+    assert build(replace(args, **keys))._bound_deployment.user_config == {"api_key_digests": ["0" * 64]}
+    assert without_heads(replace(args, **ngram)) == without_heads(args) == without_heads(replace(args, **keys))
+
+
+def test_an_update_keeps_what_else_makes_a_version(args: AppArgs) -> None:
+    environments = {"Ingress": {"env_vars": {"A": "1"}}, "DecodeServer": {"env_vars": {"B": "2"}}}
+    front = build(args, environments, restored=True)._bound_deployment
+    server = front.init_args[0]._bound_deployment
+    assert front.ray_actor_options["runtime_env"] == environments["Ingress"]
+    assert server.ray_actor_options["runtime_env"] == environments["DecodeServer"]
+    assert server.user_config == heads_of(args, restored=True) != heads_of(args)
+
+
+def test_nothing_is_built_without_a_key_that_is_required(args: AppArgs) -> None:
+    assert build(replace(args, require_keys=True, api_key_digests=("0" * 64,)))
+    with pytest.raises(InputError, match=r"serve\.require_keys=true: there is no API key"):
+        build(replace(args, require_keys=True))
 
 
 def test_replicas_scale_with_answers_in_flight(args: AppArgs) -> None:

@@ -10,8 +10,16 @@ from pydantic import ValidationError
 
 from hydra_core.sampling.request import MOST_LOGPROBS
 from pipelines.serve.messages import Generation, Refusal
-from pipelines.serve.openai.errors import ApiError, not_ready, printable, queue_full, refused
-from pipelines.serve.openai.requests import IGNORED, LONGEST_STOP, MOST_STOPS, UNSUPPORTED, ChatRequest, CompletionRequest
+from pipelines.serve.openai.errors import ApiError, closing, not_ready, printable, queue_full, refused, too_slow
+from pipelines.serve.openai.requests import (
+    IGNORED,
+    LONGEST_STOP,
+    MOST_STOP_IDS,
+    MOST_STOPS,
+    UNSUPPORTED,
+    ChatRequest,
+    CompletionRequest,
+)
 
 LIMIT, DEFAULT, MOST = 30, 16, 4
 
@@ -45,13 +53,16 @@ def test_what_is_left_out_or_null_takes_openais_defaults() -> None:
     ("stop", ["a", "b"], "stop", ("a", "b")), ("max_tokens", 1, "max_new_tokens", 1),
     ("max_tokens", LIMIT, "max_new_tokens", LIMIT),
     ("logprobs", 0, "logprobs", 0), ("logprobs", MOST_LOGPROBS, "logprobs", MOST_LOGPROBS),
-    ("speculative", "off", "speculative", "off"),
+    ("top_p", 1e-9, "top_p", 1e-9), ("top_k", 7, "top_k", 7), ("top_k", -1, "top_k", 0), ("min_p", 0.1, "min_p", 0.1),
+    ("repetition_penalty", 1.2, "repetition_penalty", 1.2), ("stop_token_ids", [3, 4], "stop_ids", (3, 4)),
+    ("ignore_eos", True, "ignore_eos", True), ("speculative", "off", "speculative", "off"),
     ("speculative", "lossy-typical", "speculative", "lossy-typical")])
 def test_every_field_arrives(field: str, value: Any, where: str, wanted: Any) -> None:
     """And changes nothing else."""
     made = generation(**{"seed": 9, field: value})
     others = {"max_new_tokens": DEFAULT, "temperature": 1.0, "seed": 9, "stop": (), "n": 1, "top_p": 1.0, "presence_penalty": 0.0,
-              "frequency_penalty": 0.0, "logprobs": None, "speculative": "drafter"}
+              "frequency_penalty": 0.0, "logprobs": None, "speculative": "drafter", "top_k": 0, "min_p": 0.0,
+              "repetition_penalty": 1.0, "stop_ids": (), "ignore_eos": False, "arrived": None, "seconds": None}
     assert {name: getattr(made, name) for name in others} == others | {where: wanted}
 
 
@@ -78,11 +89,13 @@ def test_limits_of_stops_from_inside() -> None:
 
 
 @pytest.mark.parametrize(("field", "good", "bad"), [
-    ("n", (1,), (0, 1.0, "1")), ("temperature", (0, 100), (-0.1, 100.1, "1")), ("top_p", (1e-9, 1), (0, 1.01)),
+    ("n", (1,), (0, 1.0, "1")), ("temperature", (0, 100), (-0.1, 100.1, "1")), ("top_p", (0, 1e-9, 1), (-0.1, 1.01)),
+    ("top_k", (-1, 0, 2**31), (-2, 1.5)), ("min_p", (0, 1), (-0.1, 1.1)), ("repetition_penalty", (0.01, 100), (0, 0.001, 101)),
+    ("stop_token_ids", ([], [1] * MOST_STOP_IDS), ([1] * (MOST_STOP_IDS + 1), ["a"])), ("ignore_eos", (True,), ("yes", 1)),
     ("presence_penalty", (-2, 2), (-2.1, 2.1)), ("frequency_penalty", (-2, 2), (-2.1, 2.1)),
     ("seed", (-2**63, 2**63 - 1), (-2**63 - 1, 2**63)),
     ("logprobs", (0, MOST_LOGPROBS), (-1, MOST_LOGPROBS + 1)), ("speculative", ("off",), ("on",)),
-    ("prompt", ("", [1, 2]), (5, [1.5], None)),
+    ("prompt", ("", [1, 2], ["a"], [[1, 2]]), (5, [1.5], None, ["a", "b"], [[1], [2]], [[["a"]]], [True], {"a": 1}, ["a", 5])),
     ("stream_options", ({}, {"include_usage": True, "other": 1}), ({"include_usage": 1}, "x")),
     ("stream", (True, None), ("yes", 1))])
 def test_types_and_limits_of_each_field(field: str, good: tuple[Any, ...], bad: tuple[Any, ...]) -> None:
@@ -94,20 +107,33 @@ def test_types_and_limits_of_each_field(field: str, good: tuple[Any, ...], bad: 
         assert {error["loc"][0] for error in caught.value.errors()} == {field}
 
 
+@pytest.mark.parametrize("prompt", [["a"], [[5, 6]]])
+def test_a_list_of_one_prompt_is_that_prompt(prompt: list[Any]) -> None:
+    assert completion(prompt=prompt).prompt == prompt[0]
+    with pytest.raises(ValidationError, match="one prompt a request: a text, or a list of token ids"):
+        completion(prompt=prompt * 2)
+
+
+def test_a_top_p_of_nothing_is_greedy() -> None:
+    made = generation(top_p=0, temperature=0.8)
+    assert (made.temperature, made.top_p) == (0.0, 1.0)
+
+
 def test_messages_may_not_be_empty() -> None:
     with pytest.raises(ValidationError, match="messages"):
         chat(messages=[])
 
 
 @pytest.mark.parametrize(("fields", "wanted"), [
-    ({}, None), ({"logprobs": False}, None), ({"logprobs": True}, 0), ({"logprobs": True, "top_logprobs": 0}, 0),
+    ({}, None), ({"logprobs": False}, None), ({"top_logprobs": 0}, None), ({"logprobs": False, "top_logprobs": 0}, None),
+    ({"logprobs": True}, 0), ({"logprobs": True, "top_logprobs": 0}, 0),
     ({"logprobs": True, "top_logprobs": 5}, 5)])
 def test_log_probabilities_of_chats(fields: dict[str, Any], wanted: int | None) -> None:
     assert chat(**fields).wanted_logprobs() == wanted
     assert chat(**fields).generation("c", LIMIT, DEFAULT, MOST).logprobs == wanted
 
 
-@pytest.mark.parametrize("fields", [{"top_logprobs": 2}, {"top_logprobs": 0}, {"top_logprobs": 2, "logprobs": False}])
+@pytest.mark.parametrize("fields", [{"top_logprobs": 2}, {"top_logprobs": 2, "logprobs": False}])
 def test_the_top_needs_log_probabilities(fields: dict[str, Any]) -> None:
     with pytest.raises(ApiError, match="needs logprobs=true") as caught:
         chat(**fields).wanted_logprobs()
@@ -136,6 +162,7 @@ def test_messages_in_the_normal_form() -> None:
 def test_unsupported_parameters_may_have_the_values_that_do_nothing(name: str) -> None:
     for harmless in UNSUPPORTED[name]:
         completion(**{name: harmless}).refuse_unsupported()
+    completion(**{name: None}).refuse_unsupported()
     for value in ("x" * 99, 7, {"type": "json_object"}, ["tool"], 1.5):
         with pytest.raises(ApiError) as caught:
             completion(**{name: value}).refuse_unsupported()
@@ -147,6 +174,7 @@ def test_unsupported_parameters_may_have_the_values_that_do_nothing(name: str) -
 
 
 def test_unknown_parameters_are_named_and_ignored_ones_are_not() -> None:
+    completion(reasoning_effort=None, guided_json=None).refuse_unsupported()  # as clients fill in what they know
     completion(**dict.fromkeys(IGNORED, "x")).refuse_unsupported()
     with pytest.raises(ApiError) as caught:
         completion(**{IGNORED[0]: "x", "temprature": 1}).refuse_unsupported()
@@ -186,7 +214,12 @@ def test_refusals_of_replicas() -> None:
         error = refused(Refusal(status, "why"))
         assert (error.status, error.message, error.code, error.headers, error.param) == (status, "why", code,
                                                                                          {"Retry-After": "1"}, None)
-    for words in ("prompt: 9 tokens leave no room in a context of 8", "prompt: 99 tokens are more than the 8 here"):
+    assert refused(Refusal(429, "why"), 17).headers == queue_full(7, 17).headers == {"Retry-After": "17"}
+    late = refused(Refusal(504, "the answer was not complete: ask for less"))
+    assert (late.status, late.code, late.param) == (504, "timeout", None)
+    assert (too_slow(3).status, closing().status) == (504, 503)
+    for words in ("prompt: 9 tokens leave no room in a context of 8", "prompt: 99 tokens are more than the 8 here",
+                  "prompt: 99 characters are more than the 8 tokens allowed here can hold"):
         error = refused(Refusal(400, words))
         assert (error.status, error.param, error.code, error.headers) == (400, "prompt", "context_length_exceeded", {})
     other = refused(Refusal(400, "top_k: must be 0 or more"))

@@ -13,7 +13,9 @@ from pipelines.serve.messages import Answer, Generation, Piece, Token
 from pipelines.serve.openai import responses
 from pipelines.serve.openai.responses import CHAT, DONE, TEXT, Chunks, event, finish_reason, logprobs, response, usage
 
-TOKENS = (Token("Zü", -0.25, (("Zü", -0.25), ("a", -1.5))), Token("\ufffd", -2.0, (("x", -0.5), ("\ufffd", -0.75))))
+ZU, PART = "Zü".encode(), b"\xe6"
+TOKENS = (Token("Zü", -0.25, ZU, (Token("Zü", -0.25, ZU), Token("a", -1.5, b"a"))),
+          Token("\ufffd", -2.0, PART, (Token("x", -0.5, b"x"), Token("\ufffd", -0.75, b"\xe7"))))
 GENERATION = Generation("cmpl-1", 9, prompt="x", n=2, speculative="drafter")
 FIRST = Answer("cmpl-1", "Zü\ufffd", (7, 8, 9, 4, 3), "stop", 11, 2, 6, 2, 0.5, 0, (0, 2), TOKENS, "fp-1")
 SECOND = Answer("cmpl-1", "b", (5, 5, 5, 5), "length", 11, 1, None, 1, 0.5, 1, (0, 1), None, "fp-1")
@@ -22,8 +24,8 @@ CHAT_LOGPROBS = {"content": [
     {"token": "Zü", "logprob": -0.25, "bytes": [90, 195, 188],
      "top_logprobs": [{"token": "Zü", "logprob": -0.25, "bytes": [90, 195, 188]},
                       {"token": "a", "logprob": -1.5, "bytes": [97]}]},
-    {"token": "\ufffd", "logprob": -2.0, "bytes": None,
-     "top_logprobs": [{"token": "x", "logprob": -0.5, "bytes": [120]}, {"token": "\ufffd", "logprob": -0.75, "bytes": None}]}],
+    {"token": "\ufffd", "logprob": -2.0, "bytes": [230],
+     "top_logprobs": [{"token": "x", "logprob": -0.5, "bytes": [120]}, {"token": "\ufffd", "logprob": -0.75, "bytes": [231]}]}],
     "refusal": None}
 TEXT_LOGPROBS = {"tokens": ["Zü", "\ufffd"], "token_logprobs": [-0.25, -2.0],
                  "top_logprobs": [{"Zü": -0.25, "a": -1.5}, {"x": -0.5, "\ufffd": -0.75}], "text_offset": [4, 6]}
@@ -81,7 +83,7 @@ def test_log_probabilities_of_both_kinds() -> None:
     assert logprobs(CHAT, TOKENS, 4) == CHAT_LOGPROBS
     assert logprobs(TEXT, TOKENS, 4) == TEXT_LOGPROBS
     assert logprobs(TEXT, (), 4) == {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-    same = Token("a", -3.0, (("a", -0.5), ("a", -1.0)))  # tokens of the same text: the most likely one
+    same = Token("a", -3.0, b"a", (Token("a", -0.5, b"a"), Token("a", -1.0, b"a")))  # of equal texts the most likely one
     assert logprobs(TEXT, (same,), 0)["top_logprobs"] == [{"a": -0.5}]
 
 
