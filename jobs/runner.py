@@ -29,6 +29,7 @@ from pipelines.runtime.artifacts import StageResult
 from pipelines.runtime.dry_run import describe
 from pipelines.runtime.faults import find_cause, storage_fault
 from pipelines.runtime.reachability import spare_loopback
+from pipelines.runtime.user import complete_user
 
 __all__ = ["STAGES", "read_config", "run"]
 
@@ -60,6 +61,7 @@ def run(stage: str, argv: Sequence[str] | None = None) -> int:
             if arguments.plan:
                 emit(to_yaml(config) + "".join(f"# {line}\n" for line in describe(config, stage)))
                 return 0
+            complete_user()
             result = _pipeline(stage)(_with_format(config, stage))
             if wants_json and sys.stderr.isatty():
                 sys.stderr.write(summarise(result))

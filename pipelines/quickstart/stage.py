@@ -20,6 +20,7 @@ from pipelines.distill.stage import run_distill
 from pipelines.promote.stage import run_promote
 from pipelines.runtime.artifacts import MANIFEST, RunPaths, StageResult, damaged
 from pipelines.runtime.console import say
+from pipelines.runtime.lock import only_run
 from pipelines.runtime.programs import program
 from pipelines.runtime.ray_cluster import check_workers, ensure_ray
 from pipelines.runtime.tables import Table
@@ -37,8 +38,14 @@ CHAIN: tuple[tuple[str, Callable[[RunConfig], StageResult]], ...] = (
 def run_quickstart(config: RunConfig) -> StageResult:
     """Run every stage, except those whose manifest says that the same work is finished.
 
-    Raises InputError at once for what a later stage would lack: MLflow, a compiler, CPUs, the port.
+    Raises InputError at once for what a later stage would lack: MLflow, a compiler, CPUs, the port; and if another quickstart of
+    this name works now.
     """
+    with only_run(RunPaths.of(config).run / "quickstart", Path(config.storage)):
+        return _run(config)
+
+
+def _run(config: RunConfig) -> StageResult:
     tracker = Tracker.open(config)
     _drop_stale(config)
     whole = _batch_is_finished(config)

@@ -70,8 +70,8 @@ def _full(file: Any, folder: Path) -> str:
     places += [folder, Path(tempfile.gettempdir())]
     room = {place: free for place in dict.fromkeys(map(_existing, places)) if (free := _free(place)) is not None}
     scarce = [f"{place} has {free / 2**20:.1f} MiB left" for place, free in room.items() if free < SCARCE]
-    free = room.get(_existing(folder), 0) / 2**20
-    shown = " and ".join(scarce) or (f"a file could not grow in {folder}, though {free:.0f} MiB are free (a quota, or a limit of "
+    left = room.get(_existing(folder), 0) / 2**20
+    shown = " and ".join(scarce) or (f"a file could not grow in {folder}, though {left:.0f} MiB are free (a quota, or a limit of "
                                      "file sizes)")
     return f"the disk is full: {shown}: what stands is whole; make room and run the same command again"
 

@@ -145,9 +145,10 @@ def _tokens() -> Iterator[tuple[str, str]]:
     """Source and text of the tokens that this process could use, the one that Ray would take first."""
     if token := os.environ.get(TOKEN, "").strip():
         yield TOKEN, token
-    paths = [os.environ.get(TOKEN_PATH), _home_token(), Path(tempfile.gettempdir()) / f"ray-{os.getuid()}" / "auth_token"]
-    for path in filter(None, paths):
-        if token := _read(Path(path)):
+    private = Path(tempfile.gettempdir()) / f"ray-{os.getuid()}" / "auth_token"
+    paths: list[str | Path | None] = [os.environ.get(TOKEN_PATH), _home_token(), private]
+    for path in paths:
+        if path and (token := _read(Path(path))):
             yield str(path), token
 
 

@@ -22,6 +22,7 @@ from hydra_core.errors import InputError
 from pipelines.config import RunConfig, ServeSection
 from pipelines.runtime.artifacts import RunPaths, StageResult
 from pipelines.runtime.console import say
+from pipelines.runtime.programs import stage_command
 from pipelines.runtime.ray_cluster import ensure_ray
 from pipelines.serve.api_keys import check_required, key_digests
 from pipelines.serve.deployment import build
@@ -34,6 +35,8 @@ from pipelines.tracking import Tracker
 from pipelines.tracking.lookup import find_model
 
 ROUTE = "/"
+UPDATED_WITH = ("storage", "base.", "serve.app_name", "promote.model_name", "promote.alias", "tracking.")
+"""Settings that an update has to find as they are here."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 OPEN = "{} is open to others and no API keys are set: anybody may send requests"
 log = logging.getLogger("ray.serve")
@@ -154,8 +157,9 @@ def run_serve(config: RunConfig) -> StageResult:
                 say(STAGE, f"{app.label} answers at {app.url}, for example\n"
                            f"  curl {app.url}/v1/chat/completions -H 'Content-Type: application/json' -d "
                            f"'{{\"model\": \"{app.name}\", \"messages\": [{{\"role\": \"user\", \"content\": \"Hello\"}}]}}'")
-                say(STAGE, "to change the heads while it runs: hydra-heads serve --update "
-                           f"ray_address={ray.get_runtime_context().gcs_address}")
+                address = f"ray_address={ray.get_runtime_context().gcs_address}"
+                again = stage_command(config, STAGE, UPDATED_WITH, "--update", address)
+                say(STAGE, f"to change the heads while it runs: {again}")
                 say(STAGE, f"metrics for Prometheus: {', '.join(metrics_addresses())}")
                 while not told.stopped.wait(1.0):
                     pass

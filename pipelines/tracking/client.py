@@ -54,8 +54,8 @@ def open_client(uri: str) -> MlflowClient:
         raise InputError(f"tracking.uri={shown}: another process has been making its tables for {TABLES_SECONDS:.0f} s: try "
                          f"again, or delete {_database(uri)}.lock if none is running") from None
     except Exception as error:  # each kind of store raises its own exceptions
-        if (path := _database(uri)) and (fault := storage_fault(error, path.parent)):
-            raise fault from None
+        if (path := _database(uri)) and (full := storage_fault(error, path.parent)):
+            raise full from None
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if "_alembic_tmp_" in reason or "already exists" in reason:
             raise InputError(f"tracking.uri={shown}: an interrupted first start left its tables half-made ({reason}): delete "

@@ -7,13 +7,15 @@ import os
 import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import ray
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train.v2.api.config import FailureConfig
+from ray.train.v2.api.exceptions import TrainingFailedError
 
 from pipelines.runtime.faults import find_cause
 
@@ -29,17 +31,19 @@ class HeadTrainer(TorchTrainer):
     """
 
     def _create_default_callbacks(self) -> list[Any]:
-        return [one for one in super()._create_default_callbacks() if type(one).__name__ != CLEANER]
+        made = super()._create_default_callbacks()  # type: ignore[misc]  # typed as the old trainer
+        return [one for one in made if type(one).__name__ != CLEANER]
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-        policy = _RestartTheDead(self.run_config.failure_config)
-        return super()._initialize_and_run_controller(**{**arguments, "failure_policy": policy})
+        policy = _RestartTheDead(cast(FailureConfig, self.run_config.failure_config))
+        return super()._initialize_and_run_controller(  # type: ignore[misc]
+            **{**arguments, "failure_policy": policy})
 
 
 class _RestartTheDead(DefaultFailurePolicy):
     """Ray's policy, except for a mistake or a full disk: each restart would meet the same, after another pause and traceback."""
 
-    def make_decision(self, training_failed_error: Exception) -> FailureDecision:
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         if find_cause(training_failed_error) is not None:
             return FailureDecision.RAISE
         return super().make_decision(training_failed_error)
@@ -58,7 +62,7 @@ class NodeTorchConfig(TorchConfig):
 
 
 class _NodeTorchBackend(_TorchBackend):
-    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
         worker_group.execute(choose_interface)
         super().on_start(worker_group, backend_config)
 

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from hydra_core.errors import InputError
 from pipelines.config import RunConfig, load_config
 from pipelines.quickstart import stage as quickstart
 from pipelines.runtime.artifacts import RunPaths, StageResult, stage_folder
 from pipelines.runtime.files import write_text
+from pipelines.runtime.lock import only_run
 from pipelines.tracking import Tracker
 
 STAGES = ("distill", "train/medusa", "train/hydra", "tree/medusa", "bench", "promote", "batch")
@@ -54,6 +56,14 @@ def test_a_bench_of_other_prompts_is_not_looked_at(storage: Path, monkeypatch: p
     outputs["bench"].write_text("changed", encoding="utf-8")
     quickstart._drop_stale(config)
     assert not outputs["promote"].exists()
+
+
+def test_two_at_once(storage: Path) -> None:
+    config = load_config(None, {"storage": str(storage)})
+    with only_run(RunPaths.of(config).run / "quickstart", storage), \
+            pytest.raises(InputError, match=r"^/.*/runs/default/quickstart: another run writes to it \(process \d+"):
+        quickstart.run_quickstart(config)
+    assert not (storage / "runs").exists()
 
 
 @pytest.mark.slow

@@ -47,6 +47,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # where a token may lie too
     return tmp_path
 
 
@@ -156,7 +157,6 @@ def mode_of(path: Path) -> int:
 
 
 def test_a_new_token_is_for_this_user_alone(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMPDIR", "/tmp")
     prepare_to_start()
     path = home / ".ray" / "auth_token"
     assert len(path.read_text()) == 64 and mode_of(path) == 0o600 and mode_of(path.parent) == 0o700
