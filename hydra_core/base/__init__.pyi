@@ -1,6 +1,6 @@
 from .embedded import EMBEDDED_BASE
 from .kv_cache import AttentionMetadata, KVCache
-from .load import context_limit, formats_of, hidden_width, load_base, load_vocabulary, pick_device
+from .load import context_limit, formats_of, hidden_width, load_base, load_vocabulary, pick_device, quantisation
 from .model import Base
 from .resolve import resolve_base
 from .text import encode_prompt, load_tokenizer, user_turn_opening
@@ -22,6 +22,7 @@ __all__ = [
            "load_tokenizer",
            "load_vocabulary",
            "pick_device",
+           "quantisation",
            "resolve_base",
            "user_turn_opening",
 ]

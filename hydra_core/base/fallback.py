@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from hydra_core.base.config_values import CACHED_SHAPES, config_value, layers_differ, longrope_limit
 from hydra_core.base.kv_cache import AttentionMetadata, KVCache
+from hydra_core.base.probe import decoder_of
 
 ALIBI = ("bloom", "mpt")
 """Model types that derive positions from a two-dimensional attention mask."""
@@ -42,38 +44,45 @@ class _StepLayer(CacheLayerMixin):
 class TransformersDecoder:
     """The transformers model behind the interface of `Decoder`: slower than the fused one, but for every architecture.
 
-    Layers with a sliding window keep all keys, and a mask hides those outside the window.
+    Layers with a sliding window keep all keys, and a mask hides those outside the window. `limit`: tokens of prompt and answer,
+    if fewer than the model's own.
     """
 
     supports_tree = True
     ragged = False
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, limit: int | None = None) -> None:
         config = model.config.get_text_config()
-        self.model = model.get_decoder()
+        self.model = decoder_of(model)
         self.embedding = model.get_input_embeddings().weight.detach()
         self.layers = config.num_hidden_layers
-        self.kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        self.head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.most_positions = getattr(config, "max_position_embeddings", None)
+        self.kv_heads = config_value(config, "num_key_value_heads", "num_attention_heads")
+        self.head_width = config_value(config, "head_dim") or config.hidden_size // config.num_attention_heads
+        own = config_value(config, "max_position_embeddings")
+        self.most_positions = min(filter(None, (own, limit)), default=None)
         self.kinds = set(getattr(config, "layer_types", None) or ())
         self.window = _window(config)
 
     @staticmethod
-    def reason_unsupported(config: Any) -> str | None:
-        """Why the cache of a model with `config` cannot hold a draft tree, or None if it can."""
+    def reason_unsupported(config: Any, limit: int | None = None) -> str | None:
+        """Why the cache of a model with `config` cannot hold a draft tree, or None if it can. `limit`: tokens of prompt and
+        answer, if fewer than the model's own."""
         kinds = set(getattr(config, "layer_types", None) or [FULL])
         if not kinds <= {FULL, SLIDING}:
             return f"layers of kind {', '.join(sorted(kinds - {FULL, SLIDING}))}"
+        if differing := layers_differ(config, CACHED_SHAPES):
+            return f"layers that differ in {differing}"
         if getattr(config, "is_encoder_decoder", False):
             return "an encoder-decoder"
-        if not getattr(config, "num_attention_heads", None):
+        if not config_value(config, "num_attention_heads"):
             return "no attention heads"
-        if getattr(config, "mamba_d_state", None) or getattr(config, "state_size", None):
+        if config_value(config, "mamba_d_state", "state_size"):
             return "a recurrent state"
-        if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
-            return "rotary positions that depend on the length of the longest row"
-        if getattr(config, "kv_lora_rank", None):
+        short = longrope_limit(config)
+        if short is not None and (limit or config.max_position_embeddings) > short:
+            return (f"rotary positions that change for all rows once one is longer than {short} tokens: "
+                    f"base.context_limit={short} avoids that")
+        if config_value(config, "kv_lora_rank"):
             return "keys and values that are stored as one latent vector (DeepSeek's attention)"
         if config.model_type in ALIBI or getattr(config, "alibi", False):
             return "positions derived from the attention mask"

@@ -14,9 +14,10 @@ from safetensors import safe_open
 
 from hydra_core.base.fused import FusedDecoder
 from hydra_core.base.int4 import OUT_MULTIPLE, kernel_missing
-from hydra_core.base.q4_1 import FILE, GROUP, NAMES, Q4Matrix, load_codes, quantise
+from hydra_core.base.q4_1 import FILE, NAMES, Q4Matrix, load_codes, quantise
 from hydra_core.base.resolve import weight_files
 from hydra_core.errors import InputError
+from hydra_core.kernels.ops import INT4_GROUP
 
 LOSSY = "int4-lossy"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int4": torch.bfloat16, LOSSY: torch.bfloat16}
@@ -55,22 +56,22 @@ def own_formats(folder: Path, config: Any, device: str) -> tuple[str, ...]:
     return ("bf16",) if _stored(folder) == {"BF16"} else ("fp32",)
 
 
-def own_codes(folder: Path, config: Any, model: str, device: str, fused: bool) -> Mapping[str, Q4Matrix]:
+def own_codes(folder: Path, config: Any, model: str, device: str, fused: bool, limit: int) -> Mapping[str, Q4Matrix]:
     """The 4-bit codes that the checkpoint of `model` in `folder` stores, by tensor name. Raises InputError if it stores none, or
     if there is no kernel to multiply them."""
     codes = load_codes(folder)
     if codes is None:
         raise InputError(f"base.dtype=int4: {model} is not stored in Q4_1, and quantising it would change its output: "
                          f"use bf16 or fp32, or {LOSSY} if its output may change")
-    _check_packed("int4", config, device, fused)
+    _check_packed("int4", config, device, fused, limit)
     return codes
 
 
-def check_lossy(folder: Path, config: Any, model: str, device: str, fused: bool) -> None:
+def check_lossy(folder: Path, config: Any, model: str, device: str, fused: bool, limit: int) -> None:
     """Raise InputError if `model` cannot be quantised here, or is stored in 4 bits already."""
     if (folder / FILE).exists():
         raise InputError(f"base.dtype={LOSSY}: {model} is stored in 4 bits already: use int4, which keeps its own codes")
-    _check_packed(LOSSY, config, device, fused)
+    _check_packed(LOSSY, config, device, fused, limit)
 
 
 def quantise_layers(model: Any, asked: str) -> Mapping[str, Q4Matrix]:
@@ -82,28 +83,28 @@ def quantise_layers(model: Any, asked: str) -> Mapping[str, Q4Matrix]:
     for number, layer in enumerate(model.model.layers):
         for part in NAMES.values():
             weight, name = layer.get_submodule(part).weight, f"model.layers.{number}.{part}.weight"
-            if weight.shape[1] % GROUP or weight.shape[0] % OUT_MULTIPLE:
+            if weight.shape[1] % INT4_GROUP or weight.shape[0] % OUT_MULTIPLE:
                 raise InputError(f"base.dtype={LOSSY}: {asked}: {name} is {weight.shape[0]} x {weight.shape[1]}, but "
-                                 f"4 bits need a multiple of {OUT_MULTIPLE} rows and of {GROUP} columns: use bf16 or fp32")
+                                 f"4 bits need a multiple of {OUT_MULTIPLE} rows and of {INT4_GROUP} columns: use bf16 or fp32")
             codes[name] = quantise(weight.detach())
             weight.data.copy_(codes[name].dequantise())
     return codes
 
 
-def _check_packed(dtype: str, config: Any, device: str, fused: bool) -> None:
-    reason = _why_not_packed(config, device) if fused else "asked not to fuse"
+def _check_packed(dtype: str, config: Any, device: str, fused: bool, limit: int) -> None:
+    reason = _why_not_packed(config, device, limit) if fused else "asked not to fuse"
     if reason is not None:
         raise InputError(f"base.dtype={dtype}: the 4-bit kernel runs in the fused decoder on a CPU ({reason}): "
                          "use bf16 or fp32")
 
 
-def _why_not_packed(config: Any, device: str) -> str | None:
+def _why_not_packed(config: Any, device: str, limit: int | None = None) -> str | None:
     """Why packed 4-bit matrices cannot be multiplied for this model on this kind of device, or None."""
     if device != "cpu":
         return f"the device is {device}"
     if (method := quantised_by(config)) is not None:
         return f"the model is quantised by {method}"
-    return FusedDecoder.reason_unsupported(config) or kernel_missing()
+    return FusedDecoder.reason_unsupported(config, limit) or kernel_missing()
 
 
 def _stored(folder: Path) -> set[str]:

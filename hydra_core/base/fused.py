@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hydra_core.base.attention import HeadNorms, Rotary, cached_attention, folded_attention, grouped_mask
+from hydra_core.base.config_values import config_value, layers_differ
 from hydra_core.base.kv_cache import AttentionMetadata, KVCache
 from hydra_core.base.layer import LayerWeights
 from hydra_core.base.linear import FrozenLinear
@@ -49,17 +50,27 @@ class FusedDecoder:
         self.kernels = native and reason_unavailable(self.embedding.device, self.embedding.dtype, self.embedding.shape[1],
                                                      self.head_width) is None
 
+    def without_kernels(self) -> bool:
+        """Go on by PyTorch's operators alone; False if that is so already."""
+        had = self.native is not None or self.kernels
+        self.native, self.ragged, self.kernels = None, False, False
+        return had
+
     @staticmethod
-    def reason_unsupported(config: Any) -> str | None:
-        """Why this decoder cannot run a model of `config`, or None."""
+    def reason_unsupported(config: Any, limit: int | None = None) -> str | None:
+        """Why this decoder cannot run a model of `config`, or None. `limit`: tokens of prompt and answer, if fewer than the
+        model's own."""
         if config.model_type not in FAMILIES:
             return f"model type {config.model_type}"
         if config.hidden_act != "silu":
             return f"activation {config.hidden_act}"
+        if differing := layers_differ(config):
+            return f"layers that differ in {differing}"
         kinds = getattr(config, "layer_types", None)
         slides = set(kinds) != {"full_attention"} if kinds else getattr(config, "use_sliding_window", True)
-        if slides and getattr(config, "sliding_window", None):
-            return f"a sliding window of {config.sliding_window}"
+        window = config_value(config, "sliding_window") if slides else None
+        if window and window < (limit or config.max_position_embeddings):  # a longer one hides nothing
+            return f"a sliding window of {window}"
         rope = config.rope_parameters or {}
         if (rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0) != 1.0:
             return "partial rotary positions"

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hydra_core.base.q4_1 import GROUP, Q4Matrix
+from hydra_core.base.q4_1 import Q4Matrix
 from hydra_core.kernels import ops
+from hydra_core.kernels.ops import INT4_GROUP
 
 MOST_ROWS = 8
 """Rows of a product up to which torch's kernel is used. Each row's product is the same to the last bit whatever rows are
@@ -55,7 +56,7 @@ class Int4Weight:
     def __call__(self, x: Tensor) -> Tensor:
         """[..., in] in the scales' dtype to [..., out]."""
         product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            x.reshape(-1, x.shape[-1]), self.packed, GROUP, self.scales)
+            x.reshape(-1, x.shape[-1]), self.packed, INT4_GROUP, self.scales)
         return product.view(*x.shape[:-1], -1)
 
 

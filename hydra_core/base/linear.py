@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hydra_core.base.int4 import OUT_MULTIPLE, FewRows, for_few_rows, kernel_missing
-from hydra_core.base.q4_1 import GROUP, Q4Matrix, quantise
+from hydra_core.base.q4_1 import Q4Matrix, quantise
 from hydra_core.kernels import ops
+from hydra_core.kernels.ops import INT4_GROUP
 
 Layout = Literal["plain", "onednn", "blocked"]
 LAYOUTS: tuple[Layout, ...] = ("plain", "onednn", "blocked")
@@ -37,12 +38,12 @@ def packable(weight: Tensor) -> bool:
 def quantisable(weight: Tensor) -> bool:
     """Whether a 4-bit copy of `weight` [out, in] would be faster here at few rows."""
     return (packable(weight) and kernel_missing() is None
-            and weight.shape[0] % OUT_MULTIPLE == 0 and weight.shape[1] % GROUP == 0)
+            and weight.shape[0] % OUT_MULTIPLE == 0 and weight.shape[1] % INT4_GROUP == 0)
 
 
 def draft_bytes(weight: Tensor) -> int:
     """Bytes that a product with few rows reads of `weight` in the layout of `FrozenLinear.for_drafts`."""
-    half_a_byte_and_scales = weight.numel() // 2 + weight.numel() // GROUP * SCALES_BYTES
+    half_a_byte_and_scales = weight.numel() // 2 + weight.numel() // INT4_GROUP * SCALES_BYTES
     return half_a_byte_and_scales if quantisable(weight) else weight.nbytes
 
 

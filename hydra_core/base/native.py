@@ -14,8 +14,8 @@ from torch import Tensor
 
 from hydra_core.base.kv_cache import AttentionMetadata, KVCache, real_nodes
 from hydra_core.base.linear import LAYOUTS, FrozenLinear
-from hydra_core.base.q4_1 import GROUP
 from hydra_core.kernels import ops
+from hydra_core.kernels.ops import INT4_GROUP
 
 if TYPE_CHECKING:
     from hydra_core.base.layer import LayerWeights
@@ -42,7 +42,7 @@ def native_decoder(layers: Sequence[LayerWeights], heads: int, kv_heads: int, wi
         norms = layer.head_norms
         matrices = [layer.qkv, layer.output, layer.gate_up, layer.down]
         made.add([layer.input_norm, layer.mlp_norm, norms.query if norms else None, norms.key if norms else None],
-                 [_parts(matrix) for matrix in matrices], [_layout(matrix) for matrix in matrices], GROUP)
+                 [_parts(matrix) for matrix in matrices], [_layout(matrix) for matrix in matrices], INT4_GROUP)
     return made
 
 
@@ -80,8 +80,8 @@ def native_head(blocks: Sequence[Sequence[FrozenLinear]], widens: Sequence[bool]
         return None
     made = ops.make_head(None if norm is None else norm.float().contiguous(), eps, scale, softcap or 0.0)
     for matrices, widened in zip(blocks, widens, strict=True):
-        made.add([_parts(matrix) for matrix in matrices], [_layout(matrix) for matrix in matrices], widened, GROUP)
-    made.end(_parts(rows), _layout(rows), GROUP)
+        made.add([_parts(matrix) for matrix in matrices], [_layout(matrix) for matrix in matrices], widened, INT4_GROUP)
+    made.end(_parts(rows), _layout(rows), INT4_GROUP)
     return made
 
 

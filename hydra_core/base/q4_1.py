@@ -17,7 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-GROUP = 32
+from hydra_core.kernels.ops import INT4_GROUP
+
 FILE = "q4_1/codes.safetensors"
 PARTS = ("codes", "scale", "minimum")
 NAMES = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
@@ -35,7 +36,7 @@ class Q4Matrix:
 
     def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values [out, in], computed in `dtype`; in float32 they equal llama.cpp's to the last bit."""
-        groups = self.codes.reshape(len(self.codes), -1, GROUP).to(dtype)
+        groups = self.codes.reshape(len(self.codes), -1, INT4_GROUP).to(dtype)
         return (groups * self.scale[..., None].to(dtype) + self.minimum[..., None].to(dtype)).flatten(1)
 
     def rows(self, order: Tensor) -> Q4Matrix:
@@ -64,7 +65,7 @@ def quantise(weight: Tensor) -> Q4Matrix:
     Dequantised values differ by at most half a scale. The values of a Q4_1 matrix whose groups use codes 0 and 15 are
     reproduced exactly.
     """
-    groups = weight.float().reshape(len(weight), -1, GROUP)
+    groups = weight.float().reshape(len(weight), -1, INT4_GROUP)
     low, high = groups.amin(dim=-1), groups.amax(dim=-1)
     nearest = low.half()
     # a minimum that is rounded up could be more than half a scale above the least value

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import time
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,10 +17,11 @@ from filelock import FileLock
 from hydra_core.base.embedded import EMBEDDED_BASE, fetch_embedded
 from hydra_core.base.q4_1 import save_codes
 from hydra_core.errors import InputError
-from hydra_core.files import atomic_folder
+from hydra_core.files import atomic_file, atomic_folder
 
 log = logging.getLogger(__name__)
 ORIGIN = "hydra_base.json"  # in the folder of a converted model: the file it was made from
+SETTLED_NS = 2 * 10**9  # a file that changed this recently may change again within the same tick of its clock
 LAYOUT = 2  # version of a converted folder; version 2 keeps Q4_1 codes beside the dequantised weights
 
 
@@ -54,13 +56,13 @@ def resolve_base(model: str, cache: Path) -> ResolvedBase:
             raise InputError(f"base.model={model}: no such file")
         return _converted(path, cache)
     if path.is_dir():
-        return _folder(path.resolve(), path.resolve().name)
+        return _folder(path.resolve(), path.resolve().name, cache)
     if path.is_absolute() or model.startswith((".", "~")):
         raise InputError(f"base.model={model}: no such folder")
-    return _folder(_download(model), model)
+    return _folder(_download(model), model, cache)
 
 
-def _folder(folder: Path, name: str) -> ResolvedBase:
+def _folder(folder: Path, name: str, cache: Path) -> ResolvedBase:
     if not (folder / "config.json").is_file():
         raise InputError(f"base.model={folder}: has no config.json: it is not a transformers model folder")
     origin = folder / ORIGIN
@@ -70,8 +72,7 @@ def _folder(folder: Path, name: str) -> ResolvedBase:
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise InputError(f"base.model={folder}: has no .safetensors weights (pickled ones are not loaded)")
-    stamps = tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in [folder / "config.json", *weights])
-    return ResolvedBase(folder, name, _digest(stamps))
+    return ResolvedBase(folder, name, _digest(_stamps(folder / "config.json", *weights), cache))
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -87,15 +88,37 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(names))]
 
 
+Stamp = tuple[str, int, int, int, int]
+"""Path, size, times of the last change of content and of anything, inode: another content has another stamp."""
+
+
+def _stamps(*paths: Path) -> tuple[Stamp, ...]:
+    found = [(path, path.stat()) for path in paths]
+    return tuple((str(path), at.st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_ino) for path, at in found)
+
+
 @lru_cache(maxsize=32)
-def _digest(stamps: tuple[tuple[str, int, int], ...]) -> str:
-    """sha256 over the names and bytes of files. The cache's key has sizes and times, so a changed file is read again."""
+def _digest(stamps: tuple[Stamp, ...], cache: Path) -> str:
+    """sha256 over the names and bytes of files: read once, then kept under `cache` for other processes, since each stage starts
+    some and weights have gigabytes. A changed file has another stamp and is read again."""
+    kept = cache / "digests" / hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
+    try:
+        return kept.read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        pass
     digest = hashlib.sha256()
-    for path, _, _ in stamps:
+    for path, *_ in stamps:
         digest.update(Path(path).name.encode())
         with open(path, "rb") as handle:
             while chunk := handle.read(1 << 22):
                 digest.update(chunk)
+    if time.time_ns() - max(max(stamp[2:4]) for stamp in stamps) > SETTLED_NS:
+        try:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(kept) as made:
+                made.write_text(digest.hexdigest(), encoding="ascii")
+        except OSError as error:
+            log.debug("the digest of %s cannot be kept: %s", stamps[0][0], error)
     return digest.hexdigest()
 
 
@@ -111,7 +134,7 @@ def _download(hub_id: str) -> Path:
 
 def _converted(gguf: Path, cache: Path) -> ResolvedBase:
     """The float32 transformers copy of a .gguf file. A lock makes one of several processes convert it."""
-    digest = _digest(((str(gguf), gguf.stat().st_size, gguf.stat().st_mtime_ns),))
+    digest = _digest(_stamps(gguf), cache)
     folder = cache / "converted" / f"{gguf.stem}-{digest[:12]}-{LAYOUT}"
     if not (folder / ORIGIN).exists():
         folder.parent.mkdir(parents=True, exist_ok=True)

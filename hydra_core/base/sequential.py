@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hydra_core.base.kv_cache import AttentionMetadata
+from hydra_core.base.probe import decoder_of
 from hydra_core.tree.batch import TreeBatch
 
 
@@ -49,7 +50,7 @@ class SequentialDecoder:
     ragged = False
 
     def __init__(self, model: Any) -> None:
-        self.model = model.get_decoder()
+        self.model = decoder_of(model)
         self.embedding = model.get_input_embeddings().weight.detach()
         names = inspect.signature(self.model.forward).parameters
         known = ("cache", "cache_params", "past_key_values")  # argument and output field have one of these names

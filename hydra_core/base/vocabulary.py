@@ -88,19 +88,13 @@ class VocabHead:
         bias = None if self.bias is None else self.bias[ids].contiguous()
         return VocabHead(self.weight[ids].contiguous(), bias, self.scale, self.softcap)
 
-    @classmethod
-    def of(cls, config: Any, weight: Tensor, bias: Tensor | None) -> VocabHead:
-        """A head with the scale and the soft cap of a transformers config."""
-        scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-        return cls(weight, bias, float(scale), getattr(config, "final_logit_softcapping", None))
-
 
 @dataclass(frozen=True)
 class BaseVocabulary:
     """Frozen tensors of the base that draft heads use too.
 
-    `embedding`: [V, D]; `norm_weight`: [D], the base's final norm; `head`: the vocabulary projection; `config`: the
-    transformers text configuration.
+    `embedding`: [V, D]; `norm_weight`: [D], what the base's final norm multiplies by; `head`: the vocabulary projection;
+    `config`: the transformers text configuration.
     """
 
     identity: BaseIdentity

@@ -8,19 +8,24 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
+from hydra_core.base.formats import quantised_by
 from hydra_core.base.model import Base
+from hydra_core.tree.batch import chain
 
 FP32_TIE = 1e-4
 TIE_STEPS = {"bf16": 4, "int4": 8, "int4-lossy": 8}
-"""Number of bf16 steps within which two logits are near-tied. In 4 bits, few and many rows are multiplied by different kernels,
-which round weights differently: twice as many."""
+"""Number of bf16 steps that no near-tie exceeds. In 4 bits, few and many rows are multiplied by different kernels, which round
+weights differently: twice as many."""
+DEVIATIONS = 6
+"""Standard deviations of a logit's rounding, as observed at a position, that two ways of computing two logits may differ by."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """`index`: position of the first difference, None without one; `gap`: difference of the two tokens' logits, recomputed in
-    float64; `allowed`: the gap below which that is a near-tie."""
+    """`index`: position of the first difference, None without one; `gap`: difference of the two tokens' logits, in float64 where
+    the base can be computed in it; `allowed`: the gap below which that is a near-tie."""
 
     verdict: Literal["identical", "near-tie", "different"]
     index: int | None = None
@@ -33,12 +38,43 @@ def bf16_step(value: float) -> float:
     return 2.0 ** (math.floor(math.log2(abs(value))) - 7) if value else 2.0 ** -133
 
 
-@torch.inference_mode()
-def compare(exact: Base, prompt_ids: Sequence[int], reference: Sequence[int], other: Sequence[int]) -> Comparison:
-    """Compare two greedy answers to one prompt.
+def observed_rounding(exact: Tensor, rounded: Tensor) -> float:
+    """Standard deviation of what rounding does to a logit: of `rounded` [V] from `exact` [V].
 
-    `exact`: the same base computing in float64 (`load_base(..., widen=True)`). The weight format in its identity sets the
-    tolerance: 1e-4 in fp32, else `TIE_STEPS` bf16 steps at the size of the logits.
+    What a wrong scale or an offset of all logits explains is no rounding, so it does not count.
+    """
+    exact, rounded = (logits.double() - logits.double().mean() for logits in (exact, rounded))
+    size = float(exact.square().sum())
+    slope = float((exact * rounded).sum()) / size if size else 0.0
+    return float((rounded - slope * exact).square().mean().sqrt())
+
+
+def allowed_gap(exact: Tensor, rounded: Sequence[Tensor], pair: tuple[int, int], steps: int) -> float:
+    """The gap in logits below which the tokens of `pair` are near-tied.
+
+    `exact`: [V], the logits of a position in float64; `rounded`: the same [V] as computed in the weight format, in one way or
+    more. The format's own step at the size of the logits, and `DEVIATIONS` times the largest rounding that is observed; never
+    more than `steps` such steps.
+    """
+    step = bf16_step(float(exact[list(pair)].double().abs().max()))
+    return min(step + DEVIATIONS * max(observed_rounding(exact, found) for found in rounded), steps * step)
+
+
+def judge(exact: Tensor, pair: tuple[int, int], allowed: float) -> tuple[Literal["near-tie", "different"], float]:
+    """Whether the tokens of `pair` are near-tied in `exact` [V], and their gap. Both must be near-tied with the highest logit."""
+    first, second = (float(exact[token].double()) for token in pair)
+    gap = abs(first - second)
+    near = gap < allowed and float(exact.double().max()) - min(first, second) < allowed
+    return ("near-tie" if near else "different"), gap
+
+
+@torch.inference_mode()
+def compare(base: Base, prompt_ids: Sequence[int], reference: Sequence[int], other: Sequence[int],
+            exact: Base | None = None) -> Comparison:
+    """Compare two greedy answers of `base` to one prompt.
+
+    `exact`: the same base computing in float64 (`load_base(..., widen=True)`); None for a base that cannot, which is judged by
+    its own logits, computed with the whole text and token by token. In fp32 the tolerance is 1e-4, else `allowed_gap`.
     """
     if tuple(reference) == tuple(other):
         return Comparison("identical")
@@ -46,14 +82,22 @@ def compare(exact: Base, prompt_ids: Sequence[int], reference: Sequence[int], ot
     index = next((i for i in range(length) if reference[i] != other[i]), length)
     if index == length:  # one answer ends where the other continues: rounding does not do that
         return Comparison("different", index)
-    hidden = exact.hidden_states([[*prompt_ids, *reference[:index]]])[0]
-    logits = exact.logits(hidden[-1])
-    pair = logits[[reference[index], other[index]]].double()
-    gap = abs(float(pair[0] - pair[1]))
-    size = float(pair.abs().max())
-    kind = exact.identity.weight_format
-    allowed = FP32_TIE if kind == "fp32" else TIE_STEPS[kind] * bf16_step(size)
-    # near-tied with each other is not enough: both must be near-tied with the highest logit
-    top = float(logits.max().double())
-    near = gap < allowed and top - float(pair.min()) < allowed
-    return Comparison("near-tie" if near else "different", index, gap, allowed)
+    text = [*prompt_ids, *reference[:index]]
+    own = base.logits(base.hidden_states([text])[0][-1])
+    logits = own if exact is None else exact.logits(exact.hidden_states([text])[0][-1])
+    pair, kind = (reference[index], other[index]), base.identity.weight_format
+    if kind == "fp32":
+        allowed = FP32_TIE
+    else:
+        steps = TIE_STEPS["int4" if quantised_by(base.vocabulary.config) else kind]
+        allowed = allowed_gap(logits, (own, _by_a_step(base, text)), pair, steps)
+    verdict, gap = judge(logits, pair, allowed)
+    return Comparison(verdict, index, gap, allowed)
+
+
+def _by_a_step(base: Base, text: list[int]) -> Tensor:
+    """The logits [V] after `text` as plain decoding computes them: its last token in a step of its own."""
+    cache = base.allocate(1, len(text))
+    if len(text) > 1:
+        base.prefill([text[:-1]], cache, (0, 1))
+    return base.logits(base.forward(torch.tensor([text[-1:]], device=base.device), cache, (0, 1), chain(1))[0, -1])

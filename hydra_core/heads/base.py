@@ -124,7 +124,7 @@ class MlpHead(Packable):
         return None if torch.is_grad_enabled() else self._packed
 
 
-class HeadDrafter(nn.Module):
+class HeadDrafter(Packable):
     """A set of draft heads over a frozen base.
 
     Only trained tensors are parameters; embedding and vocabulary rows belong to the base and are not saved. Subclasses define
@@ -162,16 +162,19 @@ class HeadDrafter(nn.Module):
 
     def pack(self) -> None:
         """Pack the weights for decoding where this machine has a faster layout; further training undoes it."""
-        self.rows = self.rows.for_drafting()
+        self._packed = rows = self.rows.for_drafting()
         for i in range(len(self.heads)):
-            self._head(i).pack(None if self.config.recurrent else self.rows)
+            self._head(i).pack(None if self.config.recurrent else rows)
 
     def with_draft_vocab(self, draft_vocab: DraftVocab) -> HeadDrafter:
         """The same heads with another draft vocabulary: their output has the base's width, so any of its vocabulary rows can
-        follow. Weights are shared; packed weights are packed again at the next use."""
-        other = copy.copy(self)
+        follow. The two share their trained tensors and the base's, and nothing else; neither sees what the other packs."""
+        shared: list[Any] = [*self.parameters(), *self.buffers(), self.vocabulary, self.rows, self.draft_vocab]
+        shared += [module._packed for module in self.modules() if isinstance(module, Packable)]
+        other = copy.deepcopy(self, {id(value): value for value in shared})
         other.draft_vocab, other.config = draft_vocab, self.config.model_copy(update={"draft_vocab_size": len(draft_vocab)})
         other.rows = self.vocabulary.head.restrict(draft_vocab.ids.to(self.vocabulary.head.weight.device))
+        other.train(self.training)  # drops the packed copies
         return other
 
     def head_width(self, i: int) -> int:
@@ -207,7 +210,8 @@ class HeadDrafter(nn.Module):
 
     def draft_logits(self, hidden: Tensor) -> Tensor:
         """Logits over the draft vocabulary [..., Vd] float32 from a head's output [..., D]."""
-        return self.rows(hidden)
+        rows = self.rows if self._packed is None or torch.is_grad_enabled() else self._packed
+        return rows(hidden)
 
     def candidate_logits(self, i: int, features: Tensor, path: Tensor) -> Tensor:
         """While decoding: logits [B, W, Vd] float32 of head `i` after W paths per sequence.

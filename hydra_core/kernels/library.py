@@ -15,10 +15,27 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
+from hydra_core.errors import InputError
+
 log = logging.getLogger(__name__)
 MAIN_SOURCE = "native.cpp"
 """The file that is compiled; it includes all the others."""
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-std=c++20", "-fPIC", "-shared", "-w")
+
+LIMIT = "HYDRA_HEADS_INSTRUCTIONS"
+"""Environment variable: the widest instructions that compiled kernels may use, one of `LIMITS`. Unset: all that the processor
+has. It is there to run on a new machine what an older one runs."""
+LIMITS = {"avx512": ("-mno-amx-tile", "-mno-amx-bf16"),
+          "avx2": ("-mno-amx-tile", "-mno-amx-bf16", "-mno-avx512bf16", "-mno-avx512f")}
+"""Limit -> what the compiler is told. With avx2 the kernels that have no other form are left out, and PyTorch's are used."""
+
+
+def instruction_limit() -> str | None:
+    """The limit that `LIMIT` asks for, or None. Raises InputError for any other word."""
+    asked = os.environ.get(LIMIT) or None
+    if asked is not None and asked not in LIMITS:
+        raise InputError(f"{LIMIT}={asked}: must be one of {', '.join(LIMITS)}, or unset")
+    return asked
 
 
 def library_folder() -> Path:
@@ -35,8 +52,10 @@ def sources() -> tuple[Path, ...]:
 
 @lru_cache(maxsize=1)
 def sources_digest() -> str:
-    """A digest of all C++ sources: one version of the library has another than the next."""
-    return hashlib.sha256("\0".join(path.read_text(encoding="utf-8") for path in sources()).encode()).hexdigest()[:16]
+    """A digest of all C++ sources and of the instructions that are turned off: one version of the library has another than the
+    next."""
+    parts = [*(path.read_text(encoding="utf-8") for path in sources()), *filter(None, [instruction_limit()])]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
 @lru_cache(maxsize=1)
@@ -62,7 +81,9 @@ def _compiled(compiler: str, folder: Path) -> Path:
     from torch.utils.cpp_extension import include_paths, library_paths
 
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    parts = [sources_digest(), torch.__version__, version, *FLAGS, _processor()]
+    limit = instruction_limit()
+    flags = (*FLAGS, *LIMITS[limit]) if limit else FLAGS
+    parts = [sources_digest(), torch.__version__, version, *flags, _processor()]
     target = folder / f"steps-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
@@ -71,7 +92,7 @@ def _compiled(compiler: str, folder: Path) -> Path:
             with tempfile.TemporaryDirectory(dir=folder) as temporary:
                 made = Path(temporary) / target.name
                 subprocess.run(
-                    [compiler, *FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
+                    [compiler, *flags, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
                      *(f"-isystem{path}" for path in include_paths()), str(Path(__file__).with_name(MAIN_SOURCE)),
                      "-o", str(made),
                      *(f"-L{path}" for path in library_paths()), "-ltorch", "-ltorch_cpu", "-lc10"],

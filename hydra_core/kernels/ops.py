@@ -15,12 +15,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hydra_core.kernels.library import load_library
+from hydra_core.kernels.library import instruction_limit, load_library
 
 BLOCK = 32
 """Outputs of a matrix that a packed layout keeps together; the number of outputs must be a multiple of it."""
 INT4_GROUP = 32
-"""Inputs that share one scale and one minimum in 4 bits."""
+"""Inputs that share one scale and one minimum in 4 bits, as in GGUF's Q4_1 and in `matmul_int4.h`."""
 MAX_HEAD_WIDTH = 512
 """Largest width of an attention head that the compiled decoder accepts, as in `rope.h`."""
 
@@ -35,9 +35,12 @@ def bf16_available() -> bool:
     """Whether the bfloat16 operators run here and are the fastest choice.
 
     They need AVX-512's bf16 dot product. On a processor with AMX they must also have been compiled with AMX tiles: without
-    them oneDNN is faster for many lines.
+    them oneDNN is faster for many lines. Where `library.LIMIT` turns the tiles off, they are used without.
     """
-    return bf16_compiled() and (bool(torch.ops.hydra_heads.amx_available()) or not torch.cpu._is_amx_tile_supported())
+    if not bf16_compiled():
+        return False
+    tiles = bool(torch.ops.hydra_heads.amx_available())
+    return tiles or instruction_limit() is not None or not torch.cpu._is_amx_tile_supported()
 
 
 def bf16_compiled() -> bool:

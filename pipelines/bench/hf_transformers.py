@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hydra_core.base import Base, resolve_base
-from hydra_core.base.formats import DTYPES
+from hydra_core.base.formats import DTYPES, quantised_by
 from hydra_core.sampling import Request
 from pipelines.bench.plan import BenchPlan, Outcome
 
@@ -24,10 +24,13 @@ def transformers_model(plan: BenchPlan, base: Base) -> Any:
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     folder = resolve_base(plan.base.model, Path(plan.cache)).folder
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[plan.base.dtype], use_safetensors=True)
+    quantised = quantised_by(base.vocabulary.config) is not None
+    place: dict[str, Any] = {"device_map": {"": base.device}} if quantised else {}  # such a model cannot be moved afterwards
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[plan.base.dtype], use_safetensors=True,
+                                                      trust_remote_code=False, **place)
     model.generation_config = GenerationConfig(do_sample=False, use_cache=True, pad_token_id=0,
                                                eos_token_id=list(base.stop_ids) or None)
-    return model.to(base.device).eval()
+    return (model if quantised else model.to(base.device)).eval()
 
 
 def single_contender(plan: BenchPlan, base: Base, lookup: int | None) -> Callable[[tuple[int, ...], int], Outcome]:

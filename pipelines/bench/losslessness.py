@@ -1,6 +1,7 @@
 """The losslessness checks of `bench`: answers against the naive loop, and where answers differ from plain decoding's.
 
-An answer that differs is compared in fp32 logits: at a near-tie two ways of summing choose differently, which is no loss.
+An answer that differs is compared in exact logits: at a near-tie two ways of summing choose differently, which is no loss. A base
+that is loaded quantised has no exact form, so it is checked and judged in its own.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from hydra_core.base import Base
+from hydra_core.base import Base, quantisation
 from hydra_core.decoding import Engine, compare, naive_generate
 from hydra_core.sampling import Request
 from pipelines.bench.plan import (
@@ -65,15 +66,15 @@ def check_differences(plan: BenchPlan, questions: list[Question], rows: list[Row
             if row.dtype == plan.base.dtype and row.rows == 0}
     asked = {question.id: question for question in questions}
     plain = {(row.round, row.question, row.turn): row.token_ids for row in rows if row.method == PLAIN}
-    exact: Base | None = None
+    bases: tuple[Base, Base | None] | None = None
     for row in rows:
         key = (row.question, row.turn, row.method)
         if row.method == PLAIN or key in done or row.token_ids == plain[row.round, row.question, row.turn]:
             continue
-        exact = exact or _exact(plan, plan.base.dtype)
+        base, exact = bases = bases or (plan.base.load(plan.cache, context_limit=None), _exact(plan, plan.base.dtype))
         before = [plain[row.round, row.question, turn] for turn in range(row.turn)]
-        prompt = prompt_of(asked[row.question], before, exact, exact.context_limit)
-        found = compare(exact, prompt, plain[row.round, row.question, row.turn], row.token_ids)
+        prompt = prompt_of(asked[row.question], before, base, base.context_limit)
+        found = compare(base, prompt, plain[row.round, row.question, row.turn], row.token_ids, exact)
         append_row(path, LosslessnessRow(row.question, row.method, plan.base.dtype, 0, found.verdict, found.index, found.gap,
                                      row.turn))
         done.add(key)
@@ -81,8 +82,9 @@ def check_differences(plan: BenchPlan, questions: list[Question], rows: list[Row
 
 def check_losslessness(plan: BenchPlan, questions: list[Question]) -> None:
     """Compare each engine contender with the naive loop: greedy, in every format of the plan, alone and in a batch with
-    staggered arrivals."""
-    for dtype in plan.identity_formats:
+    staggered arrivals. A quantised base is compared in its own format alone."""
+    quantised = quantisation(plan.base.model, cache=Path(plan.cache))
+    for dtype in (plan.base.dtype,) if quantised else plan.identity_formats:
         _check_format(plan, questions, dtype)
 
 
@@ -113,7 +115,7 @@ def _check_format(plan: BenchPlan, questions: list[Question], dtype: str) -> Non
             reference, prompt = wanted[request_id], next(r.prompt_ids for r in requests if r.id == request_id)
             if answer != reference:
                 differing, exact = differing + 1, exact or _exact(plan, dtype)
-            found = compare(exact or base, prompt, reference, answer)
+            found = compare(base, prompt, reference, answer, exact)
             append_row(path, LosslessnessRow(request_id, method, dtype, rows, found.verdict, found.index, found.gap))
         say("bench", f"{dtype} losslessness, {method}, batch of {rows}: {len(requests) - differing} of {len(requests)} answers "
                      "are identical")
@@ -135,6 +137,8 @@ def _answers(engine: Engine, requests: list[Request], rows: int) -> Iterator[tup
                 yield output.id, output.result.token_ids
 
 
-def _exact(plan: BenchPlan, dtype: str) -> Base:
-    """The same weights, computed in fp32, with the model's own context limit."""
+def _exact(plan: BenchPlan, dtype: str) -> Base | None:
+    """The same weights, computed in float64, with the model's own context limit; None for a base that cannot be."""
+    if quantisation(plan.base.model, cache=Path(plan.cache)):
+        return None
     return plan.base.load(plan.cache, dtype=dtype, context_limit=None, widen=True)

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from hydra_core.base import BaseIdentity, resolve_base
+from hydra_core.base import BaseIdentity, quantisation, resolve_base
 from hydra_core.base.formats import LOSSY
 from hydra_core.decoding import DecodingConfiguration, save_configuration
 from hydra_core.errors import InputError
@@ -42,7 +42,9 @@ def run_promote(config: RunConfig) -> StageResult:
     if done is not None and _is_champion(config, target):
         return done
     report = _read_report(bench / "report.json")
-    winner, why = choose_winner(report["methods"], config.promote.min_gain)
+    quantised = quantisation(config.base.model, cache=paths.cache)
+    winner, why = choose_winner(report["methods"], config.promote.min_gain,
+                                report["plan"]["base"]["dtype"] if quantised else "fp32")
     configuration = _configuration(config, winner, report["plan"])
     tracker = Tracker.open(config)
     with (stage_folder(config, STAGE, folder, wanted) as stage,
@@ -92,18 +94,19 @@ def _check_bench(config: RunConfig, folder: Path, measured: str) -> None:
                          "other heads or prompts than there are now: set that base, or run `hydra-heads bench` again")
 
 
-def choose_winner(methods: dict[str, Any], min_gain: float) -> tuple[str, str]:
+def choose_winner(methods: dict[str, Any], min_gain: float, proof: str = "fp32") -> tuple[str, str]:
     """The fastest lossless contender that is really faster than plain decoding, and the reason in one line.
 
-    Lossless means that no answer differs by more than a near-tie: from the naive loop in fp32 and every other format that was
-    checked, and from plain decoding among timed answers. A contender whose fp32 answers were not checked does not qualify. Really
-    faster means that it drafts, that is, a step gives more than one token, and that the whole 95 % interval of its speed, where
-    there is one, lies above plain's: the highest of several noisy figures is above 1 where none is faster. Plain decoding always
-    qualifies. Raises InputError for a bench without it.
+    Lossless means that no answer differs by more than a near-tie: from the naive loop in the format `proof` and every other
+    that was checked, and from plain decoding among timed answers. A contender whose answers in `proof` were not checked does not
+    qualify; that is fp32, or the own format of a base that is loaded quantised. Really faster means that it drafts, that is, a
+    step gives more than one token, and that the whole 95 % interval of its speed, where there is one, lies above plain's: the
+    highest of several noisy figures is above 1 where none is faster. Plain decoding always qualifies. Raises InputError for a bench
+    without it.
     """
     if PLAIN not in methods:
         raise InputError("promote: the bench has no plain decoding to compare with: run `bench` again")
-    lossless = {name for name, values in methods.items() if name not in (PLAIN, *FOREIGN) and _is_lossless(values)}
+    lossless = {name for name, values in methods.items() if name not in (PLAIN, *FOREIGN) and _is_lossless(values, proof)}
     refused = sorted(set(methods) - lossless - {PLAIN, *FOREIGN})
     note = f"; not considered, since not shown to be lossless: {', '.join(refused)}" if refused else ""
     noise = {name: why for name in sorted(lossless) if (why := _why_noise(methods[name]))}
@@ -124,9 +127,10 @@ def _why_noise(figures: dict[str, Any]) -> str | None:
     return None
 
 
-def _is_lossless(figures: dict[str, Any]) -> bool:
-    checked = [figures["fp32"], figures.get("differing"), *(figures.get("naive") or {}).values()]
-    return bool(figures["fp32"]) and not any(verdicts["different"] for verdicts in checked if verdicts)
+def _is_lossless(figures: dict[str, Any], proof: str) -> bool:
+    naive = {"fp32": figures["fp32"], **(figures.get("naive") or {})}
+    checked = [figures.get("differing"), *naive.values()]
+    return bool(naive.get(proof)) and not any(verdicts["different"] for verdicts in checked if verdicts)
 
 
 def _configuration(config: RunConfig, winner: str, plan: dict[str, Any]) -> DecodingConfiguration:

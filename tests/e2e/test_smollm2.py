@@ -88,7 +88,7 @@ def test_fp32_answers_are_the_naive_loops(base: Base, cache: Path, requests: lis
     for result in results:
         if result.token_ids != reference[result.id]:
             exact = exact or load_base(EMBEDDED_BASE, dtype="fp32", cache=cache, widen=True)
-            verdict = compare(exact, result.prompt_ids, reference[result.id], result.token_ids)
+            verdict = compare(base, result.prompt_ids, reference[result.id], result.token_ids, exact)
             assert verdict.verdict == "near-tie", (kind, verdict)
     assert sum(result.token_ids == reference[result.id] for result in results) >= len(requests) - 1
     if kind in ("hydra", "hydra++"):
@@ -108,7 +108,8 @@ def test_the_checkpoints_own_codes(base: Base, cache: Path, requests: list[Reque
     for request in requests:
         reference = naive_generate(packed, request)
         result = Engine(packed, NgramDrafter(length=7), max_batch_size=1, context_limit=256).generate([request])[0]
-        assert compare(exact, request.prompt_ids, reference.token_ids, result.token_ids).verdict != "different"
+        found = compare(packed, request.prompt_ids, reference.token_ids, result.token_ids, exact)
+        assert found.verdict != "different", found
 
 
 def test_base_is_what_it_says(base: Base) -> None:

@@ -19,9 +19,10 @@ from hydra_core.base import formats, formats_of, load_base, load_vocabulary
 from hydra_core.base.fallback import TransformersDecoder
 from hydra_core.base.formats import LOSSY, quantised_by
 from hydra_core.base.int4 import MOST_ROWS, Int4Weight
-from hydra_core.base.q4_1 import GROUP, NAMES, quantise, unpack_blocks
+from hydra_core.base.q4_1 import NAMES, quantise, unpack_blocks
 from hydra_core.decoding import Engine, compare, naive_generate
 from hydra_core.errors import InputError
+from hydra_core.kernels.ops import INT4_GROUP
 from hydra_core.proposers import NgramDrafter
 from hydra_core.sampling import Request
 from tests.gguf_file import write_gguf
@@ -69,12 +70,12 @@ def test_every_value_comes_back_within_half_a_step() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(64, 256, generator=generator) * torch.logspace(-4, 1, 64)[:, None]
     weight[3] += 40.0  # far from zero, and close together: a minimum that is rounded up would lose the least of them
-    weight[4, :GROUP], weight[5] = 0.25, 0.0
+    weight[4, :INT4_GROUP], weight[5] = 0.25, 0.0
     matrix = quantise(weight)
     assert matrix.codes.dtype == torch.uint8 and int(matrix.codes.max()) == 15
-    error = (matrix.dequantise(torch.float64) - weight).abs().unflatten(1, (-1, GROUP))
+    error = (matrix.dequantise(torch.float64) - weight).abs().unflatten(1, (-1, INT4_GROUP))
     assert bool((error <= 0.5001 * matrix.scale.double()[..., None]).all())
-    assert torch.equal(matrix.dequantise()[4, :GROUP], weight[4, :GROUP]) and not matrix.dequantise()[5].any()
+    assert torch.equal(matrix.dequantise()[4, :INT4_GROUP], weight[4, :INT4_GROUP]) and not matrix.dequantise()[5].any()
 
 
 def test_what_is_q4_1_already_comes_back() -> None:
@@ -124,7 +125,7 @@ def test_lossy_answers_are_the_naive_loops(tmp_path: Path) -> None:
     for batch in (1, 8):
         for result, request in zip(Engine(base, NgramDrafter(min_match=1), max_batch_size=batch).generate(requests), requests,
                                    strict=True):
-            found = compare(exact, request.prompt_ids, naive_generate(base, request).token_ids, result.token_ids)
+            found = compare(base, request.prompt_ids, naive_generate(base, request).token_ids, result.token_ids, exact)
             assert found.verdict in ("identical", "near-tie"), found
 
 

@@ -138,7 +138,7 @@ def test_answers_are_the_naive_loops(model: str, base: Base, cache: Path) -> Non
     for drafter, trees, batch in ((None, None, 1), (None, None, 8), (NgramDrafter(min_match=1), None, 1), (heads, tree, 1),
                                   (heads, tree, 3)):
         for result, reference in zip(Engine(base, drafter, trees, max_batch_size=batch).generate(requests), wanted, strict=True):
-            verdict = compare(exact, result.prompt_ids, reference.token_ids, result.token_ids)
+            verdict = compare(base, result.prompt_ids, reference.token_ids, result.token_ids, exact)
             assert verdict.verdict in ("identical", "near-tie"), verdict
 
 

@@ -12,7 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hydra_core.base import formats_of, load_base, load_vocabulary
+from hydra_core.decoding import naive_generate
 from hydra_core.errors import InputError
+from hydra_core.sampling import Request
+from tests.gguf_file import write_gguf
 from tests.tiny import save_tiny
 
 TENSOR = "model.layers.1.mlp.down_proj.weight"
@@ -81,6 +84,27 @@ def test_an_answer_ends_where_settings_or_tokenizer_say(folder: Path, tmp_path: 
         edit(folder / name, eos_token_id=[0, 2])
     caplog.clear()
     assert load_base(str(folder), dtype="fp32", cache=tmp_path).stop_ids == (0, 2) and "tokenizer" not in caplog.text
+
+
+@pytest.mark.parametrize("ends", [2, [2], [0, 2], [7, 9], 7])
+def test_any_form_of_end_ids_is_the_same_for_all_doors(folder: Path, tmp_path: Path, ends: object) -> None:
+    """A number or a list, with the tokenizer's own or without: 2 ends a turn in each."""
+    edit(folder / "config.json", eos_token_id=ends)
+    (folder / "generation_config.json").unlink()
+    wanted = tuple(sorted({2, *(ends if isinstance(ends, list) else [ends])}))
+    base = load_base(str(folder), dtype="fp32", cache=tmp_path)
+    assert base.stop_ids == load_vocabulary(str(folder), dtype="fp32", cache=tmp_path).stop_ids == wanted
+    first = naive_generate(base, Request("r", (5, 6, 7), 30, stop_ids=())).token_ids
+    ending = (*base.stop_ids, first[4])
+    assert naive_generate(base, Request("r", (5, 6, 7), 30, stop_ids=ending)).token_ids == first[:first.index(
+        next(token for token in first if token in ending)) + 1]
+
+
+def test_the_ends_of_a_gguf_file(tiny_base_dir: Path, tmp_path: Path) -> None:
+    write_gguf(tiny_base_dir, tmp_path / "tiny.gguf")
+    base = load_base(str(tmp_path / "tiny.gguf"), dtype="fp32", cache=tmp_path / "cache")
+    assert base.tokenizer.eos_token_id == 2 and base.stop_ids == (2,)
+    assert load_vocabulary(str(tmp_path / "tiny.gguf"), dtype="fp32", cache=tmp_path / "cache").stop_ids == (2,)
 
 
 def test_a_folder_that_wants_code_of_its_own_is_refused_without_a_question(folder: Path, tmp_path: Path,

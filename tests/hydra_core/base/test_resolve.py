@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import subprocess
 import zipfile
@@ -11,10 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from hydra_core.base import context_limit, embedded, load_base, resolve_base
+from hydra_core.base import Base, context_limit, embedded, load_base, load_vocabulary, resolve, resolve_base
 from hydra_core.errors import InputError
+from hydra_core.heads.checkpoint import load_checkpoint, save_checkpoint
+from hydra_core.tree import DraftTree, TreeSet
 from tests.gguf_file import write_gguf
 from tests.tiny import save_tiny
+from tests.trained import random_heads
 
 
 def test_a_folder_is_known_by_its_content(tiny_base_dir: Path, tmp_path: Path) -> None:
@@ -86,3 +91,61 @@ def test_gguf_is_dequantised_once(tiny_base_dir: Path, tmp_path: Path) -> None:
     prompt = [list(range(5, 30))]
     torch.testing.assert_close(ours.hidden_states(prompt)[0], wanted.hidden_states(prompt)[0], atol=1e-4, rtol=1e-4)
     assert ours.identity.name == "tiny" and ours.identity.digest == resolved.digest
+
+
+def test_a_digest_is_made_once(tiny_base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights have gigabytes, and every stage asks in processes of its own."""
+    folder, cache = shutil.copytree(tiny_base_dir, tmp_path / "base"), tmp_path / "cache"
+    monkeypatch.setattr(resolve, "SETTLED_NS", -1)  # written long ago
+    wanted = resolve_base(str(folder), cache).digest
+    resolve._digest.cache_clear()  # another process
+    with monkeypatch.context() as patched:
+        patched.setattr(resolve, "open", lambda *_: pytest.fail("the weights are read again"), raising=False)
+        assert resolve_base(str(folder), cache).digest == wanted
+    weights = folder / "model.safetensors"
+    changed = bytearray(weights.read_bytes())
+    changed[-1] ^= 1
+    stamp = weights.stat()
+    weights.write_bytes(changed)  # as large as before, and its time is set back
+    os.utime(weights, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert resolve_base(str(folder), cache).digest not in (wanted, resolve_base(str(tiny_base_dir), cache).digest)
+
+
+def test_a_file_that_was_just_written_is_read_again(tiny_base_dir: Path, tmp_path: Path) -> None:
+    """It may change twice within one tick of the file system's clock."""
+    folder = shutil.copytree(tiny_base_dir, tmp_path / "base")
+    resolve_base(str(folder), tmp_path / "cache")
+    assert not (tmp_path / "cache" / "digests").exists()
+
+
+def test_a_cache_that_cannot_be_written_costs_time_alone(tiny_base_dir: Path, tmp_path: Path,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resolve, "SETTLED_NS", -1)
+    (tmp_path / "cache").write_text("a file", encoding="utf-8")
+    found = resolve_base(str(tiny_base_dir), tmp_path / "cache")
+    assert found.digest == resolve_base(str(tiny_base_dir), tmp_path / "other").digest
+
+
+@pytest.mark.parametrize("field", [{"rms_norm_eps": 1e-3}, {"rope_theta": 5e5}, {"eos_token_id": [2, 7]}])
+def test_one_field_of_the_configuration_makes_another_base(tiny_base_dir: Path, tmp_path: Path, field: dict[str, Any]) -> None:
+    folder = shutil.copytree(tiny_base_dir, tmp_path / "tiny")
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | field), encoding="utf-8")
+    first, other = resolve_base(str(tiny_base_dir), tmp_path), resolve_base(str(folder), tmp_path)
+    assert other.digest != first.digest
+
+
+def test_name_and_digest_are_two_things(tiny_base: Base, tiny_base_dir: Path, tmp_path: Path) -> None:
+    """Heads belong to a digest: under another name they load, under the same name with other weights they do not."""
+    heads = random_heads(tiny_base, "medusa")
+    save_checkpoint(tmp_path / "heads", heads, tiny_base.identity, TreeSet({1: DraftTree(((0,),))}), {})
+    renamed = shutil.copytree(tiny_base_dir, tmp_path / "renamed")
+    other = save_tiny(tmp_path / "elsewhere" / tiny_base_dir.name, seed=1)
+    ends = load_vocabulary(str(renamed), dtype="fp32", cache=tmp_path)
+    assert ends.identity.name == "renamed" != tiny_base.identity.name and ends.identity.digest == tiny_base.identity.digest
+    load_checkpoint(tmp_path / "heads", ends)
+    load_checkpoint(tmp_path / "heads", load_vocabulary(str(renamed), dtype="bf16", cache=tmp_path))  # heads only draft
+    wrong = load_vocabulary(str(other), dtype="fp32", cache=tmp_path)
+    assert wrong.identity.name == tiny_base.identity.name
+    with pytest.raises(InputError, match="these heads belong to base"):
+        load_checkpoint(tmp_path / "heads", wrong)

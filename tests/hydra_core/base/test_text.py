@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from hydra_core.base import encode_prompt, user_turn_opening
 from hydra_core.errors import InputError
@@ -27,6 +28,17 @@ def test_a_base_without_a_template_takes_plain_prompts_alone() -> None:
         encode_prompt(tokenizer, messages=MESSAGES)
     with pytest.raises(InputError, match=r"prompts\.source=self: the base has no chat template"):
         user_turn_opening(tokenizer)
+
+
+def test_a_beginning_of_text_is_written_once() -> None:
+    """A tokenizer that puts <s> before every text: a plain prompt gets it, a template that writes it gets no second one."""
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    assert encode_prompt(tokenizer, "hi").count(1) == 2  # of the user's and of the assistant's turn
+    assert encode_prompt(tokenizer, "hi")[:2] == [1, *tokenizer("user", add_special_tokens=False).input_ids[:1]]
+    assert user_turn_opening(tokenizer).count(1) == 1
+    tokenizer.chat_template = None
+    assert encode_prompt(tokenizer, "hi") == [1, *tokenizer("hi", add_special_tokens=False).input_ids]
 
 
 def test_what_is_refused() -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import random
+import tracemalloc
 from pathlib import Path
+
+import pytest
 
 from hydra_core.base import Base
 from hydra_core.decoding import Engine
-from hydra_core.decoding.memory import _left_in_group, cache_bytes, workspace_bytes
-from hydra_core.proposers import AdaptiveDrafter, NgramDrafter
+from hydra_core.decoding.memory import cache_bytes, check_memory, index_bytes, left_in_groups, workspace_bytes
+from hydra_core.errors import InputError
+from hydra_core.proposers import AdaptiveDrafter, NgramDrafter, NgramIndex
 from tests.trained import random_heads
 
 
@@ -15,8 +20,11 @@ def test_caches_take_what_was_said(tiny_base: Base) -> None:
     heads = random_heads(tiny_base, "hydra++")
     for drafter in (None, NgramDrafter(), AdaptiveDrafter(heads)):
         engine = Engine(tiny_base, drafter, max_batch_size=3, context_limit=50)
-        prefix = engine.proposer.inputs.cache.nbytes if isinstance(drafter, AdaptiveDrafter) else 0  # type: ignore[attr-defined]
-        assert engine.cache.nbytes + prefix == cache_bytes(tiny_base, drafter, 3, engine.cache.slots)
+        kept = engine.cache.nbytes
+        if isinstance(drafter, AdaptiveDrafter):
+            inputs = engine.proposer.inputs  # type: ignore[attr-defined]
+            kept += inputs.cache.nbytes + inputs.features.nbytes + inputs.pending.nbytes
+        assert kept == cache_bytes(tiny_base, drafter, 3, engine.cache.slots)
 
 
 def test_more_rows_nodes_and_tokens_take_more(tiny_base: Base) -> None:
@@ -25,10 +33,70 @@ def test_more_rows_nodes_and_tokens_take_more(tiny_base: Base) -> None:
     assert least < workspace_bytes(tiny_base, 1, 250, 1)
 
 
+def group(folder: Path, **files: object) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in files.items():
+        (folder / name.replace("__", ".")).write_text(f"{value}\n", encoding="utf-8")
+
+
 def test_the_limit_of_a_container(tmp_path: Path) -> None:
-    assert _left_in_group(tmp_path) > 2**50
-    (tmp_path / "memory.current").write_text("3000\n")
-    (tmp_path / "memory.max").write_text("max\n")
-    assert _left_in_group(tmp_path) > 2**50
-    (tmp_path / "memory.max").write_text("10000\n")
-    assert _left_in_group(tmp_path) == 7000
+    """A container sees its own group as the uppermost one, whatever /proc/self/cgroup says of the world outside."""
+    membership, mounted = tmp_path / "cgroup", tmp_path / "mounted"
+    assert left_in_groups(membership, mounted) > 2**50  # not Linux, or nothing is mounted
+    for inside in ("0::/\n", "0::/docker/4f2a\n"):
+        membership.write_text(inside, encoding="utf-8")
+        group(mounted, memory__current=3000, memory__max="max")
+        assert left_in_groups(membership, mounted) > 2**50
+        group(mounted, memory__max=10000)
+        assert left_in_groups(membership, mounted) == 7000
+
+
+def test_pages_of_files_count_as_free(tmp_path: Path) -> None:
+    """The kernel takes them back: after a checkpoint is read, memory.current is near the limit, and nothing is wrong."""
+    group(tmp_path, memory__current=9500, memory__max=10000, memory__stat="anon 3000\ninactive_file 6000\nactive_file 500")
+    assert left_in_groups(tmp_path / "cgroup", tmp_path) == 6500
+
+
+def test_the_smallest_of_nested_limits_counts(tmp_path: Path) -> None:
+    """A job's limit is set on a group below the one that is mounted, or on one above the process's own."""
+    membership, mounted = tmp_path / "cgroup", tmp_path / "mounted"
+    membership.write_text("0::/slurm/job_7/step_0\n", encoding="utf-8")
+    group(mounted / "slurm" / "job_7" / "step_0", memory__current=100, memory__max=900)
+    group(mounted / "slurm" / "job_7", memory__current=400, memory__max=1000, memory__stat="inactive_file 50")
+    group(mounted / "slurm" / "job_8", memory__current=0, memory__max=1)  # of another process
+    assert left_in_groups(membership, mounted) == 650
+    group(mounted / "slurm" / "job_7" / "step_0", memory__max=300)
+    assert left_in_groups(membership, mounted) == 200
+
+
+def test_the_earlier_version_of_groups(tmp_path: Path) -> None:
+    membership, mounted = tmp_path / "cgroup", tmp_path / "mounted"
+    membership.write_text("12:cpu,cpuacct:/other\n4:memory:/system.slice/job\n0::/\n", encoding="utf-8")
+    group(mounted / "memory", memory__limit_in_bytes=9223372036854771712, memory__usage_in_bytes=10)
+    group(mounted / "memory" / "system.slice" / "job", memory__limit_in_bytes=5000, memory__usage_in_bytes=4000,
+          memory__stat="inactive_file 1\ntotal_inactive_file 2500")
+    group(mounted / "memory" / "other", memory__limit_in_bytes=2, memory__usage_in_bytes=1)
+    assert left_in_groups(membership, mounted) == 3500
+
+
+def test_an_index_takes_about_what_is_said() -> None:
+    tokens, drafter = 3000, NgramDrafter()
+    generator = random.Random(3)
+    tracemalloc.start()
+    index = NgramIndex(drafter)
+    index.extend(generator.randrange(30_000) for _ in range(tokens))
+    taken = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert index.match(1).matched == 0
+    assert 0.6 * taken < index_bytes(drafter, 1, tokens) < 1.7 * taken
+    assert index_bytes(AdaptiveDrafter(None, NgramDrafter(max_match=4)), 2, 100) == 1.5 * index_bytes(drafter, 2, 100)
+    assert index_bytes(None, 4, 100) == 0
+
+
+def test_indexes_count_in_the_check(tiny_base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine whose indexes do not fit is refused, the same one without them is not."""
+    needed = cache_bytes(tiny_base, None, 4, 250) + workspace_bytes(tiny_base, 4, 250, 16)
+    monkeypatch.setattr("hydra_core.decoding.memory.free_bytes", lambda device: needed + index_bytes(NgramDrafter(), 4, 250) // 2)
+    check_memory(tiny_base, None, 4, 250, 16)
+    with pytest.raises(InputError, match="max_batch_size=4, context_limit=250: keys, values and indexes need"):
+        check_memory(tiny_base, NgramDrafter(), 4, 250, 16)

@@ -14,7 +14,7 @@ from torch import nn
 from hydra_core.base import Base, load_base
 from hydra_core.base.linear import packable
 from hydra_core.decoding import Engine, naive_generate
-from hydra_core.heads import HeadDrafter, HeadsConfig
+from hydra_core.heads import DraftVocab, HeadDrafter, HeadsConfig
 from hydra_core.heads import base as heads_module
 from hydra_core.heads.checkpoint import load_checkpoint, save_checkpoint
 from hydra_core.kernels.library import load_library
@@ -262,3 +262,45 @@ def test_only_data_does_without_the_teacher() -> None:
             for loss in ("auto", "data", "teacher", "acceptance", "hybrid")} == {
                 "auto": False, "data": False, "teacher": True, "acceptance": True, "hybrid": True}
     assert HeadsConfig(kind="hydra++").reads_teacher
+
+
+@torch.no_grad()
+def test_training_drops_the_packed_vocabulary_rows(bf16_base: Base) -> None:
+    """They are also what a trainer's evaluation reads: 4 bits there would be another model than the one that is trained."""
+    heads = noisy(bf16_base, "hydra", draft_vocab_size=64)
+    states = torch.randn(3, bf16_base.vocabulary.width).bfloat16()
+    written = F.linear(states, heads.rows.weight).float()
+    heads.pack()
+    assert heads.rows.packed is None and not torch.equal(heads.draft_logits(states), written)
+    again = noisy(bf16_base, "hydra", draft_vocab_size=64)
+    for undone in (heads.train(), heads.eval(), again):
+        assert torch.equal(undone.draft_logits(states), written)
+        undone.pack()
+        undone.load_state_dict(undone.state_dict())
+        assert torch.equal(undone.draft_logits(states), written)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_two_draft_vocabularies_share_nothing_that_changes(bf16_base: Base, kind: str) -> None:
+    """Heads that draft from two vocabularies at once, as two engines do: each drafts its own tokens, whichever was packed last,
+    and both learn when one is trained."""
+    heads = noisy(bf16_base, kind, draft_vocab_size=64)
+    few = DraftVocab(torch.arange(200, 100, -1), bf16_base.vocab_size)  # other tokens, and more of them
+    features, path = torch.randn(2, bf16_base.vocabulary.width).bfloat16(), heads.embed(torch.tensor([[[5]], [[9]]]))
+    alone = []
+    for vocab in (heads.draft_vocab, few):
+        one = noisy(bf16_base, kind, draft_vocab_size=64).with_draft_vocab(vocab)
+        one.pack()
+        alone.append(one.candidate_logits(0, features, path))
+    heads.pack()
+    other = heads.with_draft_vocab(few)
+    assert other.heads[0].compiled is None and heads.heads[0].compiled is not None
+    other.pack()
+    for made, wanted in zip((heads, other), alone, strict=True):
+        assert torch.equal(made.candidate_logits(0, features, path), wanted)
+    mine, theirs = (dict(one.named_parameters()) for one in (heads, other))
+    assert mine.keys() == theirs.keys() and all(mine[name] is theirs[name] for name in mine)  # no weight is held twice
+    modules = {id(module) for module in heads.modules()} & {id(module) for module in other.modules()}
+    assert not modules and other.vocabulary is heads.vocabulary
+    assert other.config.draft_vocab_size == 100 and heads.config.draft_vocab_size == 64

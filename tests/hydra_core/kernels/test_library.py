@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +15,13 @@ from hydra_core.base import Base, load_base
 from hydra_core.base.fused import FusedDecoder
 from hydra_core.base.native import MOST_TOKENS
 from hydra_core.decoding import Engine
-from hydra_core.kernels import library
+from hydra_core.errors import InputError
+from hydra_core.kernels import library, ops
 from hydra_core.kernels.library import library_folder
 from hydra_core.proposers import NgramDrafter
 from hydra_core.sampling import Request
 from hydra_core.tree import DraftTree
+from tests.conftest import ROOT
 from tests.hydra_core.base.test_decoders import MODELS
 from tests.tiny import make_tokenizer
 from tests.trained import random_prompts
@@ -137,3 +140,43 @@ def test_processes_that_start_together_compile_once(tmp_path: Path, monkeypatch:
     runs = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(2)]
     assert [run.wait(600) for run in runs] == [0, 0]
     assert len([path for path in library_folder().iterdir() if path.suffix == ".so"]) == 1
+
+
+def test_instructions_are_limited_by_a_known_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    library.sources_digest.cache_clear()
+    monkeypatch.delenv(library.LIMIT, raising=False)
+    assert library.instruction_limit() is None
+    digests = [library.sources_digest()]
+    for word in library.LIMITS:
+        library.sources_digest.cache_clear()
+        monkeypatch.setenv(library.LIMIT, word)
+        assert library.instruction_limit() == word
+        digests.append(library.sources_digest())
+    assert len(set(digests)) == 3  # step costs of one are not those of another
+    monkeypatch.setenv(library.LIMIT, "sse")
+    with pytest.raises(InputError, match=r"HYDRA_HEADS_INSTRUCTIONS=sse: must be one of avx512, avx2, or unset"):
+        library.instruction_limit()
+    library.sources_digest.cache_clear()
+
+
+HERE = (ops.bf16_compiled(), ops.amx_available())
+"""What this processor has: AVX-512's bf16 dot product, AMX tiles."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("word", "wanted"), [("avx512", (True, False)), ("avx2", (False, False))])
+def test_kernels_of_other_processors(word: str, wanted: tuple[bool, bool]) -> None:
+    """The forms that this processor would not take, compiled here and put through the same tests in a process of their own."""
+    if wanted == HERE or not HERE[0]:
+        pytest.skip("this processor takes this form anyway")
+    environment = os.environ | {library.LIMIT: word}
+    script = "from hydra_core.kernels import ops; print(ops.bf16_compiled(), ops.amx_available(), ops.load_library())"
+    told = subprocess.run([sys.executable, "-c", script], env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert told.stdout.split() == [str(wanted[0]), str(wanted[1]), "True"]
+    tests = ["tests/hydra_core/kernels/test_matmul.py", "tests/hydra_core/kernels/test_library.py",
+             "tests/hydra_core/base/test_int4.py", "tests/hydra_core/base/test_linear.py", "tests/hydra_core/heads/test_heads.py",
+             "tests/hydra_core/sampling"]
+    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-m", "not slow", *tests],
+                         env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert "passed" in run.stdout.splitlines()[-1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 from hydra_core.base import Base, resolve_base
 from hydra_core.bundled import folders
+from hydra_core.decoding import read_configuration
 from hydra_core.errors import InputError
 from hydra_core.heads.checkpoint import save_checkpoint
 from hydra_core.tree import DraftTree, TreeSet
@@ -131,6 +133,26 @@ def test_promote_takes_the_bench_of_its_settings(tiny_base_dir: Path, storage: P
         run_promote(config_for(storage, tiny_base_dir, bench__limit=7))
     told = str(caught.value)
     assert "bench (bench.limit=None)" in told and "others.jsonl, bench.limit=3)" in told and "\n" not in told
+
+
+def test_what_won_is_what_is_promoted(tiny_base_dir: Path, tiny_base: Base, storage: Path) -> None:
+    """`combined` drafts with the last of several heads, a drafter with its own. The configuration holds those files."""
+    config = config_for(storage, tiny_base_dir)
+    folder = finish(config, medusa=1.2, hydra=1.4, combined=1.8)
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    for kind in ("medusa", "hydra"):
+        save_checkpoint(storage / kind, random_heads(tiny_base, kind), tiny_base.identity, TreeSet({1: DraftTree(((0,),))}), {})
+        report["plan"]["heads"][kind] = str(storage / kind)
+    digests = {kind: file_digest(storage / kind / "model.safetensors") for kind in ("medusa", "hydra")}
+    for speed, winner, heads in ((1.8, "combined", "hydra"), (1.3, "hydra", "hydra")):
+        report["methods"]["combined"]["speed_vs_plain"] = speed
+        write_text(folder / "report.json", json.dumps(report))
+        result = run_promote(config)
+        made = read_configuration(Path(result.outputs["configuration"]))
+        assert result.figures["champion"] == made.name == winner
+        assert made.drafter == ("combined" if winner == "combined" else "heads") and made.heads is not None
+        assert file_digest(made.heads / "model.safetensors") == digests[heads]
+        shutil.rmtree(Path(result.outputs["configuration"]).parent)
 
 
 def test_a_bench_of_an_earlier_version_is_found(tiny_base_dir: Path, tiny_base: Base, storage: Path) -> None:

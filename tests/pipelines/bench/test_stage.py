@@ -107,6 +107,8 @@ def figures(speed: float | None, different: int | None = 0, timed: int = 0, int4
     ({"hydra": figures(1.4), "ngram": figures(1.6, timed=1)}, "hydra", "not shown to be lossless: ngram"),
     ({"hydra": figures(1.4), "ngram": figures(1.6, int4=1)}, "hydra", "not shown to be lossless: ngram"),
     ({"hydra": figures(1.4, different=None)}, "plain", "not considered"),
+    ({"hydra": figures(1.4), "medusa": figures(1.2), "combined": figures(1.8)}, "combined", "1.80x"),
+    ({"hydra": figures(1.4), "medusa": figures(1.2), "combined": figures(1.8, different=1)}, "hydra", "lossless: combined"),
     ({"hydra": figures(0.9)}, "plain", "no lossless contender"),
     ({"hydra": figures(None)}, "plain", "no lossless contender"),
     ({}, "plain", "no lossless contender"),
@@ -117,6 +119,17 @@ def figures(speed: float | None, different: int | None = 0, timed: int = 0, int4
 def test_the_fastest_lossless_contender_wins(methods: dict[str, object], winner: str, word: str) -> None:
     name, why = choose_winner({"plain": figures(1.0), **methods}, 1.0)
     assert name == winner and word in why
+
+
+def test_a_quantised_base_is_judged_in_its_own_format() -> None:
+    """It has no fp32 form. For any other base its own format alone proves nothing."""
+    own = figures(1.4, different=None) | {"naive": {"bf16": verdicts(0)}}
+    wrong = figures(1.9, different=None) | {"naive": {"bf16": verdicts(1)}}
+    methods = {"plain": figures(1.0, different=None), "hydra": own, "ngram": wrong}
+    assert choose_winner(methods, 1.0, "bf16")[0] == "hydra"
+    assert choose_winner(methods, 1.0)[0] == "plain"
+    timed = figures(1.4, different=None, timed=1) | {"naive": own["naive"]}
+    assert choose_winner({"plain": figures(1.0), "hydra": timed}, 1.0, "bf16")[0] == "plain"
 
 
 def test_a_gain_too_small_to_bother_and_no_plain() -> None:

@@ -60,6 +60,6 @@ def test_four_bit_copies_are_as_large_as_they_are_said_to_be() -> None:
 
 def test_a_base_that_transformers_runs_has_layouts_of_its_own(tiny_base_dir: Path, tmp_path: Path,
                                                               monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hydra_core.base.fused.FusedDecoder.reason_unsupported", staticmethod(lambda config: "a test"))
+    monkeypatch.setattr("hydra_core.base.fused.FusedDecoder.reason_unsupported", staticmethod(lambda *_: "a test"))
     base = load_base(str(tiny_base_dir), dtype="fp32", cache=tmp_path)
     assert reads_of(base, random_heads(base, "medusa"), COSTS) is None
