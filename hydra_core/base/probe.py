@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,10 @@ def _look_around(folder: Path) -> Surroundings:
             del part.quantization_config
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    weights = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
+    left_out = set(getattr(model, "all_tied_weights_keys", None) or ())
+    optional = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
+    weights = {name: tuple(value.shape) for name, value in model.named_parameters()
+               if name not in left_out and not any(pattern.search(name) for pattern in optional)}
     scale, softcap = _logits(model)
     norm = final_norm(decoder_of(model))
     if not isinstance(getattr(norm, "weight", None), Tensor):
