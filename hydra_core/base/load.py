@@ -70,9 +70,9 @@ def load_base(model: str, *, dtype: str = "bf16", device: str = "cpu", cache: Pa
     wanted = _Wanted(resolved, config, model, dtype, target, _context_limit(config, context_limit, model), fused, widen, native)
     loaded, codes = _load_weights(wanted)
     reference = reference_of(loaded, model)
-    own, tokenizer = loaded.config.get_text_config(), load_tokenizer(resolved.folder)
+    tokenizer = load_tokenizer(resolved.folder)
     identity = BaseIdentity(resolved.name, resolved.digest, dtype)
-    vocabulary = _vocabulary_of(loaded, own, identity, _stop_ids(loaded, own, tokenizer), look_around(resolved.folder))
+    vocabulary = _vocabulary_of(loaded, config, identity, _stop_ids(loaded, config, tokenizer), look_around(resolved.folder))
     check_head(vocabulary, reference, model)
     different = None
     for decoder in _decoders(wanted, loaded, codes):
