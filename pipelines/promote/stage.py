@@ -101,8 +101,8 @@ def choose_winner(methods: dict[str, Any], min_gain: float, proof: str = "fp32")
     that was checked, and from plain decoding among timed answers. A contender whose answers in `proof` were not checked does not
     qualify; that is fp32, or the own format of a base that is loaded quantised. Really faster means that it drafts, that is, a
     step gives more than one token, and that the whole 95 % interval of its speed, where there is one, lies above plain's: the
-    highest of several noisy figures is above 1 where none is faster. Plain decoding always qualifies. Raises InputError for a bench
-    without it.
+    highest of several noisy figures is above 1 where none is faster. Plain decoding always qualifies. Raises InputError for a
+    bench without it.
     """
     if PLAIN not in methods:
         raise InputError("promote: the bench has no plain decoding to compare with: run `bench` again")
