@@ -30,7 +30,7 @@ SEEN = ((0, 4), (0, 5), (1, 5), (0, 6))
 """For each node the path that it is on, and its position there."""
 HEAD_ERROR = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 0.015}
 """Largest difference of the logits of the same hidden states, relative to the logits' size; by the dtype of the computation."""
-ERROR = {torch.float64: 1e-4, torch.float32: 2e-3, torch.bfloat16: 0.15}
+ERROR = {torch.float64: 1e-4, torch.float32: 2e-3, torch.bfloat16: 0.25}
 """The same for the whole forward. In bfloat16 it is larger than any rounding that was seen and smaller than a wrong factor."""
 
 

@@ -354,7 +354,7 @@ def _loading_info(files: Mapping[str, Path], around: Surroundings) -> dict[str, 
 
 
 def _shapes(files: Mapping[str, Path]) -> dict[str, tuple[int, ...]]:
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for path in sorted(set(files.values())):
         with safe_open(path, framework="pt") as handle:
             found |= {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys() if name in files}  # noqa: SIM118
