@@ -125,8 +125,8 @@ def check_memory(base: Base, drafter: Drafter | None, rows: int, slots: int, nod
     if base.device.type == "cpu":
         cached += index_bytes(drafter, rows, slots)
     free = free_bytes(base.device)
-    log.info("keys and values of %d sequences x %d tokens, with indexes: %.2f GiB, a step: %.2f GiB, of %.2f GiB free", rows,
-             slots, cached / GIB, temporary / GIB, free / GIB)
+    log.info("keys and values of %d sequences x %d tokens: %.2f GiB, a step: %.2f GiB, of %.2f GiB free", rows, slots,
+             cached / GIB, temporary / GIB, free / GIB)
     if cached + temporary > free:
         raise InputError(f"max_batch_size={rows}, context_limit={slots}: keys, values and indexes need {cached / GIB:.1f} GiB "
                          f"and a step {temporary / GIB:.1f} GiB, {free / GIB:.1f} GiB are free on {base.device}: lower one of "

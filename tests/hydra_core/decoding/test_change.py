@@ -10,7 +10,7 @@ import torch
 
 from hydra_core.base import Base
 from hydra_core.decoding import Engine, Result, naive_generate
-from hydra_core.decoding.memory import check_memory
+from hydra_core.decoding.memory import cache_bytes, check_memory
 from hydra_core.errors import InputError
 from hydra_core.heads import HeadDrafter
 from hydra_core.proposers import AdaptiveDrafter, Drafter, NgramDrafter
@@ -136,12 +136,12 @@ def test_a_prefix_that_the_heads_have_not_read_is_not_copied(tiny_base: Base, ma
 
 def test_the_cache_is_allocated_once(tiny_base: Base, make: Callable[[str], Engine], drafters: dict[str, Drafter | None],
                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where a second one would not fit: only the prefix layer's own is new."""
+    """Also where a second one would not fit: only what heads keep themselves is new."""
     engine = make("plain")
     monkeypatch.setattr(tiny_base.decoder, "allocate", lambda *sizes: pytest.fail(f"a second cache of {sizes}"))
     heads = drafters["hydra++"]
-    own = heads.prefix.cache_bytes(4, engine.cache.slots + 64)  # type: ignore[union-attr]
-    assert own < engine.cache.nbytes
+    own = cache_bytes(tiny_base, heads, 4, engine.cache.slots) - engine.cache.nbytes
+    assert heads.prefix.cache_bytes(4, engine.cache.slots + 64) < own < engine.cache.nbytes  # type: ignore[union-attr]
     monkeypatch.setattr("hydra_core.decoding.memory.free_bytes", lambda device: own)
     engine.change(engine.prepare(heads, TREES))
     with pytest.raises(InputError, match="lower one of the two"):
