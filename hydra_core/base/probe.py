@@ -81,8 +81,9 @@ def _look_around(folder: Path) -> Surroundings:
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         if getattr(part, "quantization_config", None) is not None:
             del part.quantization_config
+    build: Any = AutoModelForCausalLM.from_config
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        model = build(config, dtype=torch.float32, trust_remote_code=False)
     left_out = set(getattr(model, "all_tied_weights_keys", None) or ())
     optional = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
     weights = {name: tuple(value.shape) for name, value in model.named_parameters()

@@ -128,9 +128,10 @@ def _why_noise(figures: dict[str, Any]) -> str | None:
 
 
 def _is_lossless(figures: dict[str, Any], proof: str) -> bool:
-    naive = {"fp32": figures["fp32"], **(figures.get("naive") or {})}
-    checked = [figures.get("differing"), *naive.values()]
-    return bool(naive.get(proof)) and not any(verdicts["different"] for verdicts in checked if verdicts)
+    naive = figures.get("naive") or {}
+    proven = figures["fp32"] if proof == "fp32" else naive.get(proof)
+    checked = [figures["fp32"], figures.get("differing"), *naive.values()]
+    return bool(proven) and not any(verdicts["different"] for verdicts in checked if verdicts)
 
 
 def _configuration(config: RunConfig, winner: str, plan: dict[str, Any]) -> DecodingConfiguration:
