@@ -143,7 +143,8 @@ class Engine:
         return self.clock.read()
 
     def check(self, request: Request) -> None:
-        """Raise InputError when `request` cannot be decoded here."""
+        """Raise InputError when `request` cannot be decoded here, RuntimeError after an exception in `step`."""
+        self._refuse_interrupted()
         request.check(self.base.vocab_size, self.context_limit, texts=self.base.tokenizer is not None)
         if request.id in self.scheduler.ids:
             raise InputError(f"request {request.id}: id: is already running")
@@ -215,13 +216,15 @@ class Engine:
 
         An exception leaves sequences half done: every later call raises RuntimeError until `reset`.
         """
-        if self._interrupted:
-            raise RuntimeError("an exception interrupted an earlier step of this engine: call reset(), which forgets its "
-                               "sequences")
+        self._refuse_interrupted()
         self._interrupted = True
         outputs = self._step()
         self._interrupted = False
         return outputs
+
+    def _refuse_interrupted(self) -> None:
+        if self._interrupted:
+            raise RuntimeError("an exception interrupted an earlier step of this engine: call reset(), which forgets sequences")
 
     @torch.inference_mode()
     def _step(self) -> list[StepOutput]:

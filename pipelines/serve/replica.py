@@ -196,7 +196,7 @@ class DecodeServer:
                     self.metrics.first_token(waited + now - started)
                 else:
                     self.metrics.step(now - last, len(output.token_ids))
-                piece = self._piece(index, output, text, generation.stop_ids)
+                piece = self._piece(index, output, text, generation.stop_ids, made == 0)
                 last, result, made = now, output.result, made + len(output.token_ids)
                 tokens += piece.tokens
                 yield piece
@@ -220,7 +220,7 @@ class DecodeServer:
         log.info("answered", extra=log_fields(answer))
         yield answer
 
-    def _piece(self, index: int, output: StepOutput, text: TextStream, stop_ids: tuple[int, ...]) -> Piece:
+    def _piece(self, index: int, output: StepOutput, text: TextStream, stop_ids: tuple[int, ...], first: bool) -> Piece:
         """The text of one step; text that was held back comes with the last one. One of `stop_ids` has no text where it ends an
         answer, as the base's own have none."""
         ends = output.result is not None and output.result.finish_reason == "stop"
@@ -230,10 +230,12 @@ class DecodeServer:
             fresh += text.finish()
         count = len(output.token_ids)
         depths = tuple(depth if depth < count else 0 for depth in range(1, count + 1))
-        return Piece(index, fresh, depths, tuple(self._token(token) for token in output.logprobs or ()))
+        return Piece(index, fresh, depths, tuple(self._token(token, first and place == 0)
+                                                 for place, token in enumerate(output.logprobs or ())))
 
-    def _token(self, found: TokenLogprob) -> Token:
-        return self.tokens.named(found.token, found.logprob, tuple(self.tokens.named(*one) for one in found.top))
+    def _token(self, found: TokenLogprob, first: bool) -> Token:
+        top = tuple(self.tokens.named(*one, first=first) for one in found.top)
+        return self.tokens.named(found.token, found.logprob, top, first)
 
     def _prompt_ids(self, generation: Generation) -> list[int]:
         if generation.prompt_ids is not None:

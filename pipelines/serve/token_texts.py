@@ -19,17 +19,26 @@ class TokenTexts:
 
     def __init__(self, base: Base) -> None:
         self.base = base
-        self._known: dict[int, tuple[str, bytes]] = {}
+        self._known: dict[tuple[int, bool], tuple[str, bytes]] = {}
+        self._letter: int | None = None
 
-    def named(self, token: int, logprob: float, top: tuple[Token, ...] = ()) -> Token:
-        """`token` with its text and bytes."""
-        if token not in self._known:
-            self._known[token] = self._name(token)
-        text, value = self._known[token]
+    def named(self, token: int, logprob: float, top: tuple[Token, ...] = (), first: bool = False) -> Token:
+        """`token` with its text and bytes. `first`: no token of the answer comes before it; some tokenizers leave out the space
+        before a word there."""
+        if (token, first) not in self._known:
+            self._known[token, first] = self._name(token, first)
+        text, value = self._known[token, first]
         return Token(text, logprob, value, top)
 
-    def _name(self, token: int) -> tuple[str, bytes]:
-        text = self.base.decode([token])
+    def _any_letter(self) -> int:
+        """A token whose text is one letter."""
+        if self._letter is None:
+            self._letter = next(token for token in range(len(self.base.tokenizer))
+                                if len(text := self.base.decode([token])) == 1 and text.isalpha())
+        return self._letter
+
+    def _name(self, token: int, first: bool) -> tuple[str, bytes]:
+        text = self.base.decode([token]) if first else self.base.decode([self._any_letter(), token])[1:]
         if text and REPLACEMENT not in text:
             return text, text.encode()
         tokenizer: Any = self.base.tokenizer

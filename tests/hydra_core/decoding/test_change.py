@@ -179,7 +179,7 @@ def test_an_engine_that_raised_decodes_again_after_a_reset(tiny_base: Base, make
     with pytest.raises(RuntimeError, match=r"call reset\(\)"):
         engine.step()
     with pytest.raises(RuntimeError, match=r"call reset\(\)"):
-        engine.generate([Request("other", (5, 6), 5)])
+        engine.generate([Request("r0", (5, 6), 5)])  # not that the id is in use
     keys = engine.cache.keys.data_ptr()
     engine.reset()
     assert not engine.has_work and engine.cache.keys.data_ptr() == keys

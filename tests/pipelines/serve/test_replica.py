@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 import time
 from collections import Counter
@@ -83,15 +84,42 @@ def test_how_answers_ended_is_counted(server: DecodeServer, monkeypatch: pytest.
         pieces = [await anext(leaving) for _ in range(3)]
         await leaving.aclose()  # type: ignore[attr-defined]
         assert tokens == {"made": sum(len(piece.depths) for piece in pieces if isinstance(piece, Piece))}
-        assert isinstance(await server.generate(replace(GENERATION, prompt_ids=[-1])), Refusal)
+        assert isinstance(await server.generate(replace(GENERATION, id="bad", prompt_ids=[-1])), Refusal)
         while engine.has_work:  # the row of the client that left, which would fail in place of the next
             await asyncio.sleep(0.001)
         monkeypatch.setattr(engine, "step", broken)
-        assert isinstance(await server.generate(GENERATION), Refusal)
+        assert isinstance(await server.generate(replace(GENERATION, id="lost")), Refusal)
         monkeypatch.setattr(engine, "step", step)
 
     asyncio.run(ask())
     assert ends == {"length": 1, "cancelled": 1, "failed": 1}
+
+
+def test_a_replica_goes_on_after_one_failure(server: DecodeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caller learns that its own request may be the reason; the next one is answered by the same replica."""
+    assert server.engine_loop is not None
+    step, failures, told = server.engine_loop.engine._step, [1], Counter[str]()
+    for name in ("hydra_engine_failures", "hydra_engine_restarts"):
+        monkeypatch.setattr(server.metrics.counters[name], "inc", functools.partial(told.update, [name]))
+
+    def once() -> object:
+        outputs = step()
+        if failures:
+            failures.pop()
+            raise RuntimeError("out of memory")
+        return outputs
+
+    monkeypatch.setattr(server.engine_loop.engine, "_step", once)
+
+    async def ask() -> None:
+        refusal = await server.generate(GENERATION)
+        assert refusal == Refusal(503, "the engine failed: out of memory: try again later", in_flight=True)
+        assert isinstance(await server.generate(GENERATION), Answer)
+        server.check_health()
+        assert not (await server.info())["failed"] and server.in_flight == 0
+
+    asyncio.run(ask())
+    assert told == {"hydra_engine_failures": 1, "hydra_engine_restarts": 1}
 
 
 def test_time_before_the_replica_counts(server: DecodeServer, monkeypatch: pytest.MonkeyPatch) -> None:
