@@ -104,7 +104,8 @@ def _told(error: InputError | StoppedError) -> int:
 
 def _with_format(config: RunConfig, stage: str) -> RunConfig:
     """`config` with a weight format chosen, where `base.dtype=auto` leaves the choice open and the stage has a base."""
-    if config.base.dtype != "auto" or stage == "compare":
+    section = getattr(config, stage, None)
+    if config.base.dtype != "auto" or stage == "compare" or getattr(section, "address", None):  # an endpoint has its base
         return config
     from pipelines.profiling.weight_format import resolve_format  # imports Ray, which a wrong setting or a plan does not need
 

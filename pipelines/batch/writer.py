@@ -187,9 +187,10 @@ def _read(path: Path, kind: str, schema: pa.Schema) -> Iterator[dict[str, Any]]:
 
 
 def _write_rows(folder: Path, rows: list[dict[str, Any]], schema: pa.Schema, kind: str) -> Path:
+    names = [_name(row) for row in rows]
     if kind == "parquet":
-        return write_part(folder, rows, schema)
-    path = folder / f"part-{content_id(sorted(_id(row) for row in rows))}.jsonl"
+        return write_part(folder, rows, schema, names=names)
+    path = folder / f"part-{content_id(sorted(names))}.jsonl"
     with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as handle:
         handle.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     return path
@@ -199,11 +200,20 @@ def _id(row: dict[str, Any]) -> str:
     return str(row["custom_id"] if "custom_id" in row else row["id"])
 
 
+def _name(row: dict[str, Any]) -> str:
+    """What a row has in the name of its part: a bad row may have the id of another one, whose part it must not replace."""
+    return f"bad row {_key(row).hex()}" if _is_bad(row) else _id(row)
+
+
+def _is_bad(row: dict[str, Any]) -> bool:
+    return (_error_kind(row) if "custom_id" in row else row.get("kind")) == INPUT
+
+
 def _key(row: dict[str, Any]) -> bytes:
     """What tells a row of an output from the others: its id, or, of a row that was never a request, its place in the input."""
-    if "custom_id" in row:
-        return bad_key(row["id"]) if _error_kind(row) == INPUT else digest(_id(row))
-    return bad_key(row["row"]) if row.get("kind") == INPUT else digest(_id(row))
+    if _is_bad(row):
+        return bad_key(row["id"] if "custom_id" in row else row["row"])
+    return digest(_id(row))
 
 
 def _error_kind(row: dict[str, Any]) -> str | None:

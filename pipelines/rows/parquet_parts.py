@@ -21,10 +21,12 @@ from pipelines.runtime.files import atomic_file
 ROW_GROUP_BYTES = 64 << 20
 
 
-def write_part(folder: Path, rows: list[dict[str, Any]], contract: pa.Schema, key: str = "id") -> Path:
-    """Write `rows` as one Parquet part of `contract`; returns its path."""
+def write_part(folder: Path, rows: list[dict[str, Any]], contract: pa.Schema, key: str = "id",
+               names: list[str] | None = None) -> Path:
+    """Write `rows` as one Parquet part of `contract`; returns its path. `names`: what tells the rows apart, where `key` does
+    not."""
     table = pa.Table.from_pylist(rows, schema=contract)
-    path = folder / f"part-{content_id(sorted(row[key] for row in rows))}.parquet"
+    path = folder / f"part-{content_id(sorted(names or (row[key] for row in rows)))}.parquet"
     per_row = max(1, table.nbytes // max(1, len(rows)))
     with atomic_file(path) as temporary:
         pq.write_table(table, temporary, row_group_size=max(1, ROW_GROUP_BYTES // per_row))

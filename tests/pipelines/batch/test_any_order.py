@@ -238,5 +238,5 @@ def test_every_row_has_one_place_in_the_end(monkeypatch: pytest.MonkeyPatch, cap
     monkeypatch.setattr(batch_stage, "_serving", lambda _: Serving(A, None, ("hydra-heads",), ours=True))
     monkeypatch.setattr(batch_stage.Tracker, "open", lambda _: SimpleNamespace(start=lambda *_, **__: untracked()))
     monkeypatch.setattr(batch_worker, "open_backend", None)
-    run_state_machine_as_test(Job, settings=settings(max_examples=12, stateful_step_count=8, deadline=None,
+    run_state_machine_as_test(Job, settings=settings(max_examples=12, stateful_step_count=6, deadline=None,
                                                      report_multiple_bugs=False, suppress_health_check=list(HealthCheck)))

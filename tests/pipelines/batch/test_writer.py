@@ -118,6 +118,17 @@ def test_bad_rows_take_nobodys_place(tmp_path: Path, kind: str) -> None:
         assert (len(rows.ids), len(errors.ids), errors.kinds["input"]) == (1, 2, 2)
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "openai"])
+def test_error_parts_of_one_id_do_not_replace_each_other(tmp_path: Path, kind: str) -> None:
+    """A row that failed, and a bad row under its id, each alone in a part: parts are named after their rows."""
+    writer = Writer(Output(str(tmp_path), kind, "m", 1))
+    writer.add(BatchRow("row-4", 4), Response(500, "broken"))
+    for number in (16, 17):
+        writer.refuse(BadRow("row-4", number, f"row {number}: id 'row-4' belongs to row 4 already"))
+    found = deduplicate(writer.output.errors, kind, BATCH_ERRORS)
+    assert len(parts(writer.output.errors, kind)) == len(found.ids) == 3 and found.kinds == {"failed": 1, "input": 2}
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_a_torn_part_is_set_aside(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     """As a power cut leaves one: its rows count as not answered, and are asked for again."""

@@ -7,6 +7,7 @@ import json
 import random
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,6 +20,7 @@ from pipelines.load.soak import Report, Soaked, judge, markdown, run_soak
 from pipelines.load.soak_chaos import Memory
 from pipelines.load.soak_clients import FAILED, LEFT, LOST, OK, REFUSED, TOLD, WRONG, Clients, Question
 from tests.pipelines.batch.stand_in import A, StandIn
+from tests.pipelines.batch.test_any_order import untracked
 from tests.pipelines.serve.test_stage import free_port
 
 RIGHT = f"{A.base}: hi"
@@ -104,7 +106,7 @@ def test_checks() -> None:
 
 def test_a_soak_of_an_endpoint_by_its_clients(storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a small server: all well, and then one that gives other answers from some request on."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(soak.Tracker, "open", lambda _: SimpleNamespace(start=lambda *_, **__: untracked()))
     config = load_config(None, {"storage": str(storage), "load.soak_minutes": 0.03, "load.max_new_tokens": 8})
     with StandIn(ours=False) as server:
         target = soaked(server.address)
