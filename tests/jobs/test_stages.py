@@ -70,12 +70,17 @@ def value_of(config: RunConfig, dotted: str) -> Any:
     return getattr(getattr(config, section), name)
 
 
+BESIDE = {"prompts.path": ["prompts.source=jsonl"], "serve.tls_keyfile": ["serve.tls_certfile=/c.pem"],
+          "serve.tls_certfile": ["serve.tls_keyfile=/k.pem"]}
+"""What such a setting needs beside it."""
+
+
 @pytest.mark.parametrize("dotted", PATH_FIELDS)
 def test_relative_paths_are_the_callers(dotted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "x.gguf").touch()
-    beside = ["prompts.source=jsonl"] if dotted == "prompts.path" else []
+    beside = BESIDE.get(dotted, [])
     words = [f"storage={tmp_path}", f"{dotted}=./there/x.gguf", *beside]
     assert value_of(read_config("batch", None, words), dotted) == str(tmp_path / "there" / "x.gguf")
     whole = f"{tmp_path}/there/x.gguf"

@@ -60,3 +60,13 @@ def test_others_do_not_compete_and_plain_decoding_must_be_there() -> None:
     assert choose_winner({PLAIN: figures(7.0), "slow": figures(1.1)}, 1.0)[0] == "slow"
     with pytest.raises(InputError, match="no plain decoding to compare with"):
         choose_winner({"fast": figures(2.0)}, 1.0)
+
+
+@pytest.mark.parametrize(("noise", "why"), [
+    ({"tokens_per_step": 1.0}, "drafts nothing that is accepted"), ({"tokens_per_step": None}, "drafts nothing that is accepted"),
+    ({"spread": [1.0, 3.0]}, "may be no faster: 1.00x - 3.00x plain"),
+    ({"spread": [0.9, 9.5]}, "may be no faster: 0.90x - 9.50x plain")])
+def test_what_may_be_noise_does_not_win_however_fast(noise: dict[str, Any], why: str) -> None:
+    methods = {PLAIN: figures(1.0), "fast": figures(9.0, **noise), "slow": figures(1.1, spread=[1.01, 1.2], tokens_per_step=1.01)}
+    assert choose_winner(methods, 1.0) == (
+        "slow", f"1.10x plain decoding, the fastest of 1 lossless contenders; not considered: fast ({why})")
