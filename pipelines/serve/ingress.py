@@ -152,12 +152,13 @@ class Ingress:
     async def ready(self, request: Request) -> Any:
         """Whether requests are decoded now: a replica has its base, is warm and has not failed, and nobody is stopping the
         endpoint. With a valid key (or without keys) the answer also has the model, the load of all replicas together, the heads
-        that one of them rejected, and how old this is."""
+        that one of them rejected, how old this is, and the answers that are accepted here and not finished, now."""
         info = self._known()
         status = "starting" if info is None else "failed" if info["failed"] else "ready"
         if self.admission.closing:
             status = "closing"
-        known = info | {"age_seconds": round(self.states.age(), 3)} if info is not None and request.scope[KNOWN] else {}
+        known = {} if info is None or not request.scope[KNOWN] else info | {
+            "age_seconds": round(self.states.age(), 3), "accepted": self.admission.in_flight}
         return JSONResponse({"status": status} | known, 200 if status == "ready" else 503)
 
     @api.get("/v1/models", responses=ERRORS)
