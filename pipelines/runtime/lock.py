@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -13,6 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from hydra_core.errors import InputError
+from pipelines.runtime.console import say
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+"""What a file system without locks answers."""
 
 _held: dict[Path, int] = {}
 """Lock files that this process holds, with the thread that does."""
@@ -24,10 +29,11 @@ def only_run(folder: Path, storage: Path, field: str | None = None) -> Iterator[
 
     It is a lock of the operating system on a file beside the folder, so it ends with its process, however that ends. The file
     names the holder. At the end it is removed, and with it the folders above it inside `storage` that are then empty. A link
-    to a folder has the lock of that folder. `field`: the setting that `folder` comes from, None for a folder of the run.
+    to a folder has the lock of that folder. `field`: the setting that `folder` comes from, None for a folder of the run: where
+    the file system has no locks, that one is used without, after a warning, and the other one raises InputError.
     """
     path = _lock_file(folder)
-    descriptor = _locked(path, f"{field}={folder}" if field else str(folder))
+    descriptor = _locked(path, f"{field}={folder}" if field else str(folder), needed=field is not None)
     _held[path] = threading.get_ident()
     try:
         os.ftruncate(descriptor, 0)
@@ -51,8 +57,9 @@ def _lock_file(folder: Path) -> Path:
     return real.parent / f".{real.name}.lock"
 
 
-def _locked(path: Path, shown: str) -> int:
-    """An open descriptor of the lock file, locked. `shown`: what errors call the folder."""
+def _locked(path: Path, shown: str, needed: bool) -> int:
+    """An open descriptor of the lock file, locked. `shown`: what errors call the folder; `needed`: refuse a file system without
+    locks."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -66,9 +73,14 @@ def _locked(path: Path, shown: str) -> int:
             os.close(descriptor)
             raise InputError(f"{shown}: another run writes to it{holder}: wait for it or stop it") from None
         except OSError as error:
-            os.close(descriptor)
-            raise InputError(f"{shown}: this file system has no locks ({error.strerror}): choose a folder on one "
-                             "that has, as NFS 4 and local disks do") from None
+            if error.errno not in NO_LOCKS:
+                os.close(descriptor)
+                raise
+            if needed:
+                os.close(descriptor)
+                raise InputError(f"{shown}: this file system has no locks ({error.strerror}): choose a folder on one "
+                                 "that has, as NFS 4 and local disks do") from None
+            say("storage", f"{shown}: this file system has no locks ({error.strerror}): see to it that no other run writes there")
         if _same_file(descriptor, path):
             return descriptor
         os.close(descriptor)  # the earlier holder has removed the file in between

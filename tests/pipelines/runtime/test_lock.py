@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -76,3 +78,20 @@ def test_who_holds_a_folder(storage: Path) -> None:
         other.join()
         assert holds(folder) and found == [False]
     assert not holds(folder)
+
+
+def test_a_file_system_without_locks(storage: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A batch's output needs one, since its rows are dear; a stage of a run worked there before, and warns."""
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    folder = storage / "runs" / "a" / "train"
+    with pytest.raises(InputError, match=r"batch\.output=.*: this file system has no locks \(No locks available\): choose"), \
+            only_run(folder, storage, "batch.output"):
+        pass
+    assert capsys.readouterr().err == ""
+    with only_run(folder, storage):
+        assert holds(folder)
+    assert capsys.readouterr().err == (f"storage: {folder}: this file system has no locks (No locks available): see to it that "
+                                       "no other run writes there\n")
