@@ -32,7 +32,8 @@ class ServeSection(Section):
     max_body_bytes: int = Field(2**20, ge=1, description="longest request body, in bytes")
     drain_seconds: float = Field(120.0, ge=0, description="time that a stopping endpoint has to finish the answers it accepted")
     hung_seconds: float = Field(
-        120.0, gt=0, description="a step that takes longer counts as hung: its answers fail and the replica is replaced")
+        120.0, gt=0, description="a step that takes longer, and longer than the longest prompt should, counts as hung: its "
+                           "answers fail and the replica is replaced")
     request_seconds: float | None = Field(
         None, gt=0, description="longest time from a request's arrival to the end of its answer, then 504; default: no limit")
     api_keys_file: str | None = Field(

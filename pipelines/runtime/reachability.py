@@ -33,7 +33,8 @@ def why_unreachable(url: str) -> str | None:
     """Why `url` does not answer within about `PROBE_SECONDS`, or None if it does."""
     def ask() -> str | None:
         try:
-            urllib.request.urlopen(url, timeout=PROBE_SECONDS).close()
+            # not `urlopen`: it keeps the proxies that the environment named at its first call
+            urllib.request.build_opener().open(url, timeout=PROBE_SECONDS).close()
         except urllib.error.HTTPError as error:  # the server answers, though a proxy may not serve this path
             return str(error) if error.code in GATEWAY_ERRORS else None
         return None

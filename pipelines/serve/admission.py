@@ -51,13 +51,18 @@ class Admission:
             raise
         self.in_flight -= count
         self._finished.append((self._clock(), count))
+        self._forget()
 
     def retry_seconds(self, decoding: int) -> int:
         """Seconds until what waits now has been answered, at the rate of the last minute: 1 where nothing was answered yet."""
-        now = self._clock()
-        while self._finished and self._finished[0][0] < now - RATE_SECONDS:
-            self._finished.popleft()
+        self._forget()
         if not self._finished:
             return 1
-        rate = sum(count for _, count in self._finished) / max(1.0, now - self._finished[0][0])
+        rate = sum(count for _, count in self._finished) / max(1.0, self._clock() - self._finished[0][0])
         return max(1, min(LONGEST_RETRY, math.ceil((self.in_flight - decoding) / rate)))
+
+    def _forget(self) -> None:
+        """Drop the answers from before the last minute."""
+        oldest = self._clock() - RATE_SECONDS
+        while self._finished and self._finished[0][0] < oldest:
+            self._finished.popleft()

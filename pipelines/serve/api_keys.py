@@ -43,14 +43,14 @@ def check_required(required: bool, given: bool) -> None:
 
 
 def _lines(path: str) -> list[str]:
-    """As ssh does with private keys: a file of one's own that others can read is refused; those of others (a mounted secret) are
-    theirs to protect."""
+    """As ssh does with private keys: a file of one's own that others can read is refused. Those of others, and those on a
+    read-only mount (a secret of Kubernetes, whose modes the platform sets), are not for the user of this process to protect."""
     try:
         found = os.stat(path)
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError):
         raise InputError(f"serve.api_keys_file={path}: cannot be read as text") from None
-    if found.st_uid == os.getuid() and found.st_mode & 0o077:
+    if found.st_uid == os.getuid() and found.st_mode & 0o077 and not os.statvfs(path).f_flag & os.ST_RDONLY:
         raise InputError(f"serve.api_keys_file={path}: others may read it (mode {found.st_mode & 0o777:o}): run chmod 600 {path}")
     return lines
 

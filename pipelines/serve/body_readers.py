@@ -56,7 +56,8 @@ class BodyReaders:
             raise ApiError(503, "too many requests arrive at this moment: try again later", code="too_many_requests",
                            headers={"Retry-After": str(RETRY_SECONDS)})
         del self._reading[number]
-        limit.reschedule(now)
+        if not limit.expired():  # its own time has just run out
+            limit.reschedule(now)
 
     async def _parts(self, receive: Receive) -> bytes:
         parts, size = [], 0

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from hydra_core.decoding import Engine, StepOutput
 from hydra_core.decoding.engine import Drafting
+from hydra_core.decoding.scheduler import IDLE_TOKENS
 from hydra_core.errors import InputError
 from hydra_core.sampling import Request
 
@@ -22,12 +23,14 @@ log = logging.getLogger("ray.serve")
 REPORT_SECONDS = 5.0
 """Between two reports of the load while the loop is idle: Prometheus drops a gauge that nobody sets for two scrapes."""
 HUNG_SECONDS = 120.0
-"""After so long within one step the engine counts as hung. The longest honest step computes 4,096 prompt tokens."""
+"""After so long within one step the engine counts as hung."""
 RESTART_SECONDS = 60.0
 """An engine that fails within this time after it was restarted is not restarted again."""
 WATCH_SECONDS = 1.0
 """At most, between two looks at whether the engine hangs."""
 TRIAL_TOKENS = 4
+SIDE_BY_SIDE = 8
+"""Prompt tokens that take no longer than one step of decoding, at least: a slow processor computes more of them at once."""
 
 
 class EngineFailed(RuntimeError):
@@ -132,7 +135,8 @@ class EngineLoop:
         """Fail everything when the engine hangs: `failure` is set then."""
         since = self._busy_since
         if since is not None and (passed := self._clock() - since) > self.hung_seconds:
-            self._end(RuntimeError(f"it has not finished a step for {passed:.0f} seconds"))
+            self._end(RuntimeError(f"it has not finished a step for {passed:.0f} seconds (serve.hung_seconds sets how long one may "
+                                   "take)"))
 
     def close(self) -> None:
         """Stop the thread after its current step."""
@@ -281,6 +285,16 @@ class EngineLoop:
 def warm_up(engine: Engine) -> None:
     """Decode a few tokens, so that first use happens here: compilation, allocation, and any failure."""
     engine.generate([_few_tokens(engine)])
+
+
+def longest_step_seconds(engine: Engine, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds that an honest step of a warm `engine` may take, from the time of a few short ones: a step that computes as many
+    prompt tokens as one may, which takes minutes where a large base runs on a slow processor."""
+    begun = clock()
+    (result,) = engine.generate([_few_tokens(engine)])
+    step = (clock() - begun) / max(1, result.steps)
+    tokens = min(IDLE_TOKENS, engine.context_limit) if engine.base.supports_tree else engine.context_limit
+    return tokens / SIDE_BY_SIDE * step
 
 
 def trial_of(engine: Engine, drafting: Drafting) -> Engine:

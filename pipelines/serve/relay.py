@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
@@ -65,6 +66,8 @@ class Relay:
                 call.cancel()
                 raise
             except RayActorError:
+                with contextlib.suppress(Exception):  # one that only does not answer may still decode
+                    call.cancel()
                 if left < 1 or died:
                     raise
                 died = True

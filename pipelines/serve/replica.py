@@ -17,7 +17,7 @@ from hydra_core.errors import InputError
 from hydra_core.sampling import Request, TokenLogprob, Typical, choices
 from pipelines.config import BaseSection
 from pipelines.runtime.logs import speak
-from pipelines.serve.engine_loop import EngineFailed, EngineLoop, trial_of, warm_up
+from pipelines.serve.engine_loop import EngineFailed, EngineLoop, longest_step_seconds, trial_of, warm_up
 from pipelines.serve.messages import Answer, AppArgs, Generation, Piece, Refusal, Token, is_text
 from pipelines.serve.metrics import ReplicaMetrics, Unfinished
 from pipelines.serve.model_identity import ModelDigest
@@ -44,7 +44,7 @@ class DecodeServer:
         self.serving: ModelDigest | None = None
         self.rejected: dict[str, Any] | None = None
         self.tried: dict[str, Any] | None = None
-        self.in_flight = 0
+        self.in_flight, self.hung_seconds = 0, args.hung_seconds
         self.name = _replica_name()
         self.tokens = TokenTexts(self.base)
 
@@ -71,6 +71,7 @@ class DecodeServer:
             if self.engine_loop is None:
                 engine = await asyncio.to_thread(make_engine, self.base, drafter, trees, self.args)
                 await asyncio.to_thread(warm_up, engine)
+                self.hung_seconds = max(self.args.hung_seconds, await asyncio.to_thread(longest_step_seconds, engine))
                 self.engine_loop = self._loop_of(engine)
             else:
                 engine = self.engine_loop.engine
@@ -97,7 +98,7 @@ class DecodeServer:
         return self.engine_loop is not None and self.engine_loop.failure is not None
 
     def _loop_of(self, engine: Engine) -> EngineLoop:
-        return EngineLoop(engine, self.metrics.load, self.metrics.failed, self.args.hung_seconds)
+        return EngineLoop(engine, self.metrics.load, self.metrics.failed, self.hung_seconds)
 
     async def restart(self) -> None:
         """Use the engine again after it failed for good, where no Serve replaces the replica. Raises RuntimeError when it

@@ -30,8 +30,7 @@ class ReplicaStates:
     def update(self, replicas: dict[str, dict[str, Any]]) -> None:
         """Replace all that is known; a report that is not the last one again is new."""
         now, before = self._clock(), self.replicas
-        self._told = {name: self._told[name] if info == before.get(name) and name in self._told else now
-                      for name, info in replicas.items()}
+        self._told = {name: self._told.get(name, now) if info == before.get(name) else now for name, info in replicas.items()}
         self.replicas = replicas
 
     def forget(self, replica: str) -> None:
@@ -53,7 +52,8 @@ class ReplicaStates:
 
     def age(self) -> float:
         """Seconds since the oldest of these reports came."""
-        return max((self._clock() - self._told[name] for name, info in list(self.replicas.items()) if info), default=0.0)
+        now = self._clock()  # a report may come in another thread meanwhile
+        return max((now - self._told.get(name, now) for name, info in list(self.replicas.items()) if info), default=0.0)
 
 
 _OF: dict[str, ReplicaStates] = {}

@@ -7,7 +7,7 @@ import logging
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ray import serve
 
 from hydra_core.base import load_vocabulary
 from hydra_core.decoding import check_heads
-from hydra_core.errors import InputError
+from hydra_core.errors import InputError, StoppedError
 from pipelines.config import RunConfig, ServeSection
 from pipelines.runtime.artifacts import RunPaths, StageResult
 from pipelines.runtime.console import say
@@ -35,7 +35,7 @@ from pipelines.tracking import Tracker
 from pipelines.tracking.lookup import find_model
 
 ROUTE = "/"
-UPDATED_WITH = ("storage", "base.", "serve.app_name", "promote.model_name", "promote.alias", "tracking.")
+UPDATED_WITH = ("storage", "base.", "serve.app_name", "serve.api_keys_file", "promote.model_name", "promote.alias", "tracking.")
 """Settings that an update has to find as they are here."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 OPEN = "{} is open to others and no API keys are set: anybody may send requests"
@@ -87,7 +87,7 @@ def build_app(args: dict[str, Any]) -> serve.Application:
             args.setdefault(now, args.pop(earlier))
     digests = {*args.pop("api_key_digests", ()), *key_digests(args.pop("api_keys_file", None))}
     args["api_key_digests"] = tuple(sorted(digests))
-    args["cors_origins"] = tuple(args.get("cors_origins", ()))
+    args["cors_origins"] = _origins(args.get("cors_origins"))
     known = {field.name for field in dataclasses.fields(AppArgs)}
     if unknown := sorted(set(args) - known):
         raise InputError(f"args.{unknown[0]}: unknown field; known are {', '.join(sorted(known))}")
@@ -99,6 +99,15 @@ def build_app(args: dict[str, Any]) -> serve.Application:
     if not found.api_key_digests and instance is not None and instance.url is not None and not _is_loopback(instance.url):
         log.warning(OPEN.format(instance.url))
     return build(found)
+
+
+def _origins(given: Any) -> tuple[str, ...]:
+    """Raises InputError unless `given` is a list of texts or nothing: a text is one of letters."""
+    if given is None:
+        return ()
+    if not isinstance(given, list | tuple) or not all(isinstance(origin, str) for origin in given):
+        raise InputError(f"args.cors_origins={given!r}: is no list of texts: write [https://chat.example], or ['*'] for all")
+    return tuple(given)
 
 
 def _is_loopback(url: str) -> bool:
@@ -149,23 +158,26 @@ def run_serve(config: RunConfig) -> StageResult:
             app = update_app(args)
         return StageResult(STAGE, run.run_id, {"url": app.url}, {"model": app.label, "version": args.version})
     _warn(config, args)
-    with ensure_ray(config), _signals() as told:
+    with ensure_ray(config), _signals() as told, ExitStack() as running:
         app = start_app(config, args)
+        running.callback(app.stop, told.hurry)
         told.started.set()
-        try:
-            with tracker.start(STAGE, params=serving_params(args)) as run:
-                say(STAGE, f"{app.label} answers at {app.url}, for example\n"
-                           f"  curl {app.url}/v1/chat/completions -H 'Content-Type: application/json' -d "
-                           f"'{{\"model\": \"{app.name}\", \"messages\": [{{\"role\": \"user\", \"content\": \"Hello\"}}]}}'")
-                address = f"ray_address={ray.get_runtime_context().gcs_address}"
-                again = stage_command(config, STAGE, UPDATED_WITH, "--update", address)
-                say(STAGE, f"to change the heads while it runs: {again}")
-                say(STAGE, f"metrics for Prometheus: {', '.join(metrics_addresses())}")
-                while not told.stopped.wait(1.0):
-                    pass
-        finally:
-            app.stop(told.hurry)
+        with tracker.start(STAGE, params=serving_params(args)) as run:
+            _tell_addresses(config, app)
+            while not told.stopped.wait(1.0):
+                pass
+            running.close()  # before the tracking server is told, which may take its time
     return StageResult(STAGE, run.run_id, {"url": app.url}, {"model": app.label})
+
+
+def _tell_addresses(config: RunConfig, app: ServedApp) -> None:
+    """Say where the application answers, how its heads are changed, and where its metrics are."""
+    say(STAGE, f"{app.label} answers at {app.url}, for example\n"
+               f"  curl {app.url}/v1/chat/completions -H 'Content-Type: application/json' -d "
+               f"'{{\"model\": \"{app.name}\", \"messages\": [{{\"role\": \"user\", \"content\": \"Hello\"}}]}}'")
+    address = f"ray_address={ray.get_runtime_context().gcs_address}"
+    say(STAGE, f"to change the heads while it runs: {stage_command(config, STAGE, UPDATED_WITH, '--update', address)}")
+    say(STAGE, f"metrics for Prometheus: {', '.join(metrics_addresses())}")
 
 
 def metrics_addresses() -> list[str]:
@@ -190,7 +202,7 @@ def update_app(args: AppArgs) -> ServedApp:
     address and its replicas stay.
 
     Raises InputError when no such application runs, when it has another base, and when a replica rejects the heads: the
-    application then keeps the earlier ones.
+    application then keeps the earlier ones, and its keys. Raises StoppedError while no replica runs.
     """
     name, instance = args.app_name, _instance_with(args.app_name)
     asked, before = model_digest(args), ask_replicas(name)
@@ -198,9 +210,11 @@ def update_app(args: AppArgs) -> ServedApp:
         raise InputError(f"serve.update: {name} runs base {before['base']}, the heads are for {asked.base}: only "
                          "heads can be changed; start another application for another base")
     state, application = ask_front(name), instance.applications[name]
-    running = replace(state["args"], **state["replicas"][0]["heads"],
-                      api_key_digests=args.api_key_digests or state["api_key_digests"])
-    wanted = replace(running, configuration=args.configuration, label=args.label, version=args.version, digest=args.digest)
+    if not state["replicas"]:
+        raise StoppedError(f"serve.update: no replica of {name} runs at this moment: try again when {instance.url}/ready says ready")
+    running = replace(state["args"], **state["replicas"][0]["heads"], api_key_digests=state["api_key_digests"])
+    wanted = replace(running, configuration=args.configuration, label=args.label, version=args.version, digest=args.digest,
+                     api_key_digests=args.api_key_digests or running.api_key_digests)
 
     def deploy(args: AppArgs, restored: bool) -> dict[str, Any]:
         serve.run(build(args, application.environments, restored), name=name, route_prefix=application.route)

@@ -158,7 +158,7 @@ def bodies() -> dict[str, tuple[dict[str, Any], str | Bad]]:
                    "user": None}, ""),
         "what has no effect": ({"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "n": 1, "stop": [],
                                 "user": "u", "metadata": {}, "store": False, "parallel_tool_calls": True}, ""),
-        "tools": ({"tools": [{}]}, Bad("tools=")), "unknown": ({"top_k": 5}, Bad("'top_k': unknown parameter")),
+        "tools": ({"tools": [{}]}, Bad("tools=")), "unknown": ({"top_a": 5}, Bad("'top_a': unknown parameter")),
         "temperature as text": ({"temperature": "1"}, Bad("temperature")), "too hot": ({"temperature": 1e9}, Bad("temperature")),
         "NaN": ({"temperature": float("nan")}, Bad("temperature")), "infinite": ({"top_p": float("inf")}, Bad("top_p")),
         "no tokens": ({"max_tokens": 0}, Bad("max_tokens")), "fewer": ({"max_tokens": -1}, Bad("max_tokens")),

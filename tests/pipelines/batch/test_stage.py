@@ -16,7 +16,7 @@ from ray import serve
 
 from hydra_core.base import Base
 from hydra_core.decoding import DecodingConfiguration, naive_generate, save_configuration
-from hydra_core.errors import InputError
+from hydra_core.errors import InputError, StoppedError
 from hydra_core.sampling import Request
 from jobs.cli import main
 from pipelines.batch.stage import batch_finished, run_batch
@@ -168,7 +168,7 @@ def test_parquet_input(local_ray: None, tiny_base_dir: Path, tiny_base: Base, st
 def test_a_dead_tracking_server_leaves_no_claim(local_ray: None, tiny_base_dir: Path, storage: Path) -> None:
     config = config_for(storage, tiny_base_dir, batch__input=str(write_rows(storage.parent / "in.jsonl", 3)),
                         tracking__uri="http://127.0.0.1:9")
-    with pytest.raises(InputError, match=r"tracking\.uri=http://127\.0\.0\.1:9"):
+    with pytest.raises(StoppedError, match=r"tracking\.uri=http://127\.0\.0\.1:9"):
         run_batch(config)
     assert not (storage / "runs" / "default" / "batch").exists()
 

@@ -45,7 +45,8 @@ with ensure_ray(config):
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty home, and none of the variables that say where Ray and its token are."""
     for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that what the code sets is taken back
+        monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # where a token may lie too
     return tmp_path
@@ -181,7 +182,6 @@ def test_without_a_home_the_token_lies_in_rays_folder(home: Path, kind: str, mon
     (home / "ray-1").mkdir()
     prepare_to_start()
     path = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(path))  # so that it is taken back
     assert path == home / "ray-1" / "auth_token" and len(path.read_text()) == 64 and mode_of(path) == 0o600
 
 

@@ -44,6 +44,16 @@ def test_who_is_refused_comes_back_when_the_queue_has_been_answered() -> None:
     assert admission.retry_seconds(decoding=2) == 1  # nothing is known about the last minute
 
 
+def test_only_the_last_minute_is_remembered() -> None:
+    """Where nobody is ever refused too."""
+    clock = Clock()
+    admission = Admission(clock)
+    for _ in range(1000):
+        with admission.slots(1, room=99, decoding=2):
+            clock.now += 1
+    assert len(admission._finished) == 61
+
+
 def test_a_closing_one_accepts_nothing() -> None:
     admission = Admission(Clock())
     admission.check_open()

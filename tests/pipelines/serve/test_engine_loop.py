@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -177,7 +178,7 @@ def test_a_hung_engine_fails_its_requests_and_the_replica(tiny_base_dir: Path, t
             server.check_health()
         for refusal in await asyncio.gather(*pending):
             assert isinstance(refusal, Refusal) and refusal.status == 503
-            assert "has not finished a step for 31 seconds" in refusal.message
+            assert "has not finished a step for 31 seconds (serve.hung_seconds" in refusal.message
         assert (await server.info())["failed"]
         refusal = await server.generate(Generation("c", 9, prompt_ids=[5, 6]))
         assert isinstance(refusal, Refusal) and refusal.status == 503
@@ -185,6 +186,30 @@ def test_a_hung_engine_fails_its_requests_and_the_replica(tiny_base_dir: Path, t
         assert loop.is_over()
 
     asyncio.run(ask())
+
+
+@pytest.mark.parametrize(("tree", "tokens"), [(True, 4096), (False, 9000)])
+def test_a_slow_step_is_honest_where_the_prompt_is_long(tree: bool, tokens: int) -> None:
+    """Ten seconds for each step of decoding: a CPU with a large base."""
+    clock = Now()
+
+    def generate(requests: list[Request]) -> list[SimpleNamespace]:
+        clock.seconds += 10.0 * 3
+        return [SimpleNamespace(steps=3) for _ in requests]
+
+    engine = SimpleNamespace(generate=generate, context_limit=9000, base=SimpleNamespace(supports_tree=tree, vocab_size=9))
+    assert module.longest_step_seconds(engine, clock) == pytest.approx(tokens / 8 * 10)  # type: ignore[arg-type]
+
+
+def test_the_limit_of_a_step_is_never_below_an_honest_one(tiny_base_dir: Path, tmp_path: Path,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    base = load_config(None, {"base.model": str(tiny_base_dir), "base.dtype": "fp32", "storage": "/s"}).base
+    args = AppArgs(base.model_dump(), str(tmp_path), None, "plain", threads=1, max_batch_size=1, hung_seconds=30.0)
+    monkeypatch.setattr("pipelines.serve.replica.longest_step_seconds", lambda engine: 700.0)
+    server = DecodeServer(args)
+    asyncio.run(server.reconfigure(heads_of(args)))
+    assert server.engine_loop is not None and server.engine_loop.hung_seconds == 700.0
+    server.engine_loop.close()
 
 
 def test_an_idle_engine_does_not_hang(loop: EngineLoop, clock: Now) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from hydra_core.errors import InputError
 from pipelines.serve.api_keys import VARIABLE, key_digests, opens
 from pipelines.serve.body_readers import PROMPT_SECONDS, BodyReaders
 from pipelines.serve.middleware import Limits, RequestMiddleware
+from pipelines.serve.openai.errors import ApiError
 
 KEY = "0123456789abcdef-of-this-test"
 
@@ -116,6 +118,31 @@ def test_only_some_bodies_are_read_at_once_and_slow_ones_give_way(limits: Any) -
     assert asyncio.run(crowd()) == ([503, 200, 408], 1)
 
 
+def test_a_slow_body_whose_time_is_just_over_gives_way_once() -> None:
+    async def crowd() -> tuple[bytes, list[object]]:
+        readers = BodyReaders(1, 0.0, 99)
+
+        async def never() -> dict[str, object]:
+            await asyncio.sleep(3600)
+            return {}
+
+        async def whole() -> dict[str, object]:
+            return {"type": "http.request", "body": b"1"}
+
+        slow = asyncio.create_task(readers.read(None, never))
+        while not readers._reading:
+            await asyncio.sleep(0)
+        ((number, (began, limit)),) = readers._reading.items()
+        readers._reading[number] = began - PROMPT_SECONDS, limit
+        while not limit.expired():
+            await asyncio.sleep(0)
+        readers.seconds = 60.0
+        return await readers.read(None, whole), await asyncio.gather(slow, return_exceptions=True)
+
+    found, (error,) = asyncio.run(crowd())
+    assert found == b"1" and isinstance(error, ApiError) and error.status == 408
+
+
 @pytest.mark.parametrize(("headers", "word"), [
     ((), "Content-Type: none"), (((b"content-type", b"text/plain"),), "Content-Type: text/plain"),
     (((b"content-type", b""),), "Content-Type: none"), ((*JSON, (b"content-encoding", b"gzip")), "Content-Encoding: gzip")])
@@ -183,6 +210,10 @@ def test_a_file_of_keys_is_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         keys.chmod(mode)
         with pytest.raises(InputError, match=rf"others may read it \(mode {mode:o}\): run chmod 600 {keys}"):
             key_digests(str(keys))
+    status = os.statvfs(keys)
+    with monkeypatch.context() as mounted:  # a secret of Kubernetes, whose modes a user can neither choose nor change
+        mounted.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=status.f_flag | os.ST_RDONLY))
+        assert len(key_digests(str(keys))) == 1
     owner = keys.stat().st_uid
     monkeypatch.setattr(os, "getuid", lambda: owner + 1)  # a mounted secret belongs to somebody else
     assert len(key_digests(str(keys))) == 1

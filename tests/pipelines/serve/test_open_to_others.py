@@ -40,9 +40,20 @@ def test_a_deployed_application_tells(monkeypatch: pytest.MonkeyPatch, caplog: p
     monkeypatch.setattr(stage, "running_instance", lambda: Instance(url))
     monkeypatch.setattr(stage, "build", lambda args: args)
     monkeypatch.setattr(stage.log, "propagate", True)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger=stage.log.name):
         assert stage.build_app({**ARGS, **keys, "cors_origins": ["*"]}) == replace(AppArgs(**ARGS, **keys), cors_origins=("*",))
     assert ("anybody may send requests" in caplog.text) == warns
+
+
+@pytest.mark.parametrize("origins", ["https://chat.example", [1], {"a": 1}, 3])
+def test_origins_are_a_list_of_texts(origins: object) -> None:
+    with pytest.raises(InputError, match=r"args\.cors_origins=.*: is no list of texts"):
+        stage.build_app({**ARGS, "cors_origins": origins})
+
+
+def test_no_origins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "build", lambda args: args)
+    assert stage.build_app({**ARGS, "cors_origins": None}).cors_origins == ()
 
 
 def test_a_deployed_application_needs_its_keys(monkeypatch: pytest.MonkeyPatch) -> None:

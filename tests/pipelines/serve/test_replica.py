@@ -54,14 +54,14 @@ def test_an_answer_that_takes_too_long_is_refused_and_its_rows_are_freed(server:
     monkeypatch.setattr(server.metrics, "unfinished", lambda reason, tokens: ends.append((reason, tokens)))
 
     async def ask() -> list[object]:
-        items = [item async for item in server.stream(replace(GENERATION, n=2, max_new_tokens=200, seconds=0.5))]
+        items = [item async for item in server.stream(replace(GENERATION, n=2, max_new_tokens=200, seconds=5.0))]
         go_on.set()
         assert isinstance(await server.generate(replace(GENERATION, id="h", max_new_tokens=3, seconds=60.0)), Answer)
         return items
 
     items = asyncio.run(ask())
     assert [type(item) for item in items[:-1]] == [Piece] * (len(items) - 1) and len(items) > 1
-    assert isinstance(items[-1], Refusal) and items[-1].status == 504 and "within the 0.5 seconds" in items[-1].message
+    assert isinstance(items[-1], Refusal) and items[-1].status == 504 and "within the 5 seconds" in items[-1].message
     made = [sum(len(item.depths) for item in items if isinstance(item, Piece) and item.index == index) for index in range(2)]
     assert server.in_flight == 0 and engine.running == 0 and ends == [("timeout", count) for count in made] and min(made) > 0
 
@@ -83,7 +83,8 @@ def test_how_answers_ended_is_counted(server: DecodeServer, monkeypatch: pytest.
         leaving = server.stream(replace(GENERATION, max_new_tokens=200))
         pieces = [await anext(leaving) for _ in range(3)]
         await leaving.aclose()  # type: ignore[attr-defined]
-        assert tokens == {"made": sum(len(piece.depths) for piece in pieces if isinstance(piece, Piece))}
+        # those that waited to be sent count too
+        assert tokens["made"] >= sum(len(piece.depths) for piece in pieces if isinstance(piece, Piece)) >= 3
         assert isinstance(await server.generate(replace(GENERATION, id="bad", prompt_ids=[-1])), Refusal)
         while engine.has_work:  # the row of the client that left, which would fail in place of the next
             await asyncio.sleep(0.001)

@@ -34,6 +34,15 @@ def test_reports_have_an_age_and_go_with_their_replica() -> None:
     assert states.infos() == [{"at": 5}] and states.age() == 1
 
 
+def test_the_age_of_a_report_that_comes_meanwhile() -> None:
+    """Serve's thread replaces what is known while a request asks."""
+    states = ReplicaStates(Clock())
+    states.replicas = {"new": {"at": 1}}
+    assert states.age() == 0
+    states.update({"new": {"at": 1}})
+    assert states.age() == 0
+
+
 def test_what_refused_or_failed_is_avoided_for_a_while() -> None:
     clock = Clock()
     states = ReplicaStates(clock)

@@ -23,7 +23,7 @@ import pytest
 
 from hydra_core.base import Base
 from hydra_core.decoding import DecodingConfiguration, naive_generate, save_configuration
-from hydra_core.errors import InputError
+from hydra_core.errors import InputError, StoppedError
 from hydra_core.heads.checkpoint import save_checkpoint
 from hydra_core.sampling import Request
 from hydra_core.tree import DraftTree, TreeSet
@@ -312,5 +312,5 @@ def test_a_port_in_use_is_the_users_mistake(tiny_base_dir: Path, storage: Path, 
 def test_a_dead_tracking_server_is_told_before_ray_starts(tiny_base_dir: Path, storage: Path) -> None:
     config = load_config(None, {"storage": str(storage), "base.model": str(tiny_base_dir), "serve.model": "plain",
                                 "tracking.uri": "http://127.0.0.1:9"})
-    with pytest.raises(InputError, match=r"tracking\.uri=http://127\.0\.0\.1:9"):
+    with pytest.raises(StoppedError, match=r"tracking\.uri=http://127\.0\.0\.1:9"):
         run_serve(config)

@@ -75,7 +75,9 @@ def test_bundled_heads_go_with_every_weight_format(package: Path, tiny_base: Bas
 
 
 @pytest.mark.slow
-def test_bundled_heads_are_measured_and_promoted(package: Path, tiny_base_dir: Path, storage: Path, tmp_path: Path) -> None:
+def test_bundled_heads_are_measured_and_promoted(package: Path, tiny_base_dir: Path, storage: Path, tmp_path: Path,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.promote.stage._why_noise", lambda figures: None)  # of a tiny base, all speeds are
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("a b a b a b", "hello")), encoding="utf-8")
     config = config_for(storage, tiny_base_dir, bench__prompts=str(prompts), bench__max_new_tokens=8, bench__identity_prompts=2,
