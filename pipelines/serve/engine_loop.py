@@ -135,8 +135,8 @@ class EngineLoop:
         """Fail everything when the engine hangs: `failure` is set then."""
         since = self._busy_since
         if since is not None and (passed := self._clock() - since) > self.hung_seconds:
-            self._end(RuntimeError(f"it has not finished a step for {passed:.0f} seconds (serve.hung_seconds sets how long one may "
-                                   "take)"))
+            self._end(RuntimeError(f"it has not finished a step for {passed:.0f} seconds (serve.hung_seconds sets how long one "
+                                   "may take)"))
 
     def close(self) -> None:
         """Stop the thread after its current step."""

@@ -211,7 +211,8 @@ def update_app(args: AppArgs) -> ServedApp:
                          "heads can be changed; start another application for another base")
     state, application = ask_front(name), instance.applications[name]
     if not state["replicas"]:
-        raise StoppedError(f"serve.update: no replica of {name} runs at this moment: try again when {instance.url}/ready says ready")
+        raise StoppedError(f"serve.update: no replica of {name} runs at this moment: try again when {instance.url}/ready says "
+                           "ready")
     running = replace(state["args"], **state["replicas"][0]["heads"], api_key_digests=state["api_key_digests"])
     wanted = replace(running, configuration=args.configuration, label=args.label, version=args.version, digest=args.digest,
                      api_key_digests=args.api_key_digests or running.api_key_digests)

@@ -75,7 +75,8 @@ def deployed(monkeypatch: pytest.MonkeyPatch) -> list[AppArgs]:
     monkeypatch.setattr(stage, "_instance_with", lambda name: Instance("http://h:1", {name: application}))
     monkeypatch.setattr(stage, "model_digest", lambda args: SimpleNamespace(base="b", configuration="other"))
     monkeypatch.setattr(stage, "ask_replicas", lambda *_, **__: told)
-    monkeypatch.setattr(stage, "ask_front", lambda name: {"args": ARGS, "replicas": [{"heads": heads}], "api_key_digests": ("old",)})
+    state = {"args": ARGS, "replicas": [{"heads": heads}], "api_key_digests": ("old",)}
+    monkeypatch.setattr(stage, "ask_front", lambda name: state)
     monkeypatch.setattr(stage, "build", lambda args, *_: args)
     monkeypatch.setattr(stage.serve, "run", lambda args, **_: found.append(args))
     return found
