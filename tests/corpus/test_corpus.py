@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,10 @@ from pipelines.config import PromptsSection, RunConfig, load_config
 from pipelines.distill.prompts import file_prompts
 from pipelines.serve.messages import Generation, is_text
 from pipelines.serve.openai.errors import ApiError
-from pipelines.serve.openai.requests import ChatRequest
 from tests.corpus.cases import CHATS, FILES, Bad, ChatCase, bodies, user
+from tests.pipelines.serve.front import ANSWER, Handle, made_front
 
+pytestmark = pytest.mark.filterwarnings("ignore:coroutine .*__del__")  # Serve's wrapper around a front that no Serve made
 MODEL = "hydra-heads"
 Door = Callable[["Doors", Path], tuple[list[str], list[str]]]
 """A file -> prompts as the base reads them, and the lines that say why a row is none. Raises InputError for the whole file."""
@@ -34,6 +34,7 @@ class Doors:
 
     def __init__(self, base: Base, base_dir: Path, root: Path) -> None:
         self.base, self.base_dir, self.root = base, base_dir, root
+        self.asked: Callable[[dict[str, Any]], Generation] | None = None
 
     def config(self, **values: Any) -> RunConfig:
         return load_config(None, {"storage": str(self.root), "base.model": str(self.base_dir), "base.dtype": "fp32", **values})
@@ -114,12 +115,27 @@ def line_of(case: ChatCase, doors: Doors, path: Path) -> str:
 
 def body_of(case: ChatCase, doors: Doors, path: Path) -> str:
     """The body of a request over HTTP."""
-    def ask() -> Generation:
-        request = ChatRequest.model_validate({"model": MODEL, "messages": case.messages})
-        request.refuse_unsupported()
-        return replace(request.generation("x", 64, 8, 8), messages=request.plain_messages())
+    assert doors.asked is not None
+    return doors.generation(doors.asked({"model": MODEL, "messages": case.messages}))
 
-    return doors.generation(_asked(ask))
+
+@pytest.fixture
+def over_http(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], Generation]:
+    """Sends a body to the front, routes and middleware and all; what it would ask a replica, or InputError with what the client
+    is told."""
+    handle = Handle([ANSWER])
+    client, _ = made_front(monkeypatch, handle, max_new_tokens=64, max_batch_size=8)
+
+    def ask(body: dict[str, Any]) -> Generation:
+        answer = client.post("/v1/chat/completions", content=json.dumps(body), headers={"Content-Type": "application/json"})
+        if answer.status_code != 200:
+            assert answer.status_code == 400 and not handle.asked
+            error = answer.json()["error"]
+            assert error["type"] == "invalid_request_error" and "\n" not in error["message"]
+            raise InputError(error["message"])
+        return handle.asked[-1]
+
+    return ask
 
 
 def _asked(make: Callable[[], Generation]) -> Generation:
@@ -134,8 +150,9 @@ def _asked(make: Callable[[], Generation]) -> Generation:
 
 @pytest.mark.parametrize("door", [row_of, line_of, body_of], ids=["row", "Batch line", "HTTP"])
 @pytest.mark.parametrize("name", CHATS)
-def test_chats(doors: Doors, tmp_path: Path, name: str, door: Callable[[ChatCase, Doors, Path], str]) -> None:
-    case = CHATS[name]
+def test_chats(doors: Doors, tmp_path: Path, name: str, door: Callable[[ChatCase, Doors, Path], str],
+               over_http: Callable[[dict[str, Any]], Generation]) -> None:
+    case, doors.asked = CHATS[name], over_http
     wanted = case.found if door is row_of or case.over_http is None else case.over_http
     if isinstance(wanted, str):
         assert door(case, doors, tmp_path / "p.jsonl") == doors.chat(wanted, case.system)
@@ -146,7 +163,7 @@ def test_chats(doors: Doors, tmp_path: Path, name: str, door: Callable[[ChatCase
 
 @pytest.mark.parametrize("door", ["Batch line", "HTTP"])
 @pytest.mark.parametrize("name", bodies())
-def test_fields_of_a_request(name: str, door: str) -> None:
+def test_fields_of_a_request(name: str, door: str, over_http: Callable[[dict[str, Any]], Generation]) -> None:
     """A null counts as left out, what has no effect is taken, and what is wrong is named; the same in a Batch file."""
     fields, wanted = bodies()[name]
     body = {"model": MODEL, "messages": [user("hi")], **fields}
@@ -154,13 +171,12 @@ def test_fields_of_a_request(name: str, door: str) -> None:
     def ask() -> Generation:
         if door == "Batch line":
             return generation_of(BatchRow("a", 1, url="/v1/chat/completions", body=body), MODEL, 8, 0.0, 0, 8)
-        request = ChatRequest.model_validate(body)
-        request.refuse_unsupported()
-        return request.generation("x", 64, 8, 8)
+        return over_http(body)
 
     if isinstance(wanted, Bad):
         with pytest.raises(InputError, match=re.escape(wanted.words)):
             _asked(ask)
     else:
         found = _asked(ask)
-        assert (found.max_new_tokens, found.temperature, found.top_p, found.n, found.stop) == (8, 1.0, 1.0, 1, ())
+        longest = 8 if door == "Batch line" else 64
+        assert (found.max_new_tokens, found.temperature, found.top_p, found.n, found.stop) == (longest, 1.0, 1.0, 1, ())
