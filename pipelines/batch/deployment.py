@@ -7,11 +7,12 @@ import logging
 import threading
 import uuid
 from concurrent.futures import CancelledError
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 
 from hydra_core.errors import StoppedError
@@ -25,6 +26,11 @@ from pipelines.serve.openai.errors import ApiError
 from pipelines.serve.openai.responses import CHAT, TEXT, response
 from pipelines.serve.replica import DecodeServer
 from pipelines.serve.user_config import heads_of
+
+ENDED = "the job has ended"
+AWAY = (BackPressureError, RayActorError, DeploymentUnavailableError, RequestCancelledError, TaskCancelledError, ObjectLostError,
+        NodeDiedError)
+"""Errors of a full queue, and of a replica or a machine that has gone, with an answer that it had made perhaps: ask again."""
 
 
 class ServerError(Exception):
@@ -123,18 +129,22 @@ class Deployment(Replicas):
 
     def __init__(self, app_name: str) -> None:
         self.handle = serve.get_deployment_handle("DecodeServer", app_name)
-        self._flying: set[Any] = set()
+        self._flying, self._stopped = set[Any](), False
 
     def answers(self, generation: Generation, seconds: float) -> list[Answer] | Refusal:
+        if self._stopped:
+            raise Overloaded(ENDED)
         flying = self.handle.answers.remote(generation)
         self._flying.add(flying)
+        if self._stopped:  # perhaps since the set was looked at: nobody else would end the request
+            _cancel(flying)
         try:
             found: list[Answer] | Refusal = flying.result(timeout_s=seconds)
             return found
         except TimeoutError:
-            flying.cancel()
+            _cancel(flying)
             raise TooSlow(f"no answer in {seconds:g} s") from None
-        except (BackPressureError, RayActorError, DeploymentUnavailableError, RequestCancelledError) as error:
+        except AWAY as error:
             raise Overloaded(_first_line(error)) from None
         except RayTaskError as error:
             raise ServerError(_first_line(error.cause or error)) from None
@@ -142,8 +152,9 @@ class Deployment(Replicas):
             self._flying.discard(flying)
 
     def stop(self) -> None:
+        self._stopped = True
         for flying in list(self._flying):
-            flying.cancel()
+            _cancel(flying)
 
 
 class Embedded(Replicas):
@@ -153,43 +164,57 @@ class Embedded(Replicas):
         logging.getLogger("ray.serve").setLevel(logging.WARNING)  # it logs each answer, which is meant for a server's log
         self.server, self.loop, self._restarting = DecodeServer(args), asyncio.new_event_loop(), threading.Lock()
         threading.Thread(target=self.loop.run_forever, name="embedded", daemon=True).start()
-        self._flying: set[Any] = set()
+        self._flying, self._stopped = set[Any](), False
         self._run(self.server.reconfigure(heads_of(args)), None)
 
     def answers(self, generation: Generation, seconds: float) -> list[Answer] | Refusal:
-        with self._restarting:
-            if self.server.failed:
-                try:
-                    self._run(self.server.restart(), None)
-                except RuntimeError as error:  # it hangs
-                    raise StoppedError(f"{_first_line(error)}: run again; every row that was answered is kept") from None
         try:
+            with self._restarting:
+                self._restart()
             found: list[Answer] | Refusal = self._run(self.server.answers(generation), seconds)
             return found
         except CancelledError:
-            raise Overloaded("the job has ended") from None
+            raise Overloaded(ENDED) from None
         except TimeoutError:
             raise TooSlow(f"no answer in {seconds:g} s") from None
         except RuntimeError as error:
             raise ServerError(_first_line(error)) from None
 
     def stop(self) -> None:
+        self._stopped = True
         for flying in list(self._flying):
-            flying.cancel()
+            _cancel(flying)
+
+    def _restart(self) -> None:
+        """Make a failed engine again. Raises StoppedError where it hangs."""
+        if self.server.failed and not self._stopped:
+            try:
+                self._run(self.server.restart(), None)
+            except RuntimeError as error:
+                raise StoppedError(f"{_first_line(error)}: run again; every row that was answered is kept") from None
 
     def _run(self, work: Any, seconds: float | None) -> Any:
+        if self._stopped:
+            work.close()
+            raise CancelledError
         flying = asyncio.run_coroutine_threadsafe(work, self.loop)
         self._flying.add(flying)
+        if self._stopped:  # perhaps since the set was looked at: nobody else would end the request
+            _cancel(flying)
         try:
             return flying.result(seconds)
         except TimeoutError:
-            flying.cancel()
+            _cancel(flying)
             raise
         finally:
             self._flying.discard(flying)
 
 
+def _cancel(flying: Any) -> None:
+    """End a request. That it cannot be reached any more must not hide why it is ended, nor leave the others running."""
+    with suppress(Exception):
+        flying.cancel()
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-

@@ -17,7 +17,7 @@ FOREIGN = "unknown"
 @dataclass(frozen=True)
 class Endpoint:
     """What an endpoint says of itself. `digest`: of one of another kind it holds no more than the model's name; `names`: of the
-    models that it serves; `ours`: its answers carry `ModelDigest.fingerprint`."""
+    models that it serves; `ours`: its answers carry `ModelDigest.fingerprint`, as those of earlier versions do not."""
 
     digest: ModelDigest
     names: tuple[str, ...]
@@ -38,7 +38,8 @@ def ask_endpoint(address: str, model: str, headers: dict[str, str]) -> Endpoint:
                              "serve.app_name")
         try:
             info = _get(client, "/ready")
-            return Endpoint(ModelDigest(info["base"], info["context_limit"], info["configuration"]), names, ours=True)
+            return Endpoint(ModelDigest(info["base"], info["context_limit"], info["configuration"]), names,
+                            ours="fingerprint" in info)
         except (InputError, KeyError):
             return Endpoint(ModelDigest(model, 0, FOREIGN), names, ours=False)
 

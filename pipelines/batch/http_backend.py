@@ -22,6 +22,8 @@ from pipelines.serve.openai.errors import printable
 
 BUSY = (408, 425, 429, 502, 503, 504)
 """HTTP statuses of a full queue, and of a proxy whose server is starting or away."""
+TIMEOUT = "timeout"
+"""The code of our own endpoint's 504: it was there, and the answer took longer than it allows."""
 Count = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 Text = Annotated[str, Field(strict=True)]
 
@@ -114,9 +116,11 @@ class HttpBackend:
             answer = self.client.post(url, body, self.settings.row_seconds)
         except NoAnswer as error:
             raise (TooSlow if error.slow else Overloaded)(str(error)) from None
+        found = _object(answer)
+        if answer.status == 504 and _error_code(found) == TIMEOUT:
+            raise TooSlow(f"504 {_error_message(found)}", "serve.request_seconds of the endpoint")
         if answer.status in BUSY:
             raise Overloaded(f"{answer.status} {_text(answer)}", seconds_of(answer.headers.get("retry-after")))
-        found = _object(answer)
         if 300 <= answer.status < 400:
             raise Overloaded(f"{answer.status}, it redirects to {answer.headers.get('location', '?')}")
         if answer.status == 404 and found is None:  # the server in front, while the endpoint behind it stops or starts
@@ -131,9 +135,7 @@ class HttpBackend:
         if status == 401:
             raise StoppedError(f"{self.where}: refuses the key now ({_error_message(found)}): set batch.key_variable and run "
                                "again; every row that was answered is kept")
-        error = found.get("error")
-        code = error.get("code") if isinstance(error, dict) else None
-        if status == 404 and code == "model_not_found" and asked == self.settings.model:
+        if status == 404 and _error_code(found) == "model_not_found" and asked == self.settings.model:
             raise StoppedError(f"{self.where}: does not serve {asked!r} any more ({_error_message(found)}): start it there again "
                                "and run again; every row that was answered is kept")
 
@@ -166,9 +168,14 @@ def _failed(status: int, message: str) -> Response:
     return Response(status, message, body={"error": {"message": message}})
 
 
-def _error_message(body: dict[str, Any]) -> str:
-    error = body.get("error")
+def _error_message(body: dict[str, Any] | None) -> str:
+    error = (body or {}).get("error")
     return printable(str(error.get("message")) if isinstance(error, dict) else json.dumps(body)[:200])
+
+
+def _error_code(body: dict[str, Any] | None) -> Any:
+    error = (body or {}).get("error")
+    return error.get("code") if isinstance(error, dict) else None
 
 
 def _object(answer: HttpAnswer) -> dict[str, Any] | None:

@@ -124,7 +124,8 @@ def proxy_of(address: str) -> str | None:
     host = parts.hostname or ""
     if host == "localhost" or _is_loopback(host) or proxy_bypass(host):
         return None
-    return getproxies().get(parts.scheme)
+    found = getproxies().get(parts.scheme)
+    return f"http://{found}" if found and "://" not in found else found  # `proxy:3128`, as curl takes it
 
 
 def _is_loopback(host: str) -> bool:

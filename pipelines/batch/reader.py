@@ -150,7 +150,7 @@ def write_blocks(folder: Path, rows: Iterable[BatchRow], size: int) -> list[Path
     """Write rows to files of `size` rows each, for actors on any node; earlier files in `folder` are deleted."""
     remove_blocks(folder)
     folder.mkdir(parents=True)
-    source, paths = iter(rows), []
+    source, paths = iter(rows), list[Path]()
     while block := list(islice(source, size)):
         path = folder / f"block-{len(paths):06d}.jsonl"
         path.write_text("".join(json.dumps(asdict(row)) + "\n" for row in block), encoding="utf-8")

@@ -10,8 +10,9 @@ from typing import TypeVar
 from hydra_core.errors import StoppedError
 
 LONGEST_PAUSE = 5.0    # seconds between two attempts while a queue is full
-PATIENCE = 600.0       # seconds without any answer after which the backend counts as gone
+PATIENCE = 600.0       # seconds without any answer after which the backend counts as gone, at least
 ROW_SECONDS = 600.0    # default limit of one attempt at a row
+ALIVE = 60.0           # seconds since an answer to any row within which the backend counts as there, at most
 TRIES = 3              # attempts at a row at which the server itself fails, or which it does not answer
 
 Found = TypeVar("Found")
@@ -26,7 +27,11 @@ class Overloaded(Exception):
 
 
 class TooSlow(Exception):
-    """An attempt at a row had no end within its limit."""
+    """An attempt at a row had no end within its limit, which is the one that the setting `limit` gives."""
+
+    def __init__(self, why: str, limit: str = "batch.row_seconds") -> None:
+        super().__init__(why)
+        self.limit = limit
 
 
 class GivenUp(Exception):
@@ -35,11 +40,13 @@ class GivenUp(Exception):
 
 class RetryPolicy:
     """Waits for a backend without room; shared by all threads. `backend`: its name in messages; `row_seconds`: the limit of one
-    attempt. `clock` (seconds) and `pause` (waits that many, or until `stop`) may be replaced by those of a test."""
+    attempt. `patience`: seconds without any answer that end the job: more than all attempts at one row take, so that a row that
+    hangs alone is an error and not the end of the job. `clock` (seconds) and `pause` (waits that many, or until `stop`) may be
+    replaced by those of a test."""
 
     def __init__(self, backend: str, row_seconds: float = ROW_SECONDS) -> None:
         self.backend, self.row_seconds = backend, row_seconds
-        self.patience = max(PATIENCE, row_seconds)
+        self.patience = max(PATIENCE, (TRIES + 1) * row_seconds)
         self._ended = threading.Event()
         self.clock: Callable[[], float] = time.monotonic
         self.pause: Callable[[float], object] = self._ended.wait
@@ -56,13 +63,14 @@ class RetryPolicy:
     def wait(self, ask: Callable[[], Found]) -> Found:
         """The result of `ask`, called again while it raises Overloaded or TooSlow.
 
-        Raises GivenUp when this row has used up its attempts or the time for them, StoppedError when no thread has had an
-        answer for `patience` seconds.
+        Raises GivenUp when this row has used up its attempts, or the time for them while other rows are answered; StoppedError
+        when no thread has had an answer for `patience` seconds, and after `stop`.
         """
-        began, pause, slow = self.clock(), 0.1, 0
+        began, pause, slow, limit = self.clock(), 0.1, 0, "batch.row_seconds"
         if self.last_answer is None:
             self.last_answer = began
         while True:
+            self._check_running()
             try:
                 found = ask()
                 self.last_answer = self.clock()
@@ -70,14 +78,19 @@ class RetryPolicy:
             except Overloaded as overloaded:
                 why, seconds = str(overloaded), overloaded.seconds
             except TooSlow as hung:
-                why, seconds, slow = str(hung), 0.0, slow + 1
+                why, seconds, slow, limit = str(hung), 0.0, slow + 1, hung.limit
             now = self.clock()
-            if self.stopped:
-                raise StoppedError(f"{self.backend}: the job has ended")
+            self._check_running()
             if now - self.last_answer > self.patience:
-                raise StoppedError(f"{self.backend}: has answered nothing for {self.patience:.0f} s ({why}): run again when it "
-                                   "does; every row that was answered is kept")
-            if slow >= TRIES or now - began > TRIES * self.row_seconds:
-                raise GivenUp(f"no answer in {now - began:.0f} s ({why}); batch.row_seconds sets the limit")
+                raise StoppedError(f"{self.backend}: has answered nothing for {self.patience:.0f} s ({why}); a lower "
+                                   "batch.row_seconds ends a job sooner. Run again when it answers; every row that was answered "
+                                   "is kept")
+            others = now - self.last_answer < min(ALIVE, self.row_seconds)
+            if slow >= TRIES or (others and now - began > TRIES * self.row_seconds):
+                raise GivenUp(f"no answer in {now - began:.0f} s ({why}); {limit} sets the limit")
             self.pause(min(pause if seconds is None else seconds, LONGEST_PAUSE))
             pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _check_running(self) -> None:
+        if self.stopped:
+            raise StoppedError(f"{self.backend}: the job has ended")

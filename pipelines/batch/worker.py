@@ -54,10 +54,11 @@ class BatchWorker:
                 while flying:
                     self._take(flying, progress)
         except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # first, or a thread that `stop` frees begins with another row
             self.backend.stop()  # threads that wait for a server would keep the process alive
             raise
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(wait=False)
             self.writer.flush()
 
     def _take(self, flying: dict[Future[Response], BatchRow], progress: Progress) -> None:

@@ -27,6 +27,7 @@ from pipelines.serve.body_readers import BodyReaders
 from pipelines.serve.messages import AppArgs, Generation, Refusal
 from pipelines.serve.metrics import FrontMetrics
 from pipelines.serve.middleware import BODY_SECONDS, KNOWN, ROUTES, Limits, RequestMiddleware
+from pipelines.serve.model_identity import ModelDigest
 from pipelines.serve.openai.errors import ApiError, not_ready, queue_full, refused, too_slow
 from pipelines.serve.openai.requests import ChatRequest, CompletionRequest
 from pipelines.serve.openai.responses import CHAT, DONE, TEXT, Chunks, event, response
@@ -151,14 +152,16 @@ class Ingress:
     @api.get("/ready", responses=ERRORS)
     async def ready(self, request: Request) -> Any:
         """Whether requests are decoded now: a replica has its base, is warm and has not failed, and nobody is stopping the
-        endpoint. With a valid key (or without keys) the answer also has the model, the load of all replicas together, the heads
-        that one of them rejected, how old this is, and the answers that are accepted here and not finished, now."""
+        endpoint. With a valid key (or without keys) the answer also has the model and its `fingerprint`, the load of all replicas
+        together, the heads that one of them rejected, how old this is, and the answers that are accepted here and not finished,
+        now."""
         info = self._known()
         status = "starting" if info is None else "failed" if info["failed"] else "ready"
         if self.admission.closing:
             status = "closing"
         known = {} if info is None or not request.scope[KNOWN] else info | {
-            "age_seconds": round(self.states.age(), 3), "accepted": self.admission.in_flight}
+            "age_seconds": round(self.states.age(), 3), "accepted": self.admission.in_flight,
+            "fingerprint": ModelDigest(info["base"], info["context_limit"], info["configuration"]).fingerprint}
         return JSONResponse({"status": status} | known, 200 if status == "ready" else 503)
 
     @api.get("/v1/models", responses=ERRORS)

@@ -20,13 +20,15 @@ GONE = (404, "text/plain", b"Path '/v1/chat/completions' not found. Ping http://
 
 class StandIn:
     """Answers every prompt with its model's base and the prompt. `model`: what it decodes; `name`: under which name; `ours`:
-    whether it says so as our endpoint does. `instead`: a reply (status, content type, body) to the next requests, if it gives
-    one for their number. `asked`: bodies of requests; `connections`: opened so far."""
+    whether it says so as our endpoint does; `earlier`: as one of an earlier version does, whose `/ready` has no fingerprint.
+    `instead`: a reply (status, content type, body) to the next requests, if it gives one for their number and body. `asked`:
+    bodies of requests; `connections`: opened so far."""
 
     def __init__(self, model: ModelDigest = A, name: str = "hydra-heads", ours: bool = True) -> None:
         self.model, self.name, self.ours = model, name, ours
         self.fingerprint: str | None = model.fingerprint if ours else "fp_1"
-        self.instead: Callable[[int], tuple[int, str, bytes] | None] = lambda number: None
+        self.earlier = False
+        self.instead: Callable[[int, dict[str, Any]], tuple[int, str, bytes] | None] = lambda *_: None
         self.asked: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.port = self.connections = 0
@@ -56,7 +58,8 @@ class StandIn:
                 if self.path == "/v1/models":
                     self.give(200, {"data": [{"id": stand_in.name}]})
                 elif self.path == "/ready" and stand_in.ours:
-                    self.give(200, {"status": "ready", **vars(stand_in.model)})
+                    told = {} if stand_in.earlier else {"fingerprint": stand_in.model.fingerprint}
+                    self.give(200, {"status": "ready", **vars(stand_in.model), **told})
                 else:
                     self.give(404, {"detail": "Not Found"})
 
@@ -64,7 +67,7 @@ class StandIn:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 stand_in.asked.append(body)
                 stand_in.headers.append(dict(self.headers))
-                if (other := stand_in.instead(len(stand_in.asked))) is not None:
+                if (other := stand_in.instead(len(stand_in.asked), body)) is not None:
                     self.give_raw(*other)
                 elif body["model"] != stand_in.name:
                     self.give(404, {"error": {"message": f"model {body['model']!r} does not exist", "code": "model_not_found"}})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from collections.abc import Iterator
@@ -13,16 +14,21 @@ from typing import Any
 
 import pytest
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError
 
 from hydra_core.errors import InputError, StoppedError
 from pipelines.batch.backend import Backend, RequestSettings
 from pipelines.batch.backends import open_backend
+from pipelines.batch.deployment import Deployment, DeploymentBackend, Embedded
 from pipelines.batch.endpoint import ask_endpoint
 from pipelines.batch.openai_format import row_seed
 from pipelines.batch.reader import BatchRow
+from pipelines.batch.retry import Overloaded, TooSlow
 from pipelines.serve.messages import Answer, Generation, Refusal
+from pipelines.serve.model_identity import ModelDigest
+from tests.pipelines.serve.test_ingress import Handle as FrontHandle
+from tests.pipelines.serve.test_ingress import ask  # noqa: F401
 
 ANSWER = {"choices": [{"message": {"content": "hello"}, "finish_reason": "stop"}], "usage": {"completion_tokens": 2}}
 
@@ -57,6 +63,62 @@ class Flying:
         self.handle.cancelled += 1
 
 
+def test_after_a_stop_nothing_is_asked_and_what_flies_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that was sent in the moment of the stop too, and those after one that cannot be cancelled."""
+    handle = Handle()
+    backend = through(monkeypatch, handle)
+    assert isinstance(backend, DeploymentBackend)
+
+    def stopped_meanwhile(generation: Generation) -> Flying:
+        backend.replicas.stop()
+        return handle._remote(generation)
+
+    handle.answers.remote = stopped_meanwhile
+    assert backend.replicas.answers(Generation("a", 1), 1.0) and handle.cancelled == 1
+    with pytest.raises(Overloaded, match="the job has ended"):
+        backend.replicas.answers(Generation("b", 1), 1.0)
+    assert len(handle.asked) == 1
+
+    class Unreachable(Flying):
+        def cancel(self) -> None:
+            super().cancel()
+            raise RuntimeError("no router")
+
+    backend = through(monkeypatch, handle := Handle())
+    assert isinstance(backend, DeploymentBackend) and isinstance(backend.replicas, Deployment)
+    backend.replicas._flying.update(Unreachable(None, handle) for _ in range(3))
+    backend.stop()
+    assert handle.cancelled == 3
+    backend, handle.script = through(monkeypatch, handle), [TimeoutError()]
+    assert isinstance(backend, DeploymentBackend)
+    handle.answers.remote = lambda _: Unreachable(handle._remote(Generation("c", 1)).result, handle)
+    with pytest.raises(TooSlow, match="no answer in 1 s"):
+        backend.replicas.answers(Generation("c", 1), 1.0)
+
+
+def test_an_engine_of_this_process_is_asked_nothing_after_a_stop() -> None:
+    """Nor is it made again."""
+    engine = object.__new__(Embedded)
+    engine.loop, engine._restarting, engine._flying, engine._stopped = asyncio.new_event_loop(), threading.Lock(), set(), False
+    threading.Thread(target=engine.loop.run_forever, daemon=True).start()
+    made: list[str] = []
+
+    async def answers(generation: Generation) -> list[Answer]:
+        made.append(generation.id)
+        return []
+
+    async def restart() -> None:
+        made.append("restart")
+
+    engine.server = SimpleNamespace(failed=True, answers=answers, restart=restart)  # type: ignore[assignment]
+    assert engine.answers(Generation("a", 1), 20.0) == [] and made == ["restart", "a"]
+    engine.stop()
+    with pytest.raises(Overloaded, match="the job has ended"):
+        engine.answers(Generation("b", 1), 20.0)
+    assert made == ["restart", "a"]
+    engine.loop.call_soon_threadsafe(engine.loop.stop)
+
+
 class Clock:
     """Seconds that pass only where somebody waits."""
 
@@ -77,10 +139,11 @@ def through(monkeypatch: pytest.MonkeyPatch, handle: Handle, **settings: Any) ->
 
 
 def test_a_full_queue_and_a_dead_replica_mean_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    handle = Handle(Refusal(429, "full"), BackPressureError(num_queued_requests=1, max_queued_requests=1), RayActorError())
+    lost = [RayActorError(), NodeDiedError("m"), ObjectLostError("00" * 28, None, ""), TaskCancelledError()]
+    handle = Handle(Refusal(429, "full"), BackPressureError(num_queued_requests=1, max_queued_requests=1), *lost)
     reply = through(monkeypatch, handle).ask(BatchRow("a", 1, prompt="x"))
     assert (reply.status, reply.columns["tokens"], reply.body) == (200, 2, None)
-    assert len({generation.id for generation in handle.asked}) == 4  # each under an id of its own
+    assert len({generation.id for generation in handle.asked}) == 3 + len(lost)  # each under an id of its own
     assert all(generation.id.startswith("batch-a-") for generation in handle.asked)
 
 
@@ -124,8 +187,8 @@ def test_a_row_that_breaks_the_server_breaks_nobody_elses(monkeypatch: pytest.Mo
 
 
 def test_nobody_is_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten minutes without an answer to any row end the job, whether the backend is away or hangs; a hung request is cancelled."""
-    with pytest.raises(StoppedError, match="the deployment: has answered nothing for 600 s") as caught:
+    """Four times `batch.row_seconds` without an answer to any row end the job, whether the backend is away or hangs."""
+    with pytest.raises(StoppedError, match="the deployment: has answered nothing for 2400 s") as caught:
         through(monkeypatch, Handle(*[RayActorError()] * 999)).ask(BatchRow("a", 1, prompt="x"))
     assert "\n" not in str(caught.value)
     handle = Handle()
@@ -142,8 +205,9 @@ def test_nobody_is_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> No
     reply = backend.ask(BatchRow("b", 2, prompt="x"))  # others are answered meanwhile: this row alone is an error
     assert (reply.status, handle.cancelled, clock.now) == (504, 3, 2100.0) and "batch.row_seconds" in reply.message
     others[0] = False
-    with pytest.raises(StoppedError, match=r"has answered nothing for 700 s \(no answer in 700 s\)"):
-        backend.ask(BatchRow("c", 3, prompt="x"))
+    assert backend.ask(BatchRow("c", 3, prompt="x")).status == 504
+    with pytest.raises(StoppedError, match=r"has answered nothing for 2800 s \(no answer in 700 s\)"):
+        backend.ask(BatchRow("d", 4, prompt="x"))
 
 
 def test_a_row_waits_for_room_only_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,15 +307,22 @@ def test_an_endpoint_is_looked_at_first(monkeypatch: pytest.MonkeyPatch) -> None
             ask_endpoint(address, "other", {})
     with pytest.raises(StoppedError, match="no endpoint answers there"):
         ask_endpoint(address, "app", {})
-    ours = {"base": "b", "context_limit": 9, "configuration": "c"}
-    with endpoint((503, {"status": "starting"}), (200, ours)) as (address, _):
+    ours: dict[str, Any] = {"base": "b", "context_limit": 9, "configuration": "c"}
+    with endpoint((503, {"status": "starting"}), (200, ours | {"fingerprint": "fp_1_2"}), (200, ours)) as (address, _):
         with pytest.raises(StoppedError, match="is not ready"):  # or it would pass for another configuration
             ask_endpoint(address, "app", {})
         found = ask_endpoint(address, "app", {})
         assert (found.digest.configuration, found.ours) == ("c", True)
+        found = ask_endpoint(address, "app", {})  # of an earlier version: its answers say nothing of what made them
+        assert (found.digest.configuration, found.ours) == ("c", False)
     monkeypatch.delenv("BATCH_TEST_KEY", raising=False)
     with pytest.raises(InputError, match="BATCH_TEST_KEY: that environment variable is not set"):
         open_backend(RequestSettings("app", 8, 0.0, 0, address=address, key_variable="BATCH_TEST_KEY"))
+
+
+def test_our_endpoint_tells_the_fingerprint_that_its_answers_carry(ask: Any) -> None:  # noqa: F811
+    info = ask(FrontHandle(...))[0].get("/ready").json()
+    assert info["fingerprint"] == ModelDigest(info["base"], info["context_limit"], info["configuration"]).fingerprint
 
 
 def test_rows_draw_apart_and_the_same_again() -> None:

@@ -25,6 +25,7 @@ from pipelines.batch.writer import read_batch_rows
 from pipelines.config import RunConfig, load_config
 from pipelines.profiling import weight_format
 from pipelines.serve.model_identity import ModelDigest
+from pipelines.serve.openai.errors import too_slow
 from tests.pipelines.batch.stand_in import A_WITH_HEADS, GONE, A, B, StandIn
 
 ROWS, BEFORE = 40, 12
@@ -56,18 +57,19 @@ def stop_and_come_back(server: StandIn, change: Callable[[StandIn], None]) -> li
     """At request `BEFORE` the endpoint stops: a few 404s of the proxy, then nothing, then it is what `change` makes of it. The
     number of requests that the proxy answered."""
     told: list[int] = []
+    once = threading.Lock()  # several requests come at a time: one of them ends the endpoint
 
-    def instead(number: int) -> tuple[int, str, bytes] | None:
+    def instead(number: int, body: dict[str, Any]) -> tuple[int, str, bytes] | None:
         if number <= BEFORE:
             return None
         told.append(number)
-        if len(told) == 6:
+        if len(told) >= 6 and once.acquire(blocking=False):
             threading.Thread(target=away).start()
         return GONE
 
     def away() -> None:
         server.kill()
-        server.instead = lambda number: None
+        server.instead = lambda *_: None
         change(server)
         threading.Event().wait(0.3)
         server.start()
@@ -133,7 +135,7 @@ def test_an_endpoint_of_another_kind_is_held_to_its_first_answer(make: Callable[
     """In a later run too; `batch.any_model` takes every answer, and the report says who gave them."""
     server.ours = False
 
-    def drift(number: int) -> None:
+    def drift(number: int, body: dict[str, Any]) -> None:
         server.fingerprint = "fp_1" if number <= BEFORE else "fp_2"
 
     server.instead = drift  # type: ignore[assignment]
@@ -144,6 +146,13 @@ def test_an_endpoint_of_another_kind_is_held_to_its_first_answer(make: Callable[
     result = run_batch(make(batch__any_model=True))
     assert (result.figures["rows"], result.figures["errors"]) == (ROWS, 0)
     assert result.figures["made_by"] == "hydra-heads fp_2"
+
+
+def test_an_endpoint_of_an_earlier_version_is_no_other_model(make: Callable[..., RunConfig], server: StandIn) -> None:
+    """It tells its base, and its answers do not say what made them: they are held to the first one."""
+    server.earlier, server.fingerprint = True, None
+    result = run_batch(make())
+    assert (result.figures["rows"], result.figures["made_by"], result.figures["model"]) == (ROWS, "hydra-heads", A.base)
 
 
 def test_a_part_that_comes_late_is_set_aside(make: Callable[..., RunConfig], tmp_path: Path,
@@ -202,6 +211,7 @@ def ask(server: StandIn, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         backend = open_backend(RequestSettings("hydra-heads", 8, 0.0, 0, address=server.address, key_variable="BATCH_TEST_KEY",
                                                **settings))
         backend.retry_policy.pause = lambda _: None
+        backend.retry_policy.clock = lambda: 0.0  # what a loaded machine takes decides nothing
         try:
             return backend.ask(BatchRow("a", 1, prompt="x"))
         finally:
@@ -228,7 +238,7 @@ def answer(**changes: Any) -> bytes:
     (b"<html>", "<html>"), (b"", "without a body")])
 def test_an_answer_that_is_none_is_a_failed_row(ask: Callable[..., Any], server: StandIn, raw: bytes, word: str) -> None:
     """Ill-typed fields and half characters from an endpoint neither end the job nor reach a file."""
-    server.instead = lambda _: (200, "application/json", raw)
+    server.instead = lambda *_: (200, "application/json", raw)
     reply = ask()
     assert 500 <= reply.status < 600 and word in reply.message and not reply.columns
     json.dumps(reply.body, ensure_ascii=False, allow_nan=False).encode()
@@ -238,14 +248,28 @@ def test_an_answer_that_is_none_is_a_failed_row(ask: Callable[..., Any], server:
                                  answer(choices=[{"message": {"content": None}, "finish_reason": None}]),
                                  answer(choices=[{"text": "", "finish_reason": "length", "logprobs": {}}])])
 def test_what_an_answer_may_leave_out(ask: Callable[..., Any], server: StandIn, raw: bytes) -> None:
-    server.instead = lambda _: (200, "application/json", raw)
+    server.instead = lambda *_: (200, "application/json", raw)
     assert ask().status == 200
 
 
-def test_a_row_that_hangs_is_an_error_in_the_end(ask: Callable[..., Any], server: StandIn) -> None:
+@pytest.fixture
+def attempts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The paths of the requests that were sent, whether or not the server has read them."""
+    sent: list[str] = []
+    post = http_client.HttpClient.post
+
+    def counted(client: http_client.HttpClient, path: str, body: dict[str, Any], seconds: float) -> http_client.HttpAnswer:
+        sent.append(path)
+        return post(client, path, body, seconds)
+
+    monkeypatch.setattr(http_client.HttpClient, "post", counted)
+    return sent
+
+
+def test_a_row_that_hangs_is_an_error_in_the_end(ask: Callable[..., Any], server: StandIn, attempts: list[str]) -> None:
     hang = threading.Event()
 
-    def instead(number: int) -> None:
+    def instead(number: int, body: dict[str, Any]) -> None:
         hang.wait(20)
 
     server.instead = instead  # type: ignore[assignment]
@@ -253,13 +277,27 @@ def test_a_row_that_hangs_is_an_error_in_the_end(ask: Callable[..., Any], server
         reply = ask(row_seconds=0.2)
     finally:
         hang.set()
-    assert reply.status == 504 and "no end in 0.2 s" in reply.message and len(server.asked) == 3
+    assert reply.status == 504 and "no end in 0.2 s" in reply.message and len(attempts) == 3
+
+
+def test_an_answer_that_takes_our_endpoint_too_long_is_the_rows_fault(ask: Callable[..., Any], server: StandIn,
+                                                                      attempts: list[str]) -> None:
+    """Its 504 is no full queue, for which a row would wait half an hour; that of a proxy in front is."""
+    slow = json.dumps(too_slow(3.0).body()).encode()
+    server.instead = lambda *_: (504, "application/json", slow)
+    reply = ask()
+    assert reply.status == 504 and "within the 3 seconds" in reply.message and len(attempts) == 3
+    assert "serve.request_seconds" in reply.message and "batch.row_seconds" not in reply.message
+    for raw in (b"<html>gateway timeout", b'{"error": {"message": "x", "code": null}}', b'{"error": "timeout"}', b"[1]"):
+        left = len(attempts) + 5
+        server.instead = lambda *_: (504, "text/html", raw) if len(attempts) < left else None  # noqa: B023
+        assert ask().status == 200 and len(attempts) == left
 
 
 def test_the_key_goes_to_no_other_place(ask: Callable[..., Any], server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     """A redirect is not followed, and no proxy of the environment stands between this machine and itself."""
     with StandIn() as other:
-        server.instead = lambda number: (307, "text/plain", f"{other.address}/v1".encode()) if number < 3 else None
+        server.instead = lambda number, _: (307, "text/plain", f"{other.address}/v1".encode()) if number < 3 else None
         monkeypatch.setenv("http_proxy", other.address)
         assert ask().status == 200
         assert [headers["Authorization"] for headers in server.headers] == ["Bearer secret"] * 3
@@ -267,19 +305,21 @@ def test_the_key_goes_to_no_other_place(ask: Callable[..., Any], server: StandIn
     monkeypatch.setenv("https_proxy", "http://proxy:3128")
     monkeypatch.setenv("no_proxy", "inside.example")
     assert proxy_of("https://api.example/x") == "http://proxy:3128"
+    monkeypatch.setenv("https_proxy", "proxy:3128")
+    assert proxy_of("https://api.example/x") == "http://proxy:3128"
     for host in ("127.0.0.1", "[::1]", "localhost", "127.9.9.9", "inside.example"):
         assert proxy_of(f"https://{host}:8000") is None
 
 
 def test_a_key_that_is_refused_ends_the_job(ask: Callable[..., Any], server: StandIn) -> None:
-    server.instead = lambda _: (401, "application/json", b'{"error": {"message": "no such key"}}')
+    server.instead = lambda *_: (401, "application/json", b'{"error": {"message": "no such key"}}')
     with pytest.raises(StoppedError, match=r"refuses the key now \(no such key\): set batch.key_variable"):
         ask()
 
 
 def test_an_answer_without_end_is_none(ask: Callable[..., Any], server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_client, "LONGEST_ANSWER", 1 << 20)
-    server.instead = lambda _: (200, "application/json", b" " * (2 << 20))
+    server.instead = lambda *_: (200, "application/json", b" " * (2 << 20))
     assert "longer than 1 MiB" in ask().message
 
 

@@ -80,6 +80,28 @@ def test_those_done_at_the_same_time_as_a_fault_are_written(monkeypatch: pytest.
     assert work.writer.done == 2
 
 
+def test_the_threads_that_a_stop_frees_begin_with_no_other_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Rows that wait behind those in flight would be sent to a backend that is stopped."""
+    freed, asked = threading.Event(), list[str]()
+
+    class Waiting(Echo):
+        def ask(self, row: BatchRow) -> Response:
+            asked.append(row.id)
+            if row.id == "0":
+                raise RuntimeError("broken")
+            freed.wait(20)
+            return super().ask(row)
+
+        def stop(self) -> None:
+            freed.set()
+            threading.Event().wait(0.3)  # in which the threads that are free take what they find
+
+    work = worker(monkeypatch, tmp_path, Waiting())
+    with pytest.raises(RuntimeError, match="broken"):
+        work.answer(BatchRow(str(number), number, prompt="x") for number in range(50))
+    assert len(asked) <= 4  # three at once, and one in place of the row that broke
+
+
 @pytest.mark.slow
 def test_fifty_thousand_rows_of_a_large_file_pass_through_little_memory(monkeypatch: pytest.MonkeyPatch,
                                                                         tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import random
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -56,7 +57,7 @@ def test_what_becomes_of_a_request(stream: bool, reply: object, leave: float | N
             return clients
 
     with StandIn() as server:
-        server.instead = lambda _: (HELD.wait(20), None)[1] if reply == "silence" else reply  # type: ignore[assignment,return-value]
+        server.instead = lambda *_: (HELD.wait(20), None)[1] if reply == "silence" else reply  # type: ignore[assignment,return-value]
         try:
             tally = asyncio.run(one(server.address)).tally
         finally:
@@ -111,8 +112,7 @@ def test_a_soak_of_an_endpoint_by_its_clients(storage: Path, monkeypatch: pytest
     with StandIn(ours=False) as server:
         target = soaked(server.address)
 
-        def stream(number: int) -> tuple[int, str, bytes] | None:
-            body = server.asked[-1]
+        def stream(number: int, body: dict[str, Any]) -> tuple[int, str, bytes] | None:
             return events(piece(f"{server.model.base}: {body['messages'][0]['content']}"), "[DONE]") if body["stream"] else None
 
         server.instead = stream
@@ -121,7 +121,8 @@ def test_a_soak_of_an_endpoint_by_its_clients(storage: Path, monkeypatch: pytest
         kept = json.loads((soak.soak_folder(config) / "report.json").read_text())
         assert kept["seed"] == 5 and kept["outcomes"][OK] == result.figures[OK] and not any(kept["checks"].values())
         other = 200, "application/json", json.dumps({"choices": [{"message": {"content": "other"}}]}).encode()
-        server.instead = lambda number: other if number % 7 == 0 and not server.asked[-1]["stream"] else stream(number)
+        server.instead = lambda number, body: (
+            other if number % 7 == 0 and not body["stream"] else stream(number, body))
         with pytest.raises(StoppedError, match=r"answers are those of plain decoding: \d+ differ .load\.soak_seed=5"):
             run_soak(config, target, ["a", "b"], seed=5)
 
