@@ -13,6 +13,8 @@ from typing import Any
 import aiohttp
 
 OK, REFUSED, FAILED, LOST = "ok", "refused", "failed", "lost"
+NO_ANSWER = (ValueError, KeyError, TypeError, IndexError, AttributeError)
+"""What reading an answer raises that is no JSON, or JSON of another shape."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ async def _ask(session: aiohttp.ClientSession, target: Target, prompt: str, zero
         async with session.post(f"{target.address.rstrip('/')}/v1/chat/completions", json=body,
                                 allow_redirects=False) as answer:
             if answer.status != 200:
-                text = (await answer.text())[:200]
+                text = (await answer.content.read(200)).decode(errors="replace")
                 outcome = REFUSED if answer.status == 429 else FAILED
                 return Sent(outcome, began - zero, time.perf_counter() - began, why=f"{answer.status}: {text}")
             async for line in answer.content:
@@ -102,13 +104,13 @@ async def _ask(session: aiohttp.ClientSession, target: Target, prompt: str, zero
                 elif event:
                     found = json.loads(event)
                     if "error" in found:
-                        return Sent(FAILED, began - zero, time.perf_counter() - began, why=str(found["error"]))
+                        return Sent(FAILED, began - zero, time.perf_counter() - began, why=str(found["error"])[:200])
                     tokens = (found.get("usage") or {}).get("completion_tokens", tokens)
                     if found.get("choices"):
                         pieces.append(time.perf_counter())
     except TimeoutError:
         return Sent(LOST, began - zero, time.perf_counter() - began, why=f"no end in {target.patience:.0f} s")
-    except (aiohttp.ClientError, ValueError) as error:
+    except (aiohttp.ClientError, OSError, *NO_ANSWER) as error:
         return Sent(FAILED, began - zero, time.perf_counter() - began, why=f"{type(error).__name__}: {error}"[:200])
     if not whole or not pieces:
         return Sent(FAILED, began - zero, time.perf_counter() - began, why="the stream ended early")

@@ -23,8 +23,8 @@ import aiohttp
 
 from hydra_core.errors import InputError, StoppedError
 from pipelines.config import RunConfig
-from pipelines.load.client import Target
-from pipelines.load.soak_chaos import Chaos, Memory
+from pipelines.load.client import NO_ANSWER, Target
+from pipelines.load.soak_chaos import LEAST_MINUTES, Chaos, Memory
 from pipelines.load.soak_clients import FAILED, LOST, OK, REFUSED, WRONG, Clients, Question
 from pipelines.runtime.artifacts import RunPaths, StageResult
 from pipelines.runtime.console import Progress, say
@@ -33,11 +33,17 @@ from pipelines.runtime.tables import Table
 from pipelines.tracking import Tracker
 
 STAGE = "load"
+EXACT, FLAT = "answers are those of plain decoding", "memory is flat"
+DISTURBED = "replicas were killed and heads swapped"
 SAMPLE_SECONDS = 5.0
 SILENT = 20
 """Connections at a time whose bodies never come."""
 READY_SECONDS = 120.0
 """In which all replicas must be there again at the end."""
+IDLE = ("accepted", "running", "in_flight")
+"""What `/ready` counts, and must count as none at the end: answers at the front, in the engines and at the replicas."""
+CITED = 3
+"""Processes that a check names; the report has all."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,8 @@ class Soaked:
 
 @dataclass
 class Report:
-    """The figures of a soak. `checks`: what it holds -> the reason why that is not so, empty where it is."""
+    """The figures of a soak. `checks`: what it holds -> the reason why that is not so, empty where it is; `unjudged`: of those
+    that hold because nothing could be looked at, why."""
 
     seed: int
     label: str
@@ -66,6 +73,7 @@ class Report:
     why: list[str] = field(default_factory=list)
     memory: list[dict[str, Any]] = field(default_factory=list)
     checks: dict[str, str] = field(default_factory=dict)
+    unjudged: dict[str, str] = field(default_factory=dict)
     interrupted: bool = False
 
     @property
@@ -130,6 +138,7 @@ async def _soak(endpoint: Soaked, prompts: list[str], draws: random.Random, seco
             report.events |= endpoint.chaos.events if endpoint.chaos else {}
             report.memory = memory.rows()
     report.checks |= judge(endpoint, report, section.soak_growth, left)
+    report.unjudged = unjudged(endpoint, report)
 
 
 def _disturbances(endpoint: Soaked, clients: Clients, draws: random.Random, seconds: float, over: asyncio.Event,
@@ -185,15 +194,15 @@ async def _left_behind(endpoint: Soaked, clients: Clients) -> str:
     assert clients.session is not None
     why, deadline = "no answer", time.monotonic() + READY_SECONDS
     while time.monotonic() < deadline:
-        with suppress(aiohttp.ClientError, OSError, ValueError):
+        with suppress(aiohttp.ClientError, OSError, *NO_ANSWER):
             async with clients.session.get(f"{endpoint.target.address.rstrip('/')}/ready") as answer:
-                info = await answer.json() if answer.status == 200 else {}
                 if endpoint.chaos is None and answer.status in (200, 404):  # 404: an endpoint of another kind
                     return ""
-                found = {name: info.get(name) for name in ("replicas", "in_flight")}
-                if found == {"replicas": endpoint.replicas, "in_flight": 0}:
+                info = await answer.json() if answer.status == 200 else {}
+                found = {name: info.get(name) for name in ("replicas", *IDLE)}
+                if found == {"replicas": endpoint.replicas} | dict.fromkeys(IDLE, 0):
                     return ""
-                why = f"/ready says {answer.status}, {found}"
+                why = f"/ready says {answer.status}, {found}"[:200]
         await asyncio.sleep(0.5)  # between two looks
     return f"{why}, not {endpoint.replicas} replicas with nothing in flight, {READY_SECONDS:.0f} s after the end"
 
@@ -202,16 +211,32 @@ def judge(endpoint: Soaked, report: Report, growth: float, left: str) -> dict[st
     """Every check with the reason why it fails, empty where it holds. `growth`: MiB a minute that a process may grow by."""
     counts = report.outcomes
     lost = ", ".join(f"{counts[name]} {name}" for name in (FAILED, LOST) if counts.get(name))
+    cited = next((why for why in report.why if why.startswith((FAILED, LOST))), "-")
     fast = [f"{row['role']} {row['pid']:.0f} grows by {row['mib_per_minute']} MiB a minute" for row in report.memory
             if row["mib_per_minute"] is not None and row["mib_per_minute"] > growth]
+    if len(fast) > CITED:
+        fast[CITED:] = [f"{len(fast) - CITED} more"]
     return {
-        "every request ends in an answer or a clear refusal": f"{lost}, such as {report.why[0]}" if lost else "",
-        "answers are those of plain decoding": f"{counts[WRONG]} differ" if endpoint.exact and counts.get(WRONG) else "",
+        "every request ends in an answer or a clear refusal": f"{lost}, such as {cited}" if lost else "",
+        EXACT: f"{counts[WRONG]} differ" if endpoint.exact and counts.get(WRONG) else "",
         "requests are answered": "" if counts.get(OK, 0) > counts.get(REFUSED, 0) / 10 else f"{counts.get(OK, 0)} answers",
-        "memory is flat": "; ".join(fast),
+        FLAT: "; ".join(fast),
         "nothing is left behind": left,
-        "replicas were killed and heads swapped": "" if endpoint.chaos is None or (
+        DISTURBED: "" if endpoint.chaos is None or (
             report.events.get("kills") and report.events.get("swaps")) else f"{report.events}"}
+
+
+def unjudged(endpoint: Soaked, report: Report) -> dict[str, str]:
+    """The checks that nothing was there to judge by, and why."""
+    found = {}
+    if all(row["mib_per_minute"] is None for row in report.memory):
+        found[FLAT] = (f"memory not judged: no process was watched for {LEAST_MINUTES:g} minutes after it had settled"
+                       if endpoint.chaos else "memory not judged: the endpoint's processes are not watched from here")
+    if not endpoint.exact:
+        found[EXACT] = "not judged: only fp32 gives equal tokens in batches of any size"
+    if endpoint.chaos is None:
+        found[DISTURBED] = "not judged: an endpoint given by address gets the clients alone"
+    return found
 
 
 def tables(report: Report) -> list[Table]:
@@ -223,7 +248,8 @@ def tables(report: Report) -> list[Table]:
     title = f"Soak of {report.label}: {report.seconds:.0f} s, seed {report.seed}"
     return [Table(("requests and events", "count"), counts, title),
             Table(("process", "id", "minutes judged", "MiB first", "MiB last", "MiB a minute"), memory, "Memory"),
-            Table(("check", "result"), [(name, why or "holds") for name, why in report.checks.items()], "Checks")]
+            Table(("check", "result"), [
+                (name, why or report.unjudged.get(name, "holds")) for name, why in report.checks.items()], "Checks")]
 
 
 def markdown(report: Report) -> str:

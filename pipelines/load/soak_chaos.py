@@ -87,12 +87,13 @@ class Chaos:
             self._count("kills")
 
     def swap(self) -> None:
-        """Give the application other heads. While a replica is being replaced an update may be refused, which is told."""
+        """Give the application other heads. While a replica is being replaced an update may be refused, by Serve's own error
+        too, which is told."""
         self.serves = (self.serves + self.draws.randint(1, len(self.choices) - 1)) % len(self.choices)
         try:
             update_app(self.choices[self.serves])
             self._count("swaps")
-        except (InputError, StoppedError):
+        except (InputError, StoppedError, RuntimeError):
             self._count("swaps_refused")
 
     def _count(self, name: str) -> None:

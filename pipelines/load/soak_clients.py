@@ -12,11 +12,15 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from pipelines.load.client import Target
+from pipelines.load.client import NO_ANSWER, Target
 
 OK, WRONG, REFUSED, TOLD, LEFT, FAILED, LOST = "answered", "wrong", "refused", "ended with an error", "left", "failed", "lost"
 """Outcomes of a request: the right answer; another one; a status that says why there is none; an error event in a stream that
 had begun; the client left on purpose; anything else; no end in time."""
+UNEXPECTED = (FAILED, LOST, WRONG)
+"""Outcomes whose reasons are kept, those that are cited first in front."""
+KEPT, LONGEST = 20, 300
+"""Reasons that are kept of each outcome, and characters of each."""
 REFUSALS = (408, 429, 503, 504)
 LEAVING, STREAMED = 0.15, 0.6
 """Shares of the steady clients' requests."""
@@ -35,15 +39,20 @@ class Question:
 
 @dataclass
 class Tally:
-    """Outcomes counted, and the first reasons of those that should not be."""
+    """Outcomes counted, and the first reasons of each that should not be."""
 
     counts: dict[str, int] = field(default_factory=dict)
-    why: list[str] = field(default_factory=list)
+    reasons: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, outcome: str, why: str = "") -> None:
         self.counts[outcome] = self.counts.get(outcome, 0) + 1
-        if outcome in (WRONG, FAILED, LOST) and len(self.why) < 20:
-            self.why.append(f"{outcome}: {why}"[:300])
+        kept = self.reasons.setdefault(outcome, [])
+        if outcome in UNEXPECTED and len(kept) < KEPT:
+            kept.append(f"{outcome}: {why}"[:LONGEST])
+
+    @property
+    def why(self) -> list[str]:
+        return [reason for outcome in UNEXPECTED for reason in self.reasons.get(outcome, [])]
 
 
 class Clients:
@@ -82,23 +91,31 @@ class Clients:
 
     async def silent(self, count: int, seconds: float) -> None:
         """Open `count` connections that announce a body and send none, hold them for `seconds`, and see that the endpoint
-        answers others meanwhile."""
-        parts = urlsplit(self.target.address)
+        answers others meanwhile. A connection that is refused counts as a request that failed."""
         held = []
-        for number in range(count):
-            with contextlib.suppress(OSError):
-                _, writer = await asyncio.open_connection(parts.hostname, parts.port or 80)
-                path = "GET /health" if number % 2 else "POST /v1/chat/completions"
-                key = "".join(f"{name}: {value}\r\n" for name, value in self.target.headers.items())
-                writer.write(f"{path} HTTP/1.1\r\nHost: x\r\n{key}Content-Type: application/json\r\nContent-Length: 10\r\n\r\n"
-                             .encode())
-                held.append(writer)
         try:
+            for number in range(count):
+                try:
+                    held.append(await self._silent_connection("GET /health" if number % 2 else "POST /v1/chat/completions"))
+                except OSError as error:
+                    self.tally.add(FAILED, f"a silent connection: {type(error).__name__}: {error}")
             await self.send(stream=False)
             await asyncio.sleep(seconds)  # how long such a client stays
         finally:
             for writer in held:
                 writer.close()
+
+    async def _silent_connection(self, what: str) -> asyncio.StreamWriter:
+        """`what`: method and path. The key goes the way that other requests take: encrypted to an https address."""
+        parts = urlsplit(self.target.address)
+        secure = parts.scheme == "https"
+        async with asyncio.timeout(self.target.patience):
+            _, writer = await asyncio.open_connection(parts.hostname, parts.port or (443 if secure else 80), ssl=secure or None)
+        method, path = what.split(" ")
+        headers = {"Host": parts.netloc.rpartition("@")[2], "Content-Type": "application/json", "Content-Length": "10"}
+        lines = [f"{name}: {value}" for name, value in (headers | self.target.headers).items()]
+        writer.write("\r\n".join([f"{method} {parts.path.rstrip('/')}{path} HTTP/1.1", *lines, "", ""]).encode())
+        return writer
 
     async def _one(self, question: Question, stream: bool, leave: float | None) -> str:
         try:
@@ -106,7 +123,7 @@ class Clients:
                 outcome, why = await self._ask(question, stream)
         except TimeoutError:
             outcome, why = LOST if leave is None else LEFT, f"no end in {self.target.patience:.0f} s"
-        except (aiohttp.ClientError, OSError, ValueError) as error:
+        except (aiohttp.ClientError, OSError, *NO_ANSWER) as error:
             outcome, why = FAILED, f"{type(error).__name__}: {error}"
         self.tally.add(outcome, why)
         return outcome
@@ -125,7 +142,7 @@ class Clients:
         async with self.session.post(f"{self.target.address.rstrip('/')}/v1/chat/completions", json=body,
                                      allow_redirects=False) as answer:
             if answer.status != 200:
-                text = (await answer.text())[:200]
+                text = (await answer.content.read(200)).decode(errors="replace")
                 return REFUSED if answer.status in REFUSALS else FAILED, f"{answer.status}: {text}"
             if not stream:
                 return str((await answer.json())["choices"][0]["message"]["content"])

@@ -259,6 +259,7 @@ def endpoint(*script: tuple[int, Any]) -> Iterator[tuple[str, list[tuple[str, di
         def _give(self, status: int, value: Any) -> None:
             raw = json.dumps(value).encode()
             self.send_response(status)
+            self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(raw)))
             self.send_header("Retry-After", "0")
             self.end_headers()
