@@ -14,6 +14,9 @@ from hydra_core.base.probe import decoder_of
 
 ALIBI = ("bloom", "mpt")
 """Model types that derive positions from a two-dimensional attention mask."""
+OWN_MASKS = ("gpt_neo",)
+"""Model types with a mask of their own over the slots of the cache: the last slot is taken for the newest token of every row, and
+the window of local layers is counted from there, which neither a tree nor a shorter row can bear."""
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -86,6 +89,8 @@ class TransformersDecoder:
             return "keys and values that are stored as one latent vector (DeepSeek's attention)"
         if config.model_type in ALIBI or getattr(config, "alibi", False):
             return "positions derived from the attention mask"
+        if config.model_type in OWN_MASKS:
+            return "a mask of its own that counts slots of the cache"
         return None
 
     def allocate(self, rows: int, slots: int) -> KVCache:

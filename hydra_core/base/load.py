@@ -74,13 +74,15 @@ def load_base(model: str, *, dtype: str = "bf16", device: str = "cpu", cache: Pa
     identity = BaseIdentity(resolved.name, resolved.digest, dtype)
     vocabulary = _vocabulary_of(loaded, config, identity, _stop_ids(loaded, config, tokenizer), look_around(resolved.folder))
     check_head(vocabulary, reference, model)
-    different = None
-    for decoder in _decoders(wanted, loaded, codes):
+    different, decoders = None, _decoders(wanted, loaded, codes)
+    del loaded, codes  # `_decoders` has to be able to free them
+    for decoder in decoders:
         base = Base(vocabulary, decoder, tokenizer, wanted.limit, target)
         different = why_different(base, reference)
         if different is None:
             return base
         log.warning("%s does not compute what transformers' own forward does (%s)", type(decoder).__name__, different)
+        del base, decoder  # the weights may be loaded again for the next one
     raise InputError(f"base.model={model}: no decoder of this engine computes what transformers' own forward does ({different}): "
                      "this architecture is not supported in this weight format")
 
@@ -269,7 +271,8 @@ def _decoders(wanted: _Wanted, loaded: Any, codes: Mapping[str, Q4Matrix] | None
             yield made
         if codes is not None:
             return  # no other decoder multiplies by 4-bit codes
-        loaded, _ = _load_weights(wanted)  # the fused decoder took the weights over
+        del made, loaded  # the fused decoder took the weights over; two copies may not fit
+        loaded, _ = _load_weights(wanted)
         reason = "it computes something else"
     why_not = TransformersDecoder.reason_unsupported(config, limit)
     if why_not is None:
