@@ -106,13 +106,14 @@ def _digest(stamps: tuple[Stamp, ...], cache: Path) -> str:
         return kept.read_text(encoding="ascii").strip()
     except (OSError, ValueError):
         pass
+    settled = time.time_ns() - max(max(stamp[2:4]) for stamp in stamps) > SETTLED_NS  # before the files are read
     digest = hashlib.sha256()
     for path, *_ in stamps:
         digest.update(Path(path).name.encode())
         with open(path, "rb") as handle:
             while chunk := handle.read(1 << 22):
                 digest.update(chunk)
-    if time.time_ns() - max(max(stamp[2:4]) for stamp in stamps) > SETTLED_NS:
+    if settled:
         try:
             kept.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(kept) as made:

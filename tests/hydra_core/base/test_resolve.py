@@ -118,6 +118,27 @@ def test_a_file_that_was_just_written_is_read_again(tiny_base_dir: Path, tmp_pat
     assert not (tmp_path / "cache" / "digests").exists()
 
 
+@pytest.mark.parametrize(("age", "kept"), [(0, False), (1, False), (10, True)])
+def test_a_file_settles_before_it_is_read(tiny_base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, age: int,
+                                          kept: bool) -> None:
+    """To read gigabytes takes longer than files take to settle: one that was fresh at first may have changed meanwhile, within
+    the tick of its stamp."""
+    folder, cache = shutil.copytree(tiny_base_dir, tmp_path / "base"), tmp_path / "cache"
+    now = max(max(path.stat().st_mtime_ns, path.stat().st_ctime_ns) for path in folder.iterdir()) + age * 10**9
+    reading = open
+
+    def read_slowly(*given: Any) -> Any:
+        nonlocal now
+        now += 60 * 10**9
+        return reading(*given)
+
+    monkeypatch.setattr(resolve, "SETTLED_NS", 5 * 10**9)
+    monkeypatch.setattr(resolve, "open", read_slowly, raising=False)
+    monkeypatch.setattr(resolve.time, "time_ns", lambda: now)
+    resolve_base(str(folder), cache)
+    assert (cache / "digests").exists() is kept
+
+
 def test_a_cache_that_cannot_be_written_costs_time_alone(tiny_base_dir: Path, tmp_path: Path,
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resolve, "SETTLED_NS", -1)
