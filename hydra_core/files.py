@@ -77,10 +77,17 @@ def _set_mode(path: Path, mode: int) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk. Some file systems know no such wait for folders."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until a file, or the names in a folder, are on the disk. Some file systems know no such wait for folders, and a folder
+    that may be written to need not be readable."""
+    folder = path.is_dir()
     try:
-        with suppress(OSError) if path.is_dir() else nullcontext():
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        if folder:
+            return
+        raise
+    try:
+        with suppress(OSError) if folder else nullcontext():
             os.fsync(descriptor)
     finally:
         os.close(descriptor)

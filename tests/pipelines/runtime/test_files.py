@@ -107,3 +107,24 @@ def test_what_a_name_leads_to_is_on_the_disk_before_it(tmp_path: Path, monkeypat
     outer, inner, content, last = synced
     assert {outer, inner} == {tmp_path, tmp_path / "a"} and content.parent == last == tmp_path / "a" / "b"
     assert content.name.startswith(".file.") and not content.exists()
+
+
+def test_a_folder_above_need_not_be_readable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that is only passed through or written to: the names in it cannot be waited for, a file's content has to be."""
+    opening = os.open
+
+    def refuse(path: Path, flags: int, *rest: int) -> int:
+        if flags == os.O_RDONLY and refused(Path(path)):
+            raise PermissionError(13, "Permission denied", str(path))
+        return opening(path, flags, *rest)
+
+    monkeypatch.setattr(files.os, "open", refuse)
+    refused = Path.is_dir
+    write_text(tmp_path / "a" / "b" / "file", "x")
+    with atomic_folder(tmp_path / "c" / "folder") as folder:
+        (folder / "inside").write_text("x")
+    assert (tmp_path / "a" / "b" / "file").read_text() == (tmp_path / "c" / "folder" / "inside").read_text() == "x"
+    refused = Path.is_file
+    with pytest.raises(PermissionError):
+        write_text(tmp_path / "file", "x")
+    assert not (tmp_path / "file").exists()
