@@ -27,7 +27,8 @@ LIMIT = "HYDRA_HEADS_INSTRUCTIONS"
 has. It is there to run on a new machine what an older one runs."""
 LIMITS = {"avx512": ("-mno-amx-tile", "-mno-amx-bf16"),
           "avx2": ("-mno-amx-tile", "-mno-amx-bf16", "-mno-avx512bf16", "-mno-avx512f")}
-"""Limit -> what the compiler is told. With avx2 the kernels that have no other form are left out, and PyTorch's are used."""
+"""Limit -> what the compiler is told, as far as it knows these options: one that does not know an instruction makes none of it.
+With avx2 the kernels that have no other form are left out, and PyTorch's are used."""
 
 
 def instruction_limit() -> str | None:
@@ -82,7 +83,7 @@ def _compiled(compiler: str, folder: Path) -> Path:
 
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     limit = instruction_limit()
-    flags = (*FLAGS, *LIMITS[limit]) if limit else FLAGS
+    flags = (*FLAGS, *(flag for flag in LIMITS[limit] if _accepts(compiler, flag))) if limit else FLAGS
     parts = [sources_digest(), torch.__version__, version, *flags, _processor()]
     target = folder / f"steps-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
     folder.mkdir(parents=True, exist_ok=True)
@@ -99,6 +100,12 @@ def _compiled(compiler: str, folder: Path) -> Path:
                     capture_output=True, text=True, check=True)
                 os.replace(made, target)
     return target
+
+
+def _accepts(compiler: str, flag: str) -> bool:
+    """Whether `compiler` knows the option `flag`; it reads an empty source and writes nothing."""
+    asked = subprocess.run([compiler, flag, "-Werror", "-fsyntax-only", "-x", "c++", os.devnull], capture_output=True)
+    return asked.returncode == 0
 
 
 def _processor() -> str:

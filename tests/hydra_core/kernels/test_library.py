@@ -159,6 +159,26 @@ def test_instructions_are_limited_by_a_known_word(monkeypatch: pytest.MonkeyPatc
     library.sources_digest.cache_clear()
 
 
+def test_a_compiler_is_told_what_it_knows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An older compiler has no option against AMX, one for another processor none of these: neither makes such instructions."""
+    calls, compiler = tmp_path / "calls", tmp_path / "c++"
+    compiler.write_text(f"""#!/bin/sh
+echo "$*" >> {calls}
+case "$*" in *amx*) echo "error: unrecognized command-line option" >&2; exit 1;; esac
+while [ $# -gt 1 ]; do [ "$1" = -o ] && : > "$2"; shift; done
+exit 0
+""")
+    compiler.chmod(0o755)
+    monkeypatch.setenv(library.LIMIT, "avx2")
+    library.sources_digest.cache_clear()
+    try:
+        assert library._compiled(str(compiler), tmp_path / "libraries").exists()
+    finally:
+        library.sources_digest.cache_clear()
+    made = next(line for line in calls.read_text().splitlines() if library.MAIN_SOURCE in line)
+    assert "-mno-avx512f" in made and "-mno-avx512bf16" in made and "amx" not in made
+
+
 HERE = (ops.bf16_compiled(), ops.amx_available())
 """What this processor has: AVX-512's bf16 dot product, AMX tiles."""
 
