@@ -71,7 +71,7 @@ def check_differences(plan: BenchPlan, questions: list[Question], rows: list[Row
         key = (row.question, row.turn, row.method)
         if row.method == PLAIN or key in done or row.token_ids == plain[row.round, row.question, row.turn]:
             continue
-        base, exact = bases = bases or (plan.base.load(plan.cache, context_limit=None), _exact(plan, plan.base.dtype))
+        base, exact = bases = bases or (plan.base.load(plan.cache), _exact(plan, plan.base.dtype))
         before = [plain[row.round, row.question, turn] for turn in range(row.turn)]
         prompt = prompt_of(asked[row.question], before, base, base.context_limit)
         found = compare(base, prompt, plain[row.round, row.question, row.turn], row.token_ids, exact)
@@ -138,7 +138,7 @@ def _answers(engine: Engine, requests: list[Request], rows: int) -> Iterator[tup
 
 
 def _exact(plan: BenchPlan, dtype: str) -> Base | None:
-    """The same weights, computed in float64, with the model's own context limit; None for a base that cannot be."""
+    """The same weights, computed in float64; None for a base that cannot be."""
     if quantisation(plan.base.model, cache=Path(plan.cache)):
         return None
-    return plan.base.load(plan.cache, dtype=dtype, context_limit=None, widen=True)
+    return plan.base.load(plan.cache, dtype=dtype, widen=True)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from hydra_core.base import load_base, load_vocabulary, quantisation
+from hydra_core.base import Base, load_base, load_vocabulary, quantisation
 from hydra_core.decoding import naive_generate
 from hydra_core.sampling import Request
 from pipelines.bench.hf_transformers import single_contender
@@ -83,6 +83,22 @@ def test_its_timed_answers_get_verdicts_too(quantised: Path, tmp_path: Path) -> 
     (found,) = read_losslessness(Path(plan.losslessness_file))
     assert (found.question, found.verdict, found.index, found.rows, found.dtype) == ("b", "different", 6, 0, "bf16")
     assert found.gap == pytest.approx(float(scores.max() - scores.min()), rel=0.05)
+
+
+def test_a_base_is_judged_with_the_limit_of_the_plan(tiny_base_dir: Path, tmp_path: Path,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base without a limit of its own has none but that, and the prompts of turns are cut to it."""
+    plan = plan_of(tiny_base_dir, tmp_path, **{"base.context_limit": 64})
+    limits, load = [], Base.__init__
+    monkeypatch.setattr(Base, "__init__", lambda self, *given: (limits.append(given[3]), load(self, *given))[1])
+    answer = tuple(range(9, 20))
+
+    def row(method: str, tokens: tuple[int, ...]) -> Row:
+        return Row(round=0, question="a", category="all", method=method, token_ids=tokens, steps=1, prefill_seconds=1.0,
+                   decode_seconds=1.0)
+
+    check_differences(plan, QUESTIONS, [row("plain", answer), row("ngram", (*answer[:5], 3, *answer[6:]))])
+    assert len(read_losslessness(Path(plan.losslessness_file))) == 1 and limits == [64, 64]  # the base, and its exact form
 
 
 def test_transformers_runs_it_where_it_was_loaded(quantised: Path, tmp_path: Path) -> None:
