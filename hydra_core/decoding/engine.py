@@ -71,9 +71,10 @@ class Engine:
         self.base, self.max_batch_size, self.shared_noise, self.graphs = base, max_batch_size, shared_noise, graphs
         self.context_limit = min(context_limit or base.context_limit, base.context_limit)
         drafter, trees = _usable(base, drafter, trees)
-        self.draft_slots = max(lookahead_slots(drafter, trees), draft_slots)
+        self.step_nodes = lookahead_slots(drafter, trees)  # the most nodes of a row for whose steps there is memory
+        self.draft_slots = max(self.step_nodes, draft_slots)
         slots = self.context_limit + self.draft_slots
-        check_memory(base, drafter, max_batch_size, slots, self.draft_slots)
+        check_memory(base, drafter, max_batch_size, slots, self.step_nodes)
         self.cache = base.allocate(max_batch_size, slots)
         self.clock = Clock()
         self._start(Drafting(drafter, trees, self._open(drafter, trees)))
@@ -101,7 +102,7 @@ class Engine:
         if nodes > self.draft_slots:
             raise InputError(f"trees: {nodes} nodes are more than the {self.draft_slots} that this engine has room for: "
                              "make a new one")
-        check_memory(self.base, drafter, self.max_batch_size, slots, allocated=True)
+        check_memory(self.base, drafter, self.max_batch_size, slots, nodes, allocated=self.step_nodes)
         return Drafting(drafter, trees, self._open(drafter, trees))
 
     @torch.inference_mode()
@@ -111,6 +112,7 @@ class Engine:
         for row, sequence in self.scheduler.rows:
             sequence.drafted_for = drafting.proposer.adopt(row, sequence.request.prompt_ids, sequence.tokens)
         self.drafting = drafting
+        self.step_nodes = max(self.step_nodes, lookahead_slots(drafting.drafter, drafting.trees))
         self.proposer = self.batch.proposer = drafting.proposer
 
     def reset(self) -> None:

@@ -113,15 +113,16 @@ GROUP_KINDS = (_GroupKind("", (".", "unified"), "memory.max", "memory.current", 
                _GroupKind("memory", ("memory",), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))
 
 
-def check_memory(base: Base, drafter: Drafter | None, rows: int, slots: int, nodes: int = 1, allocated: bool = False) -> None:
+def check_memory(base: Base, drafter: Drafter | None, rows: int, slots: int, nodes: int = 1, allocated: int = 0) -> None:
     """Log the memory of the caches and of a step with `nodes` nodes per sequence. `allocated`: the base's cache and the memory
-    of steps are there already.
+    of steps with so many nodes are there already; 0: nothing is.
 
     Raises InputError when it exceeds what is free.
     """
     cached, temporary = cache_bytes(base, drafter, rows, slots), workspace_bytes(base, rows, slots, nodes)
     if allocated:
-        cached, temporary = cached - cache_bytes(base, None, rows, slots), 0
+        cached -= cache_bytes(base, None, rows, slots)
+        temporary = max(temporary - workspace_bytes(base, rows, slots, allocated), 0)
     if base.device.type == "cpu":
         cached += index_bytes(drafter, rows, slots)
     free = free_bytes(base.device)

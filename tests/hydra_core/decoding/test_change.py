@@ -10,7 +10,7 @@ import torch
 
 from hydra_core.base import Base
 from hydra_core.decoding import Engine, Result, naive_generate
-from hydra_core.decoding.memory import cache_bytes, check_memory
+from hydra_core.decoding.memory import cache_bytes, check_memory, workspace_bytes
 from hydra_core.errors import InputError
 from hydra_core.heads import HeadDrafter
 from hydra_core.proposers import AdaptiveDrafter, Drafter, NgramDrafter
@@ -142,11 +142,18 @@ def test_the_cache_is_allocated_once(tiny_base: Base, make: Callable[[str], Engi
     heads = drafters["hydra++"]
     own = cache_bytes(tiny_base, heads, 4, engine.cache.slots) - engine.cache.nbytes
     assert heads.prefix.cache_bytes(4, engine.cache.slots + 64) < own < engine.cache.nbytes  # type: ignore[union-attr]
+    assert engine.step_nodes == 1
+    needed = own
+    own += workspace_bytes(tiny_base, 4, engine.cache.slots, 6) - workspace_bytes(tiny_base, 4, engine.cache.slots, 1)
     monkeypatch.setattr("hydra_core.decoding.memory.free_bytes", lambda device: own)
     engine.change(engine.prepare(heads, TREES))
     with pytest.raises(InputError, match="lower one of the two"):
         check_memory(tiny_base, heads, 4, engine.cache.slots)
     monkeypatch.setattr("hydra_core.decoding.memory.free_bytes", lambda device: own - 1)
+    engine.prepare(heads, TREES)  # steps of that many nodes have their memory now
+    engine.change(engine.prepare())
+    engine.prepare(heads, TREES)
+    monkeypatch.setattr("hydra_core.decoding.memory.free_bytes", lambda device: needed - 1)
     with pytest.raises(InputError, match="lower one of the two"):
         engine.prepare(heads, TREES)
     engine.change(engine.prepare())

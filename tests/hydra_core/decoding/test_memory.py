@@ -100,3 +100,16 @@ def test_indexes_count_in_the_check(tiny_base: Base, monkeypatch: pytest.MonkeyP
     check_memory(tiny_base, None, 4, 250, 16)
     with pytest.raises(InputError, match="max_batch_size=4, context_limit=250: keys, values and indexes need"):
         check_memory(tiny_base, NgramDrafter(), 4, 250, 16)
+
+
+def test_room_for_later_drafts_is_no_step_of_that_many_nodes(tiny_base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain serving keeps slots for a drafter to come, and computes the logits of one node: it starts where those fit."""
+    slots = tiny_base.context_limit + 64
+    needed = cache_bytes(tiny_base, None, 4, slots) + workspace_bytes(tiny_base, 4, slots, 1)
+    assert workspace_bytes(tiny_base, 4, slots, 64) - workspace_bytes(tiny_base, 4, slots, 1) > 4 * 63 * tiny_base.vocab_size * 4
+    monkeypatch.setattr("hydra_core.decoding.memory.free_bytes", lambda device: needed)
+    engine = Engine(tiny_base, max_batch_size=4, draft_slots=64)
+    assert engine.cache.slots == slots and engine.step_nodes == 1
+    monkeypatch.setattr("hydra_core.decoding.memory.free_bytes", lambda device: needed - 1)
+    with pytest.raises(InputError, match="keys, values and indexes need"):
+        Engine(tiny_base, max_batch_size=4, draft_slots=64)
