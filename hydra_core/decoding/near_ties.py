@@ -14,10 +14,10 @@ from hydra_core.base.formats import quantised_by
 from hydra_core.base.model import Base
 from hydra_core.tree.batch import chain
 
-FP32_TIE = 1e-4
-TIE_STEPS = {"bf16": 4, "int4": 8, "int4-lossy": 8}
-"""Number of bf16 steps that no near-tie exceeds. In 4 bits, few and many rows are multiplied by different kernels, which round
-weights differently: twice as many."""
+TIE_STEPS = {"bf16": 4, "int4": 8, "int4-lossy": 8, "fp32": 128}
+"""Number of steps of the format that no near-tie exceeds. In 4 bits, few and many rows are multiplied by different kernels, which
+round weights differently: twice as many. Sums of bf16 products are kept in fp32 and rounded once; in fp32 each addition rounds,
+and a sum of K terms is off by about sqrt(K) steps: K is some thousand, and two ways of summing are compared."""
 DEVIATIONS = 6
 """Standard deviations of a logit's rounding, as observed at a position, that two ways of computing two logits may differ by."""
 
@@ -33,8 +33,11 @@ class Comparison:
     allowed: float | None = None
 
 
-def bf16_step(value: float) -> float:
-    """Distance between neighbouring bf16 numbers at the size of `value` (8 bits of significand)."""
+def step_of(kind: str, value: float) -> float:
+    """Distance between neighbouring numbers of the weight format `kind` at the size of `value`: fp32's in fp32 (24 bits of
+    significand), bf16's in all others (8 bits)."""
+    if kind == "fp32":
+        return 2.0 ** (math.floor(math.log2(abs(value))) - 23) if value else 2.0 ** -149
     return 2.0 ** (math.floor(math.log2(abs(value))) - 7) if value else 2.0 ** -133
 
 
@@ -49,15 +52,15 @@ def observed_rounding(exact: Tensor, rounded: Tensor) -> float:
     return float((rounded - slope * exact).square().mean().sqrt())
 
 
-def allowed_gap(exact: Tensor, rounded: Sequence[Tensor], pair: tuple[int, int], steps: int) -> float:
+def allowed_gap(exact: Tensor, rounded: Sequence[Tensor], pair: tuple[int, int], kind: str) -> float:
     """The gap in logits below which the tokens of `pair` are near-tied.
 
     `exact`: [V], the logits of a position in float64; `rounded`: the same [V] as computed in the weight format, in one way or
-    more. The format's own step at the size of the logits, and `DEVIATIONS` times the largest rounding that is observed; never
-    more than `steps` such steps.
+    more; `kind`: the format. Its own step at the size of the logits, and `DEVIATIONS` times the largest rounding that is
+    observed; never more than `TIE_STEPS` such steps.
     """
-    step = bf16_step(float(exact[list(pair)].double().abs().max()))
-    return min(step + DEVIATIONS * max(observed_rounding(exact, found) for found in rounded), steps * step)
+    step = step_of(kind, float(exact[list(pair)].double().abs().max()))
+    return min(step + DEVIATIONS * max(observed_rounding(exact, found) for found in rounded), TIE_STEPS[kind] * step)
 
 
 def judge(exact: Tensor, pair: tuple[int, int], allowed: float) -> tuple[Literal["near-tie", "different"], float]:
@@ -74,7 +77,8 @@ def compare(base: Base, prompt_ids: Sequence[int], reference: Sequence[int], oth
     """Compare two greedy answers of `base` to one prompt.
 
     `exact`: the same base computing in float64 (`load_base(..., widen=True)`); None for a base that cannot, which is judged by
-    its own logits, computed with the whole text and token by token. In fp32 the tolerance is 1e-4, else `allowed_gap`.
+    its own logits, computed with the whole text and token by token. A base that is loaded quantised rounds as one in 4 bits,
+    whatever the format of its other tensors is.
     """
     if tuple(reference) == tuple(other):
         return Comparison("identical")
@@ -86,11 +90,7 @@ def compare(base: Base, prompt_ids: Sequence[int], reference: Sequence[int], oth
     own = base.logits(base.hidden_states([text])[0][-1])
     logits = own if exact is None else exact.logits(exact.hidden_states([text])[0][-1])
     pair, kind = (reference[index], other[index]), base.identity.weight_format
-    if kind == "fp32":
-        allowed = FP32_TIE
-    else:
-        steps = TIE_STEPS["int4" if quantised_by(base.vocabulary.config) else kind]
-        allowed = allowed_gap(logits, (own, _by_a_step(base, text)), pair, steps)
+    allowed = allowed_gap(logits, (own, _by_a_step(base, text)), pair, "int4" if quantised_by(base.vocabulary.config) else kind)
     verdict, gap = judge(logits, pair, allowed)
     return Comparison(verdict, index, gap, allowed)
 
