@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 REPLACEMENT = "\ufffd"  # decoders write it for bytes that are not a complete character
+UNFINISHED = 16
+"""Tokens that may wait for the end of a character. A character has four bytes at most, but where each step brings several tokens,
+the end of one may always come together with the beginning of the next."""
+WINDOW = 8
+"""Tokens that are decoded again where no character ends: more than twice those of one character."""
 
 
 class _StopString:
@@ -42,7 +47,7 @@ class TextStream:
         self._stops = [_StopString(stop) for stop in sorted(set(stops), key=len, reverse=True) if stop]
         self._ids: list[int] = []
         self._begin = self._read = 0  # the text of ids[:_read] is complete; decoding restarts at `_begin`, a few tokens earlier
-        self._taken = 0               # characters after that text which cannot change any more
+        self._taken = 0               # characters after that text which cannot change any more; -1: its last one still may
         self._held = ""               # characters that may be the beginning of a stop string
         self._pieces: list[str] = []
         self.stopped = False
@@ -73,16 +78,30 @@ class TextStream:
     def _decoded(self, final: bool) -> str:
         """The characters that were not taken yet and cannot change any more. Only the newest tokens are decoded, together with a
         few before them, as some tokenizers need."""
-        before = self._decode(self._ids[self._begin:self._read])
         text = self._decode(self._ids[self._begin:])
-        after = text[len(before):]
-        whole = after if final else after.rstrip(REPLACEMENT)
-        fresh = whole[self._taken:]
-        if text.endswith(REPLACEMENT):
-            self._taken = max(self._taken, len(whole))
-        else:
-            self._begin, self._read, self._taken = self._read, len(self._ids), 0
-        return fresh
+        start = max(len(self._decode(self._ids[self._begin:self._read])) + self._taken, 0)
+        whole = text if final else text.rstrip(REPLACEMENT)
+        if not text.endswith(REPLACEMENT):
+            self._restart(self._read, len(self._ids), 0)
+        elif len(self._ids) - self._read <= UNFINISHED:
+            self._taken += max(len(whole) - start, 0)
+        elif (ended := self._last_end()) is not None:
+            head = self._decode(self._ids[self._begin:ended])
+            whole = max(head, whole, key=len)  # some decoders make all of a run of bytes replacements while its end is missing
+            self._restart(self._read, ended, max(len(whole), start) - len(head))
+        else:  # bytes that are no character: only the last of them can become one
+            held = 0 if final else self._decode(self._ids[-WINDOW:]).endswith(REPLACEMENT)
+            whole = text[:len(text) - held]
+            self._restart(len(self._ids) - WINDOW, len(self._ids), -held)
+        return whole[start:]
+
+    def _restart(self, begin: int, read: int, taken: int) -> None:
+        self._begin, self._read, self._taken = begin, read, taken
+
+    def _last_end(self) -> int | None:
+        """How many tokens there are up to the end of a character among the last few, or None."""
+        ends = range(len(self._ids) - 1, len(self._ids) - 4, -1)
+        return next((end for end in ends if not self._decode(self._ids[self._begin:end]).endswith(REPLACEMENT)), None)
 
     def _without_stops(self, fresh: str) -> str:
         """The held characters and `fresh`, up to a stop string or to what may be the beginning of one."""

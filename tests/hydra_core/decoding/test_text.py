@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hydra_core.decoding.text import TextStream
+from hydra_core.decoding.text import UNFINISHED, TextStream
 
 
 def decode_bytes(ids: list[int]) -> str:
@@ -88,3 +89,71 @@ def test_long_stop_strings_cost_the_same_for_every_token() -> None:
 def test_unfinished_bytes_come_out_at_the_end() -> None:
     stream = TextStream(decode_bytes)
     assert stream.push(list("é".encode()[:1])) == "" and stream.finish() == "\ufffd"
+
+
+def decode_runs(ids: list[int]) -> str:
+    """As tokenizers' ByteFallback does: a run of bytes that is not valid as a whole is a replacement for each byte."""
+    try:
+        return bytes(ids).decode()
+    except UnicodeDecodeError:
+        return "\ufffd" * len(ids)
+
+
+NEVER_ENDS = {"stray bytes": (b"\x80" * 600, (1,)), "beginnings": (b"\xf0\x9f" * 300, (1, 2)),
+              "replacements": ("\ufffd" * 200, (1, 3)), "out of phase": ("a" + "日" * 200 + "é", (3,)),
+              "emoji out of phase": ("ab" + "\U0001f600" * 150, (4,)),
+              "in one text": ("日" * 99 + "\ufffd" * 40 + "é" * 99, (5, 1))}
+
+
+@pytest.mark.parametrize("name", list(NEVER_ENDS))
+def test_half_characters_cost_the_same_for_every_token(name: str) -> None:
+    """Steps after which the text always ends in half a character: the tokens that are decoded are counted."""
+    text, sizes = NEVER_ENDS[name]
+    data, decoded = list(text if isinstance(text, bytes) else text.encode()), 0
+
+    def decode(ids: list[int]) -> str:
+        nonlocal decoded
+        decoded += len(ids)
+        return decode_bytes(ids)
+
+    stream, at, turn, pieces = TextStream(decode, ["never"]), 0, 0, list[str]()
+    while at < len(data):
+        before, size = decoded, sizes[turn % len(sizes)]
+        pieces.append(stream.push(data[at:at + size]))
+        assert decoded - before < 12 * (UNFINISHED + size)
+        at, turn = at + size, turn + 1
+        assert len(decode_bytes(data[:at])) - len(stream.sent) <= UNFINISHED + 8  # no more waits
+    assert "".join(pieces) + stream.finish() == decode_bytes(data) == stream.sent
+
+
+@pytest.mark.parametrize(("text", "size"), [("x" + "日" * 80, 3), ("xy" + "\U0001f600" * 60, 4), ("日本語x" * 30, 7)])
+def test_a_run_of_bytes_is_read_where_it_is_whole(text: str, size: int) -> None:
+    """A step's last byte is always the first of a character, which such decoders make a replacement of the whole run."""
+    data, longest = list(text.encode()), 0
+
+    def decode(ids: list[int]) -> str:
+        nonlocal longest
+        longest = max(longest, len(ids))
+        return decode_runs(ids)
+
+    stream = TextStream(decode)
+    for at in range(0, len(data), size):
+        stream.push(data[at:at + size])
+    stream.finish()
+    assert stream.sent == text and longest < 3 * UNFINISHED
+
+
+def test_after_a_stray_byte_a_run_is_read_again() -> None:
+    """Such decoders make nothing of the run that it is in, however long; what was sent stays, and the cost is bounded."""
+    longest = 0
+
+    def decode(ids: list[int]) -> str:
+        nonlocal longest
+        longest = max(longest, len(ids))
+        return decode_runs(ids)
+
+    stream = TextStream(decode)
+    stream.push([0x80])
+    for char in "\U0001f600" * 40:
+        stream.push(list(char.encode()))
+    assert longest < 3 * UNFINISHED and (stream.sent + stream.finish()).endswith("\U0001f600" * 20)
