@@ -70,12 +70,13 @@ pytest_add_cli_args = ["-n", "0", "-m", "not slow", "-p", "no:cacheprovider", "-
 pytest_add_cli_args_test_selection = {tests}
 process_isolation = "forkserver"
 timeout_multiplier = 3.0
-timeout_constant = 3.0
+timeout_constant = 60.0
 use_git_change_detection = false
 do_not_mutate_patterns = ['^\\s*raise ', '^\\s*(log|logger|console)\\.', '^\\s*assert ']
 """
-"""torch is not safe to fork once it has computed: each mutant is forked from a process that has only imported. The texts of
-errors and logs are left as they are."""
+"""torch is not safe to fork once it has computed: each mutant is forked from a process that has only imported. Its processor time
+is limited for endless loops alone: fixtures that others of the module share are not in the time of the tests that mutmut adds up.
+The texts of errors and logs are left as they are."""
 
 
 class Undecorated(ast.NodeTransformer):
@@ -150,7 +151,8 @@ def mutmut(folder: Path, *arguments: str, strict: bool = True) -> str:
     """What a command of mutmut prints; it runs in `folder`. `strict`: end where it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(
         [str(folder / "mutants"), *filter(None, [os.environ.get("PYTHONPATH")])])}
-    done = subprocess.run([*MUTMUT, *arguments], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([*MUTMUT, *arguments], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True,
+                          stderr=None if strict else subprocess.DEVNULL)
     if done.returncode and strict:
         sys.exit(f"mutmut {arguments[0]} failed in {folder}:\n{done.stdout[-3000:]}")
     return done.stdout
@@ -220,7 +222,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="+", choices=sorted(TARGETS), metavar="NAME", help=", ".join(TARGETS))
     parser.add_argument("--sample", type=int, help="try so many mutants alone, drawn with a fixed seed")
-    parser.add_argument("--again", action="store_true", help="try the survivors of the last run again, and what was not tried")
+    parser.add_argument("--again", action="store_true", help="try the survivors of the last run again")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--show", action="store_true", help="print the survivors of the last run as diffs, and run nothing")
     options = parser.parse_args()
@@ -229,8 +231,10 @@ def main() -> None:
             print(differences(ROOT / "build" / "mutation" / name))
             continue
         folder = prepare(name)
-        again = [mutant.name for mutant in mutants(folder) if mutant.counts and not mutant.noticed]
-        chosen = again if options.again else []
+        chosen = [mutant.name for mutant in survivors(folder)] if options.again else []
+        if options.again and not chosen:  # without names, mutmut would try all
+            print(report(name, folder), flush=True)
+            continue
         if options.sample:
             mutmut(folder, "run", "--max-children", "1", "none of this name", strict=False)  # makes the mutants and tries none
             everything = [mutant.name for mutant in mutants(folder) if mutant.counts]
