@@ -18,6 +18,7 @@ from hydra_core.training.losses import (
     chunked_loss_and_best,
     log_partition,
     reference_loss,
+    rows_at_once,
     teacher_probabilities,
 )
 
@@ -157,6 +158,31 @@ def test_teacher_is_the_full_softmax_gathered(head: VocabHead, chunk: int) -> No
     got = teacher_probabilities(hidden, head.restrict(ids), log_partition(hidden, head, chunk), chunk)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
     assert got.sum(-1).max() < 1.0  # not renormalised
+
+
+def test_chunks_are_those_of_the_device(head: VocabHead) -> None:
+    """Unless another size is asked for; what is computed is the same, to the last row."""
+    assert rows_at_once(torch.zeros(1)) == 128 and rows_at_once(torch.zeros(1, device="meta")) == 1024
+    hidden, ids, sizes = torch.randn(300, D), torch.arange(VD), list[int]()
+
+    def project(states: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(states))
+        return head(states)
+
+    found = log_partition(hidden, project)
+    assert sizes == [128, 128, 44]
+    torch.testing.assert_close(found, torch.logsumexp(head(hidden), -1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(log_partition(hidden, project, 200), found)
+    assert sizes[3:] == [200, 100]
+    draft, sizes = head.restrict(ids), []
+    wanted = torch.softmax(head(hidden), -1)[:, ids]
+
+    def restricted(states: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(states))
+        return draft(states)
+
+    torch.testing.assert_close(teacher_probabilities(hidden, restricted, found), wanted, rtol=1e-5, atol=1e-6)
+    assert sizes == [128, 128, 44]
 
 
 def test_nothing_in_gives_zero(head: VocabHead) -> None:

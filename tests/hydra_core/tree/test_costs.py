@@ -103,3 +103,30 @@ def test_interpolation_between_and_beyond_points() -> None:
     assert interpolate({1: 2.0, 2: 1.0}, 5) == 1.0  # noise must not promise ever cheaper steps
     with pytest.raises(ValueError, match="no measured points"):
         interpolate({}, 1)
+
+
+def test_what_one_more_head_takes() -> None:
+    """Between the depths that were measured, never less than nothing where noise made a deeper tree cheaper."""
+    costs = StepCosts({1: {1: 1.0}}, {1: {0: 0.5, 1: 0.9, 3: 1.1, 4: 1.0}, 3: {0: 0.5, 1: 2.9, 3: 3.1, 4: 3.0}})
+    assert [costs.deeper_seconds(1, depth) for depth in range(4)] == pytest.approx([0.4, 0.1, 0.1, 0.0])
+    assert [costs.deeper_seconds(2, depth) for depth in range(4)] == pytest.approx([1.4, 0.1, 0.1, 0.0])
+    assert sum(costs.deeper_seconds(1, depth) for depth in range(3)) == pytest.approx(
+        costs.draft_seconds(1, 3) - costs.draft_seconds(1, 0))
+
+
+def test_the_guess_is_a_plausible_machine() -> None:
+    """In plain steps of one sequence: more of anything costs more, but a sequence costs less in a larger batch, and so does the
+    average node in a larger tree, until the arithmetic units are busy."""
+    costs = unmeasured_costs()
+    assert costs.verify_seconds(1, 1) == 1.0 and costs.most_nodes == 32 and sorted(costs.verify) == [1, 4, 16, 64]
+    for nodes in (1, 2, 8, 16, 32):
+        seconds = [costs.verify_seconds(batch, nodes) for batch in (1, 4, 16, 64)]
+        assert seconds == sorted(seconds) and all(low < high < 8 * low for low, high in itertools.pairwise(seconds))
+    for batch in (1, 4, 16, 64):
+        seconds = [costs.verify_seconds(batch, nodes) for nodes in range(1, 33)]
+        assert all(low < high < 1.7 * low for low, high in itertools.pairwise(seconds))
+        drafts = [costs.draft_seconds(batch, depth) for depth in range(5)]
+        assert all(low < high for low, high in itertools.pairwise(drafts)) and drafts[4] < 2 * costs.verify_seconds(batch, 1)
+        assert costs.seconds(batch, 1, 0) < costs.seconds(batch, 2, 1)
+    assert {costs.draft_seconds(1, depth) for depth in (0, 4)} == {0.03, 0.2}
+    assert costs.draft_seconds(16, 4) > costs.draft_seconds(4, 4) > costs.draft_seconds(1, 4)

@@ -95,3 +95,15 @@ def test_batch_sizes_round_up() -> None:
 def test_broken_tree_files_name_the_file(values: object) -> None:
     with pytest.raises(InputError, match=r"it/tree\.json"):
         TreeSet.from_json(values, "it/tree.json")
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 4, 5])
+def test_default_trees_hold_the_better_of_any_two_paths(heads: int) -> None:
+    """A candidate of a lower rank is more probable: a path is in the tree only with all that are better at one place."""
+    trees = default_trees(heads)
+    for tree in trees.trees.values():
+        for path in tree.paths:
+            assert {(*path[:at], path[at] - 1, *path[at + 1:]) for at in range(len(path)) if path[at]} <= set(tree.paths)
+    sizes = [tree.size for _, tree in sorted(trees.trees.items())]
+    assert sizes == sorted(sizes, reverse=True) and sizes[-1] == 1 and trees.max_depth == min(heads, 4)
+    assert [default_trees(4).for_batch(batch).size for batch in (1, 2, 4, 5, 8, 9, 100)] == [12, 4, 4, 2, 2, 1, 1]

@@ -93,3 +93,16 @@ def _memorise(base: Base, drafter, results) -> None:  # type: ignore[no-untyped-
         optimizer.zero_grad()
         model(packed, torch.full((4,), 80.0))[0].backward()
         optimizer.step()
+
+
+def test_rows_of_several_parts_stay_rows() -> None:
+    """A tuple looks ahead within its own row alone, so where rows begin must not move."""
+    first = RankRows(torch.tensor([[0, 1], [2, 3], [0, 0]]), (2, 1))
+    second = RankRows(torch.tensor([[1, 1], [0, 2]]), (2,))
+    both = RankRows.concatenate(part for part in (first, second))
+    assert both.positions == (2, 1, 2) and both.heads == 2
+    assert both.ranks.tolist() == [[0, 1], [2, 3], [0, 0], [1, 1], [0, 2]]
+    tree = DraftTree(((0,), (0, 1)))
+    assert walk(tree, both) == walk(tree, first) + walk(tree, second) == Walk(4, 5)
+    with pytest.raises(ValueError, match="no rank rows"):
+        RankRows.concatenate([])
