@@ -75,7 +75,8 @@ def made_front(monkeypatch: pytest.MonkeyPatch, handle: Handle, infos: Any = (IN
     states.update({str(number): info for number, info in enumerate(infos)})
     front.args, front.states, front.admission = AppArgs({}, "", None, "plain", **changes), states, Admission()
     front.relay, front.model = Relay(handle, states, front.args.request_seconds), None  # type: ignore[arg-type]
-    monkeypatch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(servable_object=front))
+    here = SimpleNamespace(servable_object=front, replica_id=SimpleNamespace(unique_id="front"))
+    monkeypatch.setattr(serve, "get_replica_context", lambda: here)
     limits = Limits(BodyReaders(9, 5.0, 2**20), keys, count=lambda route, status, seconds: counted.append(status))
     monkeypatch.setattr(RequestMiddleware, "limits", limits)
     client = TestClient(api, raise_server_exceptions=False)
