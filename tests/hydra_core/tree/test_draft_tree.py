@@ -107,3 +107,15 @@ def test_default_trees_hold_the_better_of_any_two_paths(heads: int) -> None:
     sizes = [tree.size for _, tree in sorted(trees.trees.items())]
     assert sizes == sorted(sizes, reverse=True) and sizes[-1] == 1 and trees.max_depth == min(heads, 4)
     assert [default_trees(4).for_batch(batch).size for batch in (1, 2, 4, 5, 8, 9, 100)] == [12, 4, 4, 2, 2, 1, 1]
+
+
+def test_a_tree_is_copied_to_a_device_once() -> None:
+    """"meta" holds shapes alone, and is another device on any machine."""
+    batch = DraftTree(((0,), (1,), (0, 0))).as_batch
+    assert batch.to(torch.device("cpu")) is batch
+    copied = batch.to(torch.device("meta"))
+    assert copied is batch.to(torch.device("meta")) and copied.depth == batch.depth == 2
+    for name in ("parents", "depths", "ancestors"):
+        own, other = getattr(batch, name), getattr(copied, name)
+        assert other.device.type == "meta" and other.shape == own.shape and other.dtype == own.dtype
+    assert torch.equal(batch.depths, torch.tensor([[0, 1, 1, 2]]))  # what it was copied from is as it was
