@@ -124,15 +124,16 @@ def output_kind(section: BatchSection) -> str:
     return kind if section.format == "auto" else section.format
 
 
-def read_rows(config: RunConfig) -> Iterator[BatchRow | BadRow]:
-    """Every row of the input, in order. Raises InputError for a file without a usable row."""
+def read_rows(config: RunConfig, tap: Callable[[bytes], object] | None = None) -> Iterator[BatchRow | BadRow]:
+    """Every row of the input, in order. `tap`: sees the bytes of a text file as they are read. Raises InputError for a file
+    without a usable row."""
     section = config.batch
     if section.source is None:
         yield from _held_out(config)
     elif input_kind(section) == "openai":
-        yield from _openai(section.source, section.limit, one_choice=output_kind(section) != "openai")
+        yield from _openai(section.source, section.limit, one_choice=output_kind(section) != "openai", tap=tap)
     else:
-        for item in read_prompt_rows(section.source, section.field, section.limit):
+        for item in read_prompt_rows(section.source, section.field, section.limit, tap):
             yield BadRow(item.id or f"row-{item.row}", item.row, item.message) if isinstance(item, RowError) else _row(item)
 
 
@@ -192,9 +193,10 @@ def _is_openai(path: Path) -> bool:
                for _, value in islice(read_values(path), LOOKED_AT))
 
 
-def _openai(path: str, limit: int | None, one_choice: bool) -> Iterator[BatchRow | BadRow]:
+def _openai(path: str, limit: int | None, one_choice: bool,
+            tap: Callable[[bytes], object] | None) -> Iterator[BatchRow | BadRow]:
     """`one_choice`: a row of the output holds one answer."""
-    for number, value in islice(read_values(Path(path)), limit):
+    for number, value in islice(read_values(Path(path), tap), limit):
         if isinstance(value, RowError):
             yield BadRow(f"row-{number}", number, value.message)
             continue

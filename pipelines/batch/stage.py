@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,21 @@ from ray import serve
 
 from hydra_core.errors import InputError
 from pipelines.batch.backend import RequestSettings
-from pipelines.batch.endpoint import ask_endpoint
+from pipelines.batch.endpoint import FOREIGN, ask_endpoint
 from pipelines.batch.http_backend import api_key
+from pipelines.batch.input_digest import InputChanged, input_digest, unchanged_rows
 from pipelines.batch.model_names import check_model_names
-from pipelines.batch.reader import Reading, ordered, output_kind, read_rows, remove_blocks, write_blocks
+from pipelines.batch.reader import BadRow, BatchRow, Reading, ordered, output_kind, read_rows, remove_blocks, write_blocks
 from pipelines.batch.report import report
 from pipelines.batch.worker import BatchSettings, BatchWorker
 from pipelines.batch.writer import BATCH, BATCH_ERRORS, Output, OutputTotals, Writer, deduplicate, parts, set_aside
 from pipelines.config import RunConfig
+from pipelines.config.serve import PLAIN
 from pipelines.rows.parquet_parts import sweep
-from pipelines.rows.prompt_reader import prompt_files
 from pipelines.rows.schemas import check_counts, content_id
 from pipelines.runtime.artifacts import (
     RunPaths,
     StageResult,
-    file_digest,
     fingerprint,
     finished,
     require_manifest,
@@ -50,6 +50,8 @@ from pipelines.tracking import Tracker
 
 STAGE = "batch"
 SUCCESS = "_SUCCESS"
+MIXED = "mixed_input.txt"
+"""Left where rows of two inputs are in one output."""
 MADE_BY = "made_by.json"
 """Model and fingerprint of the first answer, of an endpoint that says no more of itself."""
 EXECUTION_FIELDS = {"concurrency", "rows_per_file", "max_error_share", "input", "output", "partition", "engine", "address",
@@ -72,8 +74,9 @@ def run_batch(config: RunConfig) -> StageResult:
     """Answer every row once. Raises InputError for the user's mistakes, while another run writes the same output, and when too
     many rows fail."""
     serving = _serving(config)
-    folder, wanted = _folder(config), _fingerprint(config, serving.digest)
-    if (done := _done(folder, wanted)) is not None:
+    folder, digest, kind = _folder(config), input_digest(config), output_kind(config.batch)
+    wanted, earlier = _fingerprints(config, serving.digest, digest)
+    if (done := _done(folder, wanted, earlier)) is not None:
         return done
     next(read_rows(config), None)  # raises for a file without a usable row before anything starts
     check_model_names(config, serving.names)
@@ -81,22 +84,27 @@ def run_batch(config: RunConfig) -> StageResult:
     if serving.args is not None:
         check_args(serving.args)
     with only_run(folder, Path(config.storage), "batch.output"):
-        if (done := _done(folder, wanted)) is not None:  # finished by the run that held the lock until now
+        if (done := _done(folder, wanted, earlier)) is not None:  # finished by the run that held the lock until now
             return done
-        with stage_folder(config, STAGE, folder, wanted) as stage, tracker.start(STAGE, fingerprint=wanted) as run:
+        _check_not_mixed(folder)
+        with (stage_folder(config, STAGE, folder, wanted, earlier=earlier) as stage,
+              tracker.start(STAGE, fingerprint=wanted) as run):
             (folder / SUCCESS).unlink(missing_ok=True)
-            run.log_dataset("input", _input_digest(config), config.batch.source or "held-out prompts of this run", STAGE)
-            figures, read = _answer_all(config, folder, serving)
-            if _fingerprint(config, serving.digest) != wanted:
-                raise InputError(f"batch.input={config.batch.source}: changed while it was read: its rows and earlier ones "
-                                 f"are mixed in {folder}: delete that folder and run again")
+            run.log_dataset("input", digest, config.batch.source or "held-out prompts of this run", STAGE)
+            try:
+                figures, read = _answer_all(config, folder, serving, digest)
+            except InputChanged as error:
+                if not parts(folder / "rows", kind):
+                    raise
+                write_text(folder / MIXED, f"{error}\n")  # a run with the first input again would take them for its own
+                raise InputError(f"{error}: its rows and earlier ones are mixed in {folder}: delete that folder and run "
+                                 "again") from None
             write_text(folder / "report.json", json.dumps(figures, indent=2))
             run.log_metrics({name: value for name, value in figures.items() if isinstance(value, (int, float))})
             run.log_artifact(folder / "report.json")
             check_counts(STAGE, read, figures["rows"], figures["errors"], figures["rows_skipped"], config.batch.max_error_share,
                          hint=f"see {folder / 'errors'}")
             outputs = {"rows": str(folder / "rows"), "errors": str(folder / "errors"), "report": str(folder / "report.json")}
-            kind = output_kind(config.batch)
             files = [*parts(folder / "rows", kind), *parts(folder / "errors", kind), folder / "report.json"]
             result = stage.finish(StageResult(STAGE, run.run_id, outputs, figures), files)
         write_text(folder / SUCCESS, "")
@@ -105,13 +113,18 @@ def run_batch(config: RunConfig) -> StageResult:
 
 def batch_finished(config: RunConfig) -> bool:
     """Whether `run_batch` would find the same work finished. Raises InputError for a missing model, base or input."""
-    return finished(_folder(config), _fingerprint(config, _serving(config).digest)) is not None
+    return finished(_folder(config), *_fingerprints(config, _serving(config).digest, input_digest(config))) is not None
 
 
-def _done(folder: Path, wanted: str) -> StageResult | None:
+def _check_not_mixed(folder: Path) -> None:
+    if (folder / MIXED).exists():
+        raise InputError(f"{folder}: holds rows of an input that changed while it was read: delete that folder and run again")
+
+
+def _done(folder: Path, wanted: str, earlier: list[str]) -> StageResult | None:
     """The result of a finished run, with a line for the user. Writes the success marker where a kill prevented that, and sets
     aside what a killed job wrote after the end of the one that followed it: every row of it has its place already."""
-    if (done := finished(folder, wanted)) is not None:
+    if (done := finished(folder, wanted, earlier)) is not None:
         listed = require_manifest(folder, STAGE)["files"]
         for part in ("rows", "errors"):
             for kind in ("parquet", "jsonl"):
@@ -137,19 +150,17 @@ def _folder(config: RunConfig) -> Path:
     return Path(section.target) if section.target else RunPaths.of(config).stage(STAGE, section.partition)
 
 
-def _fingerprint(config: RunConfig, serving: ModelDigest) -> str:
-    """Digest of settings, input rows and the model; the name under which the model was requested has no part in it."""
+def _fingerprints(config: RunConfig, serving: ModelDigest, digest: str) -> tuple[str, list[str]]:
+    """Digest of settings, input rows and the base; the name under which the model was requested has no part in it, and neither
+    have the heads, which change no answer. And those of earlier versions, in which the heads had."""
     settings = config.batch.model_dump(exclude=EXECUTION_FIELDS) | {"format": output_kind(config.batch)}
-    return fingerprint(STAGE, settings | asdict(serving), {"input": _input_digest(config)})
+    base = {"base": serving.base, "context_limit": serving.context_limit}
+    told = [base, *(base | {"configuration": heads} for heads in (serving.configuration, PLAIN, FOREIGN))]
+    wanted, *earlier = (fingerprint(STAGE, settings | part, {"input": digest}) for part in told)
+    return wanted, earlier
 
 
-def _input_digest(config: RunConfig) -> str:
-    if config.batch.source is None:
-        return str(require_manifest(RunPaths.of(config).stage("distill"), "distill")["fingerprint"])
-    return content_id(*(file_digest(file) for file in prompt_files(Path(config.batch.source))))
-
-
-def _answer_all(config: RunConfig, folder: Path, serving: Serving) -> tuple[dict[str, Any], int]:
+def _answer_all(config: RunConfig, folder: Path, serving: Serving, digest: str) -> tuple[dict[str, Any], int]:
     """Answer the rows that have no answer yet, and count: returns the report and the number of rows read."""
     section, kind = config.batch, output_kind(config.batch)
     for part in ("rows", "errors"):
@@ -167,7 +178,8 @@ def _answer_all(config: RunConfig, folder: Path, serving: Serving) -> tuple[dict
     with _backend(config, serving, request_settings) as (request_settings, label):
         output = Output(str(folder), kind, label, section.rows_per_file)
         started = time.perf_counter()
-        reading, made_by = _stream(config, folder, before, BatchSettings(output, request_settings, in_flight(config)))
+        source = unchanged_rows(config, digest)
+        reading, made_by = _stream(config, folder, source, before, BatchSettings(output, request_settings, in_flight(config)))
         seconds = time.perf_counter() - started
     rows = deduplicate(folder / "rows", kind, BATCH)
     errors = deduplicate(folder / "errors", kind, BATCH_ERRORS, elsewhere=rows.ids)
@@ -177,12 +189,13 @@ def _answer_all(config: RunConfig, folder: Path, serving: Serving) -> tuple[dict
     return figures | ({"made_by": made_by} if made_by else {}), reading.rows
 
 
-def _stream(config: RunConfig, folder: Path, before: OutputTotals, settings: BatchSettings) -> tuple[Reading, str]:
+def _stream(config: RunConfig, folder: Path, source: Iterator[BatchRow | BadRow], before: OutputTotals,
+            settings: BatchSettings) -> tuple[Reading, str]:
     """Send rows from the input to the backend: from this process, or through files to actors that hold engines. Returns also
     what made the answers, as far as this process has seen them."""
     refused = Writer(settings.output)
     reading = Reading(refused.refuse)
-    rows = ordered(reading.todo(read_rows(config), before.ids))
+    rows = ordered(reading.todo(source, before.ids))
     try:
         if settings.requests.embedded is None:
             worker = BatchWorker(settings)
@@ -229,7 +242,7 @@ def _backend(config: RunConfig, serving: Serving,
 def _application(config: RunConfig, args: AppArgs, serving: ModelDigest) -> Iterator[tuple[str, str]]:
     """Name and label of the running application, or of one that is started here and stopped with the block.
 
-    Raises InputError when an application of that name is not ready or decodes with another model.
+    Raises InputError when an application of that name is not ready or decodes with another base; other heads change no answer.
     """
     name, instance = config.serve.app_name, running_instance()
     if instance is None or name not in instance.applications:
@@ -240,7 +253,7 @@ def _application(config: RunConfig, args: AppArgs, serving: ModelDigest) -> Iter
         raise InputError(f"serve.app_name={name}: the application of that name is {status}: wait, delete it or choose another")
     info = ask_replicas(name)
     running = ModelDigest(info["base"], info["context_limit"], info["configuration"])
-    if running != serving:
+    if (running.base, running.context_limit) != (serving.base, serving.context_limit):
         raise InputError(f"serve.app_name={name}: runs {info['label']} ({running}), but {args.label} ({serving}) is asked "
                          "for: choose another name or stop that application")
     yield name, info["label"]

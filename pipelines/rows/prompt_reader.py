@@ -8,7 +8,7 @@ chat that ends with the assistant's answer asks without it: the base gives an an
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -55,8 +55,11 @@ def own_id(values: dict[str, Any]) -> str | None:
     return next((str(value) for value in given if value not in (None, "")), None)
 
 
-def read_prompt_rows(path: str | Path, name: str = "prompt", limit: int | None = None) -> Iterator[PromptRow | RowError]:
+def read_prompt_rows(path: str | Path, name: str = "prompt", limit: int | None = None,
+                     tap: Callable[[bytes], object] | None = None) -> Iterator[PromptRow | RowError]:
     """Rows of a Parquet file (.parquet, .pq), a folder of those, or a text file that `text_files` reads, at most `limit`.
+
+    `tap`: sees the bytes of a text file, as in `text_files.read_values`.
 
     Raises InputError for a file that is missing, empty, unreadable, or in which no row has the field `name`.
     """
@@ -64,7 +67,7 @@ def read_prompt_rows(path: str | Path, name: str = "prompt", limit: int | None =
     if not path.exists():
         raise InputError(f"{path}: no such file")
     parquet = path.is_dir() or path.suffix.lower() in PARQUET
-    yield from _checked(_parquet(path) if parquet else read_values(path), str(path), name, limit)
+    yield from _checked(_parquet(path) if parquet else read_values(path, tap), str(path), name, limit)
 
 
 def read_dataset_rows(path: str, split: str, name: str = "prompt",
@@ -87,9 +90,9 @@ def read_dataset_rows(path: str, split: str, name: str = "prompt",
     yield from _checked(enumerate(loaded, start=1), path, name, limit)
 
 
-def read_values(path: Path) -> Iterator[tuple[int, Any]]:
-    """Number from 1 and JSON value of every row of a text file; a RowError for a row that cannot be read."""
-    for number, value in text_files.read_values(path):
+def read_values(path: Path, tap: Callable[[bytes], object] | None = None) -> Iterator[tuple[int, Any]]:
+    """Number from 1 and JSON value of every row of a text file; a RowError for a row that cannot be read. `tap` as there."""
+    for number, value in text_files.read_values(path, tap):
         yield number, RowError(number, f"row {number}: {value}") if isinstance(value, BadLine) else value
 
 

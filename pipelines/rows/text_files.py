@@ -10,7 +10,7 @@ import csv
 import io
 import json
 import lzma
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,15 +36,16 @@ class BadLine(ValueError):
     """A line that holds no row; the text says why."""
 
 
-def read_values(path: Path) -> Iterator[tuple[int, Any]]:
+def read_values(path: Path, tap: Callable[[bytes], object] | None = None) -> Iterator[tuple[int, Any]]:
     """The JSON value of each row with its number from 1; a BadLine in its place where a row cannot be read.
 
     JSON lines: numbers are those of lines, and blank lines hold no row. A JSON array: those of its elements. CSV (.csv, .tsv):
     those of lines, the first one names the columns, all values are text.
+    `tap`: called with the bytes of the file as they are read, each once and in order, as they lie there; empty at the end.
     Raises InputError for a file that is something else, or that cannot be read to its end.
     """
     try:
-        with path.open("rb") as raw, _decompressed(raw, path) as binary:
+        with path.open("rb") as raw, _decompressed(raw, path, tap) as binary:
             head = binary.read(_HEAD)
             encoding = _encoding(head, path)
             stream = _Prefixed(head, binary)
@@ -64,18 +65,34 @@ def read_values(path: Path) -> Iterator[tuple[int, Any]]:
         raise InputError(f"{path}: cannot be read to its end ({(str(error) or type(error).__name__).splitlines()[0]})") from None
 
 
-def _decompressed(raw: IO[bytes], path: Path) -> Any:
+def _decompressed(raw: IO[bytes], path: Path, tap: Callable[[bytes], object] | None) -> Any:
     first = raw.read(16)
     raw.seek(0)
+    source: Any = raw if tap is None else _Tapped(raw, tap)
     if first.startswith(XZ):
-        return lzma.open(raw)
+        return lzma.open(source)
     for magic, codec in COMPRESSIONS.items():
         if first.startswith(magic):
-            return pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), codec)
+            return pa.CompressedInputStream(pa.PythonFile(source, mode="r"), codec)
     for magic, what in OTHERS.items():
         if first.startswith(magic):
             raise InputError(f"{path}: is {what}; rows are read from JSON lines, a JSON array, CSV or Parquet")
-    return raw
+    return source
+
+
+class _Tapped(io.RawIOBase):
+    """A stream of which another one sees all that is read."""
+
+    def __init__(self, raw: Any, tap: Callable[[bytes], object]) -> None:
+        self._raw, self._tap = raw, tap
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = int(self._raw.readinto(buffer))
+        self._tap(bytes(memoryview(buffer)[:count]))
+        return count
 
 
 class _Prefixed(io.RawIOBase):
