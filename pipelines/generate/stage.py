@@ -26,7 +26,7 @@ def run_generate(config: RunConfig) -> StageResult:
     """
     section, cache = config.generate, RunPaths.of(config).cache
     prompts = _prompts(section.prompts)
-    model = find_model(config, section.model)
+    model = find_model(config, section.model, "generate.model")
     if section.threads is not None:
         torch.set_num_threads(section.threads)
     base = config.base.load(cache)

@@ -102,10 +102,13 @@ def choose_winner(methods: dict[str, Any], min_gain: float, proof: str = "fp32")
     qualify; that is fp32, or the own format of a base that is loaded quantised. Really faster means that it drafts, that is, a
     step gives more than one token, and that the whole 95 % interval of its speed, where there is one, lies above plain's: the
     highest of several noisy figures is above 1 where none is faster. Plain decoding always qualifies. Raises InputError for a
-    bench without it.
+    bench that has not timed it.
     """
     if PLAIN not in methods:
         raise InputError("promote: the bench has no plain decoding to compare with: run `bench` again")
+    if not methods[PLAIN]["speed_vs_plain"]:
+        raise InputError("promote: the bench timed no single request (bench.single=false), and the champion is chosen by their "
+                         "speed: run `hydra-heads bench` without that setting")
     lossless = {name for name, values in methods.items() if name not in (PLAIN, *FOREIGN) and _is_lossless(values, proof)}
     refused = sorted(set(methods) - lossless - {PLAIN, *FOREIGN})
     note = f"; not considered, since not shown to be lossless: {', '.join(refused)}" if refused else ""

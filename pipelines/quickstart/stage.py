@@ -6,19 +6,18 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from hydra_core.errors import InputError
 from pipelines.batch.stage import batch_finished, run_batch
 from pipelines.bench.report import method_table
-from pipelines.bench.results import finished_benches, fitting_bench
 from pipelines.bench.stage import run_bench
-from pipelines.config import RunConfig
+from pipelines.config import RunConfig, load_config
 from pipelines.distill.stage import run_distill
 from pipelines.promote.stage import run_promote
-from pipelines.runtime.artifacts import MANIFEST, RunPaths, StageResult, damaged
+from pipelines.runtime.artifacts import CLAIM, MANIFEST, RunPaths, StageResult, damaged
 from pipelines.runtime.console import say
 from pipelines.runtime.lock import only_run
 from pipelines.runtime.programs import program
@@ -38,14 +37,16 @@ CHAIN: tuple[tuple[str, Callable[[RunConfig], StageResult]], ...] = (
 def run_quickstart(config: RunConfig) -> StageResult:
     """Run every stage, except those whose manifest says that the same work is finished.
 
-    Raises InputError at once for what a later stage would lack: MLflow, a compiler, CPUs, the port; and if another quickstart of
-    this name works now.
+    Raises InputError at once for what a later stage would lack: MLflow, a compiler, CPUs, the port, the speed of single requests;
+    and if another quickstart of this name works now.
     """
     with only_run(RunPaths.of(config).run / "quickstart", Path(config.storage)):
         return _run(config)
 
 
 def _run(config: RunConfig) -> StageResult:
+    if not config.bench.single:
+        raise InputError("bench.single=false: the champion is chosen by the speed of single requests: leave it true")
     tracker = Tracker.open(config)
     _drop_stale(config)
     whole = _batch_is_finished(config)
@@ -121,29 +122,61 @@ def _check_cluster(config: RunConfig) -> None:
 
 
 def _drop_stale(config: RunConfig) -> None:
-    """Delete what was built on a stage whose files were changed: that stage runs again and its outputs will differ.
+    """Delete what this chain built on a stage whose files were changed: that stage runs again and its outputs will differ.
 
-    Not so for `distill` and `promote`: both produce the same outputs again.
+    Not so for `distill` and `promote`: both produce the same outputs again. Raises InputError if another run works in what is to
+    be deleted.
     """
     stale = False
     for stage in ("train", "tree", "bench", "promote", "batch"):
-        folder = RunPaths.of(config).stage(stage)
+        folders = _own_folders(config, stage)
         if stale:
-            shutil.rmtree(folder, ignore_errors=True)
-        elif stage in ("train", "tree", "bench") and any(map(damaged, _finished_folders(config, stage))):
+            for folder in folders:
+                _delete(folder, Path(config.storage))
+        elif stage in ("train", "tree", "bench") and any(map(damaged, folders)):
             stale = True
-            say("quickstart", f"{folder}: its files were changed: this stage and those that were built on it run again")
+            say("quickstart", f"{RunPaths.of(config).stage(stage)}: its files were changed: this stage and those that were built "
+                              "on it run again")
 
 
-def _finished_folders(config: RunConfig, stage: str) -> list[Path]:
-    """The finished outputs of a stage that the next one reads: of several benches the one with these settings."""
-    if stage != "bench":
-        return [path.parent for path in RunPaths.of(config).stage(stage).rglob(MANIFEST)]
-    benches = list(finished_benches(config))
+def _own_folders(config: RunConfig, stage: str) -> list[Path]:
+    """The folders of a stage that this chain writes to. Of other drafters, other benches and other partitions of `batch` in the
+    same run it knows nothing."""
+    paths = RunPaths.of(config)
+    if stage in ("train", "tree"):
+        folders = [paths.stage(stage, name) for name in ([config.train.only] if config.train.only else config.train.drafters)]
+    elif stage == "batch":
+        folders = [] if config.batch.target else [paths.stage(stage, config.batch.partition)]
+    else:
+        root = paths.stage(stage)
+        folders = [folder for folder in (root, *(path.parent for path in sorted(root.glob(f"*/{CLAIM}"))))
+                   if _has_settings(config, folder, ("bench", "promote") if stage == "promote" else ("bench", "ngram"))]
+    return [folder for folder in folders if (folder / CLAIM).exists()]
+
+
+def _has_settings(config: RunConfig, folder: Path, sections: tuple[str, ...]) -> bool:
+    """Whether the finished result in `folder` was made with the settings of `config`."""
     try:
-        return benches if len(benches) < 2 else [fitting_bench(config)[0]]
-    except InputError:  # none of them has these settings
-        return []
+        then = load_config(str(folder / "config.yaml"))
+    except InputError:  # it is not finished, or of another version
+        return False
+    return then.base.dtype == config.base.dtype and all(getattr(then, name) == getattr(config, name) for name in sections)
+
+
+def _delete(folder: Path, storage: Path) -> None:
+    """Delete the output in `folder`, but not other outputs inside it, nor their locks. The claim goes last: a folder without one
+    that holds something would be refused."""
+    with only_run(folder, storage):
+        (folder / MANIFEST).unlink(missing_ok=True)
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == CLAIM):
+            if path.name.endswith(".lock") or (path / CLAIM).exists() or (folder / f".{path.name}.lock").exists():
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        with suppress(OSError):  # it holds other outputs
+            folder.rmdir()
 
 
 def _folder(config: RunConfig, name: str, results: dict[str, StageResult]) -> Path:

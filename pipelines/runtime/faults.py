@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra_core.errors import InputError, StoppedError
+from pipelines.runtime.provenance import without_credentials
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 REFUSED = {errno.EACCES: "permission denied", errno.EPERM: "permission denied", errno.EROFS: "a read-only file system"}
@@ -34,6 +35,11 @@ def find_cause(error: BaseException) -> InputError | StoppedError | None:
         if isinstance(found, (InputError, StoppedError)) and not isinstance(inner, BaseException):
             return found
     return None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text, without credentials, or the exception's name where it has no text."""
+    return without_credentials((str(error).strip().splitlines() or [type(error).__name__])[0])
 
 
 def storage_fault(error: BaseException, folder: Path) -> StoppedError | None:

@@ -23,7 +23,10 @@ from pipelines.config.section import HIDDEN
 
 GIT_SECONDS = 20
 _SECRET = re.compile(r"password|passwd|secret|api_?key|credential|(?:^|[._-])token$", re.IGNORECASE)
-_USERINFO = re.compile(r"(?<=://)[^/@\s]+@")
+_USERINFO = re.compile(r"(?:(?<=http://)|(?<=https://))[^/?#\s]*@"
+                       r"|(?<!http://)(?<!https://)(?<=://)(?:[^/?#\s:@\[]*:(?:[^?\s]*@|\S*@)|[^/?#\s]*@)", re.IGNORECASE)
+"""User and password in an address, up to the last @ that may end them. Databases take a password with a slash; behind a web
+server's name and port that is a path."""
 _QUERY_SECRET = re.compile(r"(?<=[?&])([^=&#\s]*(?:password|passwd|secret|token|api_?key)[^=&#\s]*=)[^&#\s]+", re.IGNORECASE)
 PACKAGES = ("hydra-heads", "torch", "ray", "deepspeed", "transformers", "mlflow", "numpy", "pyarrow")
 

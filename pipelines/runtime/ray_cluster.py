@@ -18,7 +18,7 @@ import ray.data
 
 from hydra_core.errors import InputError, StoppedError
 from pipelines.config import RunConfig, Workers
-from pipelines.runtime.faults import one_line
+from pipelines.runtime.faults import first_line, one_line
 from pipelines.runtime.logs import quieten_driver
 from pipelines.runtime.ray_access import prepare_to_join, prepare_to_start, worker_environment
 
@@ -45,7 +45,7 @@ def ensure_ray(config: RunConfig) -> Iterator[None]:
         try:
             ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
         except (ConnectionError, ray.exceptions.AuthenticationError) as error:
-            raise StoppedError(f"{field}={address}: cannot be joined ({_first_line(error)})") from None
+            raise StoppedError(f"{field}={address}: cannot be joined ({first_line(error)})") from None
         except ValueError:  # not the form of an address: what `ray job submit` takes, or a host without a port
             raise InputError(f"{field}={address}: is no address of a Ray cluster: write it as HOST:6379, without http:// (which "
                              "is the dashboard's, for `ray job submit`)") from None
@@ -81,10 +81,6 @@ def _termination_as_interrupt() -> Iterator[None]:
 def cluster_address(config: RunConfig) -> str | None:
     """The address of the cluster to join; None where a local Ray is started."""
     return config.ray_address or os.environ.get("RAY_ADDRESS") or None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def check_workers(field: str, workers: Workers, count: int | None = None) -> None:

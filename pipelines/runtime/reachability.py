@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import ssl
 import threading
 import urllib.error
 import urllib.request
@@ -37,6 +38,10 @@ def why_unreachable(url: str) -> str | None:
             urllib.request.build_opener().open(url, timeout=PROBE_SECONDS).close()
         except urllib.error.HTTPError as error:  # the server answers, though a proxy may not serve this path
             return str(error) if error.code in GATEWAY_ERRORS else None
+        except urllib.error.URLError as error:
+            # something answers, with a certificate that a client's own settings may know (a private authority, no check)
+            if not isinstance(error.reason, ssl.SSLError):
+                raise
         return None
 
     return _within_seconds(ask)

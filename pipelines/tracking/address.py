@@ -33,8 +33,9 @@ def tracking_uri(config: RunConfig) -> str:
 
 
 def ui_command(config: RunConfig) -> str:
-    """The command that opens MLflow's UI with the runs of this store; for a server, its address."""
-    uri = tracking_uri(config)
+    """The command that opens MLflow's UI with the runs of this store; for a server, its address. It is shown, and so holds no
+    credentials."""
+    uri = without_credentials(tracking_uri(config))
     if uri.startswith(("http://", "https://")):
-        return without_credentials(uri)
+        return uri
     return shlex.join([*program("mlflow"), "ui", "--backend-store-uri", uri])

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from filelock import FileLock, Timeout
 
 from hydra_core.errors import InputError, StoppedError
-from pipelines.runtime.faults import storage_fault
+from pipelines.runtime.faults import first_line, storage_fault
 from pipelines.runtime.provenance import without_credentials
 from pipelines.runtime.reachability import why_silent, why_unreachable
 
@@ -37,6 +37,8 @@ __all__ = ["Dataset", "DatasetInput", "InputTag", "Metric", "MlflowClient", "Mlf
 TABLES_SECONDS, BUSY_SECONDS = 120.0, 30.0
 """Longest wait for another process that makes the tables of an SQLite file, and for one that writes to it."""
 DATABASE_PORTS = {"postgresql": 5432, "postgres": 5432, "mysql": 3306, "mssql": 1433}
+DATABASES = {"sqlite", *DATABASE_PORTS}
+"""Schemes of the stores that this process writes to itself; behind others a server keeps runs and artifacts."""
 
 
 def open_client(uri: str) -> MlflowClient:
@@ -56,7 +58,7 @@ def open_client(uri: str) -> MlflowClient:
     except Exception as error:  # each kind of store raises its own exceptions
         if (path := _database(uri)) and (full := storage_fault(error, path.parent)):
             raise full from None
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         if "_alembic_tmp_" in reason or "already exists" in reason:
             raise InputError(f"tracking.uri={shown}: an interrupted first start left its tables half-made ({reason}): delete "
                              f"{_database(uri) or 'that database'} and run again") from None
@@ -99,7 +101,8 @@ def _line_of(message: str) -> str | None:
         return (f"the {what} {found[2]} was deleted while this command used it: `mlflow {what}s restore --{what}-id {found[2]}`, "
                 "or run the same command again")
     if _AWAY.search(message):
-        return f"the MLflow server does not answer any more ({message.splitlines()[0][:200]}): run the same command again"
+        shown = without_credentials(message.splitlines()[0])[:200]
+        return f"the MLflow server does not answer any more ({shown}): run the same command again"
     return None
 
 

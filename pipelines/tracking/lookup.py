@@ -22,11 +22,12 @@ class Model:
     version: int | None = None
 
 
-def find_model(config: RunConfig, asked: str | None) -> Model:
+def find_model(config: RunConfig, asked: str | None, field: str = "serve.model") -> Model:
     """Find `models:/NAME@alias`, `models:/NAME/VERSION`, a folder, the bundled heads or `plain`.
 
-    `asked` None: the champion, or the bundled heads if nothing is promoted yet. Raises InputError for a model that is not
-    registered, and if there are no bundled heads for this base.
+    `asked`: the value of the setting `field`; None: the champion, or the bundled heads if nothing is promoted yet. Raises
+    InputError for a model that is not registered, and if there are no bundled heads for this base; StoppedError for a registry
+    that does not answer the question: other heads in place of the champion would be a surprise.
     """
     if asked == PLAIN:
         return Model(None, PLAIN)
@@ -38,7 +39,7 @@ def find_model(config: RunConfig, asked: str | None) -> Model:
 
     champion = f"models:/{config.promote.model_name}@{config.promote.alias}"
     try:
-        version, folder = resolve(config, asked or champion, RunPaths.of(config).cache / "models")
+        version, folder = resolve(config, asked or champion, RunPaths.of(config).cache / "models", field)
     except NotRegistered:
         if asked is not None or (found := _of_this_base(config)) is None:
             raise

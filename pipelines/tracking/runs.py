@@ -12,13 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from urllib.parse import urlsplit
 
 from hydra_core.errors import InputError, StoppedError
 from pipelines.config import RunConfig
 from pipelines.runtime.console import say
+from pipelines.runtime.faults import first_line
 from pipelines.runtime.provenance import HIDDEN, is_secret, shareable_yaml, without_credentials
 from pipelines.tracking.address import tracking_uri
 from pipelines.tracking.client import (
+    DATABASES,
     Dataset,
     DatasetInput,
     InputTag,
@@ -52,7 +55,7 @@ class Run:
         try:
             self.end("FAILED" if kind else "FINISHED")
         except Exception as error:  # the work is done, or has failed for a reason that matters more
-            say("tracking", f"the end of run {self.run_id} is not recorded: {(str(error).splitlines() or [''])[0]}")
+            say("tracking", f"the end of run {self.run_id} is not recorded: {first_line(error)}")
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log numbers at a step; other characters of a name than letters, digits and . _ - / are replaced."""
@@ -104,7 +107,7 @@ class Run:
                 raise
             where = without_credentials(self._client.get_run(self.run_id).info.artifact_uri)
             raise InputError(f"tracking.experiment: its artifacts cannot be stored in {where} "
-                             f"({(str(error).splitlines() or [type(error).__name__])[0][:200]}): choose another "
+                             f"({first_line(error)[:200]}): choose another "
                              "tracking.experiment, or correct the server's artifact root") from None
 
     def end(self, status: str = "FINISHED") -> None:
@@ -135,7 +138,7 @@ class Tracker:
                                  f"--experiment-id {found.experiment_id}`) or choose another name")
             return cls(config, client, uri, found.experiment_id)
         location = None
-        if uri.startswith("sqlite:"):  # MLflow's default is relative to the folder that a worker runs in
+        if urlsplit(uri).scheme.split("+")[0] in DATABASES:  # MLflow's default is relative to the folder that a worker runs in
             location = (Path(config.storage) / "mlflow" / "artifacts").as_uri()
         try:
             return cls(config, client, uri, client.create_experiment(name, artifact_location=location))

@@ -1,5 +1,5 @@
-"""Ray Train as this project needs it: a process group on the network between the nodes, no watcher of placement groups, and no
-restart of work that cannot succeed."""
+"""Ray Train as this project needs it: a process group on the network between the nodes, no watcher of placement groups, no
+handler of interrupts, and no restart of work that cannot succeed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ CLEANER = "PlacementGroupCleanerCallback"
 
 
 class HeadTrainer(TorchTrainer):
-    """A TorchTrainer without Ray's cleaner of placement groups, which restarts workers that died, and not those that stopped.
+    """A TorchTrainer without Ray's cleaner of placement groups and without Ray's handler of interrupts, which restarts workers
+    that died, and not those that stopped.
 
     The cleaner asks Ray's state API every second whether the controller lives. That needs a dashboard, which a local Ray does not
     have, and fails where two Rays run on one machine. A placement group ends with the job that made it anyway.
@@ -33,6 +34,10 @@ class HeadTrainer(TorchTrainer):
     def _create_default_callbacks(self) -> list[Any]:
         made = super()._create_default_callbacks()  # type: ignore[misc]  # typed as the old trainer
         return [one for one in made if type(one).__name__ != CLEANER]
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Leave Python's own handler, which raises KeyboardInterrupt: Ray's exits with 0, stays for good, and swallows interrupts
+        after the training."""
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         policy = _RestartTheDead(cast(FailureConfig, self.run_config.failure_config))

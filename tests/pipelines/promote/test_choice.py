@@ -70,3 +70,8 @@ def test_what_may_be_noise_does_not_win_however_fast(noise: dict[str, Any], why:
     methods = {PLAIN: figures(1.0), "fast": figures(9.0, **noise), "slow": figures(1.1, spread=[1.01, 1.2], tokens_per_step=1.01)}
     assert choose_winner(methods, 1.0) == (
         "slow", f"1.10x plain decoding, the fastest of 1 lossless contenders; not considered: fast ({why})")
+
+
+def test_a_bench_that_timed_no_single_request_is_no_reason_for_plain_decoding() -> None:
+    with pytest.raises(InputError, match=r"^promote: the bench timed no single request \(bench\.single=false\)"):
+        choose_winner({PLAIN: figures(None), "fast": figures(None)}, 1.0)

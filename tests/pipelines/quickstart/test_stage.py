@@ -42,20 +42,48 @@ def test_what_was_built_on_a_changed_stage_goes(storage: Path, changed: str | No
     assert {name for name, path in outputs.items() if not path.exists()} == gone
 
 
-def test_a_bench_of_other_prompts_is_not_looked_at(storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def finish_beside(config: RunConfig, stage: str, folder: Path) -> Path:
+    """A finished output of another chain in this run."""
+    with stage_folder(config, stage, folder, "other") as claimed:
+        write_text(folder / "output", "other")
+        claimed.finish(StageResult(stage, None, {}, {}), [folder / "output"])
+    return folder / "output"
+
+
+def test_what_another_chain_made_in_the_run_stays(storage: Path) -> None:
+    """Drafters, benches and partitions that these settings do not ask for, damaged or not."""
+    config, paths = (made := load_config(None, {"storage": str(storage)})), RunPaths.of(made)
+    outputs = finish_all(config)
+    benches = load_config(None, {"storage": str(storage), "bench.limit": 3})
+    others = [finish_beside(config, "train", paths.stage("train", "mine")),
+              finish_beside(config, "tree", paths.stage("tree", "mine")),
+              finish_beside(benches, "bench", paths.stage("bench") / "mine-0a1b2c3d"),
+              finish_beside(benches, "promote", paths.stage("promote") / "mine-0a1b2c3d"),
+              finish_beside(config, "batch", paths.stage("batch", "2026-01-31"))]
+    for path in others:
+        path.write_text("changed", encoding="utf-8")
+    quickstart._drop_stale(config)
+    assert all(path.exists() for path in (*outputs.values(), *others))
+    outputs["train/hydra"].write_text("changed", encoding="utf-8")
+    quickstart._drop_stale(config)
+    assert all(path.exists() for path in others) and not any(outputs[name].exists() for name in ("bench", "promote", "batch"))
+    with stage_folder(config, "bench", paths.stage("bench"), "again"):  # the place is free
+        pass
+
+
+def test_a_folder_that_another_run_works_in_is_not_deleted(storage: Path) -> None:
     config = load_config(None, {"storage": str(storage)})
     outputs = finish_all(config)
-    side = RunPaths.of(config).stage("bench") / "mine-0a1b2c3d"
-    with stage_folder(config, "bench", side, "other") as stage:
-        write_text(side / "output", "side")
-        stage.finish(StageResult("bench", None, {}, {}), [side / "output"])
-    monkeypatch.setattr(quickstart, "fitting_bench", lambda config: (outputs["bench"].parent, {}))
-    (side / "output").write_text("changed", encoding="utf-8")
-    quickstart._drop_stale(config)
-    assert all(path.exists() for path in outputs.values())
     outputs["bench"].write_text("changed", encoding="utf-8")
-    quickstart._drop_stale(config)
-    assert not outputs["promote"].exists()
+    with only_run(RunPaths.of(config).stage("batch"), storage), pytest.raises(InputError, match="/batch: another run writes"):
+        quickstart._drop_stale(config)
+    assert outputs["batch"].exists()
+
+
+def test_a_bench_without_single_requests_is_told_at_once(storage: Path) -> None:
+    with pytest.raises(InputError, match=r"^bench\.single=false: the champion is chosen by"):
+        quickstart.run_quickstart(load_config(None, {"storage": str(storage), "bench.single": False}))
+    assert not (storage / "mlflow").exists()
 
 
 def test_two_at_once(storage: Path) -> None:

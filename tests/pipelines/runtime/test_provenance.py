@@ -74,3 +74,15 @@ def test_what_counts_as_a_secret() -> None:
     assert without_credentials("postgresql://u:p@db/x and http://a@b") == "postgresql://db/x and http://b"
     assert without_credentials("postgresql://db/x?user=u&password=p&sslmode=on") == (
         f"postgresql://db/x?user=u&password={HIDDEN}&sslmode=on")
+
+
+@pytest.mark.parametrize(("text", "shown"), [
+    ("postgresql://u:p/w@host/db", "postgresql://host/db"), ("mysql+pymysql://u:p@ss/w@host:3306/db", "mysql+pymysql://host:3306/db"),
+    ("postgresql://u:p?w@host/db", "postgresql://host/db"), ("postgresql://u:p@host/db?mail=a@b", "postgresql://host/db?mail=a@b"),
+    ("postgresql://u@host/db", "postgresql://host/db"), ("http://u:p@ss@host/x", "http://host/x"),
+    ("HTTPS://u:p@ss@host/x", "HTTPS://host/x"), ("failed: http://u:p@h:1/a and http://v:q@h/b", "failed: http://h:1/a and http://h/b"),
+    *((same, same) for same in (
+        "http://host/models@x", "http://host:5000/models@x", "https://host/x?of=a@b", "s3://bucket/a@b/c", "file:///data/a:b@c/d",
+        "sqlite:////home/me@work/mlflow.db", "models:/heads@champion", "postgresql://[::1]:5432/db"))])
+def test_passwords_with_any_characters(text: str, shown: str) -> None:
+    assert without_credentials(text) == shown

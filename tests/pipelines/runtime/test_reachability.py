@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import http.server
 import os
+import ssl
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 
 import pytest
@@ -55,3 +58,15 @@ def test_nothing_changes_where_no_proxy_is_in_the_way(monkeypatch: pytest.Monkey
     before = dict(os.environ)
     spare_loopback()
     assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize(("reason", "silent"), [(ssl.SSLCertVerificationError(1, "unable to get local issuer"), False),
+                                                (ConnectionRefusedError(111, "refused"), True)])
+def test_a_certificate_that_is_not_known_here_is_an_answer(monkeypatch: pytest.MonkeyPatch, reason: Exception,
+                                                           silent: bool) -> None:
+    """A client may have been told the authority, or not to check."""
+    def fail(*_: object, **__: object) -> None:
+        raise urllib.error.URLError(reason)
+
+    monkeypatch.setattr(urllib.request.OpenerDirector, "open", fail)
+    assert (why_unreachable("https://host/health") is not None) == silent

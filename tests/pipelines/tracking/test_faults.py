@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 
 from hydra_core.errors import InputError, StoppedError
 from pipelines.config import RunConfig, load_config
-from pipelines.tracking import Tracker, resolve
+from pipelines.tracking import Tracker, resolve, ui_command
 from pipelines.tracking.client import _has_tables, _line_of, open_client
 from pipelines.train.reporting import log_curve, log_rest
 
@@ -101,6 +101,23 @@ def test_a_version_of_a_remote_store_is_downloaded_once_and_whole(config: RunCon
 def test_which_faults_are_told(message: str, words: str | None) -> None:
     found = _line_of(message)
     assert found is None if words is None else words in (found or "")
+
+
+def test_no_line_shows_a_password(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = "postgresql://me:hunter2@127.0.0.1:9/x"
+    told = _line_of("API request to http://me:hunter2@h:1/api/2.0 failed with exception x")
+    assert told is not None and "http://h:1/api/2.0" in told and "hunter2" not in told
+
+    def fail(**_: str) -> None:
+        raise RuntimeError(f"Could not parse {secret}")
+
+    monkeypatch.setattr("pipelines.tracking.client._why_dead", lambda uri: None)
+    monkeypatch.setattr("pipelines.tracking.client.MlflowClient", fail)
+    with pytest.raises((InputError, StoppedError), match=r"postgresql://127\.0\.0\.1:9/x") as caught:
+        open_client(secret)
+    assert "hunter2" not in str(caught.value)
+    shown = ui_command(load_config(None, {"storage": config.storage, "tracking.uri": secret}))
+    assert "postgresql://127.0.0.1:9/x" in shown and "hunter2" not in shown
 
 
 def test_the_lock_of_the_tables_is_for_those_who_make_them(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:

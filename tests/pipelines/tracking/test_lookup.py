@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 
 from hydra_core.base import Base, load_base
 from hydra_core.bundled import folders as bundled
 from hydra_core.decoding import DecodingConfiguration, load_heads, read_configuration, save_configuration
 from hydra_core.decoding.configuration import ANY_FORMAT
-from hydra_core.errors import InputError
+from hydra_core.errors import InputError, StoppedError
 from hydra_core.heads.checkpoint import save_checkpoint
 from hydra_core.proposers import AdaptiveDrafter
 from hydra_core.tree import DraftTree, TreeSet
@@ -20,7 +23,7 @@ from jobs.runner import run
 from pipelines.bench.stage import find_heads, run_bench
 from pipelines.config import RunConfig, load_config
 from pipelines.profiling.weight_format import resolve_format
-from pipelines.promote.stage import run_promote
+from pipelines.promote.stage import _is_champion, run_promote
 from pipelines.runtime.artifacts import RunPaths
 from pipelines.tracking.lookup import find_model
 from tests.trained import random_heads
@@ -52,6 +55,29 @@ def test_without_a_champion_the_packages_heads_decode(package: Path, tiny_base_d
     assert find_model(config, str(storage)).folder == storage
     with pytest.raises(InputError, match="is not registered"):
         find_model(config, "models:/hydra-heads@champion")
+
+
+@pytest.mark.parametrize("asked", [None, "models:/heads@champion", "models:/heads/3"])
+def test_a_registry_that_fails_is_no_empty_registry(package: Path, tiny_base_dir: Path, storage: Path, asked: str | None,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bundled heads do not take the place of a champion that nobody could look up, and nothing is promoted over it."""
+    def fail(*_: object) -> None:
+        raise MlflowException("the server is overloaded", error_code=TEMPORARILY_UNAVAILABLE)
+
+    client = SimpleNamespace(get_model_version_by_alias=fail, get_model_version=fail)
+    monkeypatch.setattr("pipelines.tracking.registry.open_client", lambda uri: client)
+    config = config_for(storage, tiny_base_dir)
+    with pytest.raises(StoppedError, match=r"^generate\.model=models:/\S+: the registry does not say .*the server is overloaded"):
+        find_model(config, asked, "generate.model")
+    with pytest.raises(StoppedError, match="the server is overloaded"):
+        _is_champion(config, storage)
+
+
+def test_the_setting_is_named(package: Path, tiny_base_dir: Path, storage: Path) -> None:
+    config = config_for(storage, tiny_base_dir)
+    for asked in ("models:/heads@champion", "models:/heads/3", "models:/heads"):
+        with pytest.raises(InputError, match=rf"^generate\.model={asked}: "):
+            find_model(config, asked, "generate.model")
 
 
 def test_a_base_without_bundled_heads(package: Path, tiny_base_dir: Path, storage: Path) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from mlflow.tracking import MlflowClient
@@ -42,6 +43,20 @@ def test_children_under_one_parent(config: RunConfig, tmp_path: Path) -> None:
     assert seen.inputs.dataset_inputs[0].dataset.name == "features"
     assert seen.info.artifact_uri.startswith((Path(config.storage) / "mlflow" / "artifacts").as_uri())
     assert tracking_uri(config) == f"sqlite:///{config.storage}/mlflow/mlflow.db"
+
+
+@pytest.mark.parametrize(("uri", "given"), [
+    ("postgresql://host/x", True), ("mysql+pymysql://host/x", True), ("sqlite:////data/x.db", True), ("http://host:5000", False),
+    ("https://host", False), ("databricks", False), ("databricks://profile", False)])
+def test_artifacts_of_a_database_lie_in_the_storage(config: RunConfig, monkeypatch: pytest.MonkeyPatch, uri: str,
+                                                    given: bool) -> None:
+    """MLflow's own place for them is the folder in which a process happens to run; a server has one of its own."""
+    asked: list[str | None] = []
+    client = SimpleNamespace(get_experiment_by_name=lambda name: None,
+                             create_experiment=lambda name, artifact_location: asked.append(artifact_location))
+    monkeypatch.setattr("pipelines.tracking.runs.open_client", lambda uri: client)
+    Tracker.open(load_config(None, {"storage": config.storage, "tracking.uri": uri}))
+    assert asked == [(Path(config.storage) / "mlflow" / "artifacts").as_uri() if given else None]
 
 
 def test_failed_run_is_taken_up_again(config: RunConfig) -> None:

@@ -6,16 +6,19 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import ray
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
+from ray.train.v2.api import data_parallel_trainer
 
 from hydra_core.base import Base
 from hydra_core.errors import InputError, StoppedError
@@ -71,6 +74,17 @@ def test_dead_workers_are_restarted() -> None:
 def test_no_cleaner_of_placement_groups(local_ray: None) -> None:
     names = {type(one).__name__ for one in HeadTrainer(lambda: None)._create_default_callbacks()}
     assert "BackendSetupCallback" in names and ray_train.CLEANER not in names
+
+
+def test_an_interrupt_stays_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's handler would end a training with exit code 0 and stay after it."""
+    monkeypatch.setattr(data_parallel_trainer, "ray", MagicMock())
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        HeadTrainer(lambda: None)._initialize_and_run_controller()
+        assert signal.getsignal(signal.SIGINT) is before
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def write_run(tiny_base: Base, tiny_base_dir: Path, storage: Path, **changes: object) -> list[str]:
