@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from pipelines.bench.stage import run_bench
 from pipelines.config import RunConfig, load_config
 from pipelines.distill.stage import run_distill
 from pipelines.promote.stage import run_promote
-from pipelines.runtime.artifacts import CLAIM, MANIFEST, RunPaths, StageResult, damaged
+from pipelines.runtime.artifacts import CLAIM, MANIFEST, RunPaths, StageResult, damaged, remove_content
 from pipelines.runtime.console import say
 from pipelines.runtime.lock import only_run
 from pipelines.runtime.programs import program
@@ -132,7 +131,9 @@ def _drop_stale(config: RunConfig) -> None:
         folders = _own_folders(config, stage)
         if stale:
             for folder in folders:
-                _delete(folder, Path(config.storage))
+                with only_run(folder, Path(config.storage)):
+                    (folder / MANIFEST).unlink(missing_ok=True)  # first, so that a killed run leaves nothing that looks finished
+                    remove_content(folder)
         elif stage in ("train", "tree", "bench") and any(map(damaged, folders)):
             stale = True
             say("quickstart", f"{RunPaths.of(config).stage(stage)}: its files were changed: this stage and those that were built "
@@ -161,22 +162,6 @@ def _has_settings(config: RunConfig, folder: Path, sections: tuple[str, ...]) ->
     except InputError:  # it is not finished, or of another version
         return False
     return then.base.dtype == config.base.dtype and all(getattr(then, name) == getattr(config, name) for name in sections)
-
-
-def _delete(folder: Path, storage: Path) -> None:
-    """Delete the output in `folder`, but not other outputs inside it, nor their locks. The claim goes last: a folder without one
-    that holds something would be refused."""
-    with only_run(folder, storage):
-        (folder / MANIFEST).unlink(missing_ok=True)
-        for path in sorted(folder.iterdir(), key=lambda path: path.name == CLAIM):
-            if path.name.endswith(".lock") or (path / CLAIM).exists() or (folder / f".{path.name}.lock").exists():
-                continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-        with suppress(OSError):  # it holds other outputs
-            folder.rmdir()
 
 
 def _folder(config: RunConfig, name: str, results: dict[str, StageResult]) -> Path:

@@ -206,7 +206,7 @@ def _claim(stage: str, folder: Path, wanted: str, earlier: Collection[str], sett
     claim = folder / CLAIM
     _sweep(folder)
     if not claim.exists():
-        if folder.exists() and any(folder.iterdir()):
+        if own_content(folder):
             raise InputError(f"{folder}: is not empty and not a `{stage}` output: choose another folder or empty it")
         write_text(claim, json.dumps({"fingerprint": wanted, "stage": stage, "settings": settings}))
         return wanted
@@ -218,6 +218,26 @@ def _claim(stage: str, folder: Path, wanted: str, earlier: Collection[str], sett
         path.unlink(missing_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)  # the stage is not finished any more
     return owner
+
+
+def own_content(folder: Path) -> list[Path]:
+    """What lies in `folder`, the claim last, without other outputs inside it (a partition, a second bench) and their locks."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if not path.name.endswith(".lock") and not (path / CLAIM).exists()
+             and not (folder / f".{path.name}.lock").exists()]
+    return sorted(found, key=lambda path: path.name == CLAIM)
+
+
+def remove_content(folder: Path) -> None:
+    """Remove `own_content`, and then the folder if nothing else is in it."""
+    for path in own_content(folder):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -275,10 +295,13 @@ def _owner(claim: Path) -> str | None:
 
 
 def _release(folder: Path, storage: Path) -> None:
-    """Remove a folder that holds nothing but its claim, and then the empty folders above it inside the storage."""
-    if any(path.is_file() and path != folder / CLAIM for path in folder.rglob("*")):
+    """Remove a folder that holds nothing of its own but its claim, and then the empty folders above it inside the storage."""
+    own = own_content(folder)
+    if any(path.is_file() and path != folder / CLAIM for found in own for path in (found, *found.rglob("*"))):
         return
-    shutil.rmtree(folder)
+    remove_content(folder)
+    if folder.exists():
+        return
     for parent in folder.parents:
         if storage not in parent.parents or any(parent.iterdir()):
             break

@@ -52,7 +52,8 @@ def finish_beside(config: RunConfig, stage: str, folder: Path) -> Path:
 
 def test_what_another_chain_made_in_the_run_stays(storage: Path) -> None:
     """Drafters, benches and partitions that these settings do not ask for, damaged or not."""
-    config, paths = (made := load_config(None, {"storage": str(storage)})), RunPaths.of(made)
+    config = load_config(None, {"storage": str(storage)})
+    paths = RunPaths.of(config)
     outputs = finish_all(config)
     benches = load_config(None, {"storage": str(storage), "bench.limit": 3})
     others = [finish_beside(config, "train", paths.stage("train", "mine")),
@@ -67,8 +68,9 @@ def test_what_another_chain_made_in_the_run_stays(storage: Path) -> None:
     outputs["train/hydra"].write_text("changed", encoding="utf-8")
     quickstart._drop_stale(config)
     assert all(path.exists() for path in others) and not any(outputs[name].exists() for name in ("bench", "promote", "batch"))
-    with stage_folder(config, "bench", paths.stage("bench"), "again"):  # the place is free
-        pass
+    with pytest.raises(RuntimeError), stage_folder(config, "batch", paths.stage("batch"), "again"):  # the place is free
+        raise RuntimeError
+    assert all(path.exists() for path in others) and not (paths.stage("batch") / "claim.json").exists()
 
 
 def test_a_folder_that_another_run_works_in_is_not_deleted(storage: Path) -> None:
