@@ -20,8 +20,8 @@ from pipelines.batch.retry import TRIES, GivenUp, Overloaded, RetryPolicy, TooSl
 from pipelines.serve.messages import is_text
 from pipelines.serve.openai.errors import printable
 
-BUSY = (408, 425, 429, 502, 503, 504)
-"""HTTP statuses of a full queue, and of a proxy whose server is starting or away."""
+BUSY = (408, 425, 429, 502, 503, 504, 520, 521, 522, 523, 524, 529)
+"""HTTP statuses of a full queue, and of a proxy whose server is starting or away; those above 511 are of large proxies."""
 TIMEOUT = "timeout"
 """The code of our own endpoint's 504: it was there, and the answer took longer than it allows."""
 Count = Annotated[int, Field(ge=0, lt=2**31, strict=True)]

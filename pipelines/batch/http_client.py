@@ -19,7 +19,7 @@ import aiohttp
 
 LONGEST_ANSWER = 64 << 20
 """Bytes; a longer answer is none."""
-CONNECT_SECONDS = 30.0
+CONNECT_SECONDS, CLOSE_SECONDS = 30.0, 10.0
 
 
 class NoAnswer(Exception):
@@ -71,8 +71,8 @@ class HttpClient:
         self._closed = True
         for future in list(self._flying):
             future.cancel()
-        with suppress(RuntimeError):  # another thread closes it too
-            asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
+        with suppress(RuntimeError, TimeoutError):  # another thread closes it too, or a connection does not come to its end
+            asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(CLOSE_SECONDS)
             self._loop.call_soon_threadsafe(self._loop.stop)
 
     def __enter__(self) -> HttpClient:

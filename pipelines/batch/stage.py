@@ -92,7 +92,7 @@ def run_batch(config: RunConfig) -> StageResult:
             (folder / SUCCESS).unlink(missing_ok=True)
             run.log_dataset("input", digest, config.batch.source or "held-out prompts of this run", STAGE)
             try:
-                figures, read = _answer_all(config, folder, serving, digest)
+                figures, read, files = _answer_all(config, folder, serving, digest)
             except InputChanged as error:
                 if not parts(folder / "rows", kind):
                     raise
@@ -105,8 +105,7 @@ def run_batch(config: RunConfig) -> StageResult:
             check_counts(STAGE, read, figures["rows"], figures["errors"], figures["rows_skipped"], config.batch.max_error_share,
                          hint=f"see {folder / 'errors'}")
             outputs = {"rows": str(folder / "rows"), "errors": str(folder / "errors"), "report": str(folder / "report.json")}
-            files = [*parts(folder / "rows", kind), *parts(folder / "errors", kind), folder / "report.json"]
-            result = stage.finish(StageResult(STAGE, run.run_id, outputs, figures), files)
+            result = stage.finish(StageResult(STAGE, run.run_id, outputs, figures), [*files, folder / "report.json"])
         write_text(folder / SUCCESS, "")
         return result
 
@@ -160,8 +159,9 @@ def _fingerprints(config: RunConfig, serving: ModelDigest, digest: str) -> tuple
     return wanted, earlier
 
 
-def _answer_all(config: RunConfig, folder: Path, serving: Serving, digest: str) -> tuple[dict[str, Any], int]:
-    """Answer the rows that have no answer yet, and count: returns the report and the number of rows read."""
+def _answer_all(config: RunConfig, folder: Path, serving: Serving, digest: str) -> tuple[dict[str, Any], int, list[Path]]:
+    """Answer the rows that have no answer yet, and count: returns the report, the number of rows read, and the parts
+    that hold what was counted: another one, which a killed job writes now, is none of the output."""
     section, kind = config.batch, output_kind(config.batch)
     for part in ("rows", "errors"):
         sweep(folder / part)
@@ -186,7 +186,7 @@ def _answer_all(config: RunConfig, folder: Path, serving: Serving, digest: str) 
     counted = len(rows.ids), len(errors.ids), reading.skipped
     say(STAGE, f"{reading.rows} rows = {counted[0]} ok + {counted[1]} errors + {counted[2]} skipped")
     figures = report(rows, errors, before, reading.skipped, seconds, label)
-    return figures | ({"made_by": made_by} if made_by else {}), reading.rows
+    return figures | ({"made_by": made_by} if made_by else {}), reading.rows, [*rows.parts, *errors.parts]
 
 
 def _stream(config: RunConfig, folder: Path, source: Iterator[BatchRow | BadRow], before: OutputTotals,

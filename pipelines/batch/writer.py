@@ -102,9 +102,11 @@ class Writer:
 
 @dataclass
 class OutputTotals:
-    """Totals over the parts of a folder, each row once. `ids`: digests; `latencies`: in seconds, where known."""
+    """Totals over the parts of a folder, each row once. `ids`: digests; `parts`: the files that hold these rows; `latencies`: in
+    seconds, where known."""
 
     ids: set[bytes] = field(default_factory=set)
+    parts: list[Path] = field(default_factory=list)
     tokens: int = 0
     later_tokens: int = 0
     steps: int = 0
@@ -150,10 +152,14 @@ def deduplicate(folder: Path, kind: str, schema: pa.Schema, elsewhere: set[bytes
             if key not in found.ids and key not in taken:
                 kept.append(row)
                 found.add(row)
-        if len(kept) < len(rows):
-            if kept:
-                rewritten.add(_write_rows(folder, kept, schema, kind))
+        if len(kept) == len(rows):
+            found.parts.append(path)
+            continue
+        if kept:
+            rewritten.add(_write_rows(folder, kept, schema, kind))
+        if path not in rewritten:
             path.unlink()
+    found.parts += sorted(rewritten)
     return found
 
 

@@ -15,6 +15,7 @@ import pytest
 from hydra_core.errors import InputError, StoppedError
 from jobs.runner import run
 from pipelines.batch import http_client, retry
+from pipelines.batch import stage as batch_stage
 from pipelines.batch.backend import RequestSettings
 from pipelines.batch.backends import open_backend
 from pipelines.batch.http_backend import seconds_of
@@ -167,6 +168,21 @@ def test_a_part_that_comes_late_is_set_aside(make: Callable[..., RunConfig], tmp
     assert f"{late} was written after the job had ended" in capsys.readouterr().err
 
 
+def test_a_part_that_comes_after_the_count_is_none_of_the_output(make: Callable[..., RunConfig], tmp_path: Path,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the count of the rows and the manifest too, which lists what was counted."""
+    folder = tmp_path / "out" / "rows"
+    late, then = folder / f"part-{'0' * 32}.jsonl", batch_stage.report
+
+    def meanwhile(*given: Any) -> Any:
+        late.write_bytes(next(folder.glob("part-*")).read_bytes())
+        return then(*given)
+
+    monkeypatch.setattr(batch_stage, "report", meanwhile)
+    assert run_batch(make()).figures["rows"] == ROWS
+    assert run_batch(make()).skipped and len(texts(tmp_path / "out")) == ROWS
+
+
 def test_connections_are_reused(make: Callable[..., RunConfig], server: StandIn) -> None:
     run_batch(make())
     assert len(server.asked) == ROWS and server.connections <= 3 + 2  # three in flight, and those that looked first
@@ -250,6 +266,13 @@ def test_an_answer_that_is_none_is_a_failed_row(ask: Callable[..., Any], server:
 def test_what_an_answer_may_leave_out(ask: Callable[..., Any], server: StandIn, raw: bytes) -> None:
     server.instead = lambda *_: (200, "application/json", raw)
     assert ask().status == 200
+
+
+@pytest.mark.parametrize("status", [408, 425, 429, 502, 503, 504, 520, 521, 522, 523, 524, 529])
+def test_while_a_server_in_front_finds_nobody_rows_wait(ask: Callable[..., Any], server: StandIn, status: int) -> None:
+    """However often it says so: no row is at fault."""
+    server.instead = lambda number, _: (status, "text/html", b"<html>origin is down") if number < 9 else None
+    assert ask().status == 200 and len(server.asked) == 9
 
 
 @pytest.fixture

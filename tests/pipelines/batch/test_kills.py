@@ -22,6 +22,7 @@ from hydra_core.base import Base
 from hydra_core.decoding import Engine, StepOutput, naive_generate
 from hydra_core.sampling import Request
 from pipelines.batch.backend import RequestSettings
+from pipelines.batch.backends import open_backend
 from pipelines.batch.reader import BatchRow
 from pipelines.batch.stage import run_batch
 from pipelines.batch.worker import BatchSettings, BatchWorker
@@ -153,6 +154,22 @@ def test_a_killed_job_leaves_no_application_for_good(local_ray: None, tiny_base_
     assert list(serve.status().applications) == [left]
     result = run_batch(make("out"))
     assert result.figures["rows"] == 80 and 0 < result.figures["resumed"] < 80 and not serve.status().applications
+
+
+def test_what_an_endpoint_cuts_off_is_an_error_row(local_ray: None, tiny_base_dir: Path, storage: Path) -> None:
+    """A real one, with a limit that no answer meets: three attempts a row, and no wait as for a full queue."""
+    app = start_app(config_for(storage, tiny_base_dir, serve__request_seconds=0.001))
+    try:
+        backend = open_backend(RequestSettings("hydra-heads", 200, 0.0, 0, address=app.url))
+        asked: list[str] = []
+        post = backend.client.post  # type: ignore[attr-defined]
+        backend.client.post = lambda path, *more: (asked.append(path), post(path, *more))[1]  # type: ignore[attr-defined]
+        reply = backend.ask(BatchRow("a", 1, prompt="question"))
+        backend.stop()
+    finally:
+        app.stop()
+    assert (reply.status, len(asked)) == (504, 3) and "within the 0.001 seconds" in reply.message
+    assert "serve.request_seconds of the endpoint sets the limit" in reply.message
 
 
 def test_an_embedded_engine_that_fails_is_made_again(tiny_base_dir: Path, tiny_base: Base, storage: Path,
