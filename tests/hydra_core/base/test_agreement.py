@@ -334,6 +334,7 @@ def test_a_missing_cap_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 OF_THE_MACHINE = [MemoryError("no more"), InputError("base.model=x: one line"), torch.OutOfMemoryError("CUDA out of memory"),
+                  torch.AcceleratorError("a device that fails"),
                   RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried"),
                   RuntimeError("CUDA error: an illegal memory access was encountered")]
 
