@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from hydra_core.base import Base, load_base
 from tests.tiny import save_tiny
@@ -23,6 +24,8 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 MOST_PROCESSES = 4  # each starts a Ray with workers that load torch: about 3 GB
 
 torch.set_num_threads(1)  # two cores are shared with Ray workers: unset threads fight
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")  # on a busy machine it says nothing how long a drawn case takes
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

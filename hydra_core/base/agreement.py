@@ -147,7 +147,8 @@ def _errors(ours: Tensor, theirs: Tensor) -> Tensor:
     count: it changes no probability."""
     ours, theirs = (logits.double() - logits.double().mean(-1, keepdim=True) for logits in (ours, theirs))
     size = theirs.norm(dim=-1).square().mean().sqrt()
-    return (ours - theirs).norm(dim=-1) / (size if size else 1.0)
+    found: Tensor = (ours - theirs).norm(dim=-1) / (size if size else 1.0)
+    return found
 
 
 def _upper_median(errors: Tensor) -> float:

@@ -117,5 +117,13 @@ def test_a_tree_is_copied_to_a_device_once() -> None:
     assert copied is batch.to(torch.device("meta")) and copied.depth == batch.depth == 2
     for name in ("parents", "depths", "ancestors"):
         own, other = getattr(batch, name), getattr(copied, name)
-        assert other.device.type == "meta" and other.shape == own.shape and other.dtype == own.dtype
+        assert (other.device.type, other.shape, other.dtype) == ("meta", own.shape, own.dtype)
     assert torch.equal(batch.depths, torch.tensor([[0, 1, 1, 2]]))  # what it was copied from is as it was
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 64, 65, 200])
+def test_chains_of_any_length(nodes: int) -> None:
+    """Those of prompts are longer than any that is kept."""
+    found, wanted = chain(nodes), TreeBatch.single(range(-1, nodes - 1))
+    assert found.size == nodes and found.depth == wanted.depth == nodes - 1
+    assert all(torch.equal(getattr(found, name), getattr(wanted, name)) for name in ("parents", "depths", "ancestors"))
