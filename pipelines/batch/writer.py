@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hydra_core.errors import StoppedError
 from pipelines.batch.backend import Response
 from pipelines.batch.openai_format import output_line
 from pipelines.batch.reader import BadRow, BatchRow, bad_key, digest
@@ -133,7 +134,10 @@ class OutputTotals:
 
 
 def deduplicate(folder: Path, kind: str, schema: pa.Schema, elsewhere: set[bytes] | None = None) -> OutputTotals:
-    """Read every part, one at a time; remove rows that an earlier part or `elsewhere` (digests of ids) holds. Returns totals."""
+    """Read every part, one at a time; remove rows that an earlier part or `elsewhere` (digests of ids) holds. Returns totals.
+
+    A part that is none is set aside. Raises StoppedError for one that the file system does not give.
+    """
     found = OutputTotals()
     taken = elsewhere or set()
     rewritten: set[Path] = set()
@@ -144,6 +148,8 @@ def deduplicate(folder: Path, kind: str, schema: pa.Schema, elsewhere: set[bytes
             rows = list(_read(path, kind, schema))
         except (ValueError, KeyError, OSError, pa.ArrowException) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+            if getattr(error, "errno", None) is not None:  # the disk's fault: the rows may well be there
+                raise StoppedError(f"{path}: cannot be read now ({reason}): run again when it can; nothing was removed") from None
             set_aside(path, "torn", f"cannot be read ({reason})", ", and its rows are asked for again")
             continue
         kept = []

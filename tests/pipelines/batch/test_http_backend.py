@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import threading
 import time
@@ -16,6 +17,7 @@ from hydra_core.errors import InputError, StoppedError
 from jobs.runner import run
 from pipelines.batch import http_client, retry
 from pipelines.batch import stage as batch_stage
+from pipelines.batch import writer as batch_writer
 from pipelines.batch.backend import RequestSettings
 from pipelines.batch.backends import open_backend
 from pipelines.batch.http_backend import seconds_of
@@ -181,6 +183,45 @@ def test_a_part_that_comes_after_the_count_is_none_of_the_output(make: Callable[
     monkeypatch.setattr(batch_stage, "report", meanwhile)
     assert run_batch(make()).figures["rows"] == ROWS
     assert run_batch(make()).skipped and len(texts(tmp_path / "out")) == ROWS
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_row(make: Callable[..., RunConfig], tmp_path: Path,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job ends, what was written stays, and the next run asks for the rest alone."""
+    write, left = batch_writer._write_rows, [4]
+
+    def full(*given: Any) -> Path:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(*given)
+
+    monkeypatch.setattr(batch_writer, "_write_rows", full)
+    with pytest.raises(OSError, match="No space left"):
+        run_batch(make())
+    kept = texts(tmp_path / "out")
+    assert len(kept) == 16
+    monkeypatch.setattr(batch_writer, "_write_rows", write)
+    result = run_batch(make())
+    assert result.figures["resumed"] == 16 and texts(tmp_path / "out").keys() == set(range(1, ROWS + 1))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_part_that_the_disk_does_not_give_is_not_torn(make: Callable[..., RunConfig], tmp_path: Path, kind: str,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rows are there, and would be asked for again."""
+    run_batch(make(batch__format=kind))
+    (tmp_path / "out" / "manifest.json").unlink()
+    before = sorted(path.name for path in (tmp_path / "out" / "rows").iterdir())
+
+    def unreadable(*_: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched, pytest.raises(StoppedError, match=r"part-.* cannot be read now .*Input/output error"):
+        patched.setattr(batch_writer, "_read", unreadable)
+        run_batch(make(batch__format=kind))
+    assert sorted(path.name for path in (tmp_path / "out" / "rows").iterdir()) == before
+    assert run_batch(make(batch__format=kind)).figures["resumed"] == ROWS
 
 
 def test_connections_are_reused(make: Callable[..., RunConfig], server: StandIn) -> None:
