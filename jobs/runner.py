@@ -1,7 +1,7 @@
 """What every job does: arguments to a configuration, one pipeline call, the result on stdout, an exit code.
 
-Exit 0: done; 2: a mistake of the user, explained in one line; 1: anything else, with its traceback (an interrupt, work that
-stopped itself, and a disk that takes no more, with one line).
+Exit 0: done; 2: a mistake of the user, 1: anything else; each with one line. That of a fault of this program names the file
+with its traceback.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import importlib
 import json
 import os
 import re
+import select
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -25,9 +27,10 @@ from jobs.stages import STAGES
 from jobs.summary import summarise
 from jobs.usage import stage_details
 from pipelines.config import RunConfig, load_config, parse_override, to_yaml
-from pipelines.runtime.artifacts import StageResult
+from pipelines.runtime.artifacts import RunPaths, StageResult
 from pipelines.runtime.dry_run import describe
-from pipelines.runtime.faults import find_cause, storage_fault
+from pipelines.runtime.faults import find_cause, first_line, storage_fault
+from pipelines.runtime.provenance import without_credentials
 from pipelines.runtime.reachability import spare_loopback
 from pipelines.runtime.user import complete_user
 
@@ -52,30 +55,58 @@ def run(stage: str, argv: Sequence[str] | None = None) -> int:
         return _told(error)
     spare_loopback()
     wants_json = arguments.json or not sys.stdout.isatty()
-    with _stdout_for_result() as emit:
-        config: RunConfig | None = None
-        try:
-            default = STAGES[stage].config
-            config = read_config(stage, arguments.config or (str(default) if default else None),
-                                 [*_overrides(stage, arguments.overrides), *arguments.flags])
-            if arguments.plan:
-                emit(to_yaml(config) + "".join(f"# {line}\n" for line in describe(config, stage)))
-                return 0
-            complete_user()
-            result = _pipeline(stage)(_with_format(config, stage))
-            if wants_json and sys.stderr.isatty():
-                sys.stderr.write(summarise(result))
-            emit(result.to_json() + "\n" if wants_json else summarise(result))
+    try:
+        with _stdout_for_result() as emit:
+            return _run(stage, arguments, wants_json, emit)
+    except OSError as error:  # of stdout: `_run` raises none
+        print(f"error: {stage}: the result cannot be written to stdout ({error.strerror}): run the same command again",
+              file=sys.stderr)
+        return 1
+
+
+def _run(stage: str, arguments: argparse.Namespace, wants_json: bool, emit: Callable[[str], None]) -> int:
+    """Run `stage`, and hand its result to `emit`; returns the exit code."""
+    config: RunConfig | None = None
+    try:
+        default = STAGES[stage].config
+        config = read_config(stage, arguments.config or (str(default) if default else None),
+                             [*_overrides(stage, arguments.overrides), *arguments.flags])
+        if arguments.plan:
+            emit(to_yaml(config) + "".join(f"# {line}\n" for line in describe(config, stage)))
             return 0
-        except KeyboardInterrupt:
-            print(f"{stage}: interrupted; run the same command again to continue", file=sys.stderr)
-            return 1
-        except Exception as error:
-            cause = find_cause(error) or storage_fault(error, Path(config.storage) if config else Path.cwd())
-            if cause is not None:
-                return _told(cause)
-            traceback.print_exc()
-            return 1
+        complete_user()
+        result = _pipeline(stage)(_with_format(config, stage))
+        if wants_json and sys.stderr.isatty():
+            sys.stderr.write(summarise(result))
+        emit(result.to_json() + "\n" if wants_json else summarise(result))
+        return 0
+    except KeyboardInterrupt:
+        print(f"{stage}: interrupted; run the same command again to continue", file=sys.stderr)
+        return 1
+    except Exception as error:
+        cause = find_cause(error) or storage_fault(error, Path(config.storage) if config else Path.cwd())
+        return _told(cause or _unexpected(error, stage, config))
+
+
+def _unexpected(error: Exception, stage: str, config: RunConfig | None) -> StoppedError:
+    """The one line for a fault of this program. Its traceback goes to a file, in the run's folder if there is one, or, where none
+    can be written, to stderr."""
+    text = without_credentials("".join(traceback.format_exception(error)))
+    folder = RunPaths.of(config).run if config else Path()
+    try:
+        if config and folder.is_dir():
+            path = folder / f"{stage}.traceback.txt"
+            path.write_text(text, encoding="utf-8")
+        else:
+            descriptor, name = tempfile.mkstemp(prefix=f"hydra-heads-{stage}-", suffix=".traceback.txt")
+            with open(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+            path = Path(name)
+    except OSError:
+        print(text, file=sys.stderr)
+        return StoppedError(f"{stage}: {type(error).__name__}: {first_line(error)[:300]}")
+    return StoppedError(f"{stage}: {type(error).__name__}: {first_line(error)[:300]}: this is a fault of the program; its "
+                        f"traceback is in {path}")
 
 
 def read_config(stage: str, path: str | None, overrides: Sequence[str]) -> RunConfig:
@@ -161,4 +192,13 @@ def _stdout_for_result() -> Iterator[Callable[[str], None]]:
         os.dup2(kept, 1)
         os.close(kept)
         for text in pending:
-            os.write(1, text.encode())
+            _write_all(text.encode())
+
+
+def _write_all(data: bytes) -> None:
+    """Write `data` to stdout, which may take it in pieces: a pipe whose reader is slow, a terminal that does not block."""
+    while data:
+        try:
+            data = data[os.write(1, data):]
+        except BlockingIOError:
+            select.select([], [1], [])

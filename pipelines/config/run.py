@@ -42,7 +42,8 @@ def _default_storage() -> str:
 class RunConfig(Section):
     """Everything one chain of stages needs."""
 
-    name: str = Field("default", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run and of its folder")
+    name: str = Field("default", max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+                      description="name of the run and of its folder")
     storage: str = Field(
         default_factory=_default_storage,
         validate_default=True,

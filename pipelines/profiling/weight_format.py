@@ -44,7 +44,7 @@ def resolve_format(config: RunConfig, stage: str) -> RunConfig:
     """
     if config.base.dtype != AUTO:
         return config
-    if (served := _served(config, ASKED[stage](config)) if stage in ASKED else None) is not None:
+    if (served := _served(config, stage) if stage in ASKED else None) is not None:
         return _with_format(config, served, "the format in which the served configuration was measured")
     path = RunPaths.of(config).run / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,9 +91,10 @@ def _candidates(config: RunConfig) -> dict[str, float | None]:
     return found
 
 
-def _served(config: RunConfig, asked: str | None) -> str | None:
+def _served(config: RunConfig, stage: str) -> str | None:
     """The format of the configuration that decodes; None for plain decoding and for heads, which are not bound to one."""
-    folder = find_model(config, asked).folder
+    field = "generate.model" if stage == "generate" else "serve.model"
+    folder = find_model(config, ASKED[stage](config), field).folder
     if folder is None or not (folder / CONFIGURATION).exists():
         return None
     dtype = read_configuration(folder).base.weight_format

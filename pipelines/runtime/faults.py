@@ -16,6 +16,8 @@ from pipelines.runtime.provenance import without_credentials
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 REFUSED = {errno.EACCES: "permission denied", errno.EPERM: "permission denied", errno.EROFS: "a read-only file system"}
+BROKEN = {errno.EIO, errno.ESTALE}
+"""A disk that fails, a network file system whose server went away."""
 SCARCE = 64 << 20
 """Bytes; a file system with fewer counts as full."""
 _FULL = re.compile(r"No space left on device|database or disk is full|Disk quota exceeded|\(os error 28\)|File too large"
@@ -37,13 +39,19 @@ def find_cause(error: BaseException) -> InputError | StoppedError | None:
     return None
 
 
+def tells_full(text: str) -> bool:
+    """Whether an error's text tells of a full disk, here or on a server that answered so."""
+    return _FULL.search(text) is not None
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an exception's text, without credentials, or the exception's name where it has no text."""
     return without_credentials((str(error).strip().splitlines() or [type(error).__name__])[0])
 
 
 def storage_fault(error: BaseException, folder: Path) -> StoppedError | None:
-    """The one line for an `error` that comes from a full disk, a missing permission or a read-only file system, else None.
+    """The one line for an `error` that comes from a full disk, a missing permission, a file system that is read-only or fails,
+    else None.
 
     `folder`: where the work writes; named, with the room that is left, where the error names no file.
     """
@@ -56,6 +64,9 @@ def storage_fault(error: BaseException, folder: Path) -> StoppedError | None:
         if (isinstance(found, OSError) and found.errno == errno.EROFS) or _READ_ONLY.search(str(found)):
             return StoppedError(f"{folder}: a read-only file system: choose another storage=, or make it writable and run the "
                                 "same command again")
+        if isinstance(found, OSError) and found.errno in BROKEN:
+            return StoppedError(f"{found.filename or folder}: the file system failed ({found.strerror}): what stands is whole; "
+                                "run the same command again when that is mended")
     return None
 
 

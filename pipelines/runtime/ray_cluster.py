@@ -18,8 +18,9 @@ import ray.data
 
 from hydra_core.errors import InputError, StoppedError
 from pipelines.config import RunConfig, Workers
-from pipelines.runtime.faults import first_line, one_line
+from pipelines.runtime.faults import one_line
 from pipelines.runtime.logs import quieten_driver
+from pipelines.runtime.provenance import without_credentials
 from pipelines.runtime.ray_access import prepare_to_join, prepare_to_start, worker_environment
 
 MISTAKE, STOPPED = "mistake", "stopped"
@@ -44,15 +45,19 @@ def ensure_ray(config: RunConfig) -> Iterator[None]:
         prepare_to_join(address, field)
         try:
             ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
-        except (ConnectionError, ray.exceptions.AuthenticationError) as error:
-            raise StoppedError(f"{field}={address}: cannot be joined ({first_line(error)})") from None
+        except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:  # RuntimeError: another version
+            raise StoppedError(f"{field}={address}: cannot be joined ({_words(error)})") from None
         except ValueError:  # not the form of an address: what `ray job submit` takes, or a host without a port
             raise InputError(f"{field}={address}: is no address of a Ray cluster: write it as HOST:6379, without http:// (which "
                              "is the dashboard's, for `ray job submit`)") from None
     else:
         # without a runtime environment: Serve takes that of the driver for a part of a deployment's version
-        ray.init(address="local", include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING,
-                 _temp_dir=str(prepare_to_start()))
+        folder = prepare_to_start()
+        try:
+            ray.init(address="local", include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING,
+                     _temp_dir=str(folder))
+        except (ConnectionError, RuntimeError) as error:
+            raise StoppedError(f"a local Ray cannot be started ({_words(error)}): its logs are below {folder}") from None
     try:
         with _termination_as_interrupt():
             yield
@@ -83,14 +88,30 @@ def cluster_address(config: RunConfig) -> str | None:
     return config.ray_address or os.environ.get("RAY_ADDRESS") or None
 
 
+def _words(error: BaseException) -> str:
+    """An exception's text in one line: Ray names the versions that do not fit in lines of their own."""
+    return without_credentials(" ".join(str(error).split()) or type(error).__name__)[:300]
+
+
 def check_workers(field: str, workers: Workers, count: int | None = None) -> None:
-    """Raise InputError if the cluster is too small for `count` workers (default: `workers.count`): Ray would wait for ever."""
+    """Raise InputError if the cluster is too small for `count` workers (default: `workers.count`), each of which is on one node:
+    Ray would wait for ever."""
     count, have = count or workers.count, ray.cluster_resources()
+    number = "serve.replicas" if field == "serve.workers" else f"{field}.count"
     for kind, each in (("CPU", workers.cpus), ("GPU", workers.gpus)):
         if each * count > have.get(kind, 0.0):
-            number = "serve.replicas" if field == "serve.workers" else f"{field}.count"
             raise InputError(f"{field}: {count} x {each} {kind} are asked for, the cluster has {have.get(kind, 0.0):g}: "
                              f"lower {number} or {field}.{kind.lower()}s")
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if (room := sum(workers_on(node, workers, count) for node in nodes)) < count:
+        raise InputError(f"{field}: {count} x ({workers.cpus:g} CPU, {workers.gpus:g} GPU) are asked for, the {len(nodes)} nodes "
+                         f"of the cluster have room for {room}: lower {number}, {field}.cpus or {field}.gpus")
+
+
+def workers_on(node: Mapping[str, float], workers: Workers, most: int) -> int:
+    """How many of `workers` fit on a node with these resources, at most `most`. Ray counts in ten-thousandths."""
+    return min([most, *(round(node.get(kind, 0.0) * 10_000) // round(each * 10_000)
+                        for kind, each in (("CPU", workers.cpus), ("GPU", workers.gpus)) if round(each * 10_000))])
 
 
 def measuring_resources(config: RunConfig) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -107,27 +109,71 @@ def test_user_mistakes_exit_2_in_one_line(monkeypatch: pytest.MonkeyPatch, capfd
     cases = [([], "row 3"), (["train.nope=1"], "train.nope: unknown field"), (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
              (["--config", str(broken)], "YAML"), (["--config", str(latin)], "UTF-8"), (["justtext"], "section.field=value"),
              (["--nope"], "--nope"), (["train.epochs=-1"], "train.epochs"), (["storage=relative"], "storage"),
-             (["name=a/b"], "name"), (["train.only=nobody"], "train.only"), (["prompts.source=jsonl"], "prompts.path")]
+             (["name=a/b"], "name"), (["name=" + "a" * 201], "name"),
+             (["train.only=nobody"], "train.only"), (["prompts.source=jsonl"], "prompts.path")]
     for arguments, words in cases:
         assert runner.run("distill", arguments) == 2, arguments
         out, err = capfd.readouterr()
         assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and words in err, (arguments, err)
 
 
-def test_other_faults_exit_1_with_a_traceback(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_other_faults_exit_1_in_one_line(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+                                         tmp_path: Path) -> None:
+    """It names the file with the traceback: in the run's folder where there is one."""
     def broken(config: RunConfig) -> StageResult:
-        raise RuntimeError("ours")
+        raise RuntimeError("ours at http://me:hunter2@host/x\nmore")
 
     def interrupted(config: RunConfig) -> StageResult:
         raise KeyboardInterrupt
 
     use(monkeypatch, broken)
-    assert runner.run("distill", []) == 1
-    assert "Traceback" in capfd.readouterr().err
+    (tmp_path / "temporary").mkdir()
+    (tmp_path / "s" / "runs" / "made").mkdir(parents=True)
+    for name, folder in (("made", tmp_path / "s" / "runs" / "made"), ("new", tmp_path / "temporary")):
+        with monkeypatch.context() as patch:
+            patch.setattr(runner.tempfile, "tempdir", str(tmp_path / "temporary"))
+            assert runner.run("distill", [f"storage={tmp_path}/s", f"name={name}"]) == 1
+        err = capfd.readouterr().err
+        found = re.fullmatch(r"error: distill: RuntimeError: ours at http://host/x: this is a fault of the program; its "
+                             r"traceback is in (\S+)\n", err)
+        assert found and Path(found[1]).parent == folder, err
+        text = Path(found[1]).read_text(encoding="utf-8")
+        assert text.startswith("Traceback") and "raise RuntimeError" in text and "@host/x" not in text
+    with monkeypatch.context() as patch:
+        patch.setattr(runner.tempfile, "tempdir", str(tmp_path / "nowhere"))
+        assert runner.run("distill", [f"storage={tmp_path}/s", "name=new"]) == 1
+    err = capfd.readouterr().err
+    assert err.startswith("Traceback") and err.splitlines()[-1] == "error: distill: RuntimeError: ours at http://host/x"
     use(monkeypatch, interrupted)
     assert runner.run("distill", []) == 1
     err = capfd.readouterr().err
     assert err.count("\n") == 1 and "interrupted" in err and "Traceback" not in err
+
+
+def test_a_result_is_written_whole_or_the_command_fails(monkeypatch: pytest.MonkeyPatch,
+                                                        capfd: pytest.CaptureFixture[str]) -> None:
+    """A pipe takes a long line in pieces, a full disk takes none."""
+    use(monkeypatch, lambda config: StageResult("distill", None, {}, {"long": "x" * 1000}))
+    write, busy = os.write, [True]
+
+    def in_pieces(descriptor: int, data: bytes) -> int:
+        if descriptor == 1 and busy and busy.pop():
+            raise BlockingIOError
+        return write(descriptor, data[:7])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", in_pieces)
+        assert runner.run("distill", []) == 0
+    assert json.loads(capfd.readouterr().out)["long"] == "x" * 1000
+
+    def full(descriptor: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        assert runner.run("distill", []) == 1
+    assert capfd.readouterr().err == ("error: distill: the result cannot be written to stdout (No space left on device): run the "
+                                      "same command again\n")
 
 
 def test_a_mistake_is_found_inside_what_ray_makes_of_it(monkeypatch: pytest.MonkeyPatch,

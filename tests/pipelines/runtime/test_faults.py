@@ -63,6 +63,13 @@ def test_missing_permissions_name_the_file(tmp_path: Path) -> None:
     assert "read-only" in str(storage_fault(RuntimeError("attempt to write a readonly database"), tmp_path))
 
 
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
+def test_a_file_system_that_fails_is_named(tmp_path: Path, code: int) -> None:
+    assert str(storage_fault(wrapped(OSError(code, os.strerror(code), "/net/rows")), tmp_path)).startswith(
+        f"/net/rows: the file system failed ({os.strerror(code)}): ")
+    assert str(storage_fault(OSError(code, os.strerror(code)), tmp_path)).startswith(f"{tmp_path}: the file system failed")
+
+
 @pytest.mark.parametrize("error", [ValueError("x"), FileNotFoundError(errno.ENOENT, "No such file", "x"), KeyError(28)])
 def test_other_faults_keep_their_traceback(error: Exception, tmp_path: Path) -> None:
     assert storage_fault(error, tmp_path) is None and find_cause(error) is None
