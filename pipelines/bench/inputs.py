@@ -27,7 +27,15 @@ from pipelines.bench.plan import (
 )
 from pipelines.config import BenchSection, RunConfig
 from pipelines.rows.schemas import content_id
-from pipelines.runtime.artifacts import RunPaths, file_digest, fingerprint, read_manifest, recorded_settings, require_manifest
+from pipelines.runtime.artifacts import (
+    RunPaths,
+    file_digest,
+    fingerprint,
+    input_digest,
+    read_manifest,
+    recorded_settings,
+    require_manifest,
+)
 from pipelines.runtime.ray_cluster import measuring_device
 from pipelines.serve.model_identity import model_digest
 from pipelines.serve.stage import find_args
@@ -121,7 +129,7 @@ def bench_fingerprint(config: RunConfig, heads: dict[str, str], device: str | No
         path = Path(config.bench.prompts)
         if not path.is_file():
             raise InputError(f"bench.prompts={path}: no such file")
-        upstream["prompts"] = file_digest(path)
+        upstream["prompts"] = input_digest("bench.prompts", path)
     elif (manifest := read_manifest(RunPaths.of(config).stage("distill"))) is not None:
         upstream["prompts"] = manifest["fingerprint"]
     if config.bench.batch_job:
@@ -145,4 +153,4 @@ def _digest(path: Path) -> str:
     if not path.is_file():
         again = ": run `hydra-heads tree` again" if path.name == SWEEP else ""
         raise InputError(f"bench.heads={path.parent}: is not a complete heads checkpoint: {path.name} is missing{again}")
-    return file_digest(path)
+    return input_digest("bench.heads", path)

@@ -11,7 +11,7 @@ from hydra_core.errors import InputError
 from pipelines.config import PromptsSection
 from pipelines.rows.prompt_reader import PromptRow, RowError, prompt_files, read_dataset_rows, read_prompt_rows
 from pipelines.rows.schemas import content_id, split_of
-from pipelines.runtime.artifacts import file_digest
+from pipelines.runtime.artifacts import input_digest
 
 
 def source_digest(section: PromptsSection) -> str | None:
@@ -28,7 +28,7 @@ def source_digest(section: PromptsSection) -> str | None:
         raise InputError(f"prompts.path={path}: no such file")
     every = section.source == "datasets" and path.is_dir()
     files = sorted(file for file in path.rglob("*") if file.is_file()) if every else prompt_files(path)
-    return content_id(*([str(file.relative_to(path)), file_digest(file)] for file in files))
+    return content_id(*([str(file.relative_to(path)), input_digest("prompts.path", file)] for file in files))
 
 
 def file_prompts(section: PromptsSection, tokenizer: Any,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,13 @@ from hydra_core.errors import InputError
 from pipelines.config import DistillSection, RunConfig
 from pipelines.distill.actors import FEATURE_ROWS, FeatureWriter, PromptWriter, ResponseWriter, WorkerSettings
 from pipelines.distill.prompts import file_prompts, source_digest
-from pipelines.rows.parquet_parts import finished_ids, part_files, read_parts, sweep, write_part
+from pipelines.rows.parquet_parts import deduplicate, finished_ids, part_files, read_parts, sweep, write_part
 from pipelines.rows.prompt_reader import count_rows
 from pipelines.rows.schemas import ERRORS, FEATURES, PROMPTS, RESPONSES, check_counts, content_id
 from pipelines.runtime.artifacts import RunPaths, StageResult, fingerprint, finished, require_manifest, stage_folder
 from pipelines.runtime.console import Progress, say
 from pipelines.runtime.files import write_text
+from pipelines.runtime.lock import only_run
 from pipelines.runtime.ray_cluster import check_workers, ensure_ray, environment_options, run_blocks
 from pipelines.tracking import Run, Tracker
 
@@ -77,7 +79,11 @@ def run_distill(config: RunConfig) -> StageResult:
     if (done := finished(folder, wanted)) is not None and not _lacks_features(config, done):
         return done
     _check_base(config)
-    with stage_folder(config, "distill", folder, wanted, settings=_deciding_settings(config)) as stage:
+    with ExitStack() as held:
+        held.enter_context(only_run(folder, Path(config.storage)))
+        if (done := finished(folder, wanted)) is not None and not _lacks_features(config, done):
+            return done  # finished by the run that held the lock until now
+        stage = held.enter_context(stage_folder(config, "distill", folder, wanted, settings=_deciding_settings(config)))
         for part in (*PARTS, "candidates"):
             sweep(folder / part)
         shutil.rmtree(folder / "errors" / "answers", ignore_errors=True)  # failed answers are tried again
@@ -288,6 +294,7 @@ def _responses(config: RunConfig, folder: Path) -> tuple[dict[str, Any], dict[st
     settings = _settings(config, folder, config.distill.max_new_tokens)
     blocks = _blocks(table, _block_rows(len(table), config.distill))
     totals = _run(config, ResponseWriter, settings, blocks)
+    _keep_once(folder / "responses", RESPONSES)
     rows = read_parts(folder / "responses", RESPONSES, ["response_ids"])
     tokens = sum(len(ids) for ids in rows["response_ids"].to_pylist())
     errors = totals.get("errors", 0)
@@ -296,6 +303,12 @@ def _responses(config: RunConfig, folder: Path) -> tuple[dict[str, Any], dict[st
     check_counts("distill answers", len(tasks), len(rows), errors, 0, config.distill.max_error_share,
                  f"see {folder / 'errors' / 'answers'}; shorten those prompts or raise distill.max_error_share")
     return {"responses": len(rows), "response_tokens": tokens, "errors": errors, "resumed": len(finished_before)}, totals
+
+
+def _keep_once(part: Path, contract: pa.Schema) -> None:
+    """Leave out rows that stand twice: a killed job's workers may have gone on writing."""
+    if removed := deduplicate(part, contract):
+        say("distill", f"{removed} rows of {part.name} stood twice, from a job that was killed: kept once")
 
 
 def _block_rows(rows: int, distill: DistillSection) -> int:
@@ -325,6 +338,7 @@ def _features(config: RunConfig, folder: Path, counts: dict[str, int]) -> dict[s
     say("distill", f"hidden states of {len(rows)} rows ({len(missing)} to compute), {_tokens(rows)} tokens x {wide} wide in "
                    f"{distill.feature_dtype}: {size / 2**30:.2f} GiB in {folder / 'features'}")
     more = _run(config, FeatureWriter, _settings(config, folder, 1), _blocks(missing, FEATURE_ROWS)) if len(missing) else {}
+    _keep_once(folder / "features", FEATURES)
     made = len(rows) - len(missing) + more.get("features", 0)
     if made < len(rows):
         raise RuntimeError(f"distill: {made} rows have hidden states, but {len(rows)} answers need them")

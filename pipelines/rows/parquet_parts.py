@@ -26,8 +26,12 @@ def write_part(folder: Path, rows: list[dict[str, Any]], contract: pa.Schema, ke
     """Write `rows` as one Parquet part of `contract`; returns its path. `names`: what tells the rows apart, where `key` does
     not."""
     table = pa.Table.from_pylist(rows, schema=contract)
-    path = folder / f"part-{content_id(sorted(names or (row[key] for row in rows)))}.parquet"
-    per_row = max(1, table.nbytes // max(1, len(rows)))
+    return _write(folder, table, names or [row[key] for row in rows])
+
+
+def _write(folder: Path, table: pa.Table, names: list[str]) -> Path:
+    path = folder / f"part-{content_id(sorted(names))}.parquet"
+    per_row = max(1, table.nbytes // max(1, len(table)))
     with atomic_file(path) as temporary:
         pq.write_table(table, temporary, row_group_size=max(1, ROW_GROUP_BYTES // per_row))
     return path
@@ -43,6 +47,26 @@ def sweep(folder: Path) -> None:
     for pattern in (".part-*.part", ".part-*.tmp"):
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)
+
+
+def deduplicate(folder: Path, contract: pa.Schema, key: str = "id") -> int:
+    """Keep each row once where a killed job's workers have written rows that the job after it wrote too, in other parts; returns
+    how many rows were removed. A kill in between leaves a row twice, never none of it."""
+    seen: set[str] = set()
+    removed, written = 0, set[Path]()
+    for path in part_files(folder):
+        ids = _read(path, contract, [key])[key].to_pylist()
+        keep = [row_id not in seen for row_id in ids]
+        if path in written or all(keep):
+            seen.update(ids)
+            continue
+        if any(keep):
+            rows = _read(path, contract, contract.names).filter(pa.array(keep))
+            written.add(_write(folder, rows, rows[key].to_pylist()))
+        seen.update(ids)
+        path.unlink()
+        removed += keep.count(False)
+    return removed
 
 
 def read_parts(folder: Path, contract: pa.Schema, columns: Iterable[str] | None = None) -> pa.Table:

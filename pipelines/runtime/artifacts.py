@@ -112,6 +112,14 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+def input_digest(field: str, path: Path) -> str:
+    """`file_digest` of a file that the setting `field` names. Raises InputError if it cannot be read."""
+    try:
+        return file_digest(path)
+    except OSError as error:
+        raise InputError(f"{field}={path}: cannot be read ({error.strerror})") from None
+
+
 @dataclass
 class StageFolder:
     """The folder of a running stage. `finish` writes the manifest, with which the stage is finished."""

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import time
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from pipelines.rows.feature_store import FeatureStore
 from pipelines.rows.row_index import RowStore
 from pipelines.runtime.artifacts import RunPaths, StageFolder, StageResult, earlier_bases, fingerprint, finished, stage_folder
 from pipelines.runtime.files import copy_folder
+from pipelines.runtime.lock import only_run
 from pipelines.runtime.provenance import provenance
 from pipelines.runtime.ray_access import worker_environment
 from pipelines.runtime.ray_cluster import check_workers, cluster_address, ensure_ray
@@ -82,7 +84,7 @@ def run_train(config: RunConfig) -> StageResult:
     return StageResult(
         STAGE, tracker.parent(),
         outputs={name: results[name].outputs[HEADS] for name in names},
-        figures={name: results[name].figures for name in names}, skipped=not todo)
+        figures={name: results[name].figures for name in names}, skipped=all(result.skipped for result in results.values()))
 
 
 def _shorten_waits(config: RunConfig) -> None:
@@ -123,8 +125,13 @@ def _train_one(config: RunConfig, name: str, data: tuple[Path, Path], data_diges
     """Train one drafter; `data`: folders of the training rows and of the features that validation reads."""
     rows, features = data
     folder, wanted = RunPaths.of(config).stage(STAGE, name), _fingerprint(config, name, data_digest)
-    with stage_folder(config, STAGE, folder, wanted, earlier=_earlier_fingerprints(config, name, data_digest),
-                      settings=_named_settings(config, name)) as stage:
+    with ExitStack() as held:
+        held.enter_context(only_run(folder, Path(config.storage)))
+        earlier = _earlier_fingerprints(config, name, data_digest)
+        if (done := finished(folder, wanted, earlier)) is not None:  # by the run that held the lock until now
+            return done
+        stage = held.enter_context(stage_folder(config, STAGE, folder, wanted, earlier=earlier,
+                                                settings=_named_settings(config, name)))
         store = training_rows(config.train, rows)
         coverage = _coverage(config, name, store, vocabulary)
         with tracker.start(STAGE, part=name, fingerprint=wanted) as run:

@@ -13,7 +13,7 @@ from hydra_core.heads import HeadsConfig
 from hydra_core.heads.checkpoint import load_checkpoint
 from pipelines.config import RunConfig
 from pipelines.rows.schemas import content_id
-from pipelines.runtime.artifacts import file_digest
+from pipelines.runtime.artifacts import input_digest
 from pipelines.tracking.lookup import bundled_heads
 
 SHAPE = ("kind", "num_heads", "num_blocks", "mlp", "final_norm", "normalise_embeddings", "recurrent")
@@ -41,7 +41,7 @@ def start_digest(config: RunConfig, name: str) -> str | None:
     files = [folder / "config.json", folder / "model.safetensors"]
     if missing := [path for path in files if not path.is_file()]:
         raise InputError(f"train.start.{name}={folder}: {missing[0].name} is missing: name the folder of a heads checkpoint")
-    return content_id(*map(file_digest, files))
+    return content_id(*(input_digest(f"train.start.{name}", file) for file in files))
 
 
 def check_start(config: RunConfig, name: str, vocabulary: BaseVocabulary) -> None:

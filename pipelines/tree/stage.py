@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ from pipelines.runtime.artifacts import (
 )
 from pipelines.runtime.console import say
 from pipelines.runtime.files import atomic_folder, write_text
+from pipelines.runtime.lock import only_run
 from pipelines.runtime.ray_cluster import ensure_ray, measuring_device, measuring_resources
 from pipelines.tracking import Run, Tracker
 from pipelines.tree.plots import plot_choices, plot_tree
@@ -89,26 +91,41 @@ def run_tree(config: RunConfig) -> StageResult:
     tracker = Tracker.open(config)
     features, data_digest = distilled(config)
     wanted = {name: _fingerprint(config, name, data_digest) for name in names}
-    results: dict[str, StageResult] = {}
-    for name in names:
-        done = finished(RunPaths.of(config).stage(STAGE, name), wanted[name], _earlier_fingerprints(config, name, data_digest))
-        results |= {name: done} if done else {}
-    todo = [name for name in names if name not in results]
-    if todo:
-        heads = {name: str(RunPaths.of(config).stage("train", name) / HEADS) for name in todo}
-        _check(config, heads)
-        with ensure_ray(config):
-            task = ray.remote(measure).options(**measuring_resources(config))
-            found = ray.get(task.remote(config.model_dump(mode="json", by_alias=True), heads, str(features)))
-        for name in todo:
-            results[name] = _write_one(config, name, wanted[name], found[name], tracker, (features, data_digest))
+    results = _finished(config, wanted, data_digest)
+    if len(results) < len(names):
+        with ExitStack() as locks:  # all of them before minutes of measuring
+            for name in [name for name in names if name not in results]:
+                locks.enter_context(only_run(RunPaths.of(config).stage(STAGE, name), Path(config.storage)))
+            results = _finished(config, wanted, data_digest)  # those too that another run held until now
+            todo = {name: digest for name, digest in wanted.items() if name not in results}
+            results |= _measure_and_write(config, todo, tracker, (features, data_digest))
     _show(config, names)
     curves = run_curves(config, tracker) if config.tree.curves else None
     return StageResult(
         STAGE, tracker.parent(),
         outputs={name: results[name].outputs[HEADS] for name in names} | (curves.outputs if curves else {}),
         figures={name: results[name].figures for name in names} | ({CURVES: curves.figures} if curves else {}),
-        skipped=not todo and (curves is None or curves.skipped))
+        skipped=all(result.skipped for result in results.values()) and (curves is None or curves.skipped))
+
+
+def _finished(config: RunConfig, wanted: Mapping[str, str], data_digest: str) -> dict[str, StageResult]:
+    """The results of the drafters that are finished."""
+    found = {name: finished(RunPaths.of(config).stage(STAGE, name), digest, _earlier_fingerprints(config, name, data_digest))
+             for name, digest in wanted.items()}
+    return {name: result for name, result in found.items() if result is not None}
+
+
+def _measure_and_write(config: RunConfig, wanted: Mapping[str, str], tracker: Tracker,
+                       features: tuple[Path, str]) -> dict[str, StageResult]:
+    """Measure the drafters of `wanted` (name -> fingerprint), whose locks this process holds, and write their trees."""
+    if not wanted:
+        return {}
+    heads = {name: str(RunPaths.of(config).stage("train", name) / HEADS) for name in wanted}
+    _check(config, heads)
+    with ensure_ray(config):
+        task = ray.remote(measure).options(**measuring_resources(config))
+        found = ray.get(task.remote(config.model_dump(mode="json", by_alias=True), heads, str(features[0])))
+    return {name: _write_one(config, name, digest, found[name], tracker, features) for name, digest in wanted.items()}
 
 
 def _show(config: RunConfig, names: Sequence[str]) -> None:

@@ -27,7 +27,7 @@ from hydra_core.errors import InputError, StoppedError
 from hydra_core.heads.checkpoint import load_checkpoint
 from pipelines.config import RunConfig, load_config, to_yaml
 from pipelines.distill.stage import distilled
-from pipelines.runtime.artifacts import RunPaths
+from pipelines.runtime.artifacts import RunPaths, StageResult, stage_folder
 from pipelines.tracking import Tracker
 from pipelines.train import stage as train_stage
 from pipelines.train.loop import restore
@@ -335,6 +335,22 @@ def test_an_exploding_loss_keeps_the_last_good_checkpoint(tiny_base: Base, tiny_
     assert json.loads((kept / "provenance.json").read_text())["training"]["step"] == int(said[1]) > 0
     weights = load_checkpoint(kept, tiny_base.vocabulary).drafter.parameters()
     assert all(bool(tensor.isfinite().all()) for tensor in weights)
+
+
+def test_what_another_run_finished_meanwhile_is_not_trained_again(tiny_base: Base, tiny_base_dir: Path, storage: Path,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    """The question is asked again under the lock, which that run held until now."""
+    config = make_config(tiny_base_dir, storage, "both")
+    features = write_distilled(config, tiny_base, train=8, held_out=4)
+    digest, folder = distilled(config)[1], RunPaths.of(config).stage("train", "hydra")
+    with stage_folder(config, "train", folder, train_stage._fingerprint(config, "hydra", digest)) as stage:
+        (folder / "heads").write_text("theirs", encoding="utf-8")
+        stage.finish(StageResult("train", "theirs", {"heads": str(folder / "heads")}, {}), [folder / "heads"])
+    monkeypatch.setattr(train_stage, "build_trainer", None)
+    vocabulary: Any = None
+    tracker: Any = None
+    found = train_stage._train_one(config, "hydra", (features, features), digest, vocabulary, tracker)
+    assert found.skipped and found.run_id == "theirs" and (folder / "heads").exists()
 
 
 def test_features_of_another_base_are_refused(tiny_base: Base, tiny_base_dir: Path, storage: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,15 @@ from hydra_core.tree import PLAIN, DraftTree, TreeSet, default_trees
 from hydra_core.tree.search import Choice, StepCosts, best_choice
 from hydra_core.tree.simulation import walk
 from pipelines.config import RunConfig, load_config
+from pipelines.distill.stage import distilled
 from pipelines.profiling.step_timing import bushy, draft_seconds, typical, verify_seconds
 from pipelines.rows.feature_store import FeatureStore
 from pipelines.rows.packed_reader import RowReader
-from pipelines.runtime.artifacts import RunPaths, StageResult, fingerprint, stage_folder
+from pipelines.runtime.artifacts import RunPaths, StageResult, fingerprint, finished, stage_folder
+from pipelines.runtime.files import write_text
+from pipelines.runtime.lock import only_run
 from pipelines.tracking import Tracker
+from pipelines.tree import stage as tree_stage
 from pipelines.tree.plots import plot_tree
 from pipelines.tree.stage import Measured, _write_heads, choose_trees, held_out_ranks, measure_sizes, run_tree, sweep
 from tests.pipelines.synthetic import write_distilled
@@ -96,6 +101,32 @@ def test_mistakes_are_told_before_anything_starts(config: RunConfig, tmp_path: P
                                          r"train\.only=medusa$"):
         run_tree(config.model_copy(update={"train": more}))
     assert not RunPaths.of(config).stage("tree").exists()
+
+
+def test_what_another_run_finished_meanwhile_is_not_measured_again(config: RunConfig, monkeypatch: pytest.MonkeyPatch,
+                                                                   tmp_path: Path) -> None:
+    """The question is asked again under the locks, which are taken before anything is measured."""
+    again = config.model_copy(update={"storage": str(tmp_path / "storage")})
+    shutil.copytree(config.storage, again.storage)
+    shutil.rmtree(RunPaths.of(again).stage("tree"), ignore_errors=True)
+    data_digest, locked = distilled(again)[1], RunPaths.of(again).stage("tree", KINDS[1])
+    monkeypatch.setattr(tree_stage, "ensure_ray", None)  # nothing is measured in this test
+    with only_run(locked, Path(again.storage)), pytest.raises(InputError, match=r"hydra\+\+: another run writes to it"):
+        run_tree(again)
+    for kind in KINDS:
+        folder = RunPaths.of(again).stage("tree", kind)
+        with stage_folder(again, "tree", folder, tree_stage._fingerprint(again, kind, data_digest)) as stage:
+            write_text(folder / "heads", kind)
+            stage.finish(StageResult("tree", None, {"heads": str(folder / "heads")}, {}), [folder / "heads"])
+    asked: list[Path] = []
+
+    def late(folder: Path, *rest: Any) -> StageResult | None:
+        asked.append(folder)
+        return finished(folder, *rest) if len(asked) > len(KINDS) else None
+
+    monkeypatch.setattr(tree_stage, "finished", late)
+    monkeypatch.setattr(tree_stage, "_show", lambda *_: None)
+    assert run_tree(again).skipped and len(asked) == 2 * len(KINDS)
 
 
 @pytest.mark.slow
