@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from hydra_core.base import Base
+from hydra_core.base import Base, pick_device
 from hydra_core.decoding import Engine
 from hydra_core.errors import InputError
 from hydra_core.heads import HeadDrafter
@@ -35,11 +37,14 @@ from pipelines.bench.plan import (
 )
 from pipelines.bench.questions import prompt_of, room_for_turns, turns_of
 from pipelines.bench.throughput import measure_batches
-from pipelines.profiling.cost_cache import machine_costs
+from pipelines.profiling.cost_cache import fingerprint_of_machine, machine_costs
 from pipelines.runtime.console import Progress, say
+from pipelines.runtime.files import write_text
 from pipelines.runtime.logs import speak
 
 WARM_UP_TOKENS = 8
+MACHINE = "machine.json"
+"""Beside the rows: the machine that they were timed on."""
 
 Contender = Callable[[tuple[int, ...], int], Outcome]
 """From a prompt's token ids and the maximum of new tokens to the outcome."""
@@ -62,13 +67,16 @@ def measure_single(plan: BenchPlan, questions: list[Question]) -> None:
     """One request at a time: question by question, turn by turn, every contender on the same context.
 
     Rows that the file already holds are not measured again; the context of a later turn is built from plain's answers there.
+    Rows of another machine are measured again.
     """
     path = Path(plan.rows_file)
-    done = {(row.round, row.question, row.turn, row.method): row.token_ids for row in read_rows(path)}
-    todo = [(number, place, question) for number in range(plan.rounds) for place, question in enumerate(questions)
-            if any((number, question.id, turn, method) not in done for turn in turns_of(question) for method in plan.methods)]
+    done = _measured(path)
+    todo = _missing(plan, questions, done)
     if not todo:
         return
+    if _drop_rows_of_another_machine(path, fingerprint_of_machine(pick_device(plan.base.device))):
+        done = {}
+        todo = _missing(plan, questions, done)
     base = plan.base.load(plan.cache)
     room = room_for_turns(base, plan.max_new_tokens, questions)
     contenders = make_contenders(plan, base, room)
@@ -97,6 +105,36 @@ def measure_single(plan: BenchPlan, questions: list[Question]) -> None:
                 answers.append(done[number, question.id, turn, PLAIN])
             progress.advance()
     memory.write()
+
+
+Key = tuple[int, str, int, str]
+"""Round, question, turn and contender of a row."""
+
+
+def _measured(path: Path) -> dict[Key, tuple[int, ...]]:
+    return {(row.round, row.question, row.turn, row.method): row.token_ids for row in read_rows(path)}
+
+
+def _missing(plan: BenchPlan, questions: list[Question], done: Mapping[Key, object]) -> list[tuple[int, int, Question]]:
+    """Round, place and question of those that lack a row."""
+    return [(number, place, question) for number in range(plan.rounds) for place, question in enumerate(questions)
+            if any((number, question.id, turn, method) not in done for turn in turns_of(question) for method in plan.methods)]
+
+
+def _drop_rows_of_another_machine(path: Path, machine: dict[str, Any]) -> bool:
+    """Whether the rows in `path` were timed on another machine than `machine`. They are deleted then, as contenders are compared
+    on each question. The machine is recorded beside them; rows of an earlier version, without a record, count as this one's."""
+    beside = path.with_name(MACHINE)
+    try:
+        then = json.loads(beside.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        then = machine
+    other = bool(then != machine and path.exists())
+    if other:
+        say("bench", f"earlier rows were timed on another machine ({then}), not on this one ({machine}): they are timed again")
+        write_text(path, "")
+    write_text(beside, json.dumps(machine))
+    return other
 
 
 # -- contenders --------------------------------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ def summarise(rows: list[Row], identity: list[LosslessnessRow]) -> dict[str, Any
 
     `tokens_per_step`: tokens after the first over base forwards after prefill, pooled. `speed_vs_*`: ratio of mean
     per-question tokens/s, turns and rounds of a question pooled, prefill included; `decode_speed_vs_plain`: without prefill.
-    `spread`: 95 % interval of `speed_vs_plain` over resampled questions (bootstrap). `identical`: share of answers, of all
+    `spread`: 95 % interval of `speed_vs_plain` over resampled questions (bootstrap); `questions`: how many they are;
+    `questions_faster`: those with more tokens/s than plain's. `identical`: share of answers, of all
     turns, with the same token ids as plain's; `differing`: the verdicts on the others; `fp32`: verdicts against the naive
     loop, `naive`: the same in every format that was checked; `categories`: tokens per step and ratios of each. And the
     figures of `step_figures`.
@@ -41,6 +42,7 @@ def summarise(rows: list[Row], identity: list[LosslessnessRow]) -> dict[str, Any
             "speed_vs_transformers": _ratio(own, by.get(TRANSFORMERS, [])),
             "decode_speed_vs_plain": _ratio(own, by.get(PLAIN, []), prefill=False),
             "spread": _spread(own, by.get(PLAIN, [])),
+            **_questions(own, by.get(PLAIN, [])),
             "rounds": [_ratio([row for row in own if row.round == number],
                               [row for row in by.get(PLAIN, []) if row.round == number])
                        for number in sorted({row.round for row in own})],
@@ -102,6 +104,12 @@ def _spread(rows: list[Row], against: list[Row]) -> list[float] | None:
     sums = pairs[draws].sum(axis=1)
     low, high = np.percentile(sums[:, 0] / sums[:, 1], [2.5, 97.5])
     return [round(float(low), 3), round(float(high), 3)]
+
+
+def _questions(rows: list[Row], against: list[Row]) -> dict[str, int]:
+    ours, theirs = _rates(rows), _rates(against)
+    shared = ours.keys() & theirs.keys()
+    return {"questions": len(shared), "questions_faster": sum(ours[question] > theirs[question] for question in shared)}
 
 
 def _verdicts(identity: list[LosslessnessRow], method: str) -> dict[str, int] | None:

@@ -21,6 +21,8 @@ from pipelines.serve.model_identity import configuration_digest
 from pipelines.tracking import Tracker, register, resolve
 
 STAGE = "promote"
+FEW = 6
+"""Questions below which an interval over questions says little: each of them, of two or more, has to be answered faster."""
 
 
 def run_promote(config: RunConfig) -> StageResult:
@@ -100,8 +102,9 @@ def choose_winner(methods: dict[str, Any], min_gain: float, proof: str = "fp32")
     Lossless means that no answer differs by more than a near-tie: from the naive loop in the format `proof` and every other
     that was checked, and from plain decoding among timed answers. A contender whose answers in `proof` were not checked does not
     qualify; that is fp32, or the own format of a base that is loaded quantised. Really faster means that it drafts, that is, a
-    step gives more than one token, and that the whole 95 % interval of its speed, where there is one, lies above plain's: the
-    highest of several noisy figures is above 1 where none is faster. Plain decoding always qualifies. Raises InputError for a
+    step gives more than one token, that the whole 95 % interval of its speed, where there is one, lies above plain's, and that
+    of fewer than `FEW` questions each, and more than one, was faster: the highest of several noisy figures is above 1 where
+    none is faster. Plain decoding always qualifies. Raises InputError for a
     bench that has not timed it.
     """
     if PLAIN not in methods:
@@ -127,6 +130,9 @@ def _why_noise(figures: dict[str, Any]) -> str | None:
         return "drafts nothing that is accepted"
     if (spread := figures.get("spread")) and spread[0] <= 1.0:
         return f"may be no faster: {spread[0]:.2f}x - {spread[1]:.2f}x plain"
+    few, faster = figures.get("questions"), figures.get("questions_faster")
+    if few is not None and few < FEW and (few < 2 or faster < few):
+        return f"measured on {few} question{'s' * (few != 1)}, faster on {faster}"
     return None
 
 

@@ -8,9 +8,12 @@ Ray itself would try the wrong one for a minute.
 from __future__ import annotations
 
 import os
+import re
 import secrets
+import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +28,11 @@ CLUSTER_ID = "/ray.rpc.NodeInfoGcsService/GetClusterId"
 TRAVEL = ("HYDRA_HEADS_STORAGE", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT", "TRANSFORMERS_OFFLINE",
           "MLFLOW_TRACKING_INSECURE_TLS", "MLFLOW_TRACKING_SERVER_CERT_PATH")
 """Variables that change what a worker does. No key or password: Ray shows a runtime environment to everybody on the cluster."""
+CHECKPOINT = "hydra-heads-checkpoint-"
+"""How the temporary folder of a checkpoint begins that is being written."""
+OLD_SECONDS = 24 * 3600
+"""After which a folder that a killed process has left is removed."""
+SYSTEM_FOLDERS = ("/tmp", "/var/tmp")
 LONGEST_SOCKET = 107
 """Bytes of the path of a Unix socket."""
 BELOW = len("/r/session_2026-01-31_23-59-59_123456_1234567/sockets/plasma_store.123")
@@ -71,12 +79,32 @@ def prepare_to_start() -> Path:
     Raises StoppedError if there is no folder with a path short enough for Ray's sockets that can be written.
     """
     folder = private_folder()
+    _sweep(folder / "r")
     if (os.environ.get(MODE) or "token").lower() == "token" and not os.environ.get(TOKEN) and not os.environ.get(TOKEN_PATH):
         home = _home_token()
         if home is None or not _make_token(home):
             _make_token(folder / "auth_token")
             os.environ[TOKEN_PATH] = str(folder / "auth_token")
     return folder / "r"
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the sessions below `folder` whose Ray was killed before it could, and checkpoints that were being written then. A
+    session is named after its time and the process that made it; one that is young or whose process lives is left alone."""
+    for session in folder.glob("session_*"):
+        with suppress(OSError):
+            maker = re.search(r"_(\d+)$", session.name)
+            if maker and not session.is_symlink() and not Path(f"/proc/{maker[1]}").exists() and _age(session) > OLD_SECONDS:
+                shutil.rmtree(session, ignore_errors=True)
+    for left in Path(tempfile.gettempdir()).glob(f"{CHECKPOINT}*"):
+        with suppress(OSError):
+            if left.stat().st_uid == os.getuid() and _age(left) > OLD_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _age(folder: Path) -> float:
+    """Seconds since something was written into `folder` or, of a session, into its logs."""
+    return time.time() - max(path.stat().st_mtime for path in (folder, *folder.glob("logs"), *folder.glob("logs/*")))
 
 
 def worker_environment(address: str | None) -> dict[str, Any]:
@@ -89,9 +117,7 @@ def worker_environment(address: str | None) -> dict[str, Any]:
 def private_folder() -> Path:
     """A folder `ray-UID` that this user alone can open, below RAY_TMPDIR, TMPDIR or /tmp."""
     tried = []
-    for root in dict.fromkeys((os.environ.get("RAY_TMPDIR"), tempfile.gettempdir(), "/tmp", "/var/tmp")):
-        if not root:
-            continue
+    for root in _roots():
         folder = Path(root).absolute() / f"ray-{os.getuid()}"
         if len(os.fsencode(folder)) + BELOW > LONGEST_SOCKET:
             tried.append(f"{root} (its path is too long)")
@@ -101,6 +127,11 @@ def private_folder() -> Path:
             return folder
     raise StoppedError(f"no folder for the files of Ray among {', '.join(tried)}: export RAY_TMPDIR=FOLDER, a short path of a "
                        "folder that you can write")
+
+
+def _roots() -> list[str]:
+    """Where a private folder may lie, the best place first."""
+    return [root for root in dict.fromkeys((os.environ.get("RAY_TMPDIR"), tempfile.gettempdir(), *SYSTEM_FOLDERS)) if root]
 
 
 def _why_not_private(folder: Path) -> str | None:
@@ -145,8 +176,8 @@ def _tokens() -> Iterator[tuple[str, str]]:
     """Source and text of the tokens that this process could use, the one that Ray would take first."""
     if token := os.environ.get(TOKEN, "").strip():
         yield TOKEN, token
-    private = Path(tempfile.gettempdir()) / f"ray-{os.getuid()}" / "auth_token"
-    paths: list[str | Path | None] = [os.environ.get(TOKEN_PATH), _home_token(), private]
+    private = [Path(root).absolute() / f"ray-{os.getuid()}" / "auth_token" for root in _roots()]
+    paths: list[str | Path | None] = [os.environ.get(TOKEN_PATH), _home_token(), *private]
     for path in paths:
         if path and (token := _read(Path(path))):
             yield str(path), token

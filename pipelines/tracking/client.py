@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from filelock import FileLock, Timeout
 
 from hydra_core.errors import InputError, StoppedError
-from pipelines.runtime.faults import first_line, storage_fault
+from pipelines.runtime.faults import first_line, storage_fault, tells_full
 from pipelines.runtime.provenance import without_credentials
 from pipelines.runtime.reachability import why_silent, why_unreachable
 
@@ -43,7 +43,7 @@ DATABASES = {"sqlite", *DATABASE_PORTS}
 
 def open_client(uri: str) -> MlflowClient:
     """A client whose server answers, and whose faults later are one line. Raises StoppedError within seconds if no server
-    answers or the disk takes no more, InputError if the store is refused."""
+    answers, for a fault that may pass and for a full disk, InputError for a store that cannot be used as it is given."""
     shown = without_credentials(uri)
     if fault := _why_dead(uri):
         raise StoppedError(f"tracking.uri={shown}: no MLflow server answers there ({fault}): start it or choose another")
@@ -62,7 +62,30 @@ def open_client(uri: str) -> MlflowClient:
         if "_alembic_tmp_" in reason or "already exists" in reason:
             raise InputError(f"tracking.uri={shown}: an interrupted first start left its tables half-made ({reason}): delete "
                              f"{_database(uri) or 'that database'} and run again") from None
-        raise InputError(f"tracking.uri={shown}: cannot be used ({reason})") from None
+        if _database(uri) is None and tells_full(str(error)):
+            raise StoppedError(f"tracking.uri={shown}: {_line_of(str(error), remote=True)}") from None
+        if is_refusal(error):
+            raise InputError(f"tracking.uri={shown}: cannot be used ({reason})") from None
+        raise StoppedError(f"tracking.uri={shown}: cannot be used now ({reason}): run the same command again when that is "
+                           "mended") from None
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether a store will refuse again until a setting, a permission or an installation changes: an address that is none, a user
+    who may not, a driver that is missing. All else (time-outs, a server's own faults, a locked database) may pass."""
+    refused = (ImportError, ValueError, NotADirectoryError, PermissionError, FileNotFoundError, IsADirectoryError)
+    return isinstance(error, refused) or type(error).__name__ in _REFUSED_TYPES or (
+        getattr(error, "error_code", None) in _REFUSED_CODES) or _REFUSED.search(str(error)) is not None
+
+
+_REFUSED_TYPES = ("ArgumentError", "NoSuchModuleError", "NoCredentialsError")
+"""Of SQLAlchemy and botocore, which a store may do without."""
+_REFUSED_CODES = ("UNAUTHENTICATED", "PERMISSION_DENIED", "ENDPOINT_NOT_FOUND", "INVALID_PARAMETER_VALUE",
+                  "RESOURCE_DOES_NOT_EXIST")
+_REFUSED = re.compile(r"error code 40[0-7]\b|\b(401|403) Client Error|\(40[134]\)|AccessDenied|NoSuchBucket|InvalidAccess"
+                      r"|unable to open database file|file is not a database|out-of-date database schema|authentication failed"
+                      r"|Access denied|database .* does not exist|Unknown database|Not a directory|Permission denied",
+                      re.IGNORECASE)
 
 
 class _OneLine:
@@ -70,7 +93,7 @@ class _OneLine:
     experiment or a run that somebody deleted meanwhile."""
 
     def __init__(self, client: MlflowClient, shown: str) -> None:
-        self._client, self._shown = client, shown
+        self._client, self._shown, self._remote = client, shown, _database(shown) is None
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._client, name)
@@ -79,7 +102,10 @@ class _OneLine:
             try:
                 return method(*arguments, **more)
             except MlflowException as error:
-                if (line := _line_of(str(error))) is None:
+                if (line := _line_of(str(error), self._remote)) is None:
+                    if _FORBIDDEN.search(str(error)):
+                        raise InputError(f"tracking.uri={self._shown}: refuses this ({first_line(error)[:200]}): correct its "
+                                         "user and password, or their permissions") from None
                     raise
                 raise StoppedError(f"tracking.uri={self._shown}: {line}") from None
 
@@ -91,18 +117,26 @@ def _told_in_one_line(client: MlflowClient, shown: str) -> MlflowClient:
 
 
 _DELETED = re.compile(r"The (run|experiment) (\S+) must be in the '?active'? state", re.IGNORECASE)
-_AWAY = re.compile(r"API request to .* failed|Max retries exceeded|Connection (refused|reset|aborted)|could not connect")
+_AWAY = re.compile(r"API request to .* failed with (exception|error code (408|429|5\d\d))|Max retries exceeded"
+                   r"|Connection (refused|reset|aborted)|could not connect")
+
+_FORBIDDEN = re.compile(r"API request to .* failed with error code 40[13]")
 
 
-def _line_of(message: str) -> str | None:
-    """What a person reads of a fault of the store, None for one that a caller knows what to do about."""
+def _line_of(message: str, remote: bool = False) -> str | None:
+    """What a person reads of a fault of the store, None for one that a caller knows what to do about. `remote`: the store is on
+    a server."""
     if found := _DELETED.search(message):
         what = found[1].lower()
         return (f"the {what} {found[2]} was deleted while this command used it: `mlflow {what}s restore --{what}-id {found[2]}`, "
                 "or run the same command again")
+    if remote and tells_full(message):
+        return "the disk of the MLflow server is full: run the same command again when that is mended"
     if _AWAY.search(message):
         shown = without_credentials(message.splitlines()[0])[:200]
         return f"the MLflow server does not answer any more ({shown}): run the same command again"
+    if "database is locked" in message:
+        return "other processes write to its database without a pause: run the same command again"
     return None
 
 

@@ -30,6 +30,7 @@ from pipelines.tracking.client import (
     MlflowException,
     Param,
     get_current_time_millis,
+    is_refusal,
     open_client,
 )
 
@@ -97,7 +98,7 @@ class Run:
 
     @contextmanager
     def _artifacts(self) -> Iterator[None]:
-        """Tell in one line that artifacts cannot be stored. A full disk is told by who prints errors."""
+        """Tell in one line that artifacts cannot be stored, now or at all. A full disk is told by who prints errors."""
         try:
             yield
         except (StoppedError, InputError):
@@ -106,6 +107,9 @@ class Run:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
             where = without_credentials(self._client.get_run(self.run_id).info.artifact_uri)
+            if not is_refusal(error):
+                raise StoppedError(f"tracking.experiment: its artifacts cannot be stored in {where} now "
+                                   f"({first_line(error)[:200]}): run the same command again when that is mended") from None
             raise InputError(f"tracking.experiment: its artifacts cannot be stored in {where} "
                              f"({first_line(error)[:200]}): choose another "
                              "tracking.experiment, or correct the server's artifact root") from None

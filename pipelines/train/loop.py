@@ -36,6 +36,7 @@ from pipelines.rows.schemas import content_id
 from pipelines.runtime.artifacts import RunPaths
 from pipelines.runtime.faults import one_line
 from pipelines.runtime.files import write_array
+from pipelines.runtime.ray_access import CHECKPOINT
 from pipelines.train.async_eval import AsyncEvaluator
 from pipelines.train.batches import Batch, StepBatches, valid_counts, validation_groups
 from pipelines.train.context import HEADS, LoopSettings, TrainContext
@@ -233,7 +234,7 @@ def _validate_and_report(context: TrainContext, progress: StepLines, evaluator: 
     if why := why_not_keep(figures):
         return why
     metrics = {"step": context.next_step, "loss": context.curve[-1]["loss"], **figures}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(prefix=CHECKPOINT) as folder:
         context.engine.save_checkpoint(folder, tag=STATE_TAG, client_state={"next_step": context.next_step})
         with _eval_weights(context):
             if context.first:

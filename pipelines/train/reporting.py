@@ -57,14 +57,14 @@ def log_curve(context: TrainContext, figures: dict[str, float]) -> None:
     folder = Path(context.settings.folder)
     if context.settings.run_id is None:
         return
-    marker = _read_marker(folder)
+    marker = _read_marker(folder, context.settings.run_id)
     if context.next_step > marker["next_step"]:
         marker["held_out"][str(context.next_step)] = figures
     try:
         if (logger := tracker_of(context)) is None:
             return
         _log(logger, context.curve, marker)
-        marker = {"next_step": max(marker["next_step"], context.next_step), "held_out": {}}
+        marker |= {"next_step": max(marker["next_step"], context.next_step), "held_out": {}}
     except Exception as error:  # a server that is down, a busy database: each kind of store raises its own exceptions
         say(f"train {context.settings.drafter}", f"step {context.next_step}: metrics are not logged yet, training goes on "
             f"({(str(error).splitlines() or [type(error).__name__])[0]})")
@@ -73,7 +73,7 @@ def log_curve(context: TrainContext, figures: dict[str, float]) -> None:
 
 def log_rest(run: Run, folder: Path, curve: Path) -> None:
     """Log what `log_curve` could not: the driver does it when training has ended. `curve`: the file with all steps."""
-    marker = _read_marker(folder)
+    marker = _read_marker(folder, run.run_id)
     _log(run, [json.loads(line) for line in curve.read_text(encoding="utf-8").splitlines()], marker)
 
 
@@ -85,11 +85,14 @@ def _log(logger: MetricLogger | Run, curve: Sequence[Mapping[str, Any]], marker:
     logger.log_curve(points)
 
 
-def _read_marker(folder: Path) -> dict[str, Any]:
-    """The first step that is not logged, and the held-out figures, by step, that are not."""
+def _read_marker(folder: Path, run_id: str) -> dict[str, Any]:
+    """The first step that is not logged in the run `run_id`, and the held-out figures, by step, that are not: none where another
+    run has those that were (another server, a run that was deleted), so that this one gets the whole curve."""
     marker = folder / LOGGED
-    found: dict[str, Any] = json.loads(marker.read_text(encoding="utf-8")) if marker.exists() else {"next_step": 0}
-    return {"held_out": {}, **found}
+    found: dict[str, Any] = json.loads(marker.read_text(encoding="utf-8")) if marker.exists() else {}
+    if found.get("run_id", run_id) != run_id:
+        found = {}
+    return {"next_step": 0, "held_out": {}, **found, "run_id": run_id}
 
 
 class StepLines:

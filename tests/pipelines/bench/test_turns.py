@@ -125,6 +125,12 @@ def test_every_contender_on_plains_context(tiny_base_dir: Path, tiny_base: Base,
         assert len(seen) == 2 + len(lines) - kept
         again = read_rows(Path(plan.rows_file))
         assert [(row.token_ids, row.turn, row.method) for row in again] == [(row.token_ids, row.turn, row.method) for row in rows]
+    Path(plan.rows_file).write_text("".join(lines[:5]), encoding="utf-8")
+    machine = Path(plan.rows_file).with_name(bench_run.MACHINE)
+    machine.write_text(machine.read_text(encoding="utf-8").replace('"threads"', '"of another"'), encoding="utf-8")
+    seen.clear()  # what another machine timed cannot be compared with what this one will time
+    measure_single(plan, questions)
+    assert len(seen) == 2 + len(lines) and len(read_rows(Path(plan.rows_file))) == len(lines)
 
 
 def test_a_turn_that_does_not_fit_is_left_out(tiny_base_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

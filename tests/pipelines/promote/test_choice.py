@@ -62,6 +62,16 @@ def test_others_do_not_compete_and_plain_decoding_must_be_there() -> None:
         choose_winner({"fast": figures(2.0)}, 1.0)
 
 
+@pytest.mark.parametrize(("questions", "faster", "why"), [
+    (1, 1, "measured on 1 question, faster on 1"), (0, 0, "measured on 0 questions, faster on 0"),
+    (5, 4, "measured on 5 questions, faster on 4"), (5, 5, None), (2, 2, None), (6, 4, None), (24, 13, None), (None, None, None)])
+def test_few_questions_must_all_be_faster(questions: int | None, faster: int | None, why: str | None) -> None:
+    """One question has no interval, and one of two or three says little. Benches of earlier versions did not count them."""
+    fast = figures(1.5, spread=[1.1, 1.9] if questions != 1 else None, questions=questions, questions_faster=faster)
+    found, told = choose_winner({PLAIN: figures(1.0), "fast": fast}, 1.0)
+    assert found == (PLAIN if why else "fast") and told.endswith(f"; not considered: fast ({why})" if why else "contenders")
+
+
 @pytest.mark.parametrize(("noise", "why"), [
     ({"tokens_per_step": 1.0}, "drafts nothing that is accepted"), ({"tokens_per_step": None}, "drafts nothing that is accepted"),
     ({"spread": [1.0, 3.0]}, "may be no faster: 1.00x - 3.00x plain"),

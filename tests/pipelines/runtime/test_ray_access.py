@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -125,6 +126,7 @@ def test_the_token_of_the_environment_comes_first(home: Path, used: list[str], l
     ("right", "disabled", r"ray_address=.*: this cluster wants a token: unset RAY_AUTH_MODE, which is disabled")])
 def test_what_to_export_is_one_line(home: Path, locked_cluster: str, monkeypatch: pytest.MonkeyPatch, token: str | None,
                                     mode: str | None, words: str) -> None:
+    monkeypatch.setattr(ray_access, "SYSTEM_FOLDERS", ())  # where this user may have one
     if token:
         save_token(home, token)
     if mode:
@@ -203,6 +205,42 @@ def test_no_folder_for_ray_is_one_line(home: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(ray_access, "_why_not_private", lambda folder: f"{folder} belongs to another user")
     with pytest.raises(StoppedError, match=r"no folder for the files of Ray among /.* \(/.* belongs to another user\).*export"):
         private_folder()
+
+
+@pytest.mark.parametrize("place", ["RAY_TMPDIR", "SYSTEM_FOLDERS"])
+def test_a_token_is_found_wherever_one_is_made(home: Path, used: list[str], locked_cluster: str, monkeypatch: pytest.MonkeyPatch,
+                                               place: str) -> None:
+    """That of a user without a home lies in Ray's folder, which is the first one that can be written."""
+    folder = home / "else" / f"ray-{os.getuid()}"
+    folder.mkdir(parents=True)
+    (folder / "auth_token").write_text("right")
+    if place == "RAY_TMPDIR":
+        monkeypatch.setenv(place, str(home / "else"))
+    else:
+        monkeypatch.setattr(ray_access, place, (str(home / "else"),))
+    prepare_to_join(locked_cluster, "ray_address")
+    assert used == [str(folder / "auth_token")]
+
+
+def test_what_killed_processes_left_is_removed_after_a_day(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sessions of Ray and checkpoints; not those of a process that lives, of today, or of another name."""
+    monkeypatch.setattr(ray_access, "private_folder", lambda: home / "ray-1")
+    old, dead = time.time() - 2 * 24 * 3600, 4_999_999  # above the largest id that Linux gives
+    names = {f"ray-1/r/session_2026-01-31_10-00-00_000001_{dead}": False,
+             f"ray-1/r/session_2026-01-31_10-00-00_1_{os.getpid()}": True, "ray-1/r/mine": True,
+             "hydra-heads-checkpoint-abc": False, "other": True}
+    young = [home / f"ray-1/r/session_2026-02-01_10-00-00_000001_{dead}", home / f"ray-1/r/session_2026-02-02_10-00-00_1_{dead}",
+             home / "hydra-heads-checkpoint-now"]
+    for folder in (*(home / name for name in names), *young):
+        (folder / "logs").mkdir(parents=True)
+        (folder / "logs" / "raylet.out").write_text("")
+        for path in (folder / "logs" / "raylet.out", folder / "logs", folder):
+            os.utime(path, (old, old))
+    os.utime(young[0] / "logs" / "raylet.out")
+    os.utime(young[1])
+    os.utime(young[2])
+    prepare_to_start()
+    assert {name: (home / name).exists() for name in names} == names and all(path.exists() for path in young)
 
 
 def test_what_workers_of_another_cluster_are_given(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

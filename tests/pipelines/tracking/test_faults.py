@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import PERMISSION_DENIED, TEMPORARILY_UNAVAILABLE, UNAUTHENTICATED
 
 from hydra_core.errors import InputError, StoppedError
 from pipelines.config import RunConfig, load_config
@@ -97,10 +99,49 @@ def test_a_version_of_a_remote_store_is_downloaded_once_and_whole(config: RunCon
 @pytest.mark.parametrize(("message", "words"), [
     ("The run abc must be in the 'active' state. Current state is deleted.", "the run abc was deleted"),
     ("API request to http://h:1/api/2.0 failed with exception HTTPConnectionPool(host='h')", "does not answer any more"),
+    ("(sqlite3.OperationalError) database is locked\n[SQL: INSERT", "other processes write to its database"),
     ("Registered Model with name=x not found", None)])
 def test_which_faults_are_told(message: str, words: str | None) -> None:
     found = _line_of(message)
     assert found is None if words is None else words in (found or "")
+
+
+@pytest.mark.parametrize(("error", "refused"), [
+    (ModuleNotFoundError("No module named 'psycopg2'"), True), (ValueError("not a uri"), True),
+    (PermissionError(13, "denied"), True),
+    (MlflowException("who are you", error_code=UNAUTHENTICATED), True),
+    (MlflowException("no", error_code=PERMISSION_DENIED), True),
+    (MlflowException("API request to endpoint /x failed with error code 403 != 200. Response body: ''"), True),
+    (MlflowException('(psycopg2.OperationalError) FATAL: password authentication failed for user "u"'), True),
+    (MlflowException("API request to endpoint /x failed with error code 500 != 200. Response body: ''"), False),
+    (MlflowException("API request to endpoint /x failed with error code 429 != 200. Response body: ''"), False),
+    (MlflowException("(sqlite3.OperationalError) database is locked", error_code=TEMPORARILY_UNAVAILABLE), False),
+    (ConnectionResetError(104, "Connection reset by peer"), False), (TimeoutError("timed out"), False)])
+def test_what_may_pass_is_no_mistake(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception,
+                                     refused: bool) -> None:
+    """A fault of the server ends with exit code 1, so that whoever starts commands tries again."""
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    tracker = Tracker.open(config)
+    run = tracker.start("train")
+    kind, words = (InputError, "cannot be") if refused else (StoppedError, "run the same command again")
+    (tmp_path / "f").write_text("", encoding="utf-8")
+    with monkeypatch.context() as patch:
+        patch.setattr(run._client._client, "log_artifact", fail)
+        with pytest.raises(kind, match="choose another|refuses" if refused else words):
+            run.log_artifact(tmp_path / "f")
+    monkeypatch.setattr("pipelines.tracking.client._why_dead", lambda uri: None)
+    monkeypatch.setattr("pipelines.tracking.client.BUSY_SECONDS", -1)
+    monkeypatch.setattr("pipelines.tracking.client.MlflowClient", fail)
+    with pytest.raises(kind, match=rf"^tracking\.uri=http://host: .*{words}"):
+        open_client("http://host")
+
+
+def test_the_full_disk_of_a_server_is_its_own() -> None:
+    full = "API request to http://h failed: (sqlite3.OperationalError) database or disk is full"
+    assert "the disk of the MLflow server is full" in (_line_of(full, remote=True) or "")
+    assert _line_of("(sqlite3.OperationalError) database or disk is full") is None  # ours: told with what is left
 
 
 def test_no_line_shows_a_password(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,6 +166,25 @@ def test_the_lock_of_the_tables_is_for_those_who_make_them(config: RunConfig, mo
     assert _has_tables(uri) and not _has_tables(f"{uri}.other")
     monkeypatch.setattr("pipelines.tracking.client.FileLock", None)
     assert open_client(uri).search_experiments(max_results=1)
+
+
+def test_another_run_gets_the_whole_curve(config: RunConfig, tmp_path: Path) -> None:
+    """A training that goes on in another run, as on another server, leaves no gap there for what the first one has."""
+    tracker = Tracker.open(config)
+    first, second = tracker.start("train", part="a"), tracker.start("train", part="b")
+    context = context_of(config, tmp_path, tracker.uri, first.run_id)
+    context.curve, context.next_step = [{"step": step, "time": 0.0, "loss": 9.0} for step in range(2)], 2
+    log_curve(context, {"tokens_per_step": 1.5})
+    context.settings.run_id = second.run_id
+    context.curve.append({"step": 2, "time": 0.0, "loss": 8.0})
+    context.next_step = 3
+    log_curve(context, {"tokens_per_step": 1.6})
+    history = MlflowClient(tracker.uri).get_metric_history
+    assert [sorted(point.step for point in history(run.run_id, "train.loss")) for run in (first, second)] == [[0, 1], [0, 1, 2]]
+    (tmp_path / "curve.jsonl").write_text("".join(json.dumps(record) + "\n" for record in context.curve), encoding="utf-8")
+    third = tracker.start("train", part="c")
+    log_rest(third, tmp_path, tmp_path / "curve.jsonl")
+    assert sorted(point.step for point in history(third.run_id, "train.loss")) == [0, 1, 2]
 
 
 def context_of(config: RunConfig, folder: Path, uri: str, run_id: str) -> Any:
