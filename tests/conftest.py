@@ -6,6 +6,7 @@ and tests of one file never run at the same time. Each process has a Ray, an MLf
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 from collections.abc import Iterator
@@ -50,6 +51,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def the_same_draws() -> None:
     """What a test draws from torch without a generator of its own is the same in every run, whichever tests ran before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def the_same_loggers() -> Iterator[None]:
+    """What a command of one test shows or hides of the logs is no matter of the next one."""
+    loggers = [logging.getLogger(name) for name in ("hydra_core", "ray.serve")]
+    before = [(logger, list(logger.handlers), logger.level, logger.propagate) for logger in loggers]
+    yield
+    for logger, handlers, level, propagate in before:
+        logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

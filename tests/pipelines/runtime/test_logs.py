@@ -86,4 +86,5 @@ def test_stderr_of_a_run_that_goes_well_holds_our_lines_alone(words: list[str], 
     if words[0] == "generate":
         assert lines[0].startswith("generate: ") and OURS.match(lines[-1]) and len(lines) <= 6, done.stderr  # and the answer
     else:
-        assert [line for line in lines if not OURS.match(line)] == []
+        # the cluster's own messages are of the machine: little memory, a full disk
+        assert [line for line in lines if not OURS.match(line) and "(raylet)" not in line] == []

@@ -115,7 +115,8 @@ def test_a_terminated_stage_ends_like_an_interrupted_one(tmp_path: Path) -> None
     assert any("connected" in line for line in stage.stderr)
     started = psutil.Process(stage.pid).children(recursive=True)
     stage.send_signal(signal.SIGTERM)
-    told = stage.stderr.read()
+    told = stage.stderr.read().splitlines()
     assert stage.wait(60) == 1
-    assert told == "generate: interrupted; run the same command again to continue\n"
+    # the cluster's own messages are of the machine: little memory, a full disk
+    assert [line for line in told if "(raylet)" not in line] == ["generate: interrupted; run the same command again to continue"]
     assert started and not psutil.wait_procs(started, timeout=30)[1]
