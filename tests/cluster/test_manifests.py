@@ -162,6 +162,25 @@ def test_ports_and_routes_are_those_of_the_code() -> None:
     assert set(re.findall(r"(?:--port=|HEAD_IP:)(\d+)", started)) == {str(DEFAULT_PORT)}
 
 
+def test_pods_can_load_a_gated_model_once() -> None:
+    """Every pod has the hub's token, which is left out where there is no such secret, and one cache on the shared folder."""
+    for name in ("rayjob.yaml", "raycronjob.yaml", "rayservice.yaml"):
+        containers = [one for found in values_of(load(name), "containers") for one in found]
+        assert len(containers) == 2
+        for container in containers:
+            variables = {one["name"]: one for one in container["env"]}
+            assert variables["HF_TOKEN"]["valueFrom"]["secretKeyRef"] == {"name": "hf-token", "key": "token", "optional": True}
+            assert variables["HF_HOME"]["value"].startswith(
+                next(mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] == "shared"))
+
+
+def test_the_launchers_ray_finds_the_python_of_an_entrypoint() -> None:
+    values = load("ray_cluster.yaml")
+    for kind in ("head", "worker"):
+        (started,) = [command for command in values[f"{kind}_start_ray_commands"] if "ray start" in command]
+        assert started.startswith("PATH=/opt/hydra-heads-venv/bin:$PATH ray start ")
+
+
 def test_no_python_here() -> None:
     assert not list(CLUSTER.rglob("*.py"))
 
