@@ -17,7 +17,7 @@ class BenchSection(Section):
 
     prompts: str | None = Field(None, description="JSONL of `prompt` or Spec-Bench's format; default: held-out prompts")
     heads: str | None = Field(None, description="one checkpoint folder, or `bundled`, to bench instead of this run's own")
-    limit: int | None = Field(None, ge=1, description="number of questions; default: all")
+    limit: int | None = Field(None, ge=1, description="number of questions; default: all of `prompts`, or 24 held-out ones")
     max_new_tokens: int = Field(64, ge=1, description="length limit of an answer, in tokens")
     rounds: int = Field(1, ge=1, description="how often each question is timed")
     methods: tuple[str, ...] = Field(

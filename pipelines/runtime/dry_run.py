@@ -10,6 +10,8 @@ BUDGET_MINUTES = {"distill": 10, "train": 9, "tree": 2, "bench": 9, "promote": 1
 CHAIN = tuple(BUDGET_MINUTES)
 SELF_MADE = 640
 """Prompts that the base writes where `prompts.count` is not set."""
+HELD_OUT = 24
+"""Questions of a bench of held-out prompts where `bench.limit` is not set."""
 
 
 def describe(config: RunConfig, stage: str) -> list[str]:
@@ -61,16 +63,17 @@ def _tree(config: RunConfig) -> list[str]:
     sizes = ", ".join(str(size) for size in tree.batch_sizes)
     return [f"step costs of {max(tree.node_counts)} nodes and fewer, batches of {sizes}, measured here",
             *(f"{name}: a tree for each batch size, from the ranks of at most {tree.max_rows} held-out rows "
-              f"-> {folder / name}" for name in config.train.drafters),
+              f"-> {folder / name}" for name in config.train.drafters if config.train.only in (None, name)),
             *([f"steps up to the base's longest context -> {folder / 'curves'}"] if tree.curves else [])]
 
 
 def _bench(config: RunConfig) -> list[str]:
     bench, folder = config.bench, RunPaths.of(config).stage("bench")
     prompts = bench.prompts or "held-out prompts of this run"
-    methods = ", ".join(bench.methods) or "transformers, ngram and every drafter found"
-    return [f"plain against {methods}: {bench.limit or 'all'} of {prompts}, at most {bench.max_new_tokens} tokens "
-            f"each, {bench.rounds} round(s) -> {folder / 'rows.jsonl'}",
+    methods = ", ".join(bench.methods) or "transformers, ngram, every drafter found (bundled heads too) and combined"
+    count = bench.limit or ("all" if bench.prompts else HELD_OUT)
+    return [f"plain against {methods}: {count} of {prompts}, at most {bench.max_new_tokens} tokens each, {bench.rounds} round(s) "
+            f"-> {folder / 'rows.jsonl'}",
             f"losslessness in fp32 against the naive loop on {bench.identity_prompts} prompts -> {folder / 'report.json'}",
             *(f"{level} requests in flight -> {folder / 'load.jsonl'}" for level in bench.concurrency)]
 
