@@ -1,7 +1,8 @@
-"""Atomic writes of files and folders: written under a temporary name next to the target, then renamed."""
+"""Atomic writes of files and folders (written under a temporary name next to the target, then renamed), and lock files."""
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -9,6 +10,11 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+"""What a file system without locks answers."""
 
 
 @contextmanager
@@ -61,6 +67,24 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         raise
     shutil.rmtree(older, ignore_errors=True)
     sync(folder.parent)
+
+
+@contextmanager
+def file_lock(path: Path | str, timeout: float = -1) -> Iterator[None]:
+    """Hold the lock file `path`, waiting for it at most `timeout` seconds (below 0: as long as it takes). Where the file system
+    has no locks the block runs without: several may do then what it guards, each whole. Raises `filelock.Timeout`."""
+    lock = FileLock(path, timeout=timeout)
+    try:
+        lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, Timeout) or (isinstance(error, OSError) and error.errno not in NO_LOCKS):
+            raise
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _make_folder(folder: Path) -> None:

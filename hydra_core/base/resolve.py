@@ -12,12 +12,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from hydra_core.base.embedded import EMBEDDED_BASE, fetch_embedded
 from hydra_core.base.q4_1 import save_codes
 from hydra_core.errors import InputError
-from hydra_core.files import atomic_file, atomic_folder
+from hydra_core.files import atomic_file, atomic_folder, file_lock
 
 log = logging.getLogger(__name__)
 ORIGIN = "hydra_base.json"  # in the folder of a converted model: the file it was made from
@@ -139,7 +137,7 @@ def _converted(gguf: Path, cache: Path) -> ResolvedBase:
     folder = cache / "converted" / f"{gguf.stem}-{digest[:12]}-{LAYOUT}"
     if not (folder / ORIGIN).exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
+        with file_lock(f"{folder}.lock"):
             if not (folder / ORIGIN).exists():
                 _convert(gguf, folder, digest)
     return ResolvedBase(folder, gguf.stem, digest)

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 
 from hydra_core.base import Base
+from hydra_core.files import file_lock
 from hydra_core.heads import HeadDrafter
 from hydra_core.kernels.library import sources_digest
 from hydra_core.tree.costs import StepCosts, unmeasured_costs
@@ -144,7 +144,7 @@ def _cached(cache: Path, what: str, base: Base, timed: dict[str, Any], timing: b
     key = hashlib.sha256(json.dumps([machine, timed], sort_keys=True).encode()).hexdigest()[:16]
     path = cache / "costs" / f"{what}-{key}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):  # of two processes that measure at the same time, each would slow the other
+    with file_lock(f"{path}.lock"):  # of two processes that measure at the same time, each would slow the other
         if (found := _read(path)) is not None:
             return found
         if not timing:

@@ -13,12 +13,12 @@ from typing import Any
 
 import ray
 import torch
-from filelock import FileLock
 
 from hydra_core.base import formats_of, pick_device, resolve_base
 from hydra_core.decoding import read_configuration
 from hydra_core.decoding.configuration import ANY_FORMAT
 from hydra_core.decoding.configuration import FILE as CONFIGURATION
+from hydra_core.files import file_lock
 from pipelines.config import BaseSection, RunConfig
 from pipelines.profiling.cost_cache import machine_costs
 from pipelines.runtime.artifacts import RunPaths
@@ -49,7 +49,7 @@ def resolve_format(config: RunConfig, stage: str) -> RunConfig:
     path = RunPaths.of(config).run / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     digest = resolve_base(config.base.model, RunPaths.of(config).cache).digest
-    with FileLock(path.with_name(f".{FILE}.lock")):  # of two stages at the same time, one chooses
+    with file_lock(path.with_name(f".{FILE}.lock")):  # of two stages at the same time, one chooses
         kept = _read(path)
         if kept is None or kept["base"] != digest:
             dtype, times = fastest_format(_candidates(config))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -14,10 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from hydra_core.errors import InputError
+from hydra_core.files import NO_LOCKS
 from pipelines.runtime.console import say
-
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-"""What a file system without locks answers."""
 
 _held: dict[Path, int] = {}
 """Lock files that this process holds, with the thread that does."""

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlsplit
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from hydra_core.errors import InputError, StoppedError
+from hydra_core.files import file_lock
 from pipelines.runtime.faults import first_line, storage_fault, tells_full
 from pipelines.runtime.provenance import without_credentials
 from pipelines.runtime.reachability import why_silent, why_unreachable
@@ -190,7 +191,7 @@ def _one_at_a_time(uri: str) -> Iterator[None]:
     if path is None or not path.parent.is_dir():
         yield
         return
-    with FileLock(f"{path}.lock", timeout=TABLES_SECONDS):
+    with file_lock(f"{path}.lock", timeout=TABLES_SECONDS):
         yield
 
 

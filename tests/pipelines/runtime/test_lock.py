@@ -12,8 +12,10 @@ import threading
 from pathlib import Path
 
 import pytest
+from filelock import Timeout
 
 from hydra_core.errors import InputError
+from hydra_core.files import file_lock
 from pipelines.runtime.lock import holds, only_run
 from tests.conftest import ROOT
 
@@ -80,12 +82,30 @@ def test_who_holds_a_folder(storage: Path) -> None:
     assert not holds(folder)
 
 
+def test_a_lock_that_is_held_is_waited_for_and_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with file_lock(tmp_path / "x.lock"), pytest.raises(Timeout), file_lock(tmp_path / "x.lock", timeout=0):
+        pass
+    with pytest.raises(OSError, match="broken"), file_lock(tmp_path / "x.lock", timeout=0):
+        raise OSError(errno.ENOLCK, "broken")  # the block's own error
+    with file_lock(tmp_path / "x.lock", timeout=0):
+        pass
+
+    def broken(*_: object) -> None:
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(fcntl, "flock", broken)
+    with pytest.raises(OSError, match="broken"), file_lock(tmp_path / "x.lock", timeout=0):
+        pass
+
+
 def test_a_file_system_without_locks(storage: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A batch's output needs one, since its rows are dear; a stage of a run worked there before, and warns."""
     def no_locks(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
+    with file_lock(storage.parent / "x.lock"), file_lock(storage.parent / "x.lock", timeout=0):  # of what anybody may make again
+        pass
     folder = storage / "runs" / "a" / "train"
     with pytest.raises(InputError, match=r"batch\.output=.*: this file system has no locks \(No locks available\): choose"), \
             only_run(folder, storage, "batch.output"):

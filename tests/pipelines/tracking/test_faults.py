@@ -164,7 +164,7 @@ def test_no_line_shows_a_password(config: RunConfig, monkeypatch: pytest.MonkeyP
 def test_the_lock_of_the_tables_is_for_those_who_make_them(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = Tracker.open(config).uri
     assert _has_tables(uri) and not _has_tables(f"{uri}.other")
-    monkeypatch.setattr("pipelines.tracking.client.FileLock", None)
+    monkeypatch.setattr("pipelines.tracking.client.file_lock", None)
     assert open_client(uri).search_experiments(max_results=1)
 
 
