@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hydra_core.errors import InputError
-from pipelines.batch.reader import BadRow, BatchRow, read_rows
+from pipelines.batch.reader import BadRow, BatchRow, input_kind, read_rows
 from pipelines.config import RunConfig
 from pipelines.rows.prompt_reader import prompt_files
 from pipelines.rows.schemas import content_id
-from pipelines.runtime.artifacts import RunPaths, file_digest, require_manifest
+from pipelines.runtime import artifacts
+from pipelines.runtime.artifacts import RunPaths, require_manifest
 
 
 class InputChanged(InputError):
@@ -19,10 +20,12 @@ class InputChanged(InputError):
 
 
 def input_digest(config: RunConfig) -> str:
-    """Of the bytes of all files, or the fingerprint of the stage that has written them."""
+    """Of the bytes of all files, or the fingerprint of the stage that has written them. Raises InputError for an input that is
+    missing or cannot be read."""
+    input_kind(config.batch)  # raises for one that is missing
     if config.batch.source is None:
         return str(require_manifest(RunPaths.of(config).stage("distill"), "distill")["fingerprint"])
-    return content_id(*(file_digest(file) for file in prompt_files(Path(config.batch.source))))
+    return content_id(*(artifacts.input_digest("batch.input", file) for file in prompt_files(Path(config.batch.source))))
 
 
 def unchanged_rows(config: RunConfig, wanted: str) -> Iterator[BatchRow | BadRow]:
@@ -45,7 +48,7 @@ def _check(config: RunConfig, wanted: str, read: _Read | None) -> None:
     try:
         found = (content_id(read.digest(Path(str(config.batch.source)))) if read is not None and read.bytes
                  else input_digest(config))
-    except OSError as error:
+    except (OSError, InputError) as error:
         found = str(error)
     if found != wanted:
         raise InputChanged(f"batch.input={config.batch.source}: changed while it was read")

@@ -23,8 +23,8 @@ from pipelines.rows.schemas import FEATURES
 from tests.conftest import ROOT
 from tests.pipelines.serve.test_stage import free_port
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
-START_SECONDS, JOB_SECONDS, STOP_SECONDS = 180, 420, 60
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
+START_SECONDS, JOB_SECONDS, STOP_SECONDS = 300, 900, 60
 RUNTIME_ENV = yaml.safe_load((ROOT / "cluster" / "runtime_env.yaml").read_text(encoding="utf-8"))
 
 

@@ -110,7 +110,7 @@ def test_what_was_read_is_the_file(make: Callable[..., RunConfig], tmp_path: Pat
     wanted = input_digest(config)
     rows = list(batch_stage.read_rows(config))
     if path.suffix != ".parquet":
-        monkeypatch.setattr(digests, "file_digest", None)  # nobody reads it once more for that
+        monkeypatch.setattr(digests.artifacts, "file_digest", None)  # nobody reads it once more for that
     assert list(unchanged_rows(config, wanted)) == rows and len(rows) == (limit or len(rows)) > 0
     with pytest.raises(InputChanged, match="changed while it was read"):
         list(unchanged_rows(config, "another"))
@@ -133,3 +133,13 @@ def test_an_input_that_has_gone_or_cannot_be_read_any_more_has_changed(make: Cal
         file.write(bytes(1 << 20))
     with pytest.raises(InputChanged):
         list(rows)
+
+
+def test_an_input_that_is_missing_or_closed_is_one_line(make: Callable[..., RunConfig], tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match=rf"batch\.input={tmp_path}/in\.jsonl: no such file"):
+        input_digest(make())
+    (tmp_path / "in.jsonl").write_bytes(lines(1))
+    monkeypatch.setattr(digests.artifacts, "file_digest", lambda path: path.with_name("gone").read_bytes())
+    with pytest.raises(InputError, match=rf"batch\.input={tmp_path}/in\.jsonl: cannot be read \(No such file"):
+        input_digest(make())
