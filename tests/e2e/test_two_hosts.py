@@ -21,9 +21,9 @@ import pytest
 
 from tests.pipelines.distill.test_stage import write_prompts
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 HOSTS = ("10.213.0.1", "10.213.0.2")
-SECONDS = 300.0
+SECONDS = 900.0
 
 
 class Hosts:
