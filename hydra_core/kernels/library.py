@@ -13,9 +13,9 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from hydra_core.errors import InputError
-from hydra_core.files import file_lock
 
 log = logging.getLogger(__name__)
 MAIN_SOURCE = "native.cpp"
@@ -87,7 +87,7 @@ def _compiled(compiler: str, folder: Path) -> Path:
     parts = [sources_digest(), torch.__version__, version, *flags, _processor()]
     target = folder / f"steps-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
     folder.mkdir(parents=True, exist_ok=True)
-    with file_lock(f"{target}.lock"):
+    with FileLock(f"{target}.lock"):
         if not target.exists():
             log.info("compiling the C++ kernels for this machine, once; this takes about half a minute")
             with tempfile.TemporaryDirectory(dir=folder) as temporary:
