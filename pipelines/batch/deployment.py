@@ -21,6 +21,7 @@ from pipelines.batch.made_by import MadeBy
 from pipelines.batch.openai_format import generation_of
 from pipelines.batch.reader import URLS, BatchRow
 from pipelines.batch.retry import TRIES, GivenUp, Overloaded, RetryPolicy, TooSlow
+from pipelines.runtime.faults import first_line
 from pipelines.serve.messages import Answer, AppArgs, Generation, Refusal
 from pipelines.serve.openai.errors import ApiError
 from pipelines.serve.openai.responses import CHAT, TEXT, response
@@ -145,9 +146,9 @@ class Deployment(Replicas):
             _cancel(flying)
             raise TooSlow(f"no answer in {seconds:g} s") from None
         except AWAY as error:
-            raise Overloaded(_first_line(error)) from None
+            raise Overloaded(first_line(error)) from None
         except RayTaskError as error:
-            raise ServerError(_first_line(error.cause or error)) from None
+            raise ServerError(first_line(error.cause or error)) from None
         finally:
             self._flying.discard(flying)
 
@@ -178,7 +179,7 @@ class Embedded(Replicas):
         except TimeoutError:
             raise TooSlow(f"no answer in {seconds:g} s") from None
         except RuntimeError as error:
-            raise ServerError(_first_line(error)) from None
+            raise ServerError(first_line(error)) from None
 
     def stop(self) -> None:
         self._stopped = True
@@ -191,7 +192,7 @@ class Embedded(Replicas):
             try:
                 self._run(self.server.restart(), None)
             except RuntimeError as error:
-                raise StoppedError(f"{_first_line(error)}: run again; every row that was answered is kept") from None
+                raise StoppedError(f"{first_line(error)}: run again; every row that was answered is kept") from None
 
     def _run(self, work: Any, seconds: float | None) -> Any:
         if self._stopped:
@@ -214,7 +215,3 @@ def _cancel(flying: Any) -> None:
     """End a request. That it cannot be reached any more must not hide why it is ended, nor leave the others running."""
     with suppress(Exception):
         flying.cancel()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -18,6 +18,7 @@ from ray.serve.context import _get_global_client  # the public status knows neit
 from ray.serve.schema import ApplicationStatus
 
 from hydra_core.errors import InputError, StoppedError
+from pipelines.runtime.faults import first_line
 from pipelines.serve.replica_states import together
 
 REPLICA_SECONDS = 60.0
@@ -142,7 +143,7 @@ def ask_front(app_name: str, seconds: float = REPLICA_SECONDS) -> dict[str, Any]
         state: dict[str, Any] = serve.get_deployment_handle(FRONT, app_name).state.remote().result(timeout_s=seconds)
         return state
     except Exception as error:
-        why = (str(error).splitlines() or [type(error).__name__])[0]
+        why = first_line(error)
         raise StoppedError(f"serve.app_name={app_name}: does not answer ({why}): see its log, or delete it") from None
 
 

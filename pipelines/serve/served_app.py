@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ray import serve
 
 from pipelines.runtime.console import say
+from pipelines.runtime.faults import first_line
 from pipelines.serve.instance import FRONT, POLL_SECONDS, ask_front, running_instance
 
 STAGE = "serve"
@@ -38,7 +39,7 @@ class ServedApp:
         try:
             drained = self._drain(hurry or threading.Event())
         except Exception as error:
-            say(STAGE, f"{self.name} may have unfinished answers: {_line(error)}")
+            say(STAGE, f"{self.name} may have unfinished answers: {first_line(error)}")
         self.remove(CUT_SECONDS if not drained else REMOVED_SECONDS)
 
     def remove(self, seconds: float = CUT_SECONDS) -> None:
@@ -54,7 +55,7 @@ class ServedApp:
             elif found is not None and not found.applications and (self.alone or found.url is None):
                 serve.shutdown()
         except Exception as error:
-            say(STAGE, f"{self.name} was not removed: {_line(error)}")
+            say(STAGE, f"{self.name} was not removed: {first_line(error)}")
 
     def _drain(self, hurry: threading.Event) -> bool:
         """Whether all answers that were accepted are finished."""
@@ -69,7 +70,3 @@ class ServedApp:
                 return False
             left = ask_front(self.name, FRONT_SECONDS)["in_flight"]
         return True
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

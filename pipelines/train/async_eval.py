@@ -19,6 +19,7 @@ from hydra_core.decoding import Engine, load_heads
 from hydra_core.sampling import Request
 from pipelines.config import BaseSection, RunConfig
 from pipelines.runtime.artifacts import RunPaths
+from pipelines.runtime.faults import first_line
 from pipelines.runtime.logs import speak
 from pipelines.train.reporting import tracker_of
 
@@ -112,5 +113,5 @@ class AsyncEvaluator:
             if (logger := tracker_of(self.context)) is not None:
                 logger.log({METRIC: value}, step)
         except Exception as error:  # each kind of store raises its own exceptions, and none is worth the training
-            self.say(f"{METRIC} of step {step} is not logged: {(str(error).splitlines() or [type(error).__name__])[0]}")
+            self.say(f"{METRIC} of step {step} is not logged: {first_line(error)}")
         self.say(f"decoded with the heads of step {step}: {value:.3f} tokens per step")

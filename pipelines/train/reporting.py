@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hydra_core.heads.checkpoint import save_checkpoint
 from hydra_core.tree import default_trees
 from pipelines.runtime.console import say
+from pipelines.runtime.faults import first_line
 from pipelines.runtime.files import write_text
 from pipelines.train.context import CURVE, HEADS, LOGGED
 
@@ -67,7 +68,7 @@ def log_curve(context: TrainContext, figures: dict[str, float]) -> None:
         marker |= {"next_step": max(marker["next_step"], context.next_step), "held_out": {}}
     except Exception as error:  # a server that is down, a busy database: each kind of store raises its own exceptions
         say(f"train {context.settings.drafter}", f"step {context.next_step}: metrics are not logged yet, training goes on "
-            f"({(str(error).splitlines() or [type(error).__name__])[0]})")
+            f"({first_line(error)})")
     write_text(folder / LOGGED, json.dumps(marker))
 
 
