@@ -1,4 +1,8 @@
-"""Atomic writes of files and folders (written under a temporary name next to the target, then renamed), and lock files."""
+"""Atomic writes of files and folders, and lock files.
+
+On a file system they are written under a temporary name next to the target, then renamed; for an object store they are written to
+a temporary folder of this machine, then uploaded.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from hydra_core import storage
+
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 """What a file system without locks answers."""
 
@@ -24,6 +30,12 @@ def atomic_file(path: Path) -> Iterator[Path]:
     The content is on the disk before the name is. The mode follows the umask, unlike that of `tempfile.mkstemp` or of a file
     that safetensors has written.
     """
+    if storage.is_remote(path):
+        with storage.work_folder() as folder:
+            (folder / path.name).touch()
+            yield folder / path.name
+            storage.upload(folder / path.name, path)
+        return
     _make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
@@ -46,6 +58,11 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     An existing folder is moved to a name of its own first and removed afterwards: a kill in between leaves no half of either.
     Everything inside gets the mode that the umask allows, whatever mode it was written or copied with.
     """
+    if storage.is_remote(folder):
+        with storage.work_folder() as made:
+            yield made
+            storage.upload_folder(made, folder)
+        return
     _make_folder(folder.parent)
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
     temporary.mkdir()

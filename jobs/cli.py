@@ -1,4 +1,5 @@
-"""`hydra-heads STAGE ...`, which is the same as `python -m jobs.STAGE ...`, and `hydra-heads config`."""
+"""`hydra-heads STAGE ...`, which is the same as `python -m jobs.STAGE ...`, `hydra-heads config` and
+`hydra-heads cluster`."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from hydra_core.errors import InputError
+from jobs.cluster import main as cluster
 from jobs.runner import STAGES, read_config, run
 from jobs.usage import command_help
 from pipelines.config import RunConfig, nearest, reference_page, to_yaml
@@ -23,8 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if arguments[0] == "config":
         return print_config(arguments[1:])
+    if arguments[0] == "cluster":
+        return cluster(arguments[1:])
     if arguments[0] not in STAGES:
-        near = nearest(arguments[0], [*STAGES, "config"])
+        near = nearest(arguments[0], [*STAGES, "config", "cluster"])
         hint = f"did you mean {near}? " if near else ""
         print(f"error: {arguments[0]!r} is not a stage: {hint}choose one of {', '.join(STAGES)}", file=sys.stderr)
         return 2
@@ -32,13 +36,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def print_config(words: Sequence[str]) -> int:
-    """Print the settings that `--config FILE` and overrides make, or with `--describe` the reference of every setting."""
+    """Print the settings that `--config FILE` and overrides make, or with `--describe` the reference of every setting,
+    or with `--sizes` the page of what bases take."""
     if "--describe" in words:
         print(reference_page(RunConfig), end="")
         return 0
+    if "--sizes" in words:
+        from pipelines.sizing import sizes_page  # imports torch
+
+        print(sizes_page(), end="")
+        return 0
     if {"-h", "--help"} & set(words):
         print("usage: hydra-heads config [--config FILE] [section.field=value ...]    print the resolved settings as YAML\n"
-              "       hydra-heads config --describe                                   print the reference of every setting")
+              "       hydra-heads config --describe                                   print the reference of every setting\n"
+              "       hydra-heads config --sizes                                      print what 1B, 8B and 70B bases take")
         return 0
     rest, path = list(words), None
     if "--config" in rest:

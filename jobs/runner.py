@@ -22,22 +22,23 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra_core.errors import InputError, StoppedError
+from hydra_core.storage import as_path
 from jobs.paths import with_absolute_paths
 from jobs.stages import STAGES
 from jobs.summary import summarise
 from jobs.usage import stage_details
 from pipelines.config import RunConfig, load_config, parse_override, to_yaml
 from pipelines.runtime.artifacts import RunPaths, StageResult
-from pipelines.runtime.dry_run import describe
 from pipelines.runtime.faults import find_cause, first_line, storage_fault
 from pipelines.runtime.provenance import without_credentials
 from pipelines.runtime.reachability import spare_loopback
+from pipelines.runtime.stores import check_stores
 from pipelines.runtime.user import complete_user
 
-__all__ = ["STAGES", "read_config", "run"]
+__all__ = ["STAGES", "OneLineParser", "read_config", "run"]
 
 
-class _Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
     """argparse, with this project's one-line error."""
 
     def error(self, message: str) -> NoReturn:
@@ -72,9 +73,10 @@ def _run(stage: str, arguments: argparse.Namespace, wants_json: bool, emit: Call
         config = read_config(stage, arguments.config or (str(default) if default else None),
                              [*_overrides(stage, arguments.overrides), *arguments.flags])
         if arguments.plan:
-            emit(to_yaml(config) + "".join(f"# {line}\n" for line in describe(config, stage)))
+            emit(_plan_text(config, stage, arguments.json))
             return 0
         complete_user()
+        check_stores(config, stage)
         result = _pipeline(stage)(_with_format(config, stage))
         if wants_json and sys.stderr.isatty():
             sys.stderr.write(summarise(result))
@@ -84,8 +86,16 @@ def _run(stage: str, arguments: argparse.Namespace, wants_json: bool, emit: Call
         print(f"{stage}: interrupted; run the same command again to continue", file=sys.stderr)
         return 1
     except Exception as error:
-        cause = find_cause(error) or storage_fault(error, Path(config.storage) if config else Path.cwd())
+        cause = find_cause(error) or storage_fault(error, as_path(config.storage) if config else Path.cwd())
         return _told(cause or _unexpected(error, stage, config))
+
+
+def _plan_text(config: RunConfig, stage: str, as_json: bool) -> str:
+    """The resolved settings as YAML, and as its comments what would run and what that takes; or one line of JSON."""
+    from pipelines.sizing import plan_of
+
+    plan = plan_of(config, stage)
+    return f"{plan.to_json()}\n" if as_json else to_yaml(config) + "".join(f"# {line}\n" for line in plan.lines())
 
 
 def _unexpected(error: Exception, stage: str, config: RunConfig | None) -> StoppedError:
@@ -136,7 +146,8 @@ def _told(error: InputError | StoppedError) -> int:
 def _with_format(config: RunConfig, stage: str) -> RunConfig:
     """`config` with a weight format chosen, where `base.dtype=auto` leaves the choice open and the stage has a base."""
     section = getattr(config, stage, None)
-    if config.base.dtype != "auto" or stage == "compare" or getattr(section, "address", None):  # an endpoint has its base
+    without_base = stage == "compare" or getattr(section, "address", None) or getattr(section, "rollback", False)
+    if config.base.dtype != "auto" or without_base:  # an endpoint and the registry have their own
         return config
     from pipelines.profiling.weight_format import resolve_format  # imports Ray, which a wrong setting or a plan does not need
 
@@ -151,13 +162,15 @@ def _pipeline(stage: str) -> Callable[[RunConfig], StageResult]:
 def _parser(stage: str) -> argparse.ArgumentParser:
     about = STAGES[stage]
     words = f"{about.metavar} ... " if about.metavar else ""
-    parser = _Parser(prog=f"hydra-heads {stage}", description=about.summary, add_help=False,
+    parser = OneLineParser(prog=f"hydra-heads {stage}", description=about.summary, add_help=False,
                      usage=f"hydra-heads {stage} [--config FILE] [--plan] [--json] {words}[section.field=value ...]")
     parser.add_argument("-h", "--help", action=_Help, help="print this help; start nothing")
     default = f"{about.config.name} of the package" if about.config else "the defaults"
     parser.add_argument("--config", metavar="FILE", help=f"YAML file of settings; without it {default}")
-    parser.add_argument("--plan", action="store_true", help="print the resolved settings and what would run; start nothing")
-    parser.add_argument("--json", action="store_true", help="print the result as one line of JSON on a terminal too")
+    parser.add_argument("--plan", action="store_true",
+                        help="print the resolved settings, what would run and what it takes; start nothing")
+    parser.add_argument("--json", action="store_true",
+                        help="print the result as one line of JSON on a terminal too; with --plan, its numbers")
     for flag in about.flags:
         parser.add_argument(flag.name, action="append_const", const=flag.override, dest="flags", help=flag.text)
     parser.set_defaults(flags=[])

@@ -57,24 +57,39 @@ STAGES: dict[str, Stage] = {
         "train variants on the same rows and compare them",
         ("base", "train", "ablate"),
         "hydra-heads ablate --config jobs/configs/ablations/smollm2_135m.yaml"),
+    "curve": Stage(
+        "what more training rows would bring: trainings on growing shares of the rows, and a curve through them",
+        ("base", "train", "curve"),
+        "hydra-heads curve base.model=/models/mine name=mine curve.drafters=[hydra]"),
+    "datacard": Stage(
+        "describe a run's rows: lengths, languages, sources, tasks, and how well trained heads draft each",
+        ("base", "prompts", "train.drafters", "train.only", "datacard"),
+        "hydra-heads datacard base.model=/models/mine name=mine prompts.source=jsonl prompts.path=/data/prompts.jsonl"),
     "tree": Stage(
         "find the draft tree that is fastest on this machine",
         ("base", "tree", "train.drafters", "train.only"),
         "hydra-heads tree base.model=/models/mine name=mine tree.curves=true"),
     "bench": Stage(
-        "time plain decoding, transformers, n-gram lookup and every drafter on the same prompts",
-        ("base", "ngram", "bench", "serve.model"),
+        "time plain decoding, transformers, n-gram lookup, every drafter and the champion on the same prompts",
+        ("base", "ngram", "bench", "serve.model", *MODEL),
         "hydra-heads bench base.model=/models/mine name=mine limit=48 max_new_tokens=128",
         short={"prompts": "bench.prompts", "heads": "bench.heads", "limit": "bench.limit",
                "max_new_tokens": "bench.max_new_tokens"}),
     "compare": Stage(
-        "show benches from MLflow side by side",
+        "compare runs from MLflow: what differs in every stage, speed, acceptance, learning curves, cost",
         ("compare",),
         "hydra-heads compare quickstart mine", words="compare.runs", metavar="RUN"),
     "promote": Stage(
-        "register the fastest lossless configuration as champion",
+        "register the fastest lossless configuration as champion, if it passes the gates",
         ("base", "promote"),
-        "hydra-heads promote base.model=/models/mine name=mine"),
+        "hydra-heads promote base.model=/models/mine name=mine",
+        flags=(Flag("--dry-run", "promote.dry_run=true", "print the decision; write and register nothing"),
+               Flag("--rollback", "promote.rollback=true", "give the alias back to the champion before; again: further back"))),
+    "loop": Stage(
+        "train on what the endpoint has recorded, from the champion on, and promote what is better",
+        ("loop", "base", "prompts", "distill", "train", "tree", "ngram", "bench", "promote", "serve.model", "serve.app_name",
+         "serve.record"),
+        "hydra-heads loop base.model=/models/mine name=mine loop.standing=/data/questions.jsonl"),
     "generate": Stage(
         "answer prompts in this process, with a champion or the bundled heads",
         ("base", "generate", *MODEL),

@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import random
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -19,11 +21,15 @@ from hypothesis import HealthCheck, settings
 from hydra_core.base import Base, load_base
 from tests.tiny import save_tiny
 
+if TYPE_CHECKING:
+    from moto.server import ThreadedMotoServer
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
 MOST_PROCESSES = 4  # each starts a Ray with workers that load torch: about 3 GB
 
+os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")  # else a server starts seven processes more, for evaluations
 torch.set_num_threads(1)  # two cores are shared with Ray workers: unset threads fight
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")  # on a busy machine it says nothing how long a drawn case takes
@@ -98,6 +104,35 @@ def local_ray(worker_env: dict[str, str]) -> Iterator[None]:
                  runtime_env={"env_vars": worker_env})
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3_server(worker_env: dict[str, str]) -> Iterator[ThreadedMotoServer]:
+    """An S3 server of this process. Its address and keys are in the environment, and in that of Ray workers."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer("127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    variables = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "tests",
+                 "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: ThreadedMotoServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URI of an empty bucket, and a cache of this test's own for what is fetched from it."""
+    import s3fs
+
+    monkeypatch.setenv("HYDRA_HEADS_CACHE", str(tmp_path / "cache"))
+    bucket = f"bucket-{secrets.token_hex(4)}"
+    s3fs.S3FileSystem(use_listings_cache=False).mkdir(bucket)
+    return f"s3://{bucket}"
 
 
 @pytest.fixture

@@ -28,11 +28,12 @@ NOTICED = {1, 3, 24, 36, 152, 255, -9, -11, -24}
 @dataclass(frozen=True)
 class Target:
     """Files whose functions are changed (patterns), and the fast tests that are to notice; `fast`: an expression as `-k` takes
-    it, where not all of these tests are fast enough to be run some hundred times."""
+    it, where not all of these tests are fast enough to be run some hundred times; `slow`: slow tests run too."""
 
     files: tuple[str, ...]
     tests: tuple[str, ...]
     fast: str = ""
+    slow: bool = False
 
 
 TARGETS = {
@@ -46,19 +47,22 @@ TARGETS = {
         "not pay and not paths_that_could and not deep and not no_longer and not long_texts"),
     "drafting": Target(
         tuple(f"hydra_core/proposers/{name}.py" for name in ("dynamic", "heads", "head_features")),
-        ("tests/hydra_core/proposers/test_drafts.py", "tests/hydra_core/proposers/test_dynamic_tree.py")),
+        tuple(f"tests/hydra_core/proposers/test_{name}.py" for name in ("drafts", "dynamic_tree", "head_features"))),
     "alignment": Target(("hydra_core/training/alignment.py",), ("tests/hydra_core/training/test_alignment.py",)),
     "losses": Target(("hydra_core/training/losses.py", "hydra_core/training/metrics.py"),
                      ("tests/hydra_core/training/test_losses.py", "tests/hydra_core/training/test_metrics.py")),
     "tree": Target(("hydra_core/tree/*.py",), ("tests/hydra_core/tree",)),
     "losslessness": Target(("pipelines/bench/losslessness.py",), ("tests/pipelines/bench",)),
-    "promote": Target(("pipelines/promote/stage.py",), ("tests/pipelines/promote/test_choice.py",)),
+    "promote": Target(tuple(f"pipelines/promote/{name}.py" for name in ("gates", "decision", "stage")),
+                      tuple(f"tests/pipelines/promote/test_{name}.py" for name in ("choice", "winner", "gates", "stage")),
+                      slow=True),
     "openai": Target(("pipelines/serve/openai/*.py",),
                      ("tests/pipelines/serve/openai", "tests/pipelines/serve/test_ingress.py")),
     "metrics": Target(("pipelines/serve/metrics.py",), ("tests/pipelines/serve/test_metrics.py",)),
     "batch": Target(("pipelines/batch/reader.py", "pipelines/batch/writer.py", "pipelines/batch/openai_format.py"),
                     ("tests/pipelines/batch",)),
-    "config": Target(("pipelines/config/*.py",), ("tests/jobs/test_configs.py", "tests/jobs/test_runner.py"),
+    "config": Target(("pipelines/config/*.py",),
+                     ("tests/pipelines/config", "tests/jobs/test_configs.py", "tests/jobs/test_runner.py"),
                      "not heavy and not terminal"),
 }
 SETTINGS = """
@@ -66,7 +70,7 @@ SETTINGS = """
 source_paths = ["hydra_core", "pipelines", "jobs"]
 only_mutate = {files}
 also_copy = ["README.md", "cluster"]
-pytest_add_cli_args = ["-n", "0", "-m", "not slow", "-p", "no:cacheprovider", "-W", "ignore", "-k", {fast}]
+pytest_add_cli_args = ["-n", "0", "-m", {marked}, "-p", "no:cacheprovider", "-W", "ignore", "-k", {fast}]
 pytest_add_cli_args_test_selection = {tests}
 process_isolation = "forkserver"
 timeout_multiplier = 3.0
@@ -140,7 +144,7 @@ def prepare(name: str) -> Path:
         path.write_text(undecorated(path.read_text(encoding="utf-8")), encoding="utf-8")
     (folder / "mutants" / "mutmut-stats.json").unlink(missing_ok=True)  # which test comes to which function may have changed
     settings = SETTINGS.format(files=json.dumps(target.files),
-                               fast=json.dumps(target.fast),
+                               fast=json.dumps(target.fast), marked=json.dumps("" if target.slow else "not slow"),
                                tests=json.dumps([test for test in target.tests if (ROOT / test).exists()]))
     with (folder / "pyproject.toml").open("a", encoding="utf-8") as file:
         file.write(settings)

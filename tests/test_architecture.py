@@ -20,19 +20,22 @@ from tests.trained import random_heads
 PACKAGES = {"hydra_core": set(), "pipelines": {"hydra_core"}, "jobs": {"hydra_core", "pipelines"}}
 """Package -> packages of this project that it may import."""
 SHARED = {
-    "hydra_core.errors": "", "hydra_core.files": "", "hydra_core.bundled": "", "hydra_core.kernels": "errors files",
+    "hydra_core.errors": "", "hydra_core.storage": "errors", "hydra_core.files": "errors storage", "hydra_core.bundled": "",
+    "hydra_core.kernels": "errors files",
     "hydra_core.tree": "errors",
     "hydra_core.base": "errors files kernels tree",
     "hydra_core.sampling": "base errors kernels",
-    "hydra_core.heads": "base errors files kernels tree",
+    "hydra_core.heads": "base errors files kernels storage tree",
     "hydra_core.training": "base errors heads tree",
     "hydra_core.proposers": "base errors heads kernels sampling tree",
-    "hydra_core.decoding": "base bundled errors files heads kernels proposers sampling tree",
+    "hydra_core.decoding": "base bundled errors files heads kernels proposers sampling storage tree",
     "pipelines.config": "",
     "pipelines.rows": "config runtime",
     "pipelines.runtime": "config",
     "pipelines.tracking": "config runtime",
     "pipelines.profiling": "config runtime tracking",
+    "pipelines.manifests": "config runtime",
+    "pipelines.sizing": "config profiling runtime",  # step costs that were measured
 }
 """Package -> the packages beside it that it may import. Those of `pipelines` may also import any of `hydra_core`."""
 STAGE_ARROWS = {
@@ -41,10 +44,13 @@ STAGE_ARROWS = {
     "train": "distill",  # the rows
     "tree": "distill",
     "ablate": "distill train",
+    "datacard": "distill",
+    "curve": "ablate distill train",  # a point is a variant
     "batch": "distill serve",
     "bench": "batch distill serve",  # batch_job
     "load": "batch serve",
     "promote": "bench serve train",
+    "loop": "bench distill promote train tree",
     "quickstart": "batch bench distill promote serve train tree",
 }
 """Every import from one stage's package to another's. A stage may import all that `pipelines` shares."""
@@ -55,8 +61,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *(path for folder in (*PACKAGES, "cluster", "tests")
                                for path in sorted((ROOT / folder).rglob("*.md")))]
 """README and every page that it leads to."""
-OTHER_COMMANDS = {"config", "STAGE"}
-"""Words after `hydra-heads` on the pages that are no stage: another command, and any stage's name."""
+OTHER_COMMANDS = {"config", "cluster", "STAGE"}
+"""Words after `hydra-heads` on the pages that are no stage: other commands, and any stage's name."""
 
 
 def imports(path: Path) -> set[str]:
@@ -293,8 +299,8 @@ def test_the_version_is_written_once() -> None:
     """In pyproject.toml; code asks importlib.metadata, and images are tagged with it."""
     version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
     assert not [path for path in SOURCES if f'"{version}"' in path.read_text(encoding="utf-8")]
-    images = {found for path in (ROOT / "cluster").glob("*.yaml")
-              for found in re.findall(r"image: hydra-heads:(\S+)", path.read_text(encoding="utf-8"))}
+    images = {found for path in (ROOT / "cluster").rglob("*.yaml")
+              for found in re.findall(r"(?:image|value): hydra-heads(?:-cuda)?:(\S+)", path.read_text(encoding="utf-8"))}
     assert images == {version}
 
 

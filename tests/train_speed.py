@@ -25,7 +25,8 @@ from hydra_core.training.model import HeadTraining
 from jobs.runner import read_config
 from pipelines.config import RunConfig
 from pipelines.distill.stage import answered, distilled
-from pipelines.rows.feature_store import BatchOrder, FeatureStore
+from pipelines.rows.batch_order import BatchOrder
+from pipelines.rows.feature_store import FeatureStore
 from pipelines.rows.online_features import OnlineStore
 from pipelines.rows.packed_reader import RowReader
 from pipelines.rows.row_index import RowStore

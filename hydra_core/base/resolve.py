@@ -7,8 +7,10 @@ import json
 import logging
 import os
 import time
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from functools import lru_cache
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,8 @@ class ResolvedBase:
 
 
 def resolve_base(model: str, cache: Path) -> ResolvedBase:
-    """Find `model`: the embedded one, a folder, a .gguf file or a hub id.
+    """Find `model`: the embedded one, a folder, a .gguf file or a hub id, `org/name` or `org/name@revision` (a branch, a tag or a
+    commit; default: the main branch). A token for the hub comes from the environment (`HF_TOKEN`).
 
     A .gguf file is dequantised once, to float32 safetensors under `cache`. Raises InputError when there is no such model, or
     when its weights are not safetensors.
@@ -57,10 +60,12 @@ def resolve_base(model: str, cache: Path) -> ResolvedBase:
         return _folder(path.resolve(), path.resolve().name, cache)
     if path.is_absolute() or model.startswith((".", "~")):
         raise InputError(f"base.model={model}: no such folder")
-    return _folder(_download(model), model, cache)
+    snapshot = _download(model)
+    return _folder(snapshot, model, cache, snapshot.name if snapshot.parent.name == "snapshots" else None)
 
 
-def _folder(folder: Path, name: str, cache: Path) -> ResolvedBase:
+def _folder(folder: Path, name: str, cache: Path, commit: str | None = None) -> ResolvedBase:
+    """`commit`: of a snapshot of the hub, whose files never change."""
     if not (folder / "config.json").is_file():
         raise InputError(f"base.model={folder}: has no config.json: it is not a transformers model folder")
     origin = folder / ORIGIN
@@ -70,7 +75,7 @@ def _folder(folder: Path, name: str, cache: Path) -> ResolvedBase:
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise InputError(f"base.model={folder}: has no .safetensors weights (pickled ones are not loaded)")
-    return ResolvedBase(folder, name, _digest(_stamps(folder / "config.json", *weights), cache))
+    return ResolvedBase(folder, name, _digest(_stamps(folder / "config.json", *weights), cache, commit))
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -96,15 +101,18 @@ def _stamps(*paths: Path) -> tuple[Stamp, ...]:
 
 
 @lru_cache(maxsize=32)
-def _digest(stamps: tuple[Stamp, ...], cache: Path) -> str:
+def _digest(stamps: tuple[Stamp, ...], cache: Path, commit: str | None = None) -> str:
     """sha256 over the names and bytes of files: read once, then kept under `cache` for other processes, since each stage starts
-    some and weights have gigabytes. A changed file has another stamp and is read again."""
-    kept = cache / "digests" / hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
+    some and weights have gigabytes. A changed file has another stamp and is read again. Those of a `commit` of the hub are known
+    by it, on every node, whatever times its own copy has."""
+    known = stamps if commit is None else [commit, *((Path(path).name, size) for path, size, *_ in stamps)]
+    kept = cache / "digests" / hashlib.sha256(json.dumps(known).encode()).hexdigest()
     try:
         return kept.read_text(encoding="ascii").strip()
     except (OSError, ValueError):
         pass
-    settled = time.time_ns() - max(max(stamp[2:4]) for stamp in stamps) > SETTLED_NS  # before the files are read
+    # before the files are read
+    settled = commit is not None or time.time_ns() - max(max(stamp[2:4]) for stamp in stamps) > SETTLED_NS
     digest = hashlib.sha256()
     for path, *_ in stamps:
         digest.update(Path(path).name.encode())
@@ -121,14 +129,18 @@ def _digest(stamps: tuple[Stamp, ...], cache: Path) -> str:
     return digest.hexdigest()
 
 
-def _download(hub_id: str) -> Path:
+def _download(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
+    hub_id, at, revision = model.partition("@")
+    if at and not revision:
+        raise InputError(f"base.model={model}: a branch, a tag or a commit is missing after the @")
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]))
+        return Path(snapshot_download(hub_id, revision=revision or None, allow_patterns=[
+            "*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]))
     except Exception as error:  # the hub client raises a dozen types when a download fails
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"base.model={hub_id}: no such folder, and the hub download failed ({reason})") from None
+        raise InputError(f"base.model={model}: no such folder, and the hub download failed ({reason})") from None
 
 
 def _converted(gguf: Path, cache: Path) -> ResolvedBase:
@@ -148,8 +160,10 @@ def _convert(gguf: Path, folder: Path, digest: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     log.info("dequantising %s, once", gguf.name)
+    _quieten()
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+        with redirect_stderr(StringIO()):  # a bar that knows no switch
+            model: Any = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
     except Exception as error:  # a parser of arbitrary bytes may raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -162,3 +176,11 @@ def _convert(gguf: Path, folder: Path, digest: str) -> None:
         save_codes(gguf, model, temporary)
         tokenizer.save_pretrained(temporary)
         (temporary / ORIGIN).write_text(json.dumps({"name": gguf.stem, "digest": digest}), encoding="utf-8")
+
+
+def _quieten() -> None:
+    """Leave out transformers' bars, and what DeepSpeed, which saving a model imports, says of a machine without a GPU."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.getLogger("DeepSpeed").addFilter(lambda record: not record.getMessage().startswith("Setting accelerator to CPU"))

@@ -39,6 +39,10 @@ def argmax(logits: Tensor) -> Tensor:
     return torch.as_tensor(logits.numpy().argmax(-1))
 
 
+ROWS = 8192
+"""Rows of the vocabulary projection that are widened to float64 at a time: 256 MB at a width of 4096."""
+
+
 @dataclass(frozen=True)
 class VocabHead:
     """The vocabulary projection, from hidden states to logits: matrix, bias, scale and soft cap.
@@ -65,6 +69,16 @@ class VocabHead:
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
+
+    def in_float64(self, hidden: Tensor) -> Tensor:
+        """[D] of any float dtype to logits [V] float64: products of the weights' own values, summed in float64. `ROWS` rows of
+        the matrix are widened at a time."""
+        wide = hidden.double()
+        logits = torch.cat([self.weight[first:first + ROWS].double() @ wide for first in range(0, self.weight.shape[0], ROWS)])
+        if self.bias is not None:
+            logits = logits + self.bias.double()
+        logits = logits * self.scale
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     def argmax(self, hidden: Tensor) -> Tensor:
         """The argmax [...] int64 of the logits of `hidden` [..., D], the first among equals."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from hydra_core.base.kv_cache import KVCache
 from hydra_core.base.model import Base
-from hydra_core.decoding.scheduler import RunningSequence, Scheduler
+from hydra_core.decoding.scheduler import PrefillPrompt, RunningSequence, Scheduler
+from hydra_core.decoding.states import RecordedStates
 from hydra_core.proposers.base import Proposer
 from hydra_core.sampling.sampler import Sampler
 
@@ -19,7 +21,7 @@ class RunningBatch:
     """The scheduler's sequences, and for each of them a row of the KV cache, a row of the proposer, a root and a sampler.
 
     Decoding sequences have rows 0 .. D - 1, the P sequences whose prompts are prefilled have rows D .. D + P - 1. `roots`: [R]
-    int64, the newest token of each decoding sequence: chosen, but not in the cache yet; `samplers`: by request id;
+    int64, the newest token of each decoding sequence: chosen, but not in the cache yet; `samplers`, `states`: by request id;
     `prompt_hidden`, `parked_hidden`: [P, width], the hidden state of the last token of each prompt that is prefilled or parked,
     once it is computed.
     """
@@ -28,6 +30,7 @@ class RunningBatch:
         self.base, self.scheduler, self.cache, self.proposer = base, scheduler, cache, proposer
         self.roots = torch.zeros(scheduler.max_batch_size, dtype=torch.int64, device=base.device)
         self.samplers: dict[str, Sampler] = {}
+        self.states: dict[str, RecordedStates] = {}
         self.prompt_hidden = self.parked_hidden = EMPTY
 
     @property
@@ -38,6 +41,30 @@ class RunningBatch:
     def samplers_of(self, sequences: Sequence[RunningSequence]) -> list[Sampler]:
         """The sampler of each of `sequences`."""
         return [self.samplers[sequence.request.id] for sequence in sequences]
+
+    def open_states(self, prompt: PrefillPrompt) -> None:
+        """Make room for the hidden states of a new sequence, if its request asks for them; those of a prefix that is copied are
+        known."""
+        request, vocabulary = prompt.request, self.base.vocabulary
+        if request.hidden_states:
+            room = min(len(request.prompt_ids) + request.max_new_tokens, self.scheduler.context_limit)
+            states = self.states[request.id] = RecordedStates(room, vocabulary.width, self.base.dtype)
+            if prompt.prefix_length:
+                states.copy_prefix(self.states[self.decoding[prompt.prefix_source].request.id], prompt.prefix_length)
+
+    def record(self, sequences: Sequence[RunningSequence], hidden: Tensor, counts: Tensor) -> None:
+        """Keep hidden states [B, M, D] of tokens that are now in the cache, the first `counts` [B] of each of `sequences`, where
+        a request asks for them."""
+        if not self.states:
+            return
+        for sequence, states, count in zip(sequences, hidden.cpu(), counts.tolist(), strict=True):
+            if (known := self.states.get(sequence.request.id)) is not None:
+                known.append(states[:count])
+
+    def lacks_state(self, sequence: RunningSequence) -> bool:
+        """Whether the hidden state of its newest token is asked for and not known: it is not in the cache yet."""
+        states = self.states.get(sequence.request.id)
+        return states is not None and states.count < len(sequence.request.prompt_ids) + len(sequence.tokens)
 
     def move(self, moves: Sequence[tuple[int, int]]) -> None:
         """Carry out moves of rows (from, to), in order."""
@@ -50,3 +77,4 @@ class RunningBatch:
         """Drop what is kept by request id."""
         self.scheduler.forget(sequence.request)
         del self.samplers[sequence.request.id]
+        self.states.pop(sequence.request.id, None)

@@ -21,6 +21,7 @@ from hydra_core.files import atomic_folder
 from hydra_core.heads import HeadDrafter
 from hydra_core.heads.checkpoint import load_checkpoint
 from hydra_core.proposers import AdaptiveDrafter, Drafter, NgramDrafter
+from hydra_core.storage import as_path, local_copy
 from hydra_core.tree.costs import StepCosts, unmeasured_costs
 from hydra_core.tree.draft_tree import TreeSet
 
@@ -54,20 +55,21 @@ def save_configuration(folder: Path, configuration: DecodingConfiguration) -> No
     with atomic_folder(folder) as temporary:
         if configuration.drafter in WITH_HEADS:
             assert configuration.heads is not None
-            shutil.copytree(configuration.heads, temporary / "heads")
+            shutil.copytree(local_copy(configuration.heads), temporary / "heads")
         (temporary / FILE).write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def read_configuration(folder: Path) -> DecodingConfiguration:
     """Read configuration.json. Raises InputError when the folder is not a configuration."""
-    path = Path(folder) / FILE
+    folder = as_path(folder)
+    path = folder / FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values["schema_version"] != SCHEMA_VERSION:
             raise InputError(f"{path}: schema_version {values['schema_version']} is not {SCHEMA_VERSION}")
         if values["drafter"] not in ("plain", "ngram", *WITH_HEADS):
             raise InputError(f"{path}: drafter: {values['drafter']!r} is not plain, ngram, heads or combined")
-        heads = Path(folder) / "heads" if values["drafter"] in WITH_HEADS else None
+        heads = folder / "heads" if values["drafter"] in WITH_HEADS else None
         return DecodingConfiguration(values["name"], values["drafter"], BaseIdentity(**values["base"]),
                                      NgramDrafter(**values["ngram"]), heads)
     except OSError as error:
@@ -79,7 +81,7 @@ def read_configuration(folder: Path) -> DecodingConfiguration:
 def load_heads(folder: str | Path, base: Base,
                costs: Costs | None = None) -> tuple[Drafter | None, TreeSet | None]:
     """Drafter and trees of a heads checkpoint or of a configuration folder, ready for `Engine`, in the base's dtype; `bundled`
-    stands for the folder that is bundled with the package for this base.
+    stands for the folder that is bundled with the package for this base. A folder in an object store is fetched first.
 
     `costs`: returns the step costs of this machine for the given heads (or None); without it they are a guess.
     Raises InputError for a folder that is neither, or that belongs to another base.
@@ -100,9 +102,10 @@ def check_heads(folder: str | Path, vocabulary: BaseVocabulary) -> None:
 
 
 def find_heads(folder: str | Path, identity: BaseIdentity) -> Path:
-    """`folder`, or the one that `bundled` stands for. Raises InputError where none comes with the package for this base."""
+    """`folder`, fetched from an object store, or the one that `bundled` stands for. Raises InputError where none comes with the
+    package for this base."""
     if not is_bundled(str(folder)):
-        return Path(folder)
+        return local_copy(folder)
     if (found := bundled_configuration(identity.digest)) is None:
         raise InputError(f"{BUNDLED}: no heads are bundled for {identity.name} ({identity.digest[:16]}): train some")
     return found

@@ -299,12 +299,15 @@ class Engine:
         self.cache.commit(rows, accepted.path, accepted.counts)
         for sequence, drafts, tokens in zip(sequences, (proposal.tokens[:, 1:] >= 0).sum(-1).tolist(), accepted.emitted,
                                             strict=True):
-            sequence.drafted += drafts
-            sequence.accepted_lengths[len(tokens) - 1] += 1
+            if sequence.ending is None:
+                sequence.drafted += drafts
+                sequence.accepted_lengths[len(tokens) - 1] += 1
         self.clock.count(proposal.seconds)
         clipped = clip_all(self.batch, 0, accepted.emitted)
         index = torch.arange(len(sequences), device=hidden.device)[:, None]
-        self.proposer.commit(rows, hidden[index, accepted.path], accepted.counts, [kept for kept, _ in clipped])
+        kept_hidden = hidden[index, accepted.path]
+        self.proposer.commit(rows, kept_hidden, accepted.counts, [kept for kept, _ in clipped])
+        self.batch.record(sequences, kept_hidden, accepted.counts)
         return clipped
 
     @torch.inference_mode()

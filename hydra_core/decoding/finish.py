@@ -17,7 +17,9 @@ Clipped = tuple[list[int], FinishReason | None]
 
 
 def clip(sequence: RunningSequence, tokens: list[int], context_limit: int) -> Clipped:
-    """Cut `tokens` where the answer ends."""
+    """Cut `tokens` where the answer ends; none is kept of a sequence whose answer is complete."""
+    if sequence.ending is not None:
+        return [], sequence.ending
     room = context_limit - len(sequence.request.prompt_ids) - len(sequence.tokens)
     budget = sequence.request.max_new_tokens - len(sequence.tokens)
     for count, token in enumerate(tokens, start=1):
@@ -38,19 +40,23 @@ def clip_all(batch: RunningBatch, first: int, chosen: list[list[int]]) -> list[C
     limit = batch.scheduler.context_limit
     clipped = [clip(sequence, tokens, limit) for sequence, tokens in zip(sequences, chosen, strict=True)]
     # in one write: a device takes as long for one number as for all
-    roots = torch.tensor([kept[-1] for kept, _ in clipped], device=batch.roots.device)
+    roots = torch.tensor([kept[-1] if kept else 0 for kept, _ in clipped], device=batch.roots.device)
     batch.roots[first:first + len(sequences)] = roots
     return clipped
 
 
 def emit(batch: RunningBatch, first: int, clipped: list[Clipped], logprobs: list[list[TokenLogprob]]) -> list[StepOutput]:
-    """Add the tokens to the decoding sequences from row `first` on; end those that are complete, last row first."""
+    """Add the tokens to the decoding sequences from row `first` on; end those that are complete, last row first.
+
+    A complete one whose last hidden state is asked for takes part in one more step, as any other, for that alone.
+    """
     sequences, outputs = batch.decoding[first:first + len(clipped)], []
     for offset, (sequence, (kept, reason)) in reversed(list(enumerate(zip(sequences, clipped, strict=True)))):
         sequence.tokens += kept
         reported = tuple(logprobs[offset][:len(kept)]) if sequence.request.logprobs is not None else None
         sequence.logprobs += reported or ()
-        result = finish(batch, first + offset, reason) if reason else None
+        sequence.ending = reason
+        result = finish(batch, first + offset, reason) if reason and not batch.lacks_state(sequence) else None
         outputs.append(StepOutput(sequence.request.id, tuple(kept), result, reported))
     return outputs[::-1]
 
@@ -61,8 +67,7 @@ def finish(batch: RunningBatch, index: int, reason: FinishReason) -> Result:
     batch.move(moves)
     if batch.scheduler.prefill is not None:
         batch.prompt_hidden = batch.prompt_hidden.roll(1, dims=0)  # the last of the prefill batch becomes its first
-    batch.forget(sequence)
-    return to_result(sequence, reason)
+    return _closed(batch, sequence, reason)
 
 
 def drop_cancelled(batch: RunningBatch) -> list[StepOutput]:
@@ -98,19 +103,21 @@ def _without(hidden: Tensor, index: int) -> Tensor:
 
 def _drop(batch: RunningBatch, sequence: RunningSequence, moves: list[tuple[int, int]]) -> Result:
     batch.move(moves)
-    batch.forget(sequence)
-    return to_result(sequence, "cancelled")
+    return _closed(batch, sequence, "cancelled")
 
 
-def to_result(sequence: RunningSequence, reason: FinishReason) -> Result:
-    """The answer so far, with its counts and times."""
+def _closed(batch: RunningBatch, sequence: RunningSequence, reason: FinishReason) -> Result:
+    """The answer so far, with its counts and times; the batch forgets the sequence."""
     now = time.perf_counter()
     began = sequence.first_token or now
     most = max(sequence.accepted_lengths, default=-1)
     lengths = tuple(sequence.accepted_lengths[length] for length in range(most + 1))
     accepted = sum(length * steps for length, steps in enumerate(lengths))
     request = sequence.request
+    states = batch.states.get(request.id) if reason != "cancelled" else None
+    hidden = None if states is None else states.first(len(request.prompt_ids) + len(sequence.tokens))
+    batch.forget(sequence)
     return Result(request.id, request.prompt_ids, tuple(sequence.tokens), reason, sum(lengths), sequence.drafted, accepted,
                   began - sequence.started, now - began,
                   tuple(sequence.logprobs) if request.logprobs is not None else None,
-                  request.lossy_typical is not None, lengths)
+                  request.lossy_typical is not None, lengths, hidden)

@@ -24,8 +24,8 @@ DEVIATIONS = 6
 
 @dataclass(frozen=True)
 class Comparison:
-    """`index`: position of the first difference, None without one; `gap`: difference of the two tokens' logits, in float64 where
-    the base can be computed in it; `allowed`: the gap below which that is a near-tie."""
+    """`index`: position of the first difference, None without one; `gap`: difference of the two tokens' logits in float64;
+    `allowed`: the gap below which that is a near-tie."""
 
     verdict: Literal["identical", "near-tie", "different"]
     index: int | None = None
@@ -76,9 +76,10 @@ def compare(base: Base, prompt_ids: Sequence[int], reference: Sequence[int], oth
             exact: Base | None = None) -> Comparison:
     """Compare two greedy answers of `base` to one prompt.
 
-    `exact`: the same base computing in float64 (`load_base(..., widen=True)`); None for a base that cannot, which is judged by
-    its own logits, computed with the whole text and token by token. A base that is loaded quantised rounds as one in 4 bits,
-    whatever the format of its other tensors is.
+    `exact`: the same base computing in float64 (`load_base(..., widen=True)`); None for a base that cannot, or for which there is
+    no memory. Such a one is judged by the logits of the position in float64, from its own hidden state after the whole text, and
+    its own logits, computed with the whole text and token by token, say what rounding is. A base that is loaded quantised rounds
+    as one in 4 bits, whatever the format of its other tensors is.
     """
     if tuple(reference) == tuple(other):
         return Comparison("identical")
@@ -87,8 +88,9 @@ def compare(base: Base, prompt_ids: Sequence[int], reference: Sequence[int], oth
     if index == length:  # one answer ends where the other continues: rounding does not do that
         return Comparison("different", index)
     text = [*prompt_ids, *reference[:index]]
-    own = base.logits(base.hidden_states([text])[0][-1])
-    logits = own if exact is None else exact.logits(exact.hidden_states([text])[0][-1])
+    hidden = base.hidden_states([text])[0][-1]
+    own = base.logits(hidden)
+    logits = base.vocabulary.head.in_float64(hidden) if exact is None else exact.logits(exact.hidden_states([text])[0][-1])
     pair, kind = (reference[index], other[index]), base.identity.weight_format
     allowed = allowed_gap(logits, (own, _by_a_step(base, text)), pair, "int4" if quantised_by(base.vocabulary.config) else kind)
     verdict, gap = judge(logits, pair, allowed)

@@ -53,6 +53,7 @@ def _open(batch: RunningBatch, prompts: list[PrefillPrompt]) -> None:
             batch.cache.copy_prefix(prompt.prefix_source, row, prompt.prefix_length)
             batch.proposer.copy_prefix(prompt.prefix_source, row, prompt.prefix_length)
         batch.samplers[prompt.request.id] = Sampler(prompt.request, base.vocab_size, base.device)
+        batch.open_states(prompt)
     sequences = [_sequence(base, prompt.request, now) for prompt in prompts]
     batch.scheduler.prefill = PrefillBatch(prompts, sequences)
     batch.prompt_hidden = torch.zeros(len(prompts), base.vocabulary.width, dtype=base.dtype, device=base.device)
@@ -79,6 +80,7 @@ def _compute_chunk(batch: RunningBatch, prefill: PrefillBatch, first: int, promp
     hidden = base.forward(ids.to(base.device), batch.cache, rows, chain(width), counts)
     batch.cache.lengths[rows[0]:rows[1]] += counts
     batch.proposer.commit(rows, hidden, counts)
+    batch.record(prefill.sequences, hidden, counts)
     ends = (remaining > 0) & (remaining <= width)
     last = hidden[torch.arange(size, device=hidden.device), (remaining - 1).clamp(0, width - 1)]
     prefill.computed += width

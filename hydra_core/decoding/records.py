@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from torch import Tensor
 
 from hydra_core.sampling.request import TokenLogprob
 
@@ -17,7 +19,8 @@ class Result:
     `steps`: base forwards after prefill; `drafted`, `accepted`: draft nodes verified and kept; `prefill_seconds`:
     from admission to the first token; `decode_seconds`: from then on, shared with the other sequences of the batch;
     `logprobs`: one per token, None when not requested; `lossy`: the request uses a mode that changes answers;
-    `accepted_lengths`: number of steps that accepted 0, 1, 2, ... drafts, up to the most that occurred.
+    `accepted_lengths`: number of steps that accepted 0, 1, 2, ... drafts, up to the most that occurred; `hidden`: the base's
+    hidden states of prompt and answer, [T, D] on the host, None when not requested or cancelled.
     """
 
     id: str
@@ -32,6 +35,7 @@ class Result:
     logprobs: tuple[TokenLogprob, ...] | None = None
     lossy: bool = False
     accepted_lengths: tuple[int, ...] = ()
+    hidden: Tensor | None = field(default=None, compare=False, repr=False)
 
     @property
     def tokens_per_step(self) -> float:

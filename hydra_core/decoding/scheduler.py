@@ -14,6 +14,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from hydra_core.decoding.records import FinishReason
 from hydra_core.decoding.text import TextStream
 from hydra_core.sampling.request import Request, TokenLogprob
 
@@ -37,7 +38,7 @@ class RunningSequence:
 
     `started`, `first_token`: clock seconds of admission and of the first token; `drafted`: nodes verified;
     `accepted_lengths`: how many steps accepted each number of drafts; `drafted_for`: the proposer knows as much of its past as
-    drafts need.
+    drafts need; `ending`: why the answer is complete, while one more step computes the hidden state of its last token.
     """
 
     request: Request
@@ -50,6 +51,7 @@ class RunningSequence:
     drafted: int = 0
     accepted_lengths: Counter[int] = field(default_factory=Counter)
     drafted_for: bool = True
+    ending: FinishReason | None = None
 
     @property
     def speculates(self) -> bool:
@@ -211,6 +213,8 @@ class Scheduler:
         best = PrefillPrompt(request)
         for row, sequence in enumerate(self.decoding):
             if not sequence.drafted_for:  # the proposer has nothing to copy
+                continue
+            if request.hidden_states and not sequence.request.hidden_states:  # they were not recorded
                 continue
             shared = _common(request.prompt_ids[:-1], sequence.request.prompt_ids)
             if self.supports_tree and shared >= SHARED_TOKENS and shared > best.prefix_length:

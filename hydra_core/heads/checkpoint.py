@@ -23,6 +23,7 @@ from hydra_core.base.vocabulary import BaseIdentity, BaseVocabulary
 from hydra_core.errors import InputError
 from hydra_core.files import atomic_file, atomic_folder
 from hydra_core.heads import DraftVocab, HeadDrafter, HeadsConfig, build_drafter
+from hydra_core.storage import local_copy
 from hydra_core.tree.draft_tree import TreeSet
 
 SCHEMA_VERSION = 1
@@ -70,12 +71,12 @@ def restrict_checkpoint(folder: Path, draft_vocab: DraftVocab) -> None:
 
 
 def load_checkpoint(folder: Path, vocabulary: BaseVocabulary, dtype: torch.dtype = torch.float32) -> LoadedHeads:
-    """Load heads for the base of `vocabulary`, in `dtype`, for inference.
+    """Load heads for the base of `vocabulary`, in `dtype`, for inference. `folder`: on any storage.
 
     Raises InputError for a missing or broken file, another schema, another base (digest), or tensors that are missing,
     unexpected or of another shape.
     """
-    folder = Path(folder)
+    folder = local_copy(folder)
     config = _read_json(folder / "config.json")
     if config.get("schema_version") != SCHEMA_VERSION:
         raise InputError(f"{folder}/config.json: schema_version {config.get('schema_version')} is not {SCHEMA_VERSION}")

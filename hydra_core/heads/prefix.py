@@ -40,7 +40,7 @@ class PrefixLayer(Packable):
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.down.weight)
         theta = (getattr(config, "rope_parameters", None) or {}).get("rope_theta") or 10000.0
-        steps = torch.arange(0, self.head_width, 2, dtype=torch.float32) / self.head_width
+        steps = torch.arange(0, self.head_width, 2, dtype=torch.float32, device="cpu") / self.head_width
         self._frequencies = 1.0 / theta ** steps
         self._rotary: Rotary | None = None
 

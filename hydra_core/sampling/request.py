@@ -33,7 +33,8 @@ class Request:
     end-of-turn ids when given; `stop` strings end an answer with the token that completes one (the base needs a tokenizer).
     The stop token is the last one of the result. `logprobs`: how many of the most likely tokens are reported at each
     position, with the chosen one, from the base's unprocessed logits; None reports nothing. `speculate`: whether tokens
-    are drafted; without drafts the answer is the same, one token per step.
+    are drafted; without drafts the answer is the same, one token per step. `hidden_states`: whether the result holds the
+    base's hidden states of prompt and answer, for which the sequence stays in the batch for one more step.
     """
 
     id: str
@@ -53,6 +54,7 @@ class Request:
     logprobs: int | None = None
     lossy_typical: Typical | None = None
     speculate: bool = True
+    hidden_states: bool = False
 
     def __post_init__(self) -> None:
         """Convert lists to tuples; `check` refuses other types."""

@@ -7,8 +7,6 @@
 from __future__ import annotations
 
 import json
-import math
-import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,9 @@ from typing import Any
 from hydra_core.errors import InputError
 from pipelines.ablate.report import markdown, plot_studies, terminal_table
 from pipelines.ablate.results import Measured
-from pipelines.config import RunConfig
-from pipelines.config.ablate import Variant, folder_name
+from pipelines.ablate.search import run_search
+from pipelines.ablate.variants import summarise, training_name, variant_config
+from pipelines.config import RunConfig, Variant
 from pipelines.distill.stage import distilled
 from pipelines.runtime.artifacts import RunPaths, StageResult, fingerprint, finished, stage_folder
 from pipelines.runtime.console import Progress, say
@@ -29,13 +28,15 @@ STAGE = "ablate"
 
 
 def run_ablate(config: RunConfig) -> StageResult:
-    """Train every variant that is not trained yet, then write the report.
+    """Train every variant that is not trained yet, then write the report; with `ablate.space` search it instead.
 
     Raises InputError when there are no variants, and whatever `train` raises.
     """
+    if config.ablate.space:
+        return run_search(config)
     variants = config.ablate.variants
     if not variants:
-        raise InputError("ablate.variants: is empty: name variants, as jobs/configs/ablations/ does")
+        raise InputError("ablate.variants: is empty: name variants, as jobs/configs/ablations/ does, or give ablate.space")
     tracker = Tracker.open(config)
     found = _trained(config, variants)
     measured = {name: summarise(figures) for name, figures in found.items()}
@@ -50,6 +51,9 @@ def run_ablate(config: RunConfig) -> StageResult:
         run.log_metrics({f"{name}.tokens_per_step": one.tokens_per_step for name, one in measured.items()})
         for path in files:
             run.log_artifact(path)
+        best = max(measured, key=lambda name: measured[name].tokens_per_step)
+        run.describe(f"{best}: {measured[best].tokens_per_step:.3f} tokens per step, the most of {len(measured)} variants",
+                     markdown(_studies(config), measured), ("ablations.png",))
         terminal_table(measured).show()
         return stage.finish(StageResult(STAGE, run.run_id, {"report": str(folder / "report.md")}, {
             "variants": {name: vars(one) for name, one in measured.items()}}), files)
@@ -67,32 +71,6 @@ def _trained(config: RunConfig, variants: Mapping[str, Variant]) -> dict[str, li
                 found.setdefault(name, []).append(result.figures[label])
                 progress.advance()
     return found
-
-
-def variant_config(config: RunConfig, label: str, variant: Variant, seed: int) -> RunConfig:
-    """The configuration of a run that trains `variant` alone, under the name `label`."""
-    train = config.train.model_copy(update={
-        "drafters": {label: variant.heads}, "start": {}, "only": None, "seed": seed, "share": variant.share or config.train.share,
-        "epochs": variant.epochs or config.train.epochs})
-    return config.model_copy(update={"train": train})
-
-
-def training_name(variant: str, seed: int) -> str:
-    """The name of a training, as a drafter and as a folder."""
-    return f"{folder_name(variant)}.seed{seed}"
-
-
-def summarise(figures: list[dict[str, Any]]) -> Measured:
-    """Summarise the figures of one variant's trainings, one for each seed."""
-    values = [one["tokens_per_step"] for one in figures]
-    tops = [one["top1"] for one in figures]
-    spread = T95[min(len(values), len(T95)) - 1] * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return Measured(len(values), statistics.fmean(values), spread, tuple(map(statistics.fmean, zip(*tops, strict=True))),
-                    figures[0]["response_tokens"], figures[0]["steps"], statistics.fmean(one["seconds"] for one in figures))
-
-
-T95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""Student's t at 97.5 % by degrees of freedom; with more than ten seeds the value for ten is used, which is a little large."""
 
 
 def _studies(config: RunConfig) -> dict[str, tuple[str, ...]]:

@@ -50,7 +50,8 @@ class HttpClient:
     """Requests to one address. `headers`: of every request; `close` ends those in flight, which raise NoAnswer."""
 
     def __init__(self, address: str, headers: dict[str, str]) -> None:
-        self.address, self.headers = address.rstrip("/"), headers
+        self.address = address.rstrip("/").removesuffix("/v1")  # with it, it is what OpenAI's clients call base_url
+        self.headers = headers
         self._flying: set[Future[HttpAnswer]] = set()
         self._closed = False
         self._loop = asyncio.new_event_loop()

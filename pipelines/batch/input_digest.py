@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hydra_core.errors import InputError
+from hydra_core.storage import as_path, open_stream
 from pipelines.batch.reader import BadRow, BatchRow, input_kind, read_rows
 from pipelines.config import RunConfig
 from pipelines.rows.prompt_reader import prompt_files
@@ -25,7 +26,7 @@ def input_digest(config: RunConfig) -> str:
     input_kind(config.batch)  # raises for one that is missing
     if config.batch.source is None:
         return str(require_manifest(RunPaths.of(config).stage("distill"), "distill")["fingerprint"])
-    return content_id(*(artifacts.input_digest("batch.input", file) for file in prompt_files(Path(config.batch.source))))
+    return content_id(*(artifacts.input_digest("batch.input", file) for file in prompt_files(as_path(config.batch.source))))
 
 
 def unchanged_rows(config: RunConfig, wanted: str) -> Iterator[BatchRow | BadRow]:
@@ -46,12 +47,17 @@ def unchanged_rows(config: RunConfig, wanted: str) -> Iterator[BatchRow | BadRow
 def _check(config: RunConfig, wanted: str, read: _Read | None) -> None:
     """Raise InputChanged unless the digest of what was `read` is `wanted`; None: of what lies there now."""
     try:
-        found = (content_id(read.digest(Path(str(config.batch.source)))) if read is not None and read.bytes
+        found = (content_id(read.digest(as_path(str(config.batch.source)))) if read is not None and read.bytes
                  else input_digest(config))
     except (OSError, InputError) as error:
         found = str(error)
     if found != wanted:
-        raise InputChanged(f"batch.input={config.batch.source}: changed while it was read")
+        raise input_changed(config)
+
+
+def input_changed(config: RunConfig) -> InputChanged:
+    """What a job is told whose input is another one now."""
+    return InputChanged(f"batch.input={config.batch.source}: changed while it was read")
 
 
 class _Read:
@@ -68,7 +74,7 @@ class _Read:
     def digest(self, path: Path) -> str:
         """Of the whole file; what no row was read from (`batch.limit`) is read now."""
         if not self._ended:
-            with path.open("rb") as rest:
+            with open_stream(path) as rest:
                 rest.seek(self.bytes)
                 while piece := rest.read(1 << 20):
                     self(piece)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import threading
 from collections import Counter
-from pathlib import Path
 
 from hydra_core.errors import StoppedError
+from hydra_core.storage import as_path
 from pipelines.runtime.files import write_text
 from pipelines.serve.model_identity import base_part
 
@@ -21,7 +21,7 @@ class MadeBy:
 
     def __init__(self, where: str, serves: str | None, kept: str | None = None, any_model: bool = False) -> None:
         self.where, self.serves, self.any_model = where, serves, any_model
-        self.kept = Path(kept) if kept else None
+        self.kept = as_path(kept) if kept else None
         self.seen: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._first: dict[str, list[str | None]] = {}

@@ -6,12 +6,13 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Set
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from hydra_core.errors import InputError
+from hydra_core.storage import as_path
 from pipelines.config import RunConfig
 from pipelines.config.run import BatchSection
 from pipelines.rows.parquet_parts import read_parts
@@ -106,7 +107,7 @@ def input_kind(section: BatchSection) -> str:
     if section.source is None:
         kind = "parquet"
     else:
-        path = Path(section.source)
+        path = as_path(section.source)
         if not path.exists():
             raise InputError(f"batch.input={path}: no such file")
         kind = "parquet" if path.is_dir() or path.suffix.lower() in PARQUET else "jsonl"
@@ -147,32 +148,6 @@ def ordered(rows: Iterable[BatchRow], window: int = WINDOW) -> Iterator[BatchRow
         yield from held
 
 
-def write_blocks(folder: Path, rows: Iterable[BatchRow], size: int) -> list[Path]:
-    """Write rows to files of `size` rows each, for actors on any node; earlier files in `folder` are deleted."""
-    remove_blocks(folder)
-    folder.mkdir(parents=True)
-    source, paths = iter(rows), list[Path]()
-    while block := list(islice(source, size)):
-        path = folder / f"block-{len(paths):06d}.jsonl"
-        path.write_text("".join(json.dumps(asdict(row)) + "\n" for row in block), encoding="utf-8")
-        paths.append(path)
-    return paths
-
-
-def read_block(path: Path) -> list[BatchRow]:
-    """The rows of one file of `write_blocks`."""
-    with path.open(encoding="utf-8") as lines:
-        return [BatchRow(**json.loads(line)) for line in lines]
-
-
-def remove_blocks(folder: Path) -> None:
-    """Delete the files of `write_blocks` and their folder."""
-    for path in folder.glob("block-*.jsonl"):
-        path.unlink()
-    if folder.exists():
-        folder.rmdir()
-
-
 def _row(item: PromptRow) -> BatchRow:
     return BatchRow(own_id(item.extra) or content_id(item.row, item.prompt, item.messages), item.row, item.prompt, item.messages)
 
@@ -196,7 +171,7 @@ def _is_openai(path: Path) -> bool:
 def _openai(path: str, limit: int | None, one_choice: bool,
             tap: Callable[[bytes], object] | None) -> Iterator[BatchRow | BadRow]:
     """`one_choice`: a row of the output holds one answer."""
-    for number, value in islice(read_values(Path(path), tap), limit):
+    for number, value in islice(read_values(as_path(path), tap), limit):
         if isinstance(value, RowError):
             yield BadRow(f"row-{number}", number, value.message)
             continue

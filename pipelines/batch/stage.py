@@ -13,16 +13,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from ray import serve
 
 from hydra_core.errors import InputError
+from hydra_core.storage import as_path
 from pipelines.batch.backend import RequestSettings
 from pipelines.batch.endpoint import FOREIGN, ask_endpoint
+from pipelines.batch.engines import answer_with_engines
 from pipelines.batch.http_backend import api_key
-from pipelines.batch.input_digest import InputChanged, input_digest, unchanged_rows
+from pipelines.batch.input_digest import InputChanged, input_changed, input_digest, unchanged_rows
 from pipelines.batch.model_names import check_model_names
-from pipelines.batch.reader import BadRow, BatchRow, Reading, ordered, output_kind, read_rows, remove_blocks, write_blocks
+from pipelines.batch.reader import Reading, ordered, output_kind, read_rows
 from pipelines.batch.report import report
 from pipelines.batch.worker import BatchSettings, BatchWorker
 from pipelines.batch.writer import BATCH, BATCH_ERRORS, Output, OutputTotals, Writer, deduplicate, parts, set_aside
@@ -39,12 +40,15 @@ from pipelines.runtime.artifacts import (
     stage_folder,
 )
 from pipelines.runtime.console import say
-from pipelines.runtime.files import write_text
+from pipelines.runtime.files import remove_file, write_text
 from pipelines.runtime.lock import only_run
-from pipelines.runtime.ray_cluster import check_workers, ensure_ray, run_blocks
+from pipelines.runtime.ray_cluster import check_workers, ensure_ray, environment_options
+from pipelines.runtime.stores import check_every_node
+from pipelines.runtime.tables import Table
 from pipelines.serve.instance import ask_replicas, running_instance
 from pipelines.serve.messages import AppArgs
 from pipelines.serve.model_identity import ModelDigest, model_digest
+from pipelines.serve.owner import this_job
 from pipelines.serve.stage import check_args, find_args, start_app
 from pipelines.tracking import Tracker
 
@@ -83,13 +87,13 @@ def run_batch(config: RunConfig) -> StageResult:
     tracker = Tracker.open(config)
     if serving.args is not None:
         check_args(serving.args)
-    with only_run(folder, Path(config.storage), "batch.output"):
+    with only_run(folder, as_path(config.storage), "batch.output"):
         if (done := _done(folder, wanted, earlier)) is not None:  # finished by the run that held the lock until now
             return done
         _check_not_mixed(folder)
         with (stage_folder(config, STAGE, folder, wanted, earlier=earlier) as stage,
               tracker.start(STAGE, fingerprint=wanted) as run):
-            (folder / SUCCESS).unlink(missing_ok=True)
+            remove_file(folder / SUCCESS)
             run.log_dataset("input", digest, config.batch.source or "held-out prompts of this run", STAGE)
             try:
                 figures, read, files = _answer_all(config, folder, serving, digest)
@@ -102,6 +106,8 @@ def run_batch(config: RunConfig) -> StageResult:
             write_text(folder / "report.json", json.dumps(figures, indent=2))
             run.log_metrics({name: value for name, value in figures.items() if isinstance(value, (int, float))})
             run.log_artifact(folder / "report.json")
+            run.describe(f"{figures['rows']:,} rows answered, {figures['errors']:,} errors, by {figures['model']}", Table(
+                ("figure", "value"), [(name.replace("_", " "), str(value)) for name, value in figures.items()]).markdown())
             check_counts(STAGE, read, figures["rows"], figures["errors"], figures["rows_skipped"], config.batch.max_error_share,
                          hint=f"see {folder / 'errors'}")
             outputs = {"rows": str(folder / "rows"), "errors": str(folder / "errors"), "report": str(folder / "report.json")}
@@ -128,7 +134,7 @@ def _done(folder: Path, wanted: str, earlier: list[str]) -> StageResult | None:
         for part in ("rows", "errors"):
             for kind in ("parquet", "jsonl"):
                 for path in parts(folder / part, kind):
-                    if str(path.relative_to(folder)) not in listed:
+                    if f"{part}/{path.name}" not in listed:
                         set_aside(path, "late", "was written after the job had ended")
         say(STAGE, f"{folder} is finished already, with {done.figures['rows']} rows: nothing to do")
         if not (folder / SUCCESS).exists():
@@ -146,7 +152,7 @@ def _serving(config: RunConfig) -> Serving:
 
 def _folder(config: RunConfig) -> Path:
     section = config.batch
-    return Path(section.target) if section.target else RunPaths.of(config).stage(STAGE, section.partition)
+    return as_path(section.target) if section.target else RunPaths.of(config).stage(STAGE, section.partition)
 
 
 def _fingerprints(config: RunConfig, serving: ModelDigest, digest: str) -> tuple[str, list[str]]:
@@ -166,11 +172,11 @@ def _answer_all(config: RunConfig, folder: Path, serving: Serving, digest: str) 
     for part in ("rows", "errors"):
         sweep(folder / part)
     for path in parts(folder / "errors", kind):  # failed rows are retried
-        path.unlink()
+        remove_file(path)
     before = deduplicate(folder / "rows", kind, BATCH)
     say(STAGE, f"{len(before.ids)} rows were answered already")
     if not before.ids:
-        (folder / MADE_BY).unlink(missing_ok=True)
+        remove_file(folder / MADE_BY)
     request_settings = RequestSettings(
         config.serve.app_name, section.max_new_tokens, section.temperature, section.seed, config.serve.max_batch_size,
         row_seconds=section.row_seconds, serves=serving.digest.fingerprint if serving.ours else None,
@@ -178,39 +184,32 @@ def _answer_all(config: RunConfig, folder: Path, serving: Serving, digest: str) 
     with _backend(config, serving, request_settings) as (request_settings, label):
         output = Output(str(folder), kind, label, section.rows_per_file)
         started = time.perf_counter()
-        source = unchanged_rows(config, digest)
-        reading, made_by = _stream(config, folder, source, before, BatchSettings(output, request_settings, in_flight(config)))
+        read, skipped, made_by = _stream(config, digest, before, BatchSettings(output, request_settings, in_flight(config)))
         seconds = time.perf_counter() - started
     rows = deduplicate(folder / "rows", kind, BATCH)
     errors = deduplicate(folder / "errors", kind, BATCH_ERRORS, elsewhere=rows.ids)
-    counted = len(rows.ids), len(errors.ids), reading.skipped
-    say(STAGE, f"{reading.rows} rows = {counted[0]} ok + {counted[1]} errors + {counted[2]} skipped")
-    figures = report(rows, errors, before, reading.skipped, seconds, label)
-    return figures | ({"made_by": made_by} if made_by else {}), reading.rows, [*rows.parts, *errors.parts]
+    say(STAGE, f"{read} rows = {len(rows.ids)} ok + {len(errors.ids)} errors + {skipped} skipped")
+    figures = report(rows, errors, before, skipped, seconds, label)
+    return figures | ({"made_by": made_by} if made_by else {}), read, [*rows.parts, *errors.parts]
 
 
-def _stream(config: RunConfig, folder: Path, source: Iterator[BatchRow | BadRow], before: OutputTotals,
-            settings: BatchSettings) -> tuple[Reading, str]:
-    """Send rows from the input to the backend: from this process, or through files to actors that hold engines. Returns also
-    what made the answers, as far as this process has seen them."""
+def _stream(config: RunConfig, digest: str, before: OutputTotals, settings: BatchSettings) -> tuple[int, int, str]:
+    """Send rows from the input to the backend: from this process, or in a flow through engines. Returns how many rows were read
+    and skipped, and what made the answers, as far as this process has seen them."""
+    if settings.requests.embedded is not None:
+        counts = answer_with_engines(config, digest, settings, before.ids)
+        if counts["changed"]:
+            raise input_changed(config)
+        return counts["read"], counts["skipped"], str(settings.requests.serves)
     refused = Writer(settings.output)
     reading = Reading(refused.refuse)
-    rows = ordered(reading.todo(source, before.ids))
     try:
-        if settings.requests.embedded is None:
-            worker = BatchWorker(settings)
-            worker.answer(rows)
-            worker.backend.stop()
-            return reading, worker.backend.made_by
-        size = max(config.batch.rows_per_file, 8 * settings.concurrency)
-        blocks = [pa.table({"path": [str(path)]}) for path in write_blocks(folder / "todo", rows, size)]
-        workers = config.serve.workers
-        run_blocks(BatchWorker, settings, blocks, actors=config.serve.replicas, cpus=workers.cpus, gpus=workers.gpus,
-                   storage=folder)
+        worker = BatchWorker(settings)
+        worker.answer(ordered(reading.todo(unchanged_rows(config, digest), before.ids)))
+        worker.backend.stop()
     finally:
         refused.flush()
-        remove_blocks(folder / "todo")
-    return reading, str(settings.requests.serves)
+    return reading.rows, reading.skipped, worker.backend.made_by
 
 
 def in_flight(config: RunConfig) -> int:
@@ -232,6 +231,7 @@ def _backend(config: RunConfig, serving: Serving,
     with ensure_ray(config):
         if section.engine == "embedded":
             check_workers("serve.workers", config.serve.workers, config.serve.replicas)
+            check_every_node("batch.output", _folder(config), environment_options(config))
             yield replace(settings, embedded=replace(args, max_queued=in_flight(config))), args.label
             return
         with _application(config, args, serving.digest) as (name, label):
@@ -261,11 +261,13 @@ def _application(config: RunConfig, args: AppArgs, serving: ModelDigest) -> Iter
 
 @contextmanager
 def _own_application(config: RunConfig, args: AppArgs, serving: ModelDigest) -> Iterator[str]:
-    """An application for this output alone, without a route, so that nobody else uses it. One of the same name, which a killed
-    run left behind, is deleted first: the holder of the output's lock is its only user."""
-    name = f"{args.app_name}-batch-{content_id(str(_folder(config)))}"
-    if (instance := running_instance()) is not None and name in instance.applications:
-        serve.delete(name)
+    """An application for this output alone, without a route, so that nobody else uses it. Those that killed runs left behind, and
+    that have not ended yet, are deleted first: the holder of the output's lock is their only user."""
+    ours = f"{args.app_name}-batch-{content_id(str(_folder(config)))}"
+    name = f"{ours}-{this_job()}"  # of its own: one that is ending by itself deletes its name
+    for left in () if (instance := running_instance()) is None else instance.applications:
+        if left.startswith(ours):
+            serve.delete(left)
     app = start_app(config, replace(args, app_name=name), route=None)
     try:
         yield name

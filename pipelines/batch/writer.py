@@ -1,7 +1,7 @@
 """What `batch` writes: parts of answers and of errors, as Parquet, JSONL or lines of OpenAI's Batch output.
 
-A part appears whole or not at all. A killed job may still write a part after the next job has started, and an actor that
-restarts a block writes its rows twice: `deduplicate` keeps each row once.
+A part appears whole or not at all. A killed job may still write a part after the next job has started: `deduplicate` keeps each
+row once.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hydra_core.errors import StoppedError
+from hydra_core.storage import as_path, open_stream, opened
 from pipelines.batch.backend import Response
 from pipelines.batch.openai_format import output_line
 from pipelines.batch.reader import BadRow, BatchRow, bad_key, digest
 from pipelines.rows.parquet_parts import part_files, write_part
 from pipelines.rows.schemas import ERRORS, check_schema, content_id
 from pipelines.runtime.console import say
-from pipelines.runtime.files import atomic_file
+from pipelines.runtime.files import atomic_file, move, remove_file
 
 META = {b"hydra_heads_schema": b"1"}
 BATCH = pa.schema([
@@ -47,12 +48,41 @@ class Output:
     rows_per_file: int
 
     @property
+    def root(self) -> Path:
+        return as_path(self.folder)
+
+    @property
     def rows(self) -> Path:
-        return Path(self.folder) / "rows"
+        return as_path(self.folder) / "rows"
 
     @property
     def errors(self) -> Path:
-        return Path(self.folder) / "errors"
+        return as_path(self.folder) / "errors"
+
+
+Made = tuple[bool, dict[str, Any]]
+"""Whether a row of the output is an answer, and the row; else it is one of the errors."""
+
+
+def answered(output: Output, row: BatchRow, response: Response) -> Made:
+    """The row of the output for a response."""
+    if response.status != 200:
+        kind = "failed" if response.status >= 500 else "refused"
+        return _error(output, row.id, row.row, kind, response.status, response.message, response.body)
+    if output.kind == "openai":
+        return True, output_line(row.id, 200, response.body)
+    return True, {"id": row.id, "row": row.row, **response.columns, "model": output.label}
+
+
+def refused(output: Output, bad: BadRow) -> Made:
+    """The row of the output for one that could not be sent."""
+    return _error(output, bad.id, bad.row, INPUT, 0, bad.message, None)
+
+
+def _error(output: Output, row_id: str, number: int, kind: str, status: int, message: str, body: dict[str, Any] | None) -> Made:
+    if output.kind == "openai":
+        return False, output_line(row_id, status, body, message, number if kind == INPUT else None)
+    return False, {"id": row_id, "stage": "batch", "row": number, "kind": kind, "message": message}
 
 
 class Writer:
@@ -66,34 +96,29 @@ class Writer:
 
     def add(self, row: BatchRow, response: Response) -> None:
         """Add one row and its response."""
-        if response.status != 200:
-            kind = "failed" if response.status >= 500 else "refused"
-            self._error(row.id, row.row, kind, response.status, response.message, response.body)
-            return
-        self.done += 1
-        if self.output.kind == "openai":
-            self._rows.append(output_line(row.id, 200, response.body))
-        else:
-            self._rows.append({"id": row.id, "row": row.row, **response.columns, "model": self.output.label})
-        if len(self._rows) >= self.output.rows_per_file:
-            self._rows = self._write(self.output.rows, self._rows, BATCH)
+        self.put(answered(self.output, row, response))
 
     def refuse(self, bad: BadRow) -> None:
         """Add a row that could not be sent."""
-        self._error(bad.id, bad.row, INPUT, 0, bad.message, None)
+        self.put(refused(self.output, bad))
+
+    def put(self, made: Made) -> None:
+        """Add a row of the output."""
+        is_answer, row = made
+        if is_answer:
+            self.done += 1
+            self._rows.append(row)
+            if len(self._rows) >= self.output.rows_per_file:
+                self._rows = self._write(self.output.rows, self._rows, BATCH)
+            return
+        self.failed += 1
+        self._errors.append(row)
+        if len(self._errors) >= self.output.rows_per_file:
+            self._errors = self._write(self.output.errors, self._errors, BATCH_ERRORS)
 
     def flush(self) -> None:
         self._rows = self._write(self.output.rows, self._rows, BATCH)
         self._errors = self._write(self.output.errors, self._errors, BATCH_ERRORS)
-
-    def _error(self, row_id: str, number: int, kind: str, status: int, message: str, body: dict[str, Any] | None) -> None:
-        self.failed += 1
-        if self.output.kind == "openai":
-            self._errors.append(output_line(row_id, status, body, message, number if kind == INPUT else None))
-        else:
-            self._errors.append({"id": row_id, "stage": "batch", "row": number, "kind": kind, "message": message})
-        if len(self._errors) >= self.output.rows_per_file:
-            self._errors = self._write(self.output.errors, self._errors, BATCH_ERRORS)
 
     def _write(self, folder: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> list[dict[str, Any]]:
         if rows:
@@ -164,7 +189,7 @@ def deduplicate(folder: Path, kind: str, schema: pa.Schema, elsewhere: set[bytes
         if kept:
             rewritten.add(_write_rows(folder, kept, schema, kind))
         if path not in rewritten:
-            path.unlink()
+            remove_file(path)
     found.parts += sorted(rewritten)
     return found
 
@@ -172,7 +197,7 @@ def deduplicate(folder: Path, kind: str, schema: pa.Schema, elsewhere: set[bytes
 def set_aside(path: Path, name: str, why: str, then: str = "") -> None:
     """Rename a part that is none, such as one that a power cut tore, with a line for the user."""
     aside = path.with_name(f".{path.name}.{name}")
-    path.replace(aside)
+    move(path, aside)
     say("batch", f"{path} {why}: it is now {aside.name}{then}")
 
 
@@ -191,10 +216,11 @@ def read_batch_rows(folder: Path, kind: str) -> Iterator[dict[str, Any]]:
 
 def _read(path: Path, kind: str, schema: pa.Schema) -> Iterator[dict[str, Any]]:
     if kind == "parquet":
-        check_schema(pq.read_schema(path), schema, str(path))
-        yield from pq.read_table(path).to_pylist()
+        with pq.ParquetFile(opened(path)) as part:
+            check_schema(part.schema_arrow, schema, str(path))
+            yield from part.read().to_pylist()
         return
-    with path.open(encoding="utf-8", newline="\n") as lines:  # an answer may hold other line ends, such as U+2028
+    with open_stream(path) as lines:  # bytes: an answer may hold other line ends of text, such as U+2028
         yield from map(json.loads, lines)
 
 

@@ -23,6 +23,7 @@ from hydra_core.decoding import Engine, Result
 from hydra_core.errors import InputError
 from hydra_core.proposers import Drafter
 from hydra_core.sampling import Request
+from hydra_core.storage import as_path
 from hydra_core.tree import TreeSet
 from pipelines.bench.plan import (
     FOREIGN,
@@ -111,7 +112,7 @@ def measure_concurrency(plan: BenchPlan, questions: Sequence[Question]) -> None:
         row = ConcurrencyRow(number, level, method, *_measure(_engine(method, level, drafters[method], plan, base, questions),
                                                        requests, level))
         _free_memory(base)
-        append_row(Path(plan.concurrency_file), row)
+        append_row(as_path(plan.concurrency_file), row)
         say("bench", f"concurrency {level}, {method}: {row.tokens / row.seconds:.0f} tokens/s")
 
 
@@ -200,7 +201,7 @@ def _methods(plan: BenchPlan) -> tuple[str, ...]:
 
 def _todo(plan: BenchPlan) -> list[tuple[int, int, str]]:
     """(Round, level, method) that are not measured yet; the first place rotates among contenders."""
-    done = {(row.round, row.level, row.method) for row in read_concurrency(Path(plan.concurrency_file))}
+    done = {(row.round, row.level, row.method) for row in read_concurrency(as_path(plan.concurrency_file))}
     methods, levels = _methods(plan), tuple(dict.fromkeys(plan.concurrency))
     turns = [(number, level, (number + place) % len(methods)) for number in range(plan.rounds)
              for place, level in enumerate(levels)]

@@ -40,14 +40,10 @@ def concurrency_markdown(load: dict[str, Any]) -> str:
 
 
 def concurrency_metrics(load: dict[str, Any]) -> dict[str, float]:
-    """`load.LEVEL.METHOD.FIGURE` -> value, for MLflow."""
-    metrics: dict[str, float] = {}
-    for level, methods in load.items():
-        for method, figures in methods.items():
-            spread = dict(zip(("spread_low", "spread_high"), figures["range"] or (), strict=False))
-            metrics |= {f"load.{level}.{method}.{name}": value for name, value in (figures | spread).items()
-                        if isinstance(value, (int, float))}
-    return metrics
+    """`load.LEVEL.METHOD.FIGURE` -> value, for MLflow: throughput and the slowest first tokens; all others are in report.json."""
+    return {f"load.{level}.{method}.{name}": figures[name]
+            for level, methods in load.items() for method, figures in methods.items()
+            for name in ("tokens_per_second", "first_token_p99_ms") if figures[name] is not None}
 
 
 def plot_concurrency(load: dict[str, Any], path: Path) -> None:

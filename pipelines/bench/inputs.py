@@ -11,8 +11,11 @@ from hydra_core.base import load_vocabulary, resolve_base
 from hydra_core.bundled import BUNDLED, EARLIER, is_bundled
 from hydra_core.decoding import check_heads as check_folder
 from hydra_core.errors import InputError
+from hydra_core.storage import as_path
+from pipelines.bench.champion import HEADS_FILES, BenchChampion, find_champion, heads_digest
 from pipelines.bench.llama_cpp import check_llama
 from pipelines.bench.plan import (
+    CHAMPION,
     COMBINED,
     LLAMA,
     LOOKUP,
@@ -26,7 +29,6 @@ from pipelines.bench.plan import (
     sweep_tree,
 )
 from pipelines.config import BenchSection, RunConfig
-from pipelines.rows.schemas import content_id
 from pipelines.runtime.artifacts import (
     RunPaths,
     file_digest,
@@ -41,8 +43,6 @@ from pipelines.serve.model_identity import model_digest
 from pipelines.serve.stage import find_args
 from pipelines.tracking.lookup import bundled_heads
 
-HEADS_FILES = ("model.safetensors", "tree.json")
-
 
 def find_heads(config: RunConfig) -> dict[str, str]:
     """Drafter name -> checkpoint folder: `bench.heads`, else what `tree` (or `train`) left in this run; and `bundled` where
@@ -53,7 +53,7 @@ def find_heads(config: RunConfig) -> dict[str, str]:
     packaged = bundled_heads(config)
     last = {} if packaged is None else {BUNDLED: packaged}
     if config.bench.heads:
-        folder = Path(packaged) if is_bundled(config.bench.heads) and packaged else Path(config.bench.heads)
+        folder = Path(packaged) if is_bundled(config.bench.heads) and packaged else as_path(config.bench.heads)
         try:
             kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["heads"]["kind"]
         except (OSError, ValueError, KeyError, TypeError):
@@ -70,16 +70,26 @@ def find_heads(config: RunConfig) -> dict[str, str]:
 
 
 def find_methods(config: RunConfig, heads: dict[str, str]) -> tuple[str, ...]:
-    """The contenders, plain decoding first. Raises InputError for a name in `bench.methods` that is none."""
+    """The contenders, plain decoding first; the champion only if `bench.methods` names it. Raises InputError for a name in
+    `bench.methods` that is none."""
     theirs, llama = ((), ()) if config.bench.temperature else ((TRANSFORMERS, LOOKUP), (LLAMA,))
     known = (PLAIN, *theirs, NGRAM, *heads, *((COMBINED,) if own_heads(heads) else ()), *llama)
     asked = tuple(contender(method) if is_bundled(method.partition("@")[0]) else method for method in config.bench.methods)
     asked = asked or tuple(method for method in known if method not in (LOOKUP, LLAMA))
     for method in asked:
-        if method not in known and split_sweep(method, heads)[0] not in heads:
+        if method not in (*known, CHAMPION) and split_sweep(method, heads)[0] not in heads:
             raise InputError(f"bench.methods: {method!r} is none of {', '.join(known)} (heads must be trained first), "
                              "nor NAME@N of a trained drafter NAME and a number of nodes N")
     return tuple(dict.fromkeys((PLAIN, *asked)))
+
+
+def with_champion(config: RunConfig, heads: dict[str, str],
+                  methods: tuple[str, ...]) -> tuple[tuple[str, ...], BenchChampion | None]:
+    """The contenders with the registry's champion as the last one, unless one of them is the same; and the champion. Raises
+    InputError and StoppedError as `find_champion` does."""
+    champion = find_champion(config, heads, methods)
+    others = tuple(method for method in methods if method != CHAMPION)
+    return (*others, CHAMPION) if champion is not None and champion.method == CHAMPION else others, champion
 
 
 def check_contenders(config: RunConfig, methods: tuple[str, ...], heads: dict[str, str]) -> None:
@@ -89,7 +99,7 @@ def check_contenders(config: RunConfig, methods: tuple[str, ...], heads: dict[st
         check_llama(config.base.model)
     for name, nodes in (split_sweep(method, heads) for method in methods):
         if nodes is not None:
-            sweep_tree(Path(heads[name]), nodes)
+            sweep_tree(as_path(heads[name]), nodes)
     if not heads:
         return
     vocabulary = load_vocabulary(config.base.model, dtype=config.base.dtype, cache=RunPaths.of(config).cache)
@@ -104,16 +114,16 @@ def input_digests(config: RunConfig, heads: dict[str, str]) -> dict[str, tuple[s
     """Name -> digest and path of everything that is read."""
     distilled = RunPaths.of(config).stage("distill")
     if config.bench.prompts:
-        found = {"prompts": (file_digest(Path(config.bench.prompts)), config.bench.prompts)}
+        found = {"prompts": (file_digest(as_path(config.bench.prompts)), config.bench.prompts)}
     else:
         found = {"prompts": (str(require_manifest(distilled, "distill")["fingerprint"]), str(distilled / "prompts"))}
-    return found | {f"{name} heads": (content_id(*(file_digest(Path(folder) / file) for file in HEADS_FILES)), folder)
-                    for name, folder in heads.items()}
+    return found | {f"{name} heads": (heads_digest(as_path(folder)), folder) for name, folder in heads.items()}
 
 
-def bench_fingerprint(config: RunConfig, heads: dict[str, str], device: str | None = None) -> str:
+def bench_fingerprint(config: RunConfig, heads: dict[str, str], device: str | None = None, champion: str | None = None) -> str:
     """Digest of what a bench measures: settings, prompts and the heads' files. `device`: what an earlier version would have put
-    into it, `base.device` as it is written; default: `auto` wherever that comes to the same.
+    into it, `base.device` as it is written; default: `auto` wherever that comes to the same. `champion`: digest of the
+    configuration that is timed as `@champion`.
 
     Settings and contenders that were renamed have their earlier names in it, so that a bench that an earlier version finished
     is still found. Raises InputError for missing files.
@@ -122,16 +132,18 @@ def bench_fingerprint(config: RunConfig, heads: dict[str, str], device: str | No
     upstream = {"base": resolved.digest}
     for name, folder in heads.items():
         recorded = EARLIER if name == BUNDLED else name
-        upstream |= {f"{recorded}/{file}": _digest(Path(folder) / file) for file in HEADS_FILES}
+        upstream |= {f"{recorded}/{file}": _digest(as_path(folder) / file) for file in HEADS_FILES}
         if any(split_sweep(method, heads)[0] == name != method for method in map(contender, config.bench.methods)):
-            upstream[f"{recorded}/{SWEEP}"] = _digest(Path(folder) / SWEEP)
+            upstream[f"{recorded}/{SWEEP}"] = _digest(as_path(folder) / SWEEP)
     if config.bench.prompts:
-        path = Path(config.bench.prompts)
+        path = as_path(config.bench.prompts)
         if not path.is_file():
             raise InputError(f"bench.prompts={path}: no such file")
         upstream["prompts"] = input_digest("bench.prompts", path)
     elif (manifest := read_manifest(RunPaths.of(config).stage("distill"))) is not None:
         upstream["prompts"] = manifest["fingerprint"]
+    if champion is not None:
+        upstream[CHAMPION] = champion
     if config.bench.batch_job:
         upstream["batch"] = str(model_digest(find_args(config)))
     settings = {"bench": _recorded_settings(config.bench), "ngram": config.ngram.model_dump(),
@@ -143,8 +155,15 @@ def _device(config: RunConfig) -> str:
     return "auto" if measuring_device(config) == measuring_device(config, "auto") else config.base.device
 
 
+def fingerprints(config: RunConfig, heads: dict[str, str], champion: dict[str, Any] | None) -> set[str]:
+    """The fingerprints that a bench of these settings may have; `champion`: the one that took part (see `recorded_champion`)."""
+    digest = str(champion["digest"]) if champion and champion["method"] == CHAMPION else None
+    return {bench_fingerprint(config, heads, device, digest) for device in (None, config.base.device)}
+
+
 def _recorded_settings(section: BenchSection) -> dict[str, Any]:
-    values = recorded_settings(section)
+    """Without `champion`: what counts is which one took part."""
+    values = {name: value for name, value in recorded_settings(section).items() if name != "champion"}
     return values | {"heads": EARLIER if values["heads"] == BUNDLED else values["heads"],
                      "methods": tuple(re.sub(rf"^{BUNDLED}(?=@|$)", EARLIER, method) for method in values["methods"])}
 

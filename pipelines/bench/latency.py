@@ -15,6 +15,7 @@ from hydra_core.errors import InputError
 from hydra_core.heads import HeadDrafter
 from hydra_core.proposers import AdaptiveDrafter, Drafter
 from hydra_core.sampling import Request
+from hydra_core.storage import as_path
 from hydra_core.tree import PLAIN as PLAIN_TREE
 from hydra_core.tree import TreeSet
 from pipelines.bench.concurrency import check_concurrency, measure_concurrency
@@ -57,7 +58,7 @@ def measure(plan: BenchPlan, questions: list[Question]) -> None:
     check_concurrency(plan, questions)
     if plan.single:
         measure_single(plan, questions)
-    check_differences(plan, questions, read_rows(Path(plan.rows_file)))
+    check_differences(plan, questions, read_rows(as_path(plan.rows_file)))
     check_losslessness(plan, questions)
     measure_batches(plan, questions)
     measure_concurrency(plan, questions)
@@ -69,7 +70,7 @@ def measure_single(plan: BenchPlan, questions: list[Question]) -> None:
     Rows that the file already holds are not measured again; the context of a later turn is built from plain's answers there.
     Rows of another machine are measured again.
     """
-    path = Path(plan.rows_file)
+    path = as_path(plan.rows_file)
     done = _measured(path)
     todo = _missing(plan, questions, done)
     if not todo:
@@ -82,7 +83,7 @@ def measure_single(plan: BenchPlan, questions: list[Question]) -> None:
     contenders = make_contenders(plan, base, room)
     for run in contenders.values():
         run(questions[0].prompt_ids, min(WARM_UP_TOKENS, plan.max_new_tokens))
-    memory = PeakMemory(Path(plan.memory_file), base.device)
+    memory = PeakMemory(as_path(plan.memory_file), base.device)
     with Progress("bench", "questions", total=plan.rounds * len(questions),
                   done=plan.rounds * len(questions) - len(todo)) as progress:
         for number, place, question in todo:

@@ -1,18 +1,25 @@
 """The losslessness checks of `bench`: answers against the naive loop, and where answers differ from plain decoding's.
 
 An answer that differs is compared in exact logits: at a near-tie two ways of summing choose differently, which is no loss. A base
-that is loaded quantised has no exact form, so it is checked and judged in its own.
+that is loaded quantised has no exact form, one that is made 4-bit here is another in fp32, and a large one may not fit there:
+such a base is checked in its own format. Where float64 does not fit, or cannot be had, the logits of the last position decide.
+
+    proof.json    the format in which losslessness is shown, and why
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from hydra_core.base import Base, quantisation
+from hydra_core.base import Base, pick_device, quantisation
+from hydra_core.base.formats import LOSSY
 from hydra_core.decoding import Engine, compare, naive_generate
+from hydra_core.decoding.memory import free_bytes
 from hydra_core.sampling import Request
+from hydra_core.storage import as_path
 from pipelines.bench.plan import (
     FOREIGN,
     PLAIN,
@@ -28,7 +35,12 @@ from pipelines.bench.plan import (
 from pipelines.bench.plan import make_drafter as drafter_of
 from pipelines.bench.questions import prompt_of
 from pipelines.runtime.console import say
+from pipelines.runtime.files import write_text
+from pipelines.sizing.base import shape_of
 
+PROOF = "proof.json"
+ROOM = 0.8
+"""Share of the free memory that weights may take: the rest is for what is computed with them."""
 ARRIVAL_STEPS = 3
 """Engine steps between two arrivals in the staggered batch."""
 
@@ -61,7 +73,7 @@ def check_differences(plan: BenchPlan, questions: list[Question], rows: list[Row
     rounds differ."""
     if plan.temperature:
         return
-    path = Path(plan.losslessness_file)
+    path = as_path(plan.losslessness_file)
     done = {(row.question, row.turn, row.method) for row in read_losslessness(path)
             if row.dtype == plan.base.dtype and row.rows == 0}
     asked = {question.id: question for question in questions}
@@ -82,14 +94,55 @@ def check_differences(plan: BenchPlan, questions: list[Question], rows: list[Row
 
 def check_losslessness(plan: BenchPlan, questions: list[Question]) -> None:
     """Compare each engine contender with the naive loop: greedy, in every format of the plan, alone and in a batch with
-    staggered arrivals. A quantised base is compared in its own format alone."""
-    quantised = quantisation(plan.base.model, cache=Path(plan.cache))
-    for dtype in (plan.base.dtype,) if quantised else plan.identity_formats:
+    staggered arrivals. Where losslessness is shown in the base's own format, that one is taken in place of fp32."""
+    if not plan.identity_prompts:
+        return
+    proof, own = proof_of(plan), plan.base.dtype
+    alone = proof["format"] == own and (quantisation(plan.base.model, cache=Path(plan.cache)) or own == LOSSY)
+    formats = (own,) if alone else tuple(proof["format"] if dtype == "fp32" else dtype for dtype in plan.identity_formats)
+    for dtype in dict.fromkeys(formats):
         _check_format(plan, questions, dtype)
 
 
+def proof_of(plan: BenchPlan) -> dict[str, str]:
+    """`format`: in which losslessness is shown; `why`: it is not fp32, else empty. It is decided once for a bench, on the machine
+    that measures, and kept beside the verdicts."""
+    path = as_path(plan.losslessness_file).with_name(PROOF)
+    if (known := read_proof(path)) is None:
+        why = _why_own_format(plan)
+        known = {"format": plan.base.dtype if why else "fp32", "why": why or ""}
+        write_text(path, json.dumps(known))
+        if why and plan.identity_prompts:
+            say("bench", f"losslessness is shown in {plan.base.dtype}, the base's own format: {why}")
+    return known
+
+
+def read_proof(path: Path) -> dict[str, str] | None:
+    """What `proof_of` wrote, None without a readable file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {"format": str(found["format"]), "why": str(found["why"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _why_own_format(plan: BenchPlan) -> str | None:
+    """Why answers in fp32 cannot show that this base's are kept; None where they can."""
+    if method := quantisation(plan.base.model, cache=Path(plan.cache)):
+        return f"it is quantised by {method}"
+    if plan.base.dtype == LOSSY:
+        return "its 4-bit codes are made here, and in fp32 it is another base"
+    if plan.base.dtype == "fp32" or "fp32" not in plan.identity_formats:
+        return None
+    shape = shape_of(plan.base.model, plan.base.dtype, plan.base.context_limit, Path(plan.cache))
+    needed, free = shape.weight_bytes("fp32"), free_bytes(pick_device(plan.base.device))
+    if needed <= ROOM * free:
+        return None
+    return f"in fp32 its weights take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+
+
 def _check_format(plan: BenchPlan, questions: list[Question], dtype: str) -> None:
-    path = Path(plan.losslessness_file)
+    path = as_path(plan.losslessness_file)
     done = {(row.question, row.method, row.rows) for row in read_losslessness(path) if row.dtype == dtype and row.rows}
     methods = [method for method in plan.methods if method not in FOREIGN and split_sweep(method, plan.heads)[1] is None]
     batches = [1] + [plan.identity_batch] * (plan.identity_batch > 1)
@@ -138,7 +191,13 @@ def _answers(engine: Engine, requests: list[Request], rows: int) -> Iterator[tup
 
 
 def _exact(plan: BenchPlan, dtype: str) -> Base | None:
-    """The same weights, computed in float64; None for a base that cannot be."""
+    """The same weights, computed in float64; None for a base that cannot be, or that does not fit."""
     if quantisation(plan.base.model, cache=Path(plan.cache)):
+        return None
+    shape = shape_of(plan.base.model, dtype, plan.base.context_limit, Path(plan.cache))
+    needed, free = 2 * shape.weight_bytes("fp32"), free_bytes(pick_device(plan.base.device))
+    if needed > ROOM * free:
+        say("bench", f"in float64 the base's weights take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: answers that "
+                     "differ are judged by the logits of the last position alone")
         return None
     return plan.base.load(plan.cache, dtype=dtype, widen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,14 +11,17 @@ from typing import Any
 
 from hydra_core.base import Base
 from hydra_core.bundled import BUNDLED, EARLIER
+from hydra_core.decoding import read_configuration
 from hydra_core.errors import InputError
 from hydra_core.heads.checkpoint import load_checkpoint
 from hydra_core.proposers import AdaptiveDrafter, Drafter, NgramDrafter
 from hydra_core.sampling import Request
+from hydra_core.storage import as_path
 from hydra_core.tree import TreeSet
 from hydra_core.tree.costs import unmeasured_costs
 from pipelines.config import BaseSection
 from pipelines.profiling.cost_cache import machine_costs
+from pipelines.runtime.files import append_line
 from pipelines.serve.messages import AppArgs
 
 PLAIN, TRANSFORMERS, NGRAM = "plain", "transformers", "ngram"
@@ -29,6 +31,8 @@ COMBINED = "combined"
 """The last of the run's heads together with n-gram drafts, in dynamic trees."""
 DYNAMIC_TREES = (COMBINED, BUNDLED)
 """Contenders with dynamic trees. `bundled` is the same as `combined` with the heads that come with the package."""
+CHAMPION = "@champion"
+"""The configuration that the registry's alias stands for."""
 LLAMA = "llama.cpp"
 """On the base's own GGUF file, where llama-cpp-python is installed."""
 FOREIGN = (TRANSFORMERS, LOOKUP, LLAMA)
@@ -51,7 +55,8 @@ class Question:
 class BenchPlan:
     """Everything that the measuring task needs, as plain values, since Ray serialises it.
 
-    `heads`: name -> checkpoint folder; `batch_app`: what `batch` would decode with, None: `batch` is not timed.
+    `heads`: name -> checkpoint folder; `batch_app`: what `batch` would decode with, None: `batch` is not timed; `champion`: the
+    configuration folder of the contender `@champion`.
     """
 
     base: BaseSection
@@ -80,6 +85,7 @@ class BenchPlan:
     temperature: float
     shared_noise: bool
     threads: int
+    champion: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for a report."""
@@ -143,34 +149,37 @@ def contender(name: str) -> str:
 
 def append_row(path: Path, row: Any) -> None:
     """Append a record as one line; it is on the disk when this returns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as handle:
-        if handle.tell() and not _ends_with_newline(handle):
-            handle.write(b"\n")  # a killed run left half a line: it must not become part of this one
-        handle.write(json.dumps(asdict(row)).encode() + b"\n")
-        handle.flush()
-        os.fsync(handle.fileno())
-
-
-def _ends_with_newline(handle: Any) -> bool:
-    handle.seek(-1, os.SEEK_END)
-    return bool(handle.read(1) == b"\n")
+    append_line(path, json.dumps(asdict(row)).encode())
 
 
 def make_drafter(method: str, plan: BenchPlan, base: Base, *, measured: bool = True) -> tuple[Drafter | None, TreeSet | None]:
     """Drafter and trees of an engine contender. `measured`: dynamic trees use this machine's step costs, not default ones."""
     if method == PLAIN:
         return None, None
+    if method == CHAMPION:
+        return _champion_drafter(plan, base, measured)
     heads = None
     if method != NGRAM:
         name, nodes = split_sweep(method, plan.heads)
         folder = combined_heads(plan.heads) if method == COMBINED else plan.heads[name]
-        loaded = load_checkpoint(Path(folder), base.vocabulary, base.dtype)
+        loaded = load_checkpoint(as_path(folder), base.vocabulary, base.dtype)
         if method not in DYNAMIC_TREES:
             return loaded.drafter, loaded.trees if nodes is None else sweep_tree(loaded.folder, nodes)
         heads = loaded.drafter
     costs = machine_costs(base, Path(plan.cache), heads) if measured else unmeasured_costs()
     return AdaptiveDrafter(heads, NgramDrafter(*plan.ngram), costs), None
+
+
+def _champion_drafter(plan: BenchPlan, base: Base, measured: bool) -> tuple[Drafter | None, TreeSet | None]:
+    """As `load_configuration`, but in the format of `base`: losslessness is checked in others than the configuration's own."""
+    assert plan.champion is not None
+    configuration = read_configuration(as_path(plan.champion))
+    loaded = None if configuration.heads is None else load_checkpoint(configuration.heads, base.vocabulary, base.dtype)
+    if loaded is not None and configuration.drafter == "heads":
+        return loaded.drafter, loaded.trees
+    heads = None if loaded is None else loaded.drafter
+    costs = machine_costs(base, Path(plan.cache), heads) if measured else unmeasured_costs()
+    return AdaptiveDrafter(heads, configuration.ngram, costs), None
 
 
 def combined_heads(heads: Mapping[str, str]) -> str:

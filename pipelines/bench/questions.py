@@ -14,7 +14,7 @@ from hydra_core.base import Base, context_limit, load_tokenizer, resolve_base
 from hydra_core.errors import InputError
 from pipelines.bench.plan import Question
 from pipelines.config import RunConfig
-from pipelines.distill.prompts import prompt_ids_of
+from pipelines.distill.file_prompts import prompt_ids_of
 from pipelines.rows.parquet_parts import read_parts
 from pipelines.rows.prompt_reader import PromptRow, RowError, read_prompt_rows
 from pipelines.rows.schemas import PROMPTS

@@ -15,13 +15,15 @@ from pipelines.runtime.tables import Table
 RESAMPLES = 2000
 
 
-def summarise(rows: list[Row], identity: list[LosslessnessRow]) -> dict[str, Any]:
+def summarise(rows: list[Row], identity: list[LosslessnessRow], champion: str | None = None) -> dict[str, Any]:
     """`methods.<name>` -> figures, as the stage's JSON line holds them.
 
     `tokens_per_step`: tokens after the first over base forwards after prefill, pooled. `speed_vs_*`: ratio of mean
     per-question tokens/s, turns and rounds of a question pooled, prefill included; `decode_speed_vs_plain`: without prefill.
     `spread`: 95 % interval of `speed_vs_plain` over resampled questions (bootstrap); `questions`: how many they are;
-    `questions_faster`: those with more tokens/s than plain's. `identical`: share of answers, of all
+    `questions_faster`: those with more tokens/s than plain's; `speed_at_plain_steps`: the speed against plain that the steps
+    taken explain, see `_at_plain_steps`; `vs_champion`: the same figures against `champion`, the contender that is the
+    registry's champion, without one None. `identical`: share of answers, of all
     turns, with the same token ids as plain's; `differing`: the verdicts on the others; `fp32`: verdicts against the naive
     loop, `naive`: the same in every format that was checked; `categories`: tokens per step and ratios of each. And the
     figures of `step_figures`.
@@ -43,6 +45,8 @@ def summarise(rows: list[Row], identity: list[LosslessnessRow]) -> dict[str, Any
             "decode_speed_vs_plain": _ratio(own, by.get(PLAIN, []), prefill=False),
             "spread": _spread(own, by.get(PLAIN, [])),
             **_questions(own, by.get(PLAIN, [])),
+            "speed_at_plain_steps": _at_plain_steps(own, by.get(PLAIN, [])),
+            "vs_champion": _against(own, by[champion]) if champion in by else None,
             "rounds": [_ratio([row for row in own if row.round == number],
                               [row for row in by.get(PLAIN, []) if row.round == number])
                        for number in sorted({row.round for row in own})],
@@ -112,6 +116,39 @@ def _questions(rows: list[Row], against: list[Row]) -> dict[str, int]:
     return {"questions": len(shared), "questions_faster": sum(ours[question] > theirs[question] for question in shared)}
 
 
+def _against(rows: list[Row], champion: list[Row]) -> dict[str, Any]:
+    """Speed against the champion: ratio, 95 % interval over resampled questions, and how many questions were faster."""
+    return {"speed": _ratio(rows, champion), "spread": _spread(rows, champion), **_questions(rows, champion)}
+
+
+def _at_plain_steps(rows: list[Row], plain: list[Row]) -> float | None:
+    """The speed against plain if each step had taken as long as plain's on the same question, and the prefill as well.
+
+    A step verifies at least the one token that a plain step computes, so none is shorter: this is the most that the steps which
+    were saved explain. None where no question can be compared.
+    """
+    taken, theirs = _totals(rows), _totals(plain)
+    gained = {}
+    for question in taken.keys() & theirs.keys():
+        (tokens, steps, _, _), (plain_tokens, plain_steps, prefill, decode) = taken[question], theirs[question]
+        seconds = prefill + steps * (decode / plain_steps if plain_steps else 0.0)
+        if tokens and plain_tokens and seconds > 0 and prefill + decode > 0:
+            gained[question] = tokens / seconds, plain_tokens / (prefill + decode)
+    if not gained:
+        return None
+    return _round(sum(ours for ours, _ in gained.values()) / sum(against for _, against in gained.values()))
+
+
+def _totals(rows: list[Row]) -> dict[str, tuple[int, int, float, float]]:
+    """Question -> tokens, steps, seconds of prefill and of decoding, turns and rounds together."""
+    totals: dict[str, tuple[int, int, float, float]] = {}
+    for row in rows:
+        tokens, steps, prefill, decode = totals.get(row.question, (0, 0, 0.0, 0.0))
+        totals[row.question] = (tokens + len(row.token_ids), steps + row.steps, prefill + row.prefill_seconds,
+                                decode + row.decode_seconds)
+    return totals
+
+
 def _verdicts(identity: list[LosslessnessRow], method: str) -> dict[str, int] | None:
     own = [row for row in identity if row.method == method]
     if not own:
@@ -133,16 +170,9 @@ COLUMNS = ("method", "tokens/step", "vs plain", "95 % interval", "decode only", 
 
 
 def metrics_of(figures: dict[str, Any]) -> dict[str, float]:
-    """`METHOD.FIGURE` -> number, for MLflow."""
-    metrics: dict[str, float] = {}
-    for method, values in figures.items():
-        spread = dict(zip(("spread_low", "spread_high"), values["spread"] or (), strict=False))
-        accepted = {f"accepted_{depth}": share for depth, share in enumerate(values["accepted_at_least"], start=1)}
-        tasks = {f"{figure}_{name}": found[figure] for name, found in values["categories"].items()
-                 for figure in ("speed_vs_plain", "tokens_per_step")}
-        metrics |= {f"{method}.{key}": value for key, value in (values | spread | accepted | tasks).items()
-                    if isinstance(value, (int, float))}
-    return metrics
+    """`METHOD.FIGURE` -> number, for MLflow: the two by which people sort; all others are in report.json."""
+    return {f"{method}.{key}": values[key] for method, values in figures.items() for key in ("tokens_per_step", "speed_vs_plain")
+            if values[key] is not None}
 
 
 def method_table(figures: dict[str, Any], title: str, dtype: str) -> Table:
@@ -151,9 +181,12 @@ def method_table(figures: dict[str, Any], title: str, dtype: str) -> Table:
     ordered = [(name, figures[name]) for name in by_speed(figures)]
     own = not any(f["fp32"] for f in figures.values()) and any(dtype in f["naive"] for f in figures.values())
     proof = dtype if own else "fp32"
-    return Table([column.replace("bf16", dtype) for column in COLUMNS] + [f"{proof} lossless"],
+    compared = any(f.get("vs_champion") for f in figures.values())
+    columns = [column.replace("bf16", dtype) for column in COLUMNS]
+    return Table([*columns[:4], *(["vs champion"] if compared else []), *columns[4:], f"{proof} lossless"],
                  [(name, _cell(f["tokens_per_step"], 2), _cell(f["speed_vs_plain"], 2, "x"),
                    "-" if f["spread"] is None else f"{f['spread'][0]:.2f} - {f['spread'][1]:.2f}",
+                   *([_champion_cell(f["vs_champion"])] if compared else []),
                    _cell(f["decode_speed_vs_plain"], 2, "x"), _cell(f["speed_vs_transformers"], 2, "x"),
                    _identical_cell(f), _losslessness_cell(f["naive"].get(dtype) if own else f["fp32"])) for name, f in ordered],
                  title)
@@ -161,6 +194,12 @@ def method_table(figures: dict[str, Any], title: str, dtype: str) -> Table:
 
 def _cell(value: float | None, digits: int, unit: str = "") -> str:
     return "-" if value is None else f"{value:.{digits}f}{unit}"
+
+
+def _champion_cell(found: dict[str, Any]) -> str:
+    """Speed against the champion and its 95 % interval."""
+    spread = found["spread"]
+    return _cell(found["speed"], 2, "x") + (f" ({spread[0]:.2f} - {spread[1]:.2f})" if spread else "")
 
 
 def _identical_cell(figures: dict[str, Any]) -> str:

@@ -1,9 +1,10 @@
 """Where results of one run lie: the first one in the stage's own folder, others beside it in folders of their own.
 
     RUN/bench/report.json, ...                    the first result
-    RUN/bench/PROMPTS-FINGERPRINT/report.json     others: other prompts, other settings
+    RUN/bench/PROMPTS-FINGERPRINT/report.json     others: other prompts, other settings, another machine
 
-`promote` keeps its results in the same way. A rerun finds its folder by the fingerprint in the claim.
+A bench's fingerprint names the machine besides what was asked for (`runtime.hardware`), so that no table mixes two. `promote`
+keeps its results in the same way. A rerun finds its folder by the fingerprint in the claim.
 """
 
 from __future__ import annotations
@@ -13,13 +14,30 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from hydra_core.errors import InputError
-from pipelines.bench.inputs import bench_fingerprint, find_heads
+from hydra_core.storage import is_remote, stored
+from pipelines.bench.champion import FIGURE, BenchChampion, recorded_champion
+from pipelines.bench.inputs import find_heads, fingerprints
+from pipelines.bench.plan import CHAMPION
 from pipelines.config import RunConfig, load_config
-from pipelines.runtime.artifacts import CLAIM, MANIFEST, RunPaths, StageFolder, read_manifest, require_manifest, stage_folder
+from pipelines.runtime.artifacts import (
+    CLAIM,
+    MANIFEST,
+    RunPaths,
+    StageFolder,
+    StageResult,
+    finished,
+    read_manifest,
+    require_manifest,
+    stage_folder,
+)
+from pipelines.runtime.console import say
+from pipelines.runtime.hardware import UNKNOWN, machine_of, request_of, this_hardware
+from pipelines.runtime.measuring import MeasuringPlace, measured_on
 
 CLAIM_SECONDS = 2.0
 """In which a run that has locked a folder claims it."""
@@ -34,7 +52,8 @@ def result_folder(root: Path, wanted: str, label: str) -> Path:
     for folder, owner in claimed.items():
         if owner == wanted:
             return folder
-    return root / f"{label}-{wanted[:SHOWN]}" if claimed else root
+    words = (label, request_of(wanted)[:SHOWN], (machine_of(wanted) or "")[:SHOWN])
+    return root / "-".join(filter(None, words)) if claimed else root
 
 
 @contextmanager
@@ -61,6 +80,19 @@ def bench_label(config: RunConfig) -> str:
     return re.sub(r"[^\w.-]+", "-", Path(config.bench.prompts or "held-out").stem).strip("-.") or "prompts"
 
 
+def tell_of_other_machines(config: RunConfig, wanted: str, place: MeasuringPlace) -> None:
+    """Say which benches of the same request were measured on other machines, before it is measured on `place`."""
+    for folder, owner in _claims(RunPaths.of(config).stage("bench")).items():
+        if owner is not None and owner != wanted and request_of(owner) == request_of(wanted):
+            say("bench", f"{folder} was measured on another machine ({measured_on(folder)}): every contender is measured again "
+                f"on this one ({place.hardware.label})")
+
+
+def _tell_unknown(folder: Path, fingerprint: str) -> None:
+    if machine_of(fingerprint) is None:
+        say("bench", f"{folder} was measured on {UNKNOWN}: an earlier version did so")
+
+
 def finished_benches(config: RunConfig) -> dict[Path, dict[str, Any]]:
     """Folder -> manifest of every finished bench of this run, the first one first."""
     root = RunPaths.of(config).stage("bench")
@@ -68,8 +100,35 @@ def finished_benches(config: RunConfig) -> dict[Path, dict[str, Any]]:
     return {folder: manifest for folder, manifest in found.items() if manifest is not None}
 
 
+def done_bench(config: RunConfig, heads: dict[str, str], champion: BenchChampion | None, machine: str) -> StageResult | None:
+    """The result of a finished bench of these settings that says what a new one would: on the machine with the digest `machine`,
+    or by an earlier version, which did not record one; with the present champion, or where that is one of its own contenders or
+    none at all."""
+    for folder, manifest in reversed(_latest_last(finished_benches(config))):
+        then, measured = recorded_champion(manifest), manifest["fingerprint"]
+        compared = champion is None or champion.method != CHAMPION or (then is not None and then["digest"] == champion.digest)
+        if (compared and machine_of(measured) in (machine, None) and request_of(measured) in fingerprints(config, heads, then)
+                and (done := finished(folder, measured)) is not None):
+            _tell_unknown(folder, measured)
+            return done
+    return None
+
+
+def measured_at(folder: Path, manifest: dict[str, Any]) -> float:
+    """When the bench in `folder` was measured, in seconds since 1970; of one that did not record it, when it was finished."""
+    told = (manifest["result"]["figures"].get(FIGURE) or {}).get("measured")
+    if told:
+        return datetime.fromisoformat(told).timestamp()
+    path = folder / MANIFEST
+    if is_remote(path):
+        found = stored(path)
+        return found.written if found else 0.0
+    return path.stat().st_mtime
+
+
 def fitting_bench(config: RunConfig) -> tuple[Path, dict[str, Any]]:
-    """Folder and manifest of the bench that these settings ask for; where the run has only one, that one.
+    """Folder and manifest of the bench that these settings ask for, where the run has only one, that one. Of several it is the
+    latest on this machine, else the latest of all.
 
     Raises InputError when no bench is finished, and when none of several has these settings.
     """
@@ -77,16 +136,22 @@ def fitting_bench(config: RunConfig) -> tuple[Path, dict[str, Any]]:
     if not benches:
         return root, require_manifest(root, "bench")
     with suppress(InputError):  # of settings that do not matter where there is only one
-        heads = find_heads(config)
-        wanted = (bench_fingerprint(config, heads), bench_fingerprint(config, heads, config.base.device))
-        for folder, manifest in benches.items():
-            if manifest["fingerprint"] in wanted:
-                return folder, manifest
+        heads, here = find_heads(config), this_hardware().digest
+        fitting = [(folder, manifest) for folder, manifest in _latest_last(benches)
+                   if request_of(manifest["fingerprint"]) in fingerprints(config, heads, recorded_champion(manifest))]
+        if fitting:
+            folder, manifest = next((one for one in reversed(fitting) if machine_of(one[1]["fingerprint"]) == here), fitting[-1])
+            _tell_unknown(folder, manifest["fingerprint"])
+            return folder, manifest
     if len(benches) == 1:
         return next(iter(benches.items()))
     known = "; ".join(f"{folder} ({_differences(config, folder)})" for folder in benches)
     raise InputError(f"{root}: none of the {len(benches)} benches of this run has these settings: give the settings of one of "
                      f"them: {known}")
+
+
+def _latest_last(benches: dict[Path, dict[str, Any]]) -> list[tuple[Path, dict[str, Any]]]:
+    return sorted(benches.items(), key=lambda item: measured_at(*item))
 
 
 def _differences(config: RunConfig, folder: Path) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from hydra_core.base import Base
 from hydra_core.decoding import Engine, load_heads
 from hydra_core.sampling import Request
+from hydra_core.storage import as_path
 from pipelines.batch import reader as batch_rows
 from pipelines.batch.backend import RequestSettings
 from pipelines.batch.worker import BatchSettings, BatchWorker
@@ -63,7 +64,7 @@ def measure_batches(plan: BenchPlan, questions: list[Question]) -> None:
     if not chosen:
         return
     names = (*methods, *((ENGINE, BATCH_JOB) if plan.batch_app else ()))
-    path = Path(plan.batch_file)
+    path = as_path(plan.batch_file)
     done = {(row.round, row.workload, row.method) for row in read_batches(path)}
     todo = [(number, workload, method) for number in range(plan.rounds) for workload in plan.batch_limits
             for method in _turned(names, number) if (number, workload, method) not in done]

@@ -1,75 +1,103 @@
-"""`compare`: benches that MLflow recorded, side by side, and the settings in which they differ."""
+"""`compare`: runs that MLflow recorded, side by side.
+
+    comparisons/NAME/compare.html, compare.md, compare.json    under `storage`, or in `compare.output`
+
+The page is also an artifact of the run of each chain: `comparisons/NAME` there.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import re
+from pathlib import Path
 from typing import Any
 
-from hydra_core.errors import InputError
-from pipelines.bench.plan import contender
-from pipelines.config import RunConfig, present_name
+from hydra_core.errors import InputError, StoppedError
+from hydra_core.storage import as_path, is_remote
+from pipelines.compare.build import build_comparison
+from pipelines.compare.page import page
+from pipelines.compare.records import Comparison
+from pipelines.compare.text import markdown, show
+from pipelines.config import RunConfig
 from pipelines.runtime.artifacts import StageResult
-from pipelines.runtime.tables import Table
-from pipelines.tracking import RunRecord, find_benches
+from pipelines.runtime.console import say
+from pipelines.runtime.files import write_text
+from pipelines.tracking import RunReader
 
-NOT_A_RECIPE = ("name", "storage", "ray_address", "tracking.", "compare.", "serve.", "batch.", "promote.", "load.", "generate.",
-                "ablate.")
-FIGURES = ("tokens_per_step", "speed_vs_plain", "spread_low", "spread_high", "speed_vs_transformers", "identical")
+PAGE, TEXT, DATA = "compare.html", "compare.md", "compare.json"
+LONGEST = 60
+"""Characters of the runs' names in the name of a folder."""
 
 
 def run_compare(config: RunConfig) -> StageResult:
-    """Print one table over `compare.runs`. Raises InputError for fewer than two, or for one that has no bench."""
-    if len(config.compare.runs) < 2:
-        raise InputError("compare.runs: name two runs or more, by MLflow run id or by the run's name")
-    benches = find_benches(config, config.compare.runs)
-    differences, methods = recipe_differences(benches), [_methods(bench) for bench in benches]
-    _print(benches, differences, methods)
-    figures = {"runs": [{"run_id": bench.run_id, "name": bench.name, "methods": found}
-                        for bench, found in zip(benches, methods, strict=True)], "differences": differences}
-    return StageResult("compare", None, {}, figures)
+    """Compare `compare.runs`: print tables, write the page, and link it from the chains' runs.
+
+    Raises InputError for fewer than two runs, and for runs that are not found, not finished or have no stage in common.
+    """
+    _check_output(config)
+    reader = RunReader.open(config)
+    comparison = build_comparison(reader, config)
+    show(comparison)
+    folder = as_path(config.compare.output or config.storage)
+    if config.compare.output is None:
+        folder = folder / "comparisons" / slug(comparison)
+    write_text(folder / PAGE, page(comparison))
+    write_text(folder / TEXT, markdown(comparison))
+    write_text(folder / DATA, comparison.to_json())
+    linked = _link(reader, comparison, folder)
+    outputs = {"page": folder / PAGE, "markdown": folder / TEXT, "data": folder / DATA}
+    return StageResult("compare", None, {name: str(path) for name, path in outputs.items()},
+                       _figures(comparison) | {"linked_from": linked})
 
 
-def recipe_differences(benches: list[RunRecord]) -> dict[str, list[str | None]]:
-    """Setting -> its value in each bench, for the settings that influence results and are not the same in all. Settings that
-    were renamed are compared under their present names."""
-    params = [_present_names(bench.params) for bench in benches]
-    names = sorted({name for found in params for name in found if not name.startswith(NOT_A_RECIPE)})
-    values = {name: [found.get(name) for found in params] for name in names}
-    return {name: found for name, found in values.items() if len(set(found)) > 1}
+def slug(comparison: Comparison) -> str:
+    """The name of a comparison's folder: the runs' names, and a digest of which runs of them were compared."""
+    names = re.sub(r"[^\w.+-]+", "-", "-".join(comparison.labels)).strip("-.")[:LONGEST]
+    ids = " ".join(run_id for run in comparison.runs for run_id in run.run_ids)
+    return f"{names}-{hashlib.sha256(ids.encode()).hexdigest()[:8]}"
 
 
-def _present_names(params: dict[str, str]) -> dict[str, str]:
-    """`params` of a bench that an earlier version may have recorded, with the names that settings and heads have now."""
-    return {present_name(name): contender(value) for name, value in params.items()}
+def _check_output(config: RunConfig) -> None:
+    """Raise InputError, before anything is read, for a folder that holds other things."""
+    if config.compare.output is None:
+        return
+    folder = as_path(config.compare.output)
+    if is_remote(folder) or not folder.exists():
+        return
+    if not folder.is_dir():
+        raise InputError(f"compare.output={folder}: is a file: name a folder")
+    if not (folder / DATA).exists() and any(folder.iterdir()):
+        raise InputError(f"compare.output={folder}: is not empty and holds no comparison: name another folder")
 
 
-def _methods(bench: RunRecord) -> dict[str, dict[str, float]]:
-    """Contender -> its figures, fastest first."""
-    found: dict[str, dict[str, float]] = {}
-    for key, value in bench.metrics.items():
-        method, _, figure = key.rpartition(".")
-        if figure in FIGURES:
-            found.setdefault(contender(method), {})[figure] = value
-    return dict(sorted(found.items(), key=lambda item: -item[1].get("speed_vs_plain", 0.0)))
+def _figures(comparison: Comparison) -> dict[str, Any]:
+    """What the line of JSON says: the headline, the settings that differ by stage, and the figures of each run."""
+    differences: dict[str, dict[str, list[str | None]]] = {}
+    for row in comparison.settings:
+        for stage in row.stages:
+            differences.setdefault(stage, {})[row.name] = list(row.values)
+    runs: list[dict[str, Any]] = []
+    for place, run in enumerate(comparison.runs):
+        methods = {row.method: {"tokens_per_step": one.tokens_per_step, "speed_vs_plain": one.speed_vs_plain,
+                                "interval": one.interval}
+                   for row in comparison.methods if (one := row.results[place]) is not None}
+        runs.append({"run_id": run.run_ids[0], "name": run.label, "hardware": run.hardware}
+                    | ({"methods": methods} if methods else {"figures": {
+                        name: values[place] for table in comparison.figures for name, values in table.rows}}))
+    return {"headline": comparison.headline, "compared": comparison.stage, "runs": runs, "differences": differences,
+            "notes": list(comparison.notes)}
 
 
-def _print(benches: list[RunRecord], differences: dict[str, list[str | None]],
-           methods: list[dict[str, dict[str, float]]]) -> None:
-    heads = [f"{bench.name} ({bench.run_id[:8]})" for bench in benches]
-    if differences:
-        Table(("setting", *heads), [(name, *("-" if value is None else value for value in values))
-                                    for name, values in differences.items()], "Settings that differ").show()
-    Table(("method", *heads), [(method, *(_cell(found.get(method)) for found in methods))
-                               for method in dict.fromkeys(name for found in methods for name in found)],
-          "Tokens per step, speed against plain (95 % interval), against transformers").show()
-
-
-def _cell(figures: dict[str, Any] | None) -> str:
-    if not figures:
-        return "-"
-    parts = [f"{figures['tokens_per_step']:.2f}" if "tokens_per_step" in figures else "-",
-             f"{figures['speed_vs_plain']:.2f}x" if "speed_vs_plain" in figures else "-"]
-    if "spread_low" in figures:
-        parts.append(f"({figures['spread_low']:.2f} - {figures['spread_high']:.2f})")
-    if "speed_vs_transformers" in figures:
-        parts.append(f"{figures['speed_vs_transformers']:.2f}x")
-    return "  ".join(parts)
+def _link(reader: RunReader, comparison: Comparison, folder: Path) -> list[str]:
+    """Log the page as an artifact of each chain's run; returns the ids of those that have it. A store that refuses costs no
+    comparison."""
+    linked = []
+    for parent in dict.fromkeys(run.parent_id for run in comparison.runs):
+        if parent is None:
+            continue
+        try:
+            reader.attach(parent, [folder / PAGE, folder / TEXT], f"comparisons/{slug(comparison)}")
+            linked.append(parent)
+        except StoppedError as error:
+            say("compare", f"run {parent} has no link to the page: {error}")
+    return linked

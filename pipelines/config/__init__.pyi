@@ -1,14 +1,19 @@
-from .ablate import AblateSection, Variant
-from .base import BaseSection, TrackingSection, Workers
+from .ablate import AblateSection, Distribution, Variant
+from .base import BaseSection, Reserved, TrackingSection, Workers
 from .batch import BatchSection
-from .bench import BenchSection, CompareSection, PromoteSection
+from .bench import BenchSection, PromoteSection
+from .cluster import ClusterSection
+from .compare import CompareSection
+from .curve import CurveSection
+from .datacard import DatacardSection
 from .distill import DistillSection, PromptsSection
 from .generate import GenerateSection
 from .load import LoadSection
+from .loop import LoopSection
 from .reference import Setting, list_settings, nearest, nearest_setting, reference_page
 from .run import STORAGE_VARIABLE, RunConfig, load_config, parse_override, present_name, to_yaml
 from .section import Section, Size
-from .serve import ServeSection
+from .serve import RecordSection, ServeSection
 from .train import TrainSection, TrainWorkers
 from .tree import NgramSection, TreeSection
 
@@ -18,13 +23,20 @@ __all__ = [
            "BaseSection",
            "BatchSection",
            "BenchSection",
+           "ClusterSection",
            "CompareSection",
+           "CurveSection",
+           "DatacardSection",
            "DistillSection",
+           "Distribution",
            "GenerateSection",
            "LoadSection",
+           "LoopSection",
            "NgramSection",
            "PromoteSection",
            "PromptsSection",
+           "RecordSection",
+           "Reserved",
            "RunConfig",
            "Section",
            "ServeSection",
@@ -40,7 +52,8 @@ __all__ = [
            "load_config",
            "nearest",
            "nearest_setting",
-           "parse_override", "present_name",
+           "parse_override",
+           "present_name",
            "reference_page",
            "to_yaml",
 ]

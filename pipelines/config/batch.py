@@ -13,15 +13,17 @@ from pipelines.config.section import Section
 class BatchSection(Section):
     """Offline generation over a file of prompts."""
 
-    input: str | None = Field(None, description="JSONL, Parquet or OpenAI Batch file; default: held-out prompts of this run")
-    output: str | None = Field(None, description="folder; default: inside the run")
+    input: str | None = Field(None, description="JSONL, Parquet or OpenAI Batch file, a path or a URI; default: held-out "
+                                                "prompts of this run")
+    output: str | None = Field(None, description="folder, a path or a URI; default: inside the run")
     partition: str | None = Field(
         None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._=-]*$",
         description="replaces {partition} in input and output, as 2026-01-31; `today`, `yesterday`: those days in UTC")
     format: Literal["auto", "jsonl", "parquet", "openai"] = Field("auto", description="of the output; auto: as the input")
     engine: Literal["serve", "embedded"] = Field(
         "serve", description="serve: the Serve deployment; embedded: serve.replicas actors, each with its own engine")
-    address: str | None = Field(None, pattern=r"^https?://", description="OpenAI-compatible endpoint to ask over HTTP instead")
+    address: str | None = Field(
+        None, pattern=r"^https?://", description="OpenAI-compatible endpoint to ask over HTTP instead, with or without /v1")
     key_variable: str | None = Field(None, description="environment variable that holds the API key of `address`")
     field: str = Field("prompt", description="column that holds the prompt text (or `messages`, a chat)")
     limit: int | None = Field(None, ge=1, description="number of input rows to answer; default: all")

@@ -1,4 +1,4 @@
-"""The settings of `bench`, `compare` and `promote`."""
+"""The settings of `bench` and `promote`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,10 @@ class BenchSection(Section):
         (), description="contenders besides plain; empty: transformers, ngram, every drafter found and combined. More: "
                         "transformers-lookup; llama.cpp (a GGUF base, and llama-cpp-python); NAME@N, a drafter NAME with "
                         "the best fixed tree of at most N nodes")
+    champion: Literal["auto"] | bool = Field(
+        "auto", description="time the registry's champion (promote.model_name, promote.alias) too, as the contender `@champion`: "
+                            "auto: if it is of this base and is none of the other contenders, and single requests are timed; "
+                            "true: always, and an error where there is none")
     turns: int = Field(2, ge=1, description="most turns of a question; a later turn follows plain's answers to the earlier ones")
     single: bool = Field(True, description="time one request at a time; false: only losslessness and throughput")
     identity_prompts: int = Field(8, ge=0, description="prompts on which losslessness in fp32 is checked")
@@ -52,15 +56,22 @@ class BenchSection(Section):
         return self
 
 
-class CompareSection(Section):
-    """Benches of several runs, side by side."""
-
-    runs: tuple[str, ...] = Field((), description="MLflow run ids, or names of runs (`name=`), of which the latest bench counts")
-
-
 class PromoteSection(Section):
-    """Which configuration becomes `champion`."""
+    """Which configuration becomes `champion`, and what it has to show."""
 
     model_name: str = Field("hydra-heads", description="name in MLflow's model registry")
     alias: str = Field("champion", description="alias that the promoted version gets")
     min_gain: float = Field(1.0, ge=0, description="least speed against plain; below it plain decoding is promoted")
+    margin: float = Field(0.0, ge=0, description="how far above 1 the whole 95 % interval of the speed has to lie, against plain "
+                                                 "and against the present champion; 0.05: at least 5 % faster")
+    min_questions: int = Field(2, ge=2, description="questions below which a bench decides nothing")
+    min_tokens_per_step: float = Field(1.0, ge=1, description="tokens per step that a contender has to exceed")
+    category_floor: float = Field(1.0, ge=0, description="speed against plain below which no category may lie with its whole "
+                                                         "95 % interval; 0: categories are not looked at")
+    max_heads_mb: float | None = Field(None, gt=0, description="largest heads, in megabytes; default: any size")
+    force: bool = Field(False, description="promote the fastest contender that passes the other gates, even if it was not "
+                                           "compared with the present champion, or is not faster")
+    reason: str = Field("", max_length=1000, description="why, in your words: a tag of the versions that a promotion or a "
+                                                         "rollback changes")
+    dry_run: bool = Field(False, description="print the decision; write and register nothing (`--dry-run`)")
+    rollback: bool = Field(False, description="give the alias back to the version that was champion before (`--rollback`)")

@@ -15,13 +15,19 @@ import yaml
 from pydantic import Field, ValidationError, field_validator
 
 from hydra_core.errors import InputError
+from hydra_core.storage import as_path, check_scheme, scheme_of, without_keys
 from pipelines.config.ablate import AblateSection
 from pipelines.config.base import BaseSection, TrackingSection
 from pipelines.config.batch import BatchSection
-from pipelines.config.bench import BenchSection, CompareSection, PromoteSection
+from pipelines.config.bench import BenchSection, PromoteSection
+from pipelines.config.cluster import ClusterSection
+from pipelines.config.compare import CompareSection
+from pipelines.config.curve import CurveSection
+from pipelines.config.datacard import DatacardSection
 from pipelines.config.distill import DistillSection, PromptsSection
 from pipelines.config.generate import GenerateSection
 from pipelines.config.load import LoadSection
+from pipelines.config.loop import LoopSection
 from pipelines.config.reference import nearest_setting
 from pipelines.config.section import HIDDEN, Section
 from pipelines.config.serve import ServeSection
@@ -47,7 +53,7 @@ class RunConfig(Section):
     storage: str = Field(
         default_factory=_default_storage,
         validate_default=True,
-        description="root folder of all outputs, the cache and the tracking database; absolute",
+        description="root folder of all outputs, the cache and the tracking database; absolute, or a URI (s3://, gs://, abfs://)",
         json_schema_extra={"default_text": f"~/.hydra-heads, or {STORAGE_VARIABLE}"})
     ray_address: str | None = Field(None, description="cluster to join; default: RAY_ADDRESS, else a local one is started")
     base: BaseSection = BaseSection()
@@ -60,15 +66,24 @@ class RunConfig(Section):
     compare: CompareSection = CompareSection()
     promote: PromoteSection = PromoteSection()
     ablate: AblateSection = AblateSection()
+    curve: CurveSection = CurveSection()
+    datacard: DatacardSection = DatacardSection()
     generate: GenerateSection = GenerateSection()
     serve: ServeSection = ServeSection()
     batch: BatchSection = BatchSection()
     load: LoadSection = LoadSection()
+    loop: LoopSection = LoopSection()
     tracking: TrackingSection = TrackingSection()
+    cluster: ClusterSection = ClusterSection()
 
     @field_validator("storage")
     @classmethod
     def _storage_is_absolute(cls, value: str) -> str:
+        if scheme_of(value) is not None:
+            try:
+                return check_scheme(value)
+            except ValueError as error:
+                raise ValueError(f"{without_keys(value)}: {error}") from None
         expanded = os.path.expandvars(os.path.expanduser(value))
         if not os.path.isabs(expanded):
             raise ValueError(f"must be an absolute path, got {value!r} (storage= or {STORAGE_VARIABLE}): a submitted job "
@@ -111,9 +126,9 @@ def to_yaml(config: RunConfig) -> str:
 
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = as_path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise InputError(f"config {path}: cannot be read ({error.strerror})") from None
+        raise InputError(f"config {path}: cannot be read ({error.strerror or error})") from None
     except UnicodeDecodeError:
         raise InputError(f"config {path}: is not UTF-8 text") from None
     try:

@@ -2,15 +2,45 @@
 
 from __future__ import annotations
 
+import os
+import re
 from typing import ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from hydra_core.storage import check_scheme, scheme_of
 from pipelines.config.base import Workers
 from pipelines.config.section import Section
 
 PLAIN = "plain"
 """What `serve.model` says for decoding without a drafter."""
+ALIAS = re.compile(r"models:/[^/@]+@[^/@]+$")
+"""A `serve.model` that may mean other heads tomorrow."""
+FOLLOW_SECONDS = 30.0
+HOOK = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
+
+
+class RecordSection(Section):
+    """What the endpoint keeps of its answers, to train on: token ids and acceptance, never keys or headers."""
+
+    share: float = Field(0.0, ge=0, le=1, description="share of requests whose answers are recorded, by their ids; 0: none")
+    folder: str | None = Field(
+        None, description="where the records go (a path or a URI); default: STORAGE/served/APP_NAME (serve.app_name)")
+    max_bytes: int = Field(2**30, ge=1, description="size of that folder; the oldest records go first")
+    max_age_days: float = Field(30.0, gt=0, description="age after which a record is removed")
+    rows_per_file: int = Field(256, ge=1, description="records in a part file")
+    seconds: float = Field(60.0, gt=0, description="after which records are written, however few: what a killed replica loses")
+    redact: str | None = Field(
+        None, pattern=HOOK, description="module:function that gets each record (a dict) and returns what may be kept, or None: "
+                                        "nothing; its module has to be installed where replicas run. A record whose tokens it "
+                                        "changes is not learned from")
+
+    @field_validator("folder")
+    @classmethod
+    def _folder_is_absolute(cls, value: str | None) -> str | None:
+        if value is not None and scheme_of(value) is None and not os.path.isabs(value):
+            raise ValueError(f"must be an absolute path or a URI, got {value!r}: replicas run in an unpacked copy")
+        return value if value is None else check_scheme(value)
 
 
 class ServeSection(Section):
@@ -19,7 +49,8 @@ class ServeSection(Section):
     renamed: ClassVar[dict[str, str]] = {"max_batch": "max_batch_size"}
 
     model: str | None = Field(
-        None, description="models:/NAME@alias, a folder, `bundled` or `plain`; default: champion, else the bundled heads")
+        None, description="models:/NAME@alias, a folder (a path or a URI), `bundled` or `plain`; default: champion, else the "
+                          "bundled heads")
     app_name: str = Field("hydra-heads", description="name of the Serve application, and of the model in requests")
     host: str = Field("127.0.0.1", description="address to listen at; 0.0.0.0: open to other machines")
     port: int = Field(8000, ge=0, le=65535, description="port to listen at; 0: any free one")
@@ -43,6 +74,13 @@ class ServeSection(Section):
     tls_certfile: str | None = Field(None, description="certificate, with those that signed it, PEM")
     cors_origins: tuple[str, ...] = Field(
         (), description="origins of web pages that may ask, such as https://chat.example; `*`: all")
+    follow_registry: float | None = Field(
+        None, ge=0, description="seconds between two looks at whether the alias in `model` (or the champion) names another "
+                                f"version, which then decodes; 0: never; default: {FOLLOW_SECONDS:g} where `model` is an alias")
+    webhook_secret_file: str | None = Field(
+        None, description="file with the secret of MLflow's webhook for model_version_alias.created, which is taken at "
+                          "/registry/webhook and lets the endpoint look at once")
+    record: RecordSection = RecordSection()
     update: bool = Field(False, description="make the running application decode with `model`, and end")
     workers: Workers = Workers(cpus=0.5, threads=2)
 
@@ -64,3 +102,27 @@ class ServeSection(Section):
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise ValueError(f"serve.max_replicas={self.max_replicas} is fewer than serve.replicas={self.replicas}")
         return self
+
+    @model_validator(mode="after")
+    def _follows_an_alias(self) -> ServeSection:
+        asked = self.webhook_secret_file is not None or bool(self.follow_registry)
+        if asked and self.model is not None and ALIAS.match(self.model) is None:
+            name = "webhook_secret_file" if self.webhook_secret_file is not None else "follow_registry"
+            raise ValueError(f"serve.{name}: serve.model={self.model} never names other heads: write models:/NAME@ALIAS")
+        return self
+
+    @property
+    def follow_seconds(self) -> float:
+        """Seconds between two looks at the registry, 0: none.
+
+        An alias that somebody has written down asks for what it names, whenever. Without `model` the endpoint needs no registry:
+        it may be a laptop with the bundled heads, and MLflow's client takes a process of its own.
+        """
+        if self.follow_registry is not None:
+            return self.follow_registry
+        return FOLLOW_SECONDS if self.model is not None and ALIAS.match(self.model) else 0.0
+
+    @property
+    def follows(self) -> bool:
+        """Whether other heads that the registry names are taken while the endpoint runs."""
+        return self.follow_seconds > 0 or self.webhook_secret_file is not None

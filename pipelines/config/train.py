@@ -2,20 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from hydra_core.heads.config import HeadsConfig
-from pipelines.config.base import Workers
-from pipelines.config.section import Section
+from pipelines.config.base import Reserved
+from pipelines.config.section import Section, Size
 
 
-class TrainWorkers(Workers):
+class TrainWorkers(Reserved):
     """Training workers. They have a class of their own so that overriding one field keeps these defaults of the others."""
 
-    count: int = Field(2, ge=1, description="how many of them; they step together")
+    count: Size | tuple[Size, Size] = Field(
+        2, description="how many of them; they step together. [least, most]: as many as there is room for, now and later")
     threads: int = Field(1, ge=1, description="torch threads in each")
+
+    @field_validator("count", mode="before")
+    @classmethod
+    def _is_one_number_or_two(cls, value: Any) -> Any:
+        numbers = value if isinstance(value, (list, tuple)) and len(value) == 2 else [value]
+        if not all(type(number) is int and number > 0 for number in numbers):
+            raise ValueError(f"must be a whole number above 0, or [least, most], got {value}")
+        return value
+
+    @model_validator(mode="after")
+    def _least_is_no_more_than_most(self) -> TrainWorkers:
+        if self.least > self.most:
+            raise ValueError(f"train.workers.count=[{self.least},{self.most}]: the first is more than the second")
+        return self
+
+    @property
+    def least(self) -> int:
+        """Fewest workers that train."""
+        return self.count if isinstance(self.count, int) else self.count[0]
+
+    @property
+    def most(self) -> int:
+        """Most workers that train."""
+        return self.count if isinstance(self.count, int) else self.count[1]
 
 
 class TrainSection(Section):
@@ -31,6 +56,8 @@ class TrainSection(Section):
     only: str | None = Field(None, description="train this drafter alone")
     start: dict[str, str] = Field(default_factory=dict, description="drafter -> heads folder, or `bundled`, whose weights it "
                                                                     "starts from, for example with more rows; default: random")
+    also: tuple[str, ...] = Field((), description="names of other runs (`name=`) whose distilled rows are learned too, and held "
+                                                  "out too, by `tree` as well: new rows are added to old ones")
     dry_run: bool = Field(False, description="train nothing; save untrained heads under `train-dry`, to try serving with")
     features: Literal["stored", "online"] = Field(
         "stored", description="where hidden states come from. stored: files of distill; online: each worker runs the base")
@@ -60,11 +87,14 @@ class TrainSection(Section):
     workers: TrainWorkers = TrainWorkers()
     validate_every: int = Field(50, ge=1, description="steps between validations, each with a checkpoint")
     validation_rows: int = Field(64, ge=1, description="held-out rows of each validation")
+    validation_seed: int | None = Field(None, description="of the choice of those rows; default: train.seed")
     decode_every: int = Field(0, ge=0, description="steps between evaluations that really decode held-out prompts, in a "
                                                    "task beside the training; a validation starts them; 0: none")
     decode_prompts: int = Field(8, ge=1, description="prompts of such an evaluation")
     decode_tokens: int = Field(64, ge=1, description="new tokens for each of them")
     decode_cpus: float = Field(0.25, ge=0, description="logical CPUs to reserve for that task")
+    decode_gpus: float | None = Field(None, ge=0, description="GPUs to reserve for it, 0 for a CPU; default: one, if the "
+                                                              "training has GPUs and leaves one free")
     max_failures: int = Field(2, ge=0, description="how often Ray restarts dead workers from the last checkpoint")
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
@@ -75,8 +105,6 @@ class TrainSection(Section):
             raise ValueError(f"train.only={self.only!r} is none of train.drafters: {', '.join(self.drafters)}")
         if unknown := [name for name in self.start if name not in self.drafters]:
             raise ValueError(f"train.start: {unknown[0]!r} is none of train.drafters: {', '.join(self.drafters)}")
-        if self.rows_per_step % (self.workers.count * self.accumulate):
-            raise ValueError("train.rows_per_step must be a multiple of train.workers.count x train.accumulate")
         if self.plain_losses and any(heads.mask_lost for heads in self.drafters.values()):
             raise ValueError("train.plain_losses knows no mask_lost: turn one of them off")
         if not all(0 <= beta < 1 for beta in self.betas):

@@ -1,8 +1,9 @@
-"""The Ray Data actors of `distill`: each loads the base once and writes its own part files."""
+"""The actors of `distill`: each loads the base once, and hands on the rows that it makes."""
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from hydra_core.base import Base, user_turn_opening
@@ -18,27 +18,35 @@ from hydra_core.decoding import Engine, Result, load_heads
 from hydra_core.errors import InputError
 from hydra_core.sampling import Request
 from pipelines.config import BaseSection
+from pipelines.distill.tasks import ANSWERED, rows_of
 from pipelines.profiling.cost_cache import machine_costs
-from pipelines.rows.parquet_parts import write_part
-from pipelines.rows.schemas import ERRORS, FEATURES, PROMPTS, RESPONSES, content_id, split_of
+from pipelines.rows.schemas import content_id, is_in_share, split_of
 from pipelines.runtime.console import Progress
 from pipelines.runtime.logs import speak
+from pipelines.runtime.row_flow import Rows, in_order
 
 SHORTEST_PROMPT = 4  # in tokens: a shorter one is a fragment of a greeting, not a request
 FEATURE_TOKENS = 4096  # padded tokens in one forward that computes hidden states
-FEATURE_ROWS = 128  # rows of one part of features
+FEATURE_ROWS = 128  # most rows of one part of features
+FEATURE_BYTES = 64 << 20  # of hidden states in one part, unless one row has more
+VALUE_BYTES = {"bf16": 2, "fp32": 4}
+CLOSE = {"fp32": 1e-3, "bf16": 0.2, "int4": 0.2}
+"""How far a recorded hidden state may be from that of a second forward, as a share of its length; one that is off by a position
+is about as far as it is long."""
+Recorded = tuple[dict[str, Any], torch.Tensor | None]
+"""A response row and the hidden states that decoding gave, where they are stored."""
 
 
 @dataclass(frozen=True)
 class WorkerSettings:
     """What every actor of `distill` receives; plain values, since Ray serialises them.
 
-    `features`: rows whose hidden states are stored, "all" or "held_out"; `starts`: texts that self-made prompts begin with.
+    `features`: rows whose hidden states are stored, "all" or "held_out"; `check_share`: of these rows, those that are computed
+    a second time; `width`: of a hidden state; `starts`: texts that self-made prompts begin with.
     """
 
     base: BaseSection
     cache: str
-    folder: str
     threads: int
     max_batch_size: int
     rows_per_file: int
@@ -47,6 +55,8 @@ class WorkerSettings:
     held_out: float
     feature_dtype: str
     features: str
+    check_share: float
+    width: int
     heads: str | None = None
     starts: tuple[str, ...] = ("",)
 
@@ -55,11 +65,6 @@ class WorkerSettings:
         speak()
         torch.set_num_threads(self.threads)
         return self.base.load(self.cache)
-
-
-def counts(**numbers: int) -> pa.Table:
-    """One row of counts: what an actor returns, as it has written the rows themselves."""
-    return pa.table({name: [value] for name, value in numbers.items()})
 
 
 class _Decoder:
@@ -85,28 +90,24 @@ class _Decoder:
             return
         engine, started, tokens = self.engine(wanted), time.perf_counter(), 0
         with Progress("distill", f"{what} of a block", len(wanted)) as progress:
-            # longest prompts first: sequences that start together end at about the same step, and prefill has little padding
-            for result in engine.stream(sorted(wanted, key=lambda r: -len(r.prompt_ids))):
+            for result in engine.stream(wanted):
                 tokens += len(result.token_ids)
                 progress.advance(1, f"{tokens / (time.perf_counter() - started):.0f} tokens/s")
                 yield result
 
 
-class PromptWriter(_Decoder):
-    """Samples user turns from the base itself. Rows of a block: `index`, the seed of one candidate."""
+class PromptMaker(_Decoder):
+    """Samples user turns from the base itself, given SEEDS. Hands on `candidates`, and how many tries were `rejected`."""
 
-    def __call__(self, block: pa.Table) -> pa.Table:
+    def __call__(self, given: Rows) -> Iterator[Rows]:
         opening = tuple(user_turn_opening(self.base.tokenizer))
         requests = [Request(str(index), opening + self._start(index), self.settings.max_new_tokens,
-                            self.settings.temperature, index) for index in block["index"].to_pylist()]
-        rows, rejected = [], 0
-        for result in self.decode(requests, "prompts"):
-            row = self._row(result)
-            rejected += row is None
-            rows += [row] if row else []
-        if rows:
-            write_part(Path(self.settings.folder) / "candidates", rows, PROMPTS, key="source")
-        return counts(ok=len(rows), rejected=rejected)
+                            self.settings.temperature, index) for index in given.table["index"].to_pylist()]
+        requests.sort(key=lambda request: -len(request.prompt_ids))
+        found = ((result.id, self._row(result)) for result in self.decode(requests, "prompts"))
+        for tried in in_order(found, [request.id for request in requests], self.settings.rows_per_file):
+            rows = [row for row in tried if row is not None]
+            yield rows_of("candidates", rows, rejected=len(tried) - len(rows))
 
     def _start(self, index: int) -> tuple[int, ...]:
         """The tokens that candidate `index` begins with."""
@@ -125,40 +126,86 @@ class PromptWriter(_Decoder):
                 "prompt_ids": self.base.encode_prompt(text), "split": split_of(prompt_id, self.settings.held_out)}
 
 
-class FeatureWriter:
-    """Adds hidden states to response rows, and checks that the answers follow from them. Rows of a block: response rows."""
+class Answerer(_Decoder):
+    """Answers prompts; the hidden states of prompt and answer are those of the decoding itself.
 
-    def __init__(self, settings: WorkerSettings, base: Base | None = None) -> None:
-        self.settings = settings
-        self.base = base or settings.load()
+    Given TO_ANSWER it hands on `responses` and their `features` in turn, then `errors/answers`; given ANSWERED, whose hidden
+    states were lost or not wanted before, it computes `features` by a forward over each row. A block that is answered again is
+    cut in the same way, whatever the order in which its answers end.
+    """
 
-    def __call__(self, block: pa.Table) -> pa.Table:
-        return counts(ok=len(block), **self.write(block.to_pylist()))
+    def __call__(self, given: Rows) -> Iterator[Rows]:
+        rows = given.table.to_pylist()
+        if given.name == ANSWERED:
+            yield from self.features(rows)
+            return
+        stored = {row["id"] for row in rows if row.pop("has_features")}
+        tasks = {row["id"]: row for row in rows}
+        requests, errors = self._requests(rows, stored)
+        # longest prompts first: sequences that start together end at about the same step, and prefill has little padding
+        requests.sort(key=lambda request: (-len(request.prompt_ids), request.id))
+        found = ((result.id, self._response(tasks[result.id], result)) for result in self.decode(requests, "answers"))
+        sampled: list[tuple[dict[str, Any], torch.Tensor]] = []
+        for answered in in_order(found, [request.id for request in requests], self.settings.rows_per_file):
+            yield rows_of("responses", [row for row, _ in answered])
+            recorded = [(row, hidden) for row, hidden in answered if hidden is not None]
+            size = self._part_rows([row for row, _ in recorded])
+            for start in range(0, len(recorded), size):
+                yield rows_of("features", [self._feature_row(*one) for one in recorded[start:start + size]])
+            sampled += [one for one in recorded if is_in_share(one[0]["id"], self.settings.check_share)]
+        if errors:
+            yield rows_of("errors/answers", errors)
+        if sampled:  # after the block, when the engine and its cache are gone: the worker holds one large thing at a time
+            yield self.checked(sampled)
 
-    def write(self, rows: list[dict[str, Any]]) -> dict[str, int]:
-        """Write parts of at most `FEATURE_ROWS` rows; returns how many rows, greedy tokens compared, and those that agreed."""
-        agreed = compared = 0
-        for start in range(0, len(rows), FEATURE_ROWS):
-            part = sorted(rows[start:start + FEATURE_ROWS], key=lambda row: len(row["prompt_ids"]) + len(row["response_ids"]))
-            written: list[dict[str, Any]] = []
-            for group in _by_padded_size(part):
-                sequences = [row["prompt_ids"] + row["response_ids"] for row in group]
-                for row, hidden in zip(group, self.base.hidden_states(sequences), strict=True):
-                    if row["temperature"] == 0:
-                        same, total = self._greedy_agreement(row, hidden)
-                        agreed, compared = agreed + same, compared + total
-                    written.append(self._feature_row(row, hidden))
-            write_part(Path(self.settings.folder) / "features", written, FEATURES)
-        return {"features": len(rows), "agreed": agreed, "compared": compared}
+    def _response(self, task: dict[str, Any], result: Result) -> Recorded:
+        return {**task, "response_ids": list(result.token_ids), "finish_reason": result.finish_reason,
+                "base": str(self.base.identity)}, result.hidden
 
-    def _greedy_agreement(self, row: dict[str, Any], hidden: torch.Tensor) -> tuple[int, int]:
-        """Greedy tokens that are the argmax of `logits(hidden)` one position earlier, and all greedy tokens of the row.
+    def checked(self, recorded: list[tuple[dict[str, Any], torch.Tensor]]) -> Rows:
+        """Counts of rows that are computed a second time, by a forward over prompt and answer: hidden states `checked` and those
+        that are `close` to what decoding recorded; greedy tokens `compared` and those that `agreed`."""
+        counts: Counter[str] = Counter()
+        known = {row["id"]: hidden for row, hidden in recorded}
+        for row, exact in self._computed([row for row, _ in recorded]):
+            far = (known[row["id"]].to(exact.device) - exact).float().norm(dim=-1) / exact.float().norm(dim=-1)
+            counts += Counter(checked=len(far), close=int((far <= CLOSE[self.base.identity.weight_format]).sum()))
+            counts += self._greedy_agreement(row, exact)
+        return rows_of("features", [], **counts)
 
-        With hidden states that are off by one position, almost none would be.
-        """
+    def features(self, rows: list[dict[str, Any]]) -> Iterator[Rows]:
+        """Response rows with their hidden states, in parts, with counts of greedy tokens `compared` and those that `agreed`."""
+        size = self._part_rows(rows)
+        for start in range(0, len(rows), size):
+            counts: Counter[str] = Counter()
+            made: list[dict[str, Any]] = []
+            for row, hidden in self._computed(rows[start:start + size]):
+                counts += self._greedy_agreement(row, hidden)
+                made.append(self._feature_row(row, hidden))
+            yield rows_of("features", made, **counts)
+
+    def _computed(self, rows: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
+        """Response rows with the hidden states [T, D] of a forward over prompt and answer, shortest first."""
+        ordered = sorted(rows, key=lambda row: len(row["prompt_ids"]) + len(row["response_ids"]))
+        for group in _by_padded_size(ordered):
+            sequences = [row["prompt_ids"] + row["response_ids"] for row in group]
+            yield from zip(group, self.base.hidden_states(sequences), strict=True)
+
+    def _part_rows(self, rows: list[dict[str, Any]]) -> int:
+        """Rows of one part, by the longest that their answers can be, not by what they are: an answer that is computed again may
+        be a near-tie's other one."""
+        longest = max((len(row["prompt_ids"]) for row in rows), default=1) + self.settings.max_new_tokens
+        per_row = longest * self.settings.width * VALUE_BYTES[self.settings.feature_dtype]
+        return max(1, min(FEATURE_ROWS, FEATURE_BYTES // per_row))
+
+    def _greedy_agreement(self, row: dict[str, Any], hidden: torch.Tensor) -> Counter[str]:
+        """How many tokens of a greedy answer were `compared`, and how many `agreed`: are the argmax of `logits(hidden)` one
+        position earlier. With hidden states that are off by one position, almost none would be."""
+        if row["temperature"] != 0:
+            return Counter()
         prompt, answer = len(row["prompt_ids"]), torch.tensor(row["response_ids"], device=hidden.device)
-        predicted = self.base.logits(hidden[prompt - 1:prompt - 1 + len(answer)]).argmax(-1)
-        return int((predicted == answer).sum()), len(answer)
+        predicted = self.base.argmax(hidden[prompt - 1:prompt - 1 + len(answer)])
+        return Counter(agreed=int((predicted == answer).sum()), compared=len(answer))
 
     def _feature_row(self, row: dict[str, Any], hidden: torch.Tensor) -> dict[str, Any]:
         kind = torch.bfloat16 if self.settings.feature_dtype == "bf16" else torch.float32
@@ -168,45 +215,13 @@ class FeatureWriter:
                 "hidden_dtype": self.settings.feature_dtype, "hidden_tokens": hidden.shape[0],
                 "hidden_width": hidden.shape[1], "hidden_layer": "last"}
 
-
-class ResponseWriter(_Decoder):
-    """Answers prompts and computes the hidden states of the answers.
-
-    Rows of a block: response rows without their answer, and `has_features`: whether their hidden states are stored already.
-    """
-
-    def __init__(self, settings: WorkerSettings) -> None:
-        super().__init__(settings)
-        self.features = FeatureWriter(settings, self.base)
-
-    def __call__(self, block: pa.Table) -> pa.Table:
-        folder = Path(self.settings.folder)
-        tasks = {row["id"]: row for row in block.to_pylist()}
-        stored = {name for name, row in tasks.items() if row.pop("has_features")}
-        requests, errors = self._requests(tasks.values())
-        answered: list[dict[str, Any]] = []
-        written = 0
-        for result in self.decode(requests, "answers"):
-            answered.append({**tasks[result.id], "response_ids": list(result.token_ids), "finish_reason": result.finish_reason,
-                             "base": str(self.base.identity)})
-            if len(answered) - written == self.settings.rows_per_file:
-                write_part(folder / "responses", answered[written:], RESPONSES)
-                written = len(answered)
-        if len(answered) > written:
-            write_part(folder / "responses", answered[written:], RESPONSES)
-        if errors:
-            write_part(folder / "errors" / "answers", errors, ERRORS)
-        # after the block, when the engine and its cache are gone: the worker holds one large thing at a time
-        kept = [row for row in answered if row["id"] not in stored
-                and (self.settings.features == "all" or row["split"] == "held_out")]
-        return counts(ok=len(answered), errors=len(errors), **self.features.write(kept))
-
-    def _requests(self, rows: Iterable[dict[str, Any]]) -> tuple[list[Request], list[dict[str, Any]]]:
-        """Requests, and error rows for prompts that the base cannot answer."""
+    def _requests(self, rows: Iterable[dict[str, Any]], stored: set[str]) -> tuple[list[Request], list[dict[str, Any]]]:
+        """Requests, and error rows for prompts that the base cannot answer; `stored`: ids whose hidden states stand already."""
         requests, errors = [], []
         for row in rows:
+            wanted = row["id"] not in stored and (self.settings.features == "all" or row["split"] == "held_out")
             request = Request(row["id"], tuple(row["prompt_ids"]), self.settings.max_new_tokens, row["temperature"],
-                              row["seed"])
+                              row["seed"], hidden_states=wanted)
             try:
                 request.check(self.base.vocab_size, self.base.context_limit)
                 requests.append(request)

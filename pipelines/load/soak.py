@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import shutil
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -28,7 +27,7 @@ from pipelines.load.soak_chaos import LEAST_MINUTES, Chaos, Memory
 from pipelines.load.soak_clients import FAILED, LOST, OK, REFUSED, WRONG, Clients, Question
 from pipelines.runtime.artifacts import RunPaths, StageResult
 from pipelines.runtime.console import Progress, say
-from pipelines.runtime.files import write_text
+from pipelines.runtime.files import remove_tree, write_text
 from pipelines.runtime.tables import Table
 from pipelines.tracking import Tracker
 
@@ -40,6 +39,8 @@ SILENT = 20
 """Connections at a time whose bodies never come."""
 READY_SECONDS = 120.0
 """In which all replicas must be there again at the end."""
+PROMISED = 0.5
+"""Share of the clients' patience within which an application that is soaked ends each request."""
 IDLE = ("accepted", "running", "in_flight")
 """What `/ready` counts, and must count as none at the end: answers at the front, in the engines and at the replicas."""
 CITED = 3
@@ -100,6 +101,7 @@ def run_soak(config: RunConfig, endpoint: Soaked, prompts: list[str], seed: int)
         for table in tables(report):
             table.show()
         figures = {"label": report.label, "seed": seed, "seconds": report.seconds, **report.outcomes, **report.events}
+        tracked.describe(f"{report.label}: {'; '.join(report.failed) or 'every check holds'}", markdown(report))
         tracked.log_metrics({f"soak.{name}": value for name, value in figures.items() if isinstance(value, (int, float))})
     if report.failed:
         raise StoppedError(f"load.soak: {'; '.join(f'{name}: {why}' for name, why in report.failed.items())} "
@@ -260,14 +262,15 @@ def markdown(report: Report) -> str:
 
 
 def soak_args(config: RunConfig) -> RunConfig:
-    """The settings of the application that a soak starts: two replicas at least, since it kills them."""
-    return config.model_copy(update={"serve": config.serve.model_copy(update={"replicas": max(2, config.serve.replicas)})})
+    """The settings of the application that a soak starts: two replicas at least, since it kills them, and a limit well below the
+    clients' patience, so that what waits in a long queue on a slow machine is refused in time and not taken for lost."""
+    limit = min(config.load.patience * PROMISED, config.serve.request_seconds or config.load.patience)
+    changes = {"replicas": max(2, config.serve.replicas), "request_seconds": limit}
+    return config.model_copy(update={"serve": config.serve.model_copy(update=changes)})
 
 
 def chaos_folder(config: RunConfig) -> Path:
     """An empty place for the configuration that is swapped in."""
     folder = soak_folder(config) / "ngram"
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_tree(folder)
     return folder
-
-

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -39,10 +41,11 @@ class Memory:
                 if role:
                     self.samples.setdefault((role, child.pid), []).append((seconds, child.memory_info().rss))
 
-    def rows(self) -> list[dict[str, float | str | None]]:
+    def rows(self) -> list[dict[str, Any]]:
         """One row for each process: its memory in MiB at the start and the end of what is judged, and the slope in MiB a
-        minute, None for a process that did not live long enough."""
-        found: list[dict[str, float | str | None]] = []
+        minute, None for a process that did not live long enough; `mib`: at each minute of its life, which tells a high-water
+        mark that is reached from a leak."""
+        found: list[dict[str, Any]] = []
         for (role, pid), samples in self.samples.items():
             judged = samples[int(SETTLED * len(samples)):]
             minutes = (judged[-1][0] - judged[0][0]) / 60
@@ -52,8 +55,16 @@ class Memory:
                 slope = round(float(np.polyfit(times / 60, sizes / 2**20, 1)[0]), 3)
             found.append({"role": role, "pid": float(pid), "minutes": round(minutes, 2),
                           "first_mib": round(judged[0][1] / 2**20, 1), "last_mib": round(judged[-1][1] / 2**20, 1),
-                          "mib_per_minute": slope})
+                          "mib_per_minute": slope, "mib": _by_minute(samples)})
         return found
+
+
+def _by_minute(samples: Sequence[tuple[float, int]]) -> list[float]:
+    """The first sample of each minute in MiB."""
+    firsts: dict[int, int] = {}
+    for seconds, size in samples:
+        firsts.setdefault(int((seconds - samples[0][0]) // 60), size)
+    return [round(size / 2**20, 1) for size in firsts.values()]
 
 
 class Chaos:

@@ -37,13 +37,15 @@ from pipelines.runtime.artifacts import (
     stage_folder,
 )
 from pipelines.runtime.console import Progress, say
-from pipelines.runtime.files import write_text
+from pipelines.runtime.files import append_line, remove_file, write_text
 from pipelines.runtime.ray_cluster import ensure_ray
 from pipelines.serve.model_identity import ModelDigest, model_digest
 from pipelines.serve.stage import find_args, resolve_args, serving_params, start_app
 from pipelines.tracking import Tracker
 
 STAGE = "load"
+RECORDED = ("goodput", "first_token_p99_ms", "between_pieces_p99_ms", "refused", "lost")
+"""Figures of each rate that are metrics in MLflow; all of them are in the report."""
 SOAK_FIELDS = {"soak", "soak_minutes", "soak_seed", "soak_growth"}
 """Settings that no rate depends on."""
 
@@ -64,7 +66,7 @@ def run_load(config: RunConfig) -> StageResult:
     tracker = Tracker.open(config)
     with (stage_folder(config, STAGE, folder, wanted) as stage, _endpoint(config, serves) as (target, label),
           tracker.start(STAGE, fingerprint=wanted, params={"serves": label}) as tracked):
-        (folder / "rates.jsonl").unlink(missing_ok=True)  # of a killed run: the capacity may have been another one then
+        remove_file(folder / "rates.jsonl")  # of a killed run: the capacity may have been another one then
         capacity = _capacity(config, target, prompts)
         rates = [_at(config, target, prompts, share, capacity, folder) for share in config.load.rates]
         figures = {"label": label, "capacity": capacity, "rates": rates}
@@ -72,8 +74,11 @@ def run_load(config: RunConfig) -> StageResult:
         write_text(folder / "report.md", markdown(figures, config.load))
         draw(figures, folder / "load.png")
         rate_table(figures).show()
-        tracked.log_metrics({f"load.x{rate['share']:g}.{name}": value for rate in rates for name, value in rate.items()
-                             if isinstance(value, (int, float))})
+        tracked.log_metrics(capacity | {f"load.x{rate['share']:g}.{name}": rate[name] for rate in rates for name in RECORDED
+                                        if rate[name] is not None})
+        tracked.describe(f"{label}: {capacity['tokens_per_second']:.0f} tokens/s, "
+                         f"{capacity['requests_per_second']:.2f} requests/s with a full batch",
+                         rate_table(figures).markdown(), ("load.png",))
         files = [folder / name for name in ("report.json", "report.md", "load.png", "rates.jsonl")]
         for path in files:
             tracked.log_artifact(path)
@@ -162,8 +167,7 @@ def _at(config: RunConfig, target: Target, prompts: list[str], share: float, cap
     say(STAGE, f"{share:g} times capacity: {rate:.2f} requests/s for {section.seconds:g} s")
     with Progress(STAGE, "requests sent", total=max(1, round(rate * section.seconds))) as progress:
         sent = run(open_loop(target, prompts, rate, section.seconds, progress.advance))
-    with (folder / "rates.jsonl").open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps({"share": share} | asdict(one)) + "\n" for one in sent)
+    append_line(folder / "rates.jsonl", "\n".join(json.dumps({"share": share} | asdict(one)) for one in sent).encode())
     return {"share": share, "rate": round(rate, 3)} | summarise(sent, section.first_token_seconds)
 
 

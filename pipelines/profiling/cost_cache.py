@@ -30,6 +30,7 @@ from pipelines.config import TreeSection
 from pipelines.profiling.step_timing import Group, Point, draft_seconds, that_fit, verify_seconds
 from pipelines.runtime.console import Progress, say
 from pipelines.runtime.files import write_text
+from pipelines.runtime.hardware import this_hardware
 
 SCHEMA = 8
 DEFAULTS = TreeSection.model_validate({})
@@ -46,7 +47,8 @@ Times = Mapping[Any, float]
 def fingerprint_of_machine(device: torch.device) -> dict[str, Any]:
     """The properties of this machine that a measured time depends on, in readable form."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "system": platform.machine()}
+    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "system": platform.machine(),
+            "hardware": this_hardware().digest}
 
 
 def machine_costs(base: Base, cache: Path, heads: HeadDrafter | None = None, settings: TreeSection = DEFAULTS,

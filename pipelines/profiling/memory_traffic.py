@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from hydra_core.base import Base
 from hydra_core.base.fused import FusedDecoder
 from hydra_core.heads import HeadDrafter
-from hydra_core.tree.search import StepCosts
+from hydra_core.tree.costs import StepCosts
 
 
 @dataclass(frozen=True)

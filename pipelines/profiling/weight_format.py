@@ -8,6 +8,7 @@ Heads and configurations carry the format in the identity of their base, so it m
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from hydra_core.decoding import read_configuration
 from hydra_core.decoding.configuration import ANY_FORMAT
 from hydra_core.decoding.configuration import FILE as CONFIGURATION
 from hydra_core.files import file_lock
+from hydra_core.storage import is_remote
 from pipelines.config import BaseSection, RunConfig
 from pipelines.profiling.cost_cache import machine_costs
 from pipelines.runtime.artifacts import RunPaths
@@ -47,9 +49,11 @@ def resolve_format(config: RunConfig, stage: str) -> RunConfig:
     if (served := _served(config, stage) if stage in ASKED else None) is not None:
         return _with_format(config, served, "the format in which the served configuration was measured")
     path = RunPaths.of(config).run / FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = file_lock(path.with_name(f".{FILE}.lock")) if not is_remote(path) else nullcontext()
+    if not is_remote(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     digest = resolve_base(config.base.model, RunPaths.of(config).cache).digest
-    with file_lock(path.with_name(f".{FILE}.lock")):  # of two stages at the same time, one chooses
+    with lock:  # of two stages at the same time, one chooses
         kept = _read(path)
         if kept is None or kept["base"] != digest:
             dtype, times = fastest_format(_candidates(config))

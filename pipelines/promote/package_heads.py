@@ -31,6 +31,7 @@ from hydra_core.decoding.configuration import ANY_FORMAT
 from hydra_core.errors import InputError
 from hydra_core.heads.checkpoint import load_checkpoint
 from hydra_core.proposers import NgramDrafter
+from hydra_core.storage import is_remote, local_copy
 from pipelines.config import RunConfig, load_config, parse_override
 from pipelines.runtime.artifacts import RunPaths
 from pipelines.runtime.files import atomic_folder, write_text
@@ -47,7 +48,7 @@ def package(config: RunConfig, drafter: str, target: Path) -> Path:
     heads = RunPaths.of(config).stage("tree", drafter) / "heads"
     vocabulary = load_vocabulary(config.base.model, dtype=config.base.dtype, cache=RunPaths.of(config).cache)
     load_checkpoint(heads, vocabulary)
-    size = sum(path.stat().st_size for path in heads.iterdir())
+    size = sum(path.stat().st_size for path in local_copy(heads).iterdir())
     if size > LARGEST:
         raise InputError(f"{heads}: {size / 1e6:.0f} MB, more than {LARGEST / 1e6:.0f}: train in bf16, or smaller heads")
     ngram = config.ngram
@@ -56,7 +57,7 @@ def package(config: RunConfig, drafter: str, target: Path) -> Path:
         NgramDrafter(ngram.max_match, ngram.min_match, ngram.length))
     with tempfile.TemporaryDirectory() as temporary:
         copy = Path(temporary) / "heads"
-        shutil.copytree(heads, copy)
+        shutil.copytree(local_copy(heads), copy)
         provenance = json.loads((copy / "provenance.json").read_text(encoding="utf-8"))
         write_text(copy / "provenance.json", json.dumps(without_places(provenance), indent=2, sort_keys=True))
         made = Path(temporary) / target.name
@@ -80,7 +81,7 @@ def without_places(value: Any) -> Any:
         return [without_places(inner) for inner in value]
     if not isinstance(value, str):
         return value
-    if value.startswith("/"):
+    if value.startswith("/") or is_remote(value):
         return Path(value).name
     return _PLACE.sub(lambda place: Path(place.group()).name, value)  # an override of the command line, paths in braces too
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra_core.errors import InputError
+from hydra_core.storage import as_path
 from pipelines.batch.stage import batch_finished, run_batch
 from pipelines.bench.report import method_table
 from pipelines.bench.stage import run_bench
@@ -18,6 +19,7 @@ from pipelines.distill.stage import run_distill
 from pipelines.promote.stage import run_promote
 from pipelines.runtime.artifacts import CLAIM, MANIFEST, RunPaths, StageResult, damaged, remove_content
 from pipelines.runtime.console import say
+from pipelines.runtime.files import remove_file
 from pipelines.runtime.lock import only_run
 from pipelines.runtime.programs import program
 from pipelines.runtime.ray_cluster import check_workers, ensure_ray
@@ -39,7 +41,7 @@ def run_quickstart(config: RunConfig) -> StageResult:
     Raises InputError at once for what a later stage would lack: MLflow, a compiler, CPUs, the port, the speed of single requests;
     and if another quickstart of this name works now.
     """
-    with only_run(RunPaths.of(config).run / "quickstart", Path(config.storage)):
+    with only_run(RunPaths.of(config).run / "quickstart", as_path(config.storage)):
         return _run(config)
 
 
@@ -131,8 +133,8 @@ def _drop_stale(config: RunConfig) -> None:
         folders = _own_folders(config, stage)
         if stale:
             for folder in folders:
-                with only_run(folder, Path(config.storage)):
-                    (folder / MANIFEST).unlink(missing_ok=True)  # first, so that a killed run leaves nothing that looks finished
+                with only_run(folder, as_path(config.storage)):
+                    remove_file(folder / MANIFEST)  # first, so that a killed run leaves nothing that looks finished
                     remove_content(folder)
         elif stage in ("train", "tree", "bench") and any(map(damaged, folders)):
             stale = True
@@ -167,7 +169,7 @@ def _has_settings(config: RunConfig, folder: Path, sections: tuple[str, ...]) ->
 def _folder(config: RunConfig, name: str, results: dict[str, StageResult]) -> Path:
     """Where the outputs of a stage lie; for `bench` and `promote` the folder of the result that these settings ask for."""
     output = {"bench": "report", "promote": "configuration"}.get(name)
-    return Path(results[name].outputs[output]).parent if output else RunPaths.of(config).stage(name)
+    return as_path(results[name].outputs[output]).parent if output else RunPaths.of(config).stage(name)
 
 
 def _summary(config: RunConfig, results: dict[str, StageResult], seconds: dict[str, float]) -> None:

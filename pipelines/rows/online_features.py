@@ -22,14 +22,15 @@ class OnlineStore(RowStore):
     _model: Base | None = None
 
     @classmethod
-    def open(cls, folder: Path, split: str, share: float = 1.0) -> OnlineStore:
-        """Index the answers `folder/*.parquet`. Raises InputError as `FeatureStore.open` does."""
-        paths = sorted(folder.glob("*.parquet"))
-        if not paths:
-            raise InputError(f"{folder}: has no answers (*.parquet): run `hydra-heads distill` first")
+    def open(cls, folder: Path, split: str, share: float = 1.0, also: Sequence[Path] = ()) -> OnlineStore:
+        """Index the answers `folder/*.parquet`, and those of the folders `also`. Raises InputError as `FeatureStore.open`."""
         reader = IndexReader(split, RESPONSES, share)
-        for path in paths:
-            reader.add(path)
+        for one in (folder, *also):
+            paths = sorted(one.glob("*.parquet"))
+            if not paths:
+                raise InputError(f"{one}: has no answers (*.parquet): run `hydra-heads distill` first")
+            for path in paths:
+                reader.add(path)
         index = reader.build(folder)
         ((base, _, _),) = reader.kinds
         return cls(reader.blocks, index, base)

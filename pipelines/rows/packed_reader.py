@@ -67,27 +67,33 @@ class RowReader:
     def compute_log_partitions(self, group: ProcessGroup, head: VocabHead, add_up: Callable[[Tensor], Tensor]) -> np.ndarray:
         """Log partitions of all tokens, [sum] float32, mapped from a file.
 
-        Each rank computes a part, and `add_up` sums a tensor over ranks. At most `ROWS_AT_ONCE` rows are in memory, so that
-        memory does not grow with the data.
+        Each rank computes those of consecutive rows, so that it reads its part of the blocks, and `add_up` sums a tensor over
+        ranks. At most `ROWS_AT_ONCE` rows are in memory, so that memory does not grow with the data.
         """
-        offsets = self.store.index.offsets
+        offsets, ranks = self.store.index.offsets, group.world_size
         with tempfile.TemporaryFile() as file:
             file.truncate(4 * len(self.store.index.tokens))
             whole = disk_array(file, np.float32, len(self.store.index.tokens))
-        for start in range(0, len(self.store), ROWS_AT_ONCE):
-            stop = min(start + ROWS_AT_ONCE, len(self.store))
-            found = torch.zeros(int(offsets[stop] - offsets[start]), dtype=torch.float32)
+        cuts = np.searchsorted(offsets, offsets[-1] * np.arange(ranks + 1) // ranks)  # ranks have as many tokens
+        at_once = max(1, ROWS_AT_ONCE // ranks)
+        for start in range(0, int(np.diff(cuts).max()), at_once):
+            begins = np.minimum(cuts[:-1] + start, cuts[1:])  # of every rank, as its result comes here too
+            ends = np.minimum(begins + at_once, cuts[1:])
+            into = np.concatenate([[0], np.cumsum(offsets[ends] - offsets[begins])])
+            found = torch.zeros(int(into[-1]), dtype=torch.float32)
             places, parts = [], []
-            for row in range(start + group.rank, stop, group.world_size):
+            for row in range(int(begins[group.rank]), int(ends[group.rank])):
                 (read,) = self.store.read_rows([row])
                 begin = max(read.prompt_tokens - 1, 0)  # no head learns from earlier positions
-                first = int(offsets[row] - offsets[start])
+                first = int(into[group.rank] + offsets[row] - offsets[begins[group.rank]])
                 places.append(torch.arange(first + begin, first + len(read.token_ids)))
                 parts.append(read.hidden[begin:].clone())  # a copy: a view would keep the whole row in memory
             if parts:  # in one call, since most of a call's time is spent on the vocabulary's matrix, whatever the rows
                 hidden = torch.cat(parts).to(head.weight.device)
                 found[torch.cat(places)] = log_partition(hidden, head, LOG_PARTITION_ROWS).cpu()
-            whole[offsets[start]:offsets[stop]] = add_up(found).numpy()
+            summed = add_up(found).numpy()
+            for rank in range(ranks):
+                whole[offsets[begins[rank]]:offsets[ends[rank]]] = summed[into[rank]:into[rank + 1]]
         return whole
 
 

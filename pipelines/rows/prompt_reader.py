@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hydra_core.errors import InputError
+from hydra_core.storage import as_path, is_remote, local_copy, opened
 from pipelines.rows import text_files
 from pipelines.rows.conversations import COLUMNS, BadChat, normal_chat, without_answer
 from pipelines.rows.text_files import BadLine
@@ -63,7 +64,7 @@ def read_prompt_rows(path: str | Path, name: str = "prompt", limit: int | None =
 
     Raises InputError for a file that is missing, empty, unreadable, or in which no row has the field `name`.
     """
-    path = Path(path)
+    path = as_path(path)
     if not path.exists():
         raise InputError(f"{path}: no such file")
     parquet = path.is_dir() or path.suffix.lower() in PARQUET
@@ -78,6 +79,7 @@ def read_dataset_rows(path: str, split: str, name: str = "prompt",
     """
     import datasets
 
+    path = str(local_copy(path)) if is_remote(path) else path
     try:
         if (Path(path) / "dataset_info.json").exists() or (Path(path) / "dataset_dict.json").exists():
             loaded = datasets.load_from_disk(path)
@@ -94,14 +96,6 @@ def read_values(path: Path, tap: Callable[[bytes], object] | None = None) -> Ite
     """Number from 1 and JSON value of every row of a text file; a RowError for a row that cannot be read. `tap` as there."""
     for number, value in text_files.read_values(path, tap):
         yield number, RowError(number, f"row {number}: {value}") if isinstance(value, BadLine) else value
-
-
-def count_rows(path: str | Path) -> int:
-    """Number of rows of a file or of a folder of Parquet files, whose metadata say it."""
-    files = prompt_files(Path(path))
-    if Path(path).is_dir() or files[0].suffix.lower() in PARQUET:
-        return sum(pq.read_metadata(file).num_rows for file in files)
-    return sum(1 for _ in text_files.read_values(files[0]))
 
 
 def prompt_files(path: Path) -> list[Path]:
@@ -181,8 +175,8 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
         raise InputError(f"{path}: holds no .parquet file")
     for file in files:
         try:
-            with pq.ParquetFile(file) as opened:
-                for batch in opened.iter_batches(1024):
+            with pq.ParquetFile(opened(file)) as shard:
+                for batch in shard.iter_batches(1024):
                     for row in _rows_of(batch):
                         number += 1
                         yield number, RowError(number, f"row {number}: is not UTF-8 text") if row is None else row

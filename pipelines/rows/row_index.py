@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hydra_core.errors import InputError
+from hydra_core.storage import opened
 from hydra_core.training.packing import FeatureRow
 from pipelines.rows.schemas import FEATURES, check_schema, is_in_share
 
@@ -58,7 +59,12 @@ class RowIndex:
 
 
 class RowStore:
-    """Rows of one split, by number. `base`: identity of the base that made them. Subclasses provide the hidden states."""
+    """Rows of one split, by number. `base`: identity of the base that made them. Subclasses provide the hidden states.
+
+    `reads_blocks`: whether a row costs the reading of its whole block.
+    """
+
+    reads_blocks = False
 
     def __init__(self, blocks: Sequence[Block], index: RowIndex, base: str) -> None:
         self.blocks, self.index, self.base = tuple(blocks), index, base
@@ -118,12 +124,13 @@ class IndexReader:
         self.block: list[int] = []
         self.place: list[int] = []
         self.kinds: set[tuple[str, Any, Any]] = set()
+        self._known: set[str] = set()
         self._tokens = tempfile.TemporaryFile()  # the index maps it, and closes it with the mapping  # noqa: SIM115
 
     def add(self, path: Path) -> None:
         """Read one shard. Raises InputError for a file that is not a shard, or a row that cannot be trained on."""
         try:
-            file = pq.ParquetFile(path)
+            file = pq.ParquetFile(opened(path))
         except (OSError, pa.ArrowException):
             raise InputError(f"{path}: is not a readable Parquet file: delete it and distill again") from None
         with file:
@@ -139,6 +146,9 @@ class IndexReader:
         for place in range(light.num_rows):
             if columns["split"][place] != self.split or not is_in_share(columns["id"][place], self.share):
                 continue
+            if columns["id"][place] in self._known:  # a row of two runs
+                continue
+            self._known.add(columns["id"][place])
             row = {name: values[place] for name, values in columns.items()}
             prompt = light.column("prompt_ids")[place].values.to_numpy()
             response = light.column("response_ids")[place].values.to_numpy()

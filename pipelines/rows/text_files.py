@@ -17,6 +17,7 @@ from typing import IO, Any
 import pyarrow as pa
 
 from hydra_core.errors import InputError
+from hydra_core.storage import open_stream
 
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2", b"\x04\x22\x4d\x18": "lz4"}
 """First bytes -> the codec's name in Arrow."""
@@ -45,7 +46,7 @@ def read_values(path: Path, tap: Callable[[bytes], object] | None = None) -> Ite
     Raises InputError for a file that is something else, or that cannot be read to its end.
     """
     try:
-        with path.open("rb") as raw, _decompressed(raw, path, tap) as binary:
+        with open_stream(path) as raw, _decompressed(raw, path, tap) as binary:
             head = binary.read(_HEAD)
             encoding = _encoding(head, path)
             stream = _Prefixed(head, binary)

@@ -1,9 +1,10 @@
 """The folder of a stage: where it writes, when the stage may be skipped, and its manifest.
 
 A stage owns one folder. It is finished when the folder's `manifest.json` has the fingerprint of the request (settings of the
-stage, the base, the manifests of earlier stages) and every listed output still has its recorded size and digest. A folder
-with another fingerprint belongs to another run and is never overwritten. If outputs change after a stage has finished, the
-stage runs again: it removes the files that do not match the manifest and keeps the others.
+stage, the base, the manifests of earlier stages) and every listed output is still what it was: a file has its recorded size and
+time of change, or else its digest, and an object the size and tag of one listing, so that nothing large is read to find that out.
+A folder with another fingerprint belongs to another run and is never overwritten. If outputs change after a stage has finished,
+the stage runs again: it removes the files that do not match the manifest and keeps the others.
 """
 
 from __future__ import annotations
@@ -21,15 +22,19 @@ from typing import Any
 
 import yaml
 
+from hydra_core import storage as stores
 from hydra_core.errors import InputError
+from hydra_core.storage import as_path, is_remote
 from pipelines.config import RunConfig, Section
-from pipelines.runtime.files import write_text
-from pipelines.runtime.lock import holds, only_run
+from pipelines.runtime.files import remove_empty, remove_file, remove_tree, write_text
+from pipelines.runtime.lock import check_held, holds, only_run
 from pipelines.runtime.provenance import provenance, shareable_yaml
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 CLAIM = "claim.json"
+CHANGED = "mtime_ns"
+"""Of a file in a manifest: when it was changed, in nanoseconds since 1970."""
 DEVICES = ("auto", "cpu", "cuda")
 LEFTOVER = r"\.[0-9a-f]{8}\.(part|old)$"
 """How names end of what `atomic_file` and `atomic_folder` write before they rename it, and of a folder that they replace."""
@@ -63,7 +68,7 @@ class RunPaths:
 
     @classmethod
     def of(cls, config: RunConfig) -> RunPaths:
-        return cls(Path(config.storage), config.name)
+        return cls(as_path(config.storage), config.name)
 
     @property
     def run(self) -> Path:
@@ -71,11 +76,19 @@ class RunPaths:
 
     @property
     def cache(self) -> Path:
-        return self.storage / "cache"
+        """What can be made again: of this machine alone where the storage is an object store."""
+        return stores.local_cache() if is_remote(self.storage) else self.storage / "cache"
 
     def stage(self, stage: str, part: str | None = None) -> Path:
         """Folder of a stage, or of the part of it that belongs to one drafter."""
         return self.run / stage / part if part else self.run / stage
+
+
+def served_folder(config: RunConfig) -> str:
+    """Where the endpoint of `serve.app_name` records its answers, and where `distill` reads them, unless `prompts.path` says."""
+    if config.prompts.source == "served" and config.prompts.path:
+        return config.prompts.path
+    return config.serve.record.folder or str(as_path(config.storage) / "served" / config.serve.app_name)
 
 
 def recorded_settings(section: Section, **options: Any) -> dict[str, Any]:
@@ -90,9 +103,9 @@ def recorded_settings(section: Section, **options: Any) -> dict[str, Any]:
 def earlier_bases(config: RunConfig, folder: Path) -> list[dict[str, Any]]:
     """The base as an earlier version may have put it into the fingerprint of `folder`: with the path that it had then, and every
     device."""
-    recorded = _recorded(folder)
+    known = recorded(folder)
     base = config.base.model_dump(mode="json")
-    return [base | {"model": model, "device": device} for model in {base["model"], recorded.get("base.model", base["model"])}
+    return [base | {"model": model, "device": device} for model in {base["model"], known.get("base.model", base["model"])}
             for device in DEVICES]
 
 
@@ -106,7 +119,7 @@ def fingerprint(stage: str, settings: Mapping[str, Any], upstream: Mapping[str, 
 def file_digest(path: Path) -> str:
     """sha256 of a file's bytes."""
     digest = hashlib.sha256()
-    with path.open("rb") as handle:
+    with stores.open_stream(path) as handle:
         while chunk := handle.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
@@ -117,7 +130,7 @@ def input_digest(field: str, path: Path) -> str:
     try:
         return file_digest(path)
     except OSError as error:
-        raise InputError(f"{field}={path}: cannot be read ({error.strerror})") from None
+        raise InputError(f"{field}={path}: cannot be read ({error.strerror or error})") from None
 
 
 @dataclass
@@ -131,17 +144,22 @@ class StageFolder:
     started: float = field(default_factory=time.time)
 
     def finish(self, result: StageResult, files: list[Path]) -> StageResult:
-        """Write the manifest: `result`, and size and sha256 of `files` (absolute paths inside the folder)."""
-        manifest = {
+        """Write the manifest: `result`, and what tells `files` (absolute paths inside the folder) from others.
+
+        Raises StoppedError if another run has taken over meanwhile.
+        """
+        check_held(self.folder)
+        manifest: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "stage": self.stage,
             "fingerprint": self.fingerprint,
             "seconds": round(time.time() - self.started, 3),
             "result": asdict(result),
-            "files": {str(path.relative_to(self.folder)): {"bytes": path.stat().st_size, "sha256": file_digest(path)}
-                      for path in sorted(files)},
+            "files": _described(self.folder, files),
         }
-        manifest["digest"] = hashlib.sha256(json.dumps(manifest["files"], sort_keys=True).encode()).hexdigest()
+        lasting = {name: {key: value for key, value in entry.items() if key != CHANGED}
+                   for name, entry in manifest["files"].items()}
+        manifest["digest"] = hashlib.sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest()
         write_text(self.folder / "config.yaml", shareable_yaml(self.config))
         write_text(self.folder / "provenance.json", json.dumps(provenance(self.config), indent=2, sort_keys=True))
         write_text(self.folder / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True))
@@ -173,9 +191,31 @@ def require_manifest(folder: Path, stage: str) -> dict[str, Any]:
 def damaged(folder: Path) -> list[Path]:
     """Files that are missing or do not match the manifest of the folder; none if it has no manifest."""
     manifest = read_manifest(folder)
-    listed = {} if manifest is None else {folder / name: entry for name, entry in manifest["files"].items()}
-    return [path for path, entry in listed.items() if not path.is_file() or path.stat().st_size != entry["bytes"]
-            or file_digest(path) != entry["sha256"]]
+    listed: dict[str, Any] = {} if manifest is None else manifest["files"]
+    found = stores.listing(folder) if is_remote(folder) and listed else {}
+    return [folder / name for name, entry in listed.items() if not _matches(folder / name, entry, found.get(name))]
+
+
+def _described(folder: Path, files: list[Path]) -> dict[str, dict[str, Any]]:
+    """Name -> size, and digest and time of change, or the tag that the object store gave."""
+    if is_remote(folder):
+        found = stores.listing(folder)
+        return {name: {"bytes": found[name].bytes, "tag": found[name].tag}
+                for name in sorted(stores.name_in(path, folder) for path in files)}
+    return {str(path.relative_to(folder)): {"bytes": (about := path.stat()).st_size, "sha256": file_digest(path),
+                                            CHANGED: about.st_mtime_ns} for path in sorted(files)}
+
+
+def _matches(path: Path, entry: Mapping[str, Any], found: stores.Stored | None) -> bool:
+    """Whether a file or object is the one of a manifest's `entry`; `found`: what the store says of it. What was copied from
+    another kind of storage since has neither time nor tag, and is known by its digest, or at least its size."""
+    if is_remote(path):
+        if found is None or found.bytes != entry["bytes"]:
+            return False
+        return found.tag == entry["tag"] if "tag" in entry else file_digest(path) == entry["sha256"]
+    if not path.is_file() or (about := path.stat()).st_size != entry["bytes"]:
+        return False
+    return about.st_mtime_ns == entry.get(CHANGED) or "sha256" not in entry or file_digest(path) == entry["sha256"]
 
 
 def finished(folder: Path, wanted: str, earlier: Collection[str] = ()) -> StageResult | None:
@@ -198,14 +238,14 @@ def stage_folder(config: RunConfig, stage: str, folder: Path, wanted: str, *, ea
     What killed writers have left under temporary names is removed. If the block raises before anything is
     written, the claim is removed: the corrected command has another fingerprint, and would be refused as another run.
     """
-    with nullcontext() if holds(folder) else only_run(folder, Path(config.storage)):
+    with nullcontext() if holds(folder) else only_run(folder, as_path(config.storage)):
         ours = not (folder / CLAIM).exists()
         owner = _claim(stage, folder, wanted, earlier, flatten(settings or {}))
         try:
             yield StageFolder(stage, folder, owner, config)
         except BaseException:
             if ours:
-                _release(folder, Path(config.storage))
+                _release(folder, as_path(config.storage))
             raise
 
 
@@ -223,13 +263,18 @@ def _claim(stage: str, folder: Path, wanted: str, earlier: Collection[str], sett
         raise InputError(f"{folder}: holds the `{stage}` output of another run ({_differences(folder, settings)}): "
                          "choose another `name=` or delete that folder")
     for path in damaged(folder):
-        path.unlink(missing_ok=True)
-    (folder / MANIFEST).unlink(missing_ok=True)  # the stage is not finished any more
+        remove_file(path)
+    remove_file(folder / MANIFEST)  # the stage is not finished any more
     return owner
 
 
 def own_content(folder: Path) -> list[Path]:
     """What lies in `folder`, the claim last, without other outputs inside it (a partition, a second bench) and their locks."""
+    if is_remote(folder):
+        names = stores.listing(folder)
+        tops = {name.split("/")[0] for name in names}
+        others = {top for top in tops if f"{top}/{CLAIM}" in names or f".{top}.lock" in tops or top.endswith(".lock")}
+        return sorted((folder / top for top in tops - others), key=lambda path: (path.name == CLAIM, path.name))
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if not path.name.endswith(".lock") and not (path / CLAIM).exists()
@@ -240,12 +285,14 @@ def own_content(folder: Path) -> list[Path]:
 def remove_content(folder: Path) -> None:
     """Remove `own_content`, and then the folder if nothing else is in it."""
     for path in own_content(folder):
-        if path.is_dir() and not path.is_symlink():
+        if is_remote(path):
+            remove_tree(path)
+            remove_file(path)
+        elif path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
-    with suppress(OSError):
-        folder.rmdir()
+    remove_empty(folder)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -259,7 +306,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _differences(folder: Path, settings: Mapping[str, Any]) -> str:
     """The settings of the output in `folder` that differ from `settings`, with both values."""
-    then = _recorded(folder)
+    then = recorded(folder)
     shown = [f"{name} {_shown(then[name])} -> {_shown(value)}" for name, value in settings.items()
              if name in then and _shown(then[name]) != _shown(value)]
     if not then or not settings:
@@ -267,7 +314,7 @@ def _differences(folder: Path, settings: Mapping[str, Any]) -> str:
     return ", ".join(shown) or "the settings are the same: its inputs were made again, or are others"
 
 
-def _recorded(folder: Path) -> dict[str, Any]:
+def recorded(folder: Path) -> dict[str, Any]:
     """The settings of the output in `folder`, by dotted name: those of its claim, and those recorded beside a finished one."""
     found: dict[str, Any] = {}
     for file, read in (("config.yaml", yaml.safe_load), (CLAIM, lambda text: json.loads(text).get("settings", {}))):
@@ -285,6 +332,8 @@ def _shown(value: Any) -> str:
 
 def _sweep(folder: Path) -> None:
     """Remove what atomic writes of killed processes have left in and beside `folder`, whose lock this process holds."""
+    if is_remote(folder):  # an upload that was killed has left nothing
+        return
     own = re.compile(rf"\.{re.escape(folder.name)}{LEFTOVER}")
     leftovers = [path for path in folder.glob(".*") if re.search(LEFTOVER, path.name)]
     leftovers += [path for path in folder.parent.glob(".*") if own.fullmatch(path.name)]
@@ -302,13 +351,22 @@ def _owner(claim: Path) -> str | None:
         return None
 
 
+def claimed_by(folder: Path) -> str | None:
+    """The fingerprint of the request that `folder` belongs to, finished or not; None where no stage has claimed it."""
+    return _owner(folder / CLAIM) if (folder / CLAIM).exists() else None
+
+
 def _release(folder: Path, storage: Path) -> None:
     """Remove a folder that holds nothing of its own but its claim, and then the empty folders above it inside the storage."""
     own = own_content(folder)
-    if any(path.is_file() and path != folder / CLAIM for found in own for path in (found, *found.rglob("*"))):
+    if is_remote(folder):
+        kept = {path.name for path in own}
+        if any(name.split("/")[0] in kept and name != CLAIM for name in stores.listing(folder)):
+            return
+    elif any(path.is_file() and path != folder / CLAIM for found in own for path in (found, *found.rglob("*"))):
         return
     remove_content(folder)
-    if folder.exists():
+    if folder.exists() or is_remote(folder):
         return
     for parent in folder.parents:
         if storage not in parent.parents or any(parent.iterdir()):

@@ -29,13 +29,14 @@ def _distill(config: RunConfig) -> list[str]:
     prompts, distill, folder = config.prompts, config.distill, RunPaths.of(config).stage("distill")
     count = prompts.count or (SELF_MADE if prompts.source == "self" else None)
     source = (f"the base writes itself, at most {prompts.max_tokens} tokens each" if prompts.source == "self"
-              else f"from {prompts.path} ({prompts.source})")
+              else f"from {prompts.path or 'the records of the endpoint'} ({prompts.source})")
     most = f"{count * len(distill.temperatures)} answers" if count else f"{len(distill.temperatures)} answers a prompt"
     temperatures = ", ".join(f"{value:g}" for value in distill.temperatures)
     width = 2 if distill.feature_dtype == "bf16" else 4
+    workers = f"{distill.workers.count}{f' to {distill.max_workers}' if distill.max_workers else ''} worker(s)"
     return [f"{count or 'all'} prompts {source} -> {folder / 'prompts'}",
             f"{most} (temperatures {temperatures}), at most {distill.max_new_tokens} tokens each, "
-            f"by {distill.workers.count} worker(s) -> {folder / 'responses'}",
+            f"by {workers} -> {folder / 'responses'}",
             f"hidden states of {'all' if distill.features == 'all' else 'held-out'} rows, {width} bytes x the base's width for "
             f"each token -> {folder / 'features'}"]
 
@@ -45,17 +46,36 @@ def _train(config: RunConfig) -> list[str]:
     if train.dry_run:
         return [f"{name}: untrained {heads.kind} heads -> {RunPaths.of(config).stage('train-dry') / name}"
                 for name, heads in train.drafters.items() if train.only in (None, name)]
+    least, most = train.workers.least, train.workers.most
+    workers = f"{least}{f' to {most}' if most > least else ''} worker(s)"
     length = f"{train.max_steps} steps" if train.max_steps else f"{train.epochs:g} epochs"
     return [f"{name}: {heads.num_heads} {heads.kind} heads, draft vocabulary {heads.draft_vocab_size or 'in full'}, "
-            f"{length} with {train.rows_per_step} rows a step, {train.workers.count} worker(s), ZeRO-{train.zero_stage} "
+            f"{length} with {train.rows_per_step} rows a step, {workers}, ZeRO-{train.zero_stage} "
             f"-> {folder / name}"
             for name, heads in train.drafters.items() if train.only in (None, name)]
 
 
 def _ablate(config: RunConfig) -> list[str]:
+    ablate = config.ablate
+    if ablate.space:
+        return [f"a search over {', '.join(ablate.space)}: {ablate.trials} trials, one after the other, those that fall behind "
+                f"stopped early; {ablate.best_seeds} trainings of the best one -> {RunPaths.of(config).stage('ablate')}"]
     trainings = sum(len(variant.seeds) for variant in config.ablate.variants.values())
     return [f"{len(config.ablate.variants)} variants, {trainings} trainings on the rows of this run's distill -> "
             f"{RunPaths.of(config).stage('ablate')}"]
+
+
+def _curve(config: RunConfig) -> list[str]:
+    curve, shares = config.curve, ", ".join(f"{share:g}" for share in sorted(config.curve.shares))
+    drafters = curve.drafters or ((config.train.only,) if config.train.only else tuple(config.train.drafters))
+    return [f"{', '.join(drafters)}: {len(drafters) * len(curve.shares) * len(curve.seeds)} trainings, one after the other, on "
+            f"the shares {shares} of this run's training rows with {len(curve.seeds)} seed(s) each "
+            f"-> {RunPaths.of(config).stage('curve')}"]
+
+
+def _datacard(config: RunConfig) -> list[str]:
+    return [f"the rows of this run's distill counted, at most {config.datacard.acceptance_rows} of the held-out ones drafted "
+            f"with the heads that are trained -> {RunPaths.of(config).stage('datacard')}"]
 
 
 def _tree(config: RunConfig) -> list[str]:
@@ -80,7 +100,9 @@ def _bench(config: RunConfig) -> list[str]:
 
 def _promote(config: RunConfig) -> list[str]:
     model = f"models:/{config.promote.model_name}@{config.promote.alias}"
-    return [f"fastest lossless configuration of this run's bench -> {RunPaths.of(config).stage('promote')}, {model}"]
+    if config.promote.rollback:
+        return [f"{model} goes back to the version that was champion before"]
+    return [f"fastest configuration of this run's bench that passes the gates -> {RunPaths.of(config).stage('promote')}, {model}"]
 
 
 def _serve(config: RunConfig) -> list[str]:
@@ -110,8 +132,21 @@ def _load(config: RunConfig) -> list[str]:
 
 
 def _compare(config: RunConfig) -> list[str]:
-    return [f"the benches of {', '.join(config.compare.runs) or 'no run yet: name two or more'}, read from MLflow"]
+    stage = f"`{config.compare.stage}`" if config.compare.stage else "the runs"
+    return [f"{stage} of {', '.join(config.compare.runs) or 'no run yet: name two or more'}, and what led to them, read from "
+            f"MLflow: tables, and a page under {config.compare.output or f'{config.storage}/comparisons'}"]
 
 
-_STEPS = {"distill": _distill, "train": _train, "ablate": _ablate, "tree": _tree, "bench": _bench, "compare": _compare,
-          "promote": _promote, "generate": _generate, "serve": _serve, "batch": _batch, "load": _load}
+def _loop(config: RunConfig) -> list[str]:
+    where = config.prompts.path if config.prompts.source == "served" else config.serve.record.folder
+    return [f"distill: the hidden states of what the endpoint {config.serve.app_name} has recorded "
+            f"{f'in {where}' if where else 'below the storage'} -> the run {config.name}-{config.loop.turn()}",
+            f"with fewer than {config.loop.min_answers} answers it ends here",
+            f"train: the champion's heads go on, on those rows and on those of {', '.join(config.train.also) or config.name}",
+            "tree, and bench on the standing set and on held-out traffic",
+            "promote: what passes its gates becomes the champion, which an endpoint that follows takes by itself"]
+
+
+_STEPS = {"distill": _distill, "train": _train, "ablate": _ablate, "curve": _curve, "datacard": _datacard, "tree": _tree,
+          "bench": _bench, "compare": _compare,
+          "promote": _promote, "generate": _generate, "serve": _serve, "batch": _batch, "load": _load, "loop": _loop}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra_core.errors import InputError, StoppedError
+from hydra_core.storage import is_of_client, is_remote
 from pipelines.runtime.provenance import without_credentials
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -67,6 +68,9 @@ def storage_fault(error: BaseException, folder: Path) -> StoppedError | None:
         if isinstance(found, OSError) and found.errno in BROKEN:
             return StoppedError(f"{found.filename or folder}: the file system failed ({found.strerror}): what stands is whole; "
                                 "run the same command again when that is mended")
+        if is_remote(folder) and _of_store(found):
+            return StoppedError(f"{folder}: the object store failed ({first_line(found)[:200]}): what stands is whole; run the "
+                                "same command again when that is mended")
     return None
 
 
@@ -81,8 +85,17 @@ def one_line(folder: Path) -> Iterator[None]:
         raise fault from None
 
 
+def _of_store(error: BaseException) -> bool:
+    """Whether an exception is one of an object store: its client's own, or the OSError without a file that it is turned into."""
+    cause = error.__cause__
+    return is_of_client(error) or (isinstance(error, OSError) and error.filename is None and cause is not None
+                                   and is_of_client(cause))
+
+
 def _full(file: Any, folder: Path) -> str:
-    """Names the file systems with little room among those that a stage writes to."""
+    """Names the file systems with little room among those that a stage writes to. What goes to an object store is written to the
+    folder for temporary files first."""
+    folder = Path(tempfile.gettempdir()) if is_remote(folder) else folder
     places = [Path(file).parent] if isinstance(file, str) and file else []
     places += [folder, Path(tempfile.gettempdir())]
     room = {place: free for place in dict.fromkeys(map(_existing, places)) if (free := _free(place)) is not None}

@@ -14,10 +14,14 @@ from pathlib import Path
 
 from hydra_core.errors import InputError
 from hydra_core.files import NO_LOCKS
+from hydra_core.storage import is_remote
 from pipelines.runtime.console import say
+from pipelines.runtime.lease import Lease, check_not_lost, lease_folder, leased
 
 _held: dict[Path, int] = {}
 """Lock files that this process holds, with the thread that does."""
+_leases: dict[Path, Lease] = {}
+"""Leases that this process holds, by their folder."""
 
 
 @contextmanager
@@ -27,9 +31,18 @@ def only_run(folder: Path, storage: Path, field: str | None = None) -> Iterator[
     It is a lock of the operating system on a file beside the folder, so it ends with its process, however that ends. The file
     names the holder. At the end it is removed, and with it the folders above it inside `storage` that are then empty. A link
     to a folder has the lock of that folder. `field`: the setting that `folder` comes from, None for a folder of the run: where
-    the file system has no locks, that one is used without, after a warning, and the other one raises InputError.
+    the file system has no locks, that one is used without, after a warning, and the other one raises InputError. In an object
+    store it is a lease.
     """
     path = _lock_file(folder)
+    if is_remote(folder):
+        with leased(folder, f"{field}={folder}" if field else str(folder)) as lease:
+            _held[path], _leases[path] = threading.get_ident(), lease
+            try:
+                yield
+            finally:
+                del _held[path], _leases[path]
+        return
     descriptor = _locked(path, f"{field}={folder}" if field else str(folder), needed=field is not None)
     _held[path] = threading.get_ident()
     try:
@@ -49,7 +62,15 @@ def holds(folder: Path) -> bool:
     return _held.get(_lock_file(folder)) == threading.get_ident()
 
 
+def check_held(folder: Path) -> None:
+    """Raise StoppedError if another run has taken over the lease of `folder` from this one."""
+    if (lease := _leases.get(_lock_file(folder))) is not None:
+        check_not_lost(lease)
+
+
 def _lock_file(folder: Path) -> Path:
+    if is_remote(folder):
+        return lease_folder(folder)
     real = folder.resolve()
     return real.parent / f".{real.name}.lock"
 

@@ -30,6 +30,8 @@ _STUCK = re.compile(r"taken more than|schedul|resources|initializ", re.IGNORECAS
 """A warning of Serve's that explains why nothing happens: a cluster that cannot give what a replica asks for."""
 _DIED = re.compile(r"Exception when trying to get routing stats")
 """Serve's controller was asking a replica that has died, of which it tells in a line of its own: with two tracebacks."""
+_BUSY = re.compile(r"WARNING .*Failed to get queue length from Replica")
+"""A replica did not answer its router within 0.1 s, as on a busy machine; the router asks again."""
 _dropped: set[Any] = set()
 _with_traceback: set[Any] = set()
 """Processes whose output is left out: up to the next record, and of some records with a traceback too."""
@@ -61,7 +63,7 @@ def wanted_lines(data: dict[str, Any]) -> list[str]:
     if data["pid"] == "raylet":
         return [line for line in data["lines"] if not _AT_SHUTDOWN.search(line)]
     if actor.startswith("ServeReplica:"):  # our own lines are no records
-        return [line for line in data["lines"] if not line.startswith("INFO ")]
+        return [line for line in data["lines"] if not line.startswith("INFO ") and not _BUSY.match(line)]
     if actor.startswith(("ServeController", "ProxyActor")):
         return list(_without_records(data["lines"], data["pid"]))
     return list(data["lines"])

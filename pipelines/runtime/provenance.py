@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import filecmp
-import json
 import os
 import platform
 import re
-import subprocess
 import sys
 from collections.abc import Mapping
 from importlib import metadata
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 import yaml
 
 from pipelines.config import RunConfig
 from pipelines.config.section import HIDDEN
+from pipelines.runtime.commit import this_commit
+from pipelines.runtime.hardware import this_hardware
 
-GIT_SECONDS = 20
 _SECRET = re.compile(r"password|passwd|secret|api_?key|credential|(?:^|[._-])token$", re.IGNORECASE)
 _USERINFO = re.compile(r"(?:(?<=http://)|(?<=https://))[^/?#\s]*@"
                        r"|(?<!http://)(?<!https://)(?<=://)(?:[^/?#\s:@\[]*:(?:[^?\s]*@|\S*@)|[^/?#\s]*@)", re.IGNORECASE)
@@ -33,10 +28,11 @@ PACKAGES = ("hydra-heads", "torch", "ray", "deepspeed", "transformers", "mlflow"
 
 def provenance(config: RunConfig) -> dict[str, Any]:
     """Resolved configuration with defaults, git commit (None if unknown), versions, arguments and machine."""
-    return {"config": redacted(config.model_dump(mode="json", by_alias=True)), "git": _git(), "versions": _versions(),
+    machine = this_hardware()
+    return {"config": redacted(config.model_dump(mode="json", by_alias=True)), "git": this_commit(), "versions": versions(),
             "argv": [_redacted_argument(argument) for argument in sys.argv],
             "python": platform.python_version(), "platform": platform.platform(), "cpus": os.cpu_count(),
-            "processor": _processor()}
+            "processor": machine.cpu, "hardware": machine.to_json()}
 
 
 def is_secret(name: str) -> bool:
@@ -69,44 +65,8 @@ def _redacted_argument(argument: str) -> str:
     return f"{name}={HIDDEN}" if separator and value and is_secret(name) else without_credentials(argument)
 
 
-def _git() -> dict[str, Any] | None:
-    root = Path(__file__).resolve().parents[2]
-    try:
-        if (root / ".git").exists():
-            return _checkout(root)
-        return _installed_from(metadata.distribution(PACKAGES[0]), root)
-    # no git, a checkout of another user, a slow file system; a working directory that Ray unpacked
-    except (OSError, subprocess.SubprocessError, metadata.PackageNotFoundError):
-        return None
-
-
-def _checkout(folder: Path) -> dict[str, Any]:
-    return {"commit": _ask_git(folder, "rev-parse", "HEAD"), "changed": bool(_ask_git(folder, "status", "--porcelain"))}
-
-
-def _installed_from(package: metadata.Distribution, root: Path) -> dict[str, Any] | None:
-    """The commit that pip installed `root` from: recorded by pip (PEP 610), or that of a checkout with the same code."""
-    noted = package.read_text("direct_url.json")
-    if noted is None or Path(str(package.locate_file(""))).resolve() != root:
-        return None
-    origin = json.loads(noted)
-    if "vcs_info" in origin:
-        return {"commit": origin["vcs_info"]["commit_id"], "changed": False}
-    folder = Path(url2pathname(urlsplit(origin["url"]).path))
-    if "dir_info" not in origin or not (folder / ".git").exists():
-        return None
-    found = _checkout(folder)
-    code = [str(file) for file in package.files or [] if file.suffix == ".py"]
-    _, different, missing = filecmp.cmpfiles(folder, root, code, shallow=False)
-    return found | {"changed": found["changed"] or bool(different or missing)}
-
-
-def _ask_git(root: Path, *arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True,
-                          timeout=GIT_SECONDS).stdout.strip()
-
-
-def _versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
+    """Version of each of `PACKAGES`, None for one that is not installed."""
     found: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
@@ -114,13 +74,3 @@ def _versions() -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             found[package] = None
     return found
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor()

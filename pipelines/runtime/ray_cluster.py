@@ -5,26 +5,23 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import ray
 import ray.data
 
 from hydra_core.errors import InputError, StoppedError
-from pipelines.config import RunConfig, Workers
-from pipelines.runtime.faults import one_line
+from hydra_core.storage import as_path
+from pipelines.config import Reserved, RunConfig, TrainWorkers, Workers
+from pipelines.runtime.autoscaling import comes_when_asked, fits, may_grow, wait_for_room
+from pipelines.runtime.console import say
 from pipelines.runtime.logs import quieten_driver
 from pipelines.runtime.provenance import without_credentials
 from pipelines.runtime.ray_access import prepare_to_join, prepare_to_start, worker_environment
-
-MISTAKE, STOPPED = "mistake", "stopped"
-"""Columns of a row that holds an actor's InputError, or its StoppedError."""
+from pipelines.runtime.stores import check_every_node
 
 
 @contextmanager
@@ -34,7 +31,7 @@ def ensure_ray(config: RunConfig) -> Iterator[None]:
     A process that is connected already (a stage inside another one, a test) stays so. Else the address comes from the
     settings, then from RAY_ADDRESS (set inside a submitted job). Without either, a private local instance is started and shut
     down at the end; never `auto`, which could join the cluster of somebody else. Raises StoppedError if an address does not
-    answer, InputError if it is none or wants another token.
+    answer, InputError if it is none or wants another token, and for a node of the cluster that does not see the storage.
     """
     if ray.is_initialized():
         yield
@@ -60,6 +57,8 @@ def ensure_ray(config: RunConfig) -> Iterator[None]:
             raise StoppedError(f"a local Ray cannot be started ({_words(error)}): its logs are below {folder}") from None
     try:
         with _termination_as_interrupt():
+            if address:
+                check_every_node("storage", as_path(config.storage), environment_options(config))
             yield
     finally:
         ray.shutdown()
@@ -93,31 +92,48 @@ def _words(error: BaseException) -> str:
     return without_credentials(" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
-def check_workers(field: str, workers: Workers, count: int | None = None) -> None:
-    """Raise InputError if the cluster is too small for `count` workers (default: `workers.count`), each of which is on one node:
-    Ray would wait for ever."""
-    count, have = count or workers.count, ray.cluster_resources()
-    number = "serve.replicas" if field == "serve.workers" else f"{field}.count"
+def check_workers(field: str, workers: Workers | TrainWorkers, count: int | None = None) -> None:
+    """Raise InputError if the cluster is too small for `count` workers (default: the fewest that do), each of which is on one
+    node: Ray would wait for ever, and silently. Where an autoscaler may start nodes, it is asked.
+
+    Returns when there is room for the first of a pool of actors, with a line a minute until then. Training says itself what it
+    waits for, since its workers all start at once.
+    """
+    count, stage = count or (workers.least if isinstance(workers, TrainWorkers) else workers.count), field.split(".")[0]
+    if (fault := _what_is_missing(field, workers, count)) is not None:
+        if not may_grow():
+            raise InputError(fault)
+        say(stage, f"{count} workers of {workers.cpus:g} CPU, {workers.gpus:g} GPU do not fit now: asks the cluster's autoscaler")
+    if not isinstance(workers, TrainWorkers):
+        wanted = {kind: each for kind, each in (("CPU", workers.cpus), ("GPU", workers.gpus)) if each}
+        wait_for_room(wanted, stage)
+
+
+def _what_is_missing(field: str, workers: Workers | TrainWorkers, count: int) -> str | None:
+    have, number = ray.cluster_resources(), "serve.replicas" if field == "serve.workers" else f"{field}.count"
     for kind, each in (("CPU", workers.cpus), ("GPU", workers.gpus)):
         if each * count > have.get(kind, 0.0):
-            raise InputError(f"{field}: {count} x {each} {kind} are asked for, the cluster has {have.get(kind, 0.0):g}: "
-                             f"lower {number} or {field}.{kind.lower()}s")
+            return (f"{field}: {count} x {each} {kind} are asked for, the cluster has {have.get(kind, 0.0):g}: lower {number} or "
+                    f"{field}.{kind.lower()}s")
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if (room := sum(workers_on(node, workers, count) for node in nodes)) < count:
-        raise InputError(f"{field}: {count} x ({workers.cpus:g} CPU, {workers.gpus:g} GPU) are asked for, the {len(nodes)} nodes "
-                         f"of the cluster have room for {room}: lower {number}, {field}.cpus or {field}.gpus")
+        return (f"{field}: {count} x ({workers.cpus:g} CPU, {workers.gpus:g} GPU) are asked for, the {len(nodes)} nodes of the "
+                f"cluster have room for {room}: lower {number}, {field}.cpus or {field}.gpus")
+    return None
 
 
-def workers_on(node: Mapping[str, float], workers: Workers, most: int) -> int:
-    """How many of `workers` fit on a node with these resources, at most `most`. Ray counts in ten-thousandths."""
-    return min([most, *(round(node.get(kind, 0.0) * 10_000) // round(each * 10_000)
-                        for kind, each in (("CPU", workers.cpus), ("GPU", workers.gpus)) if round(each * 10_000))])
+def workers_on(node: Mapping[str, float], workers: Reserved, most: int) -> int:
+    """How many of `workers` fit on a node with these resources, at most `most`."""
+    return min(most, fits(node, {"CPU": workers.cpus, "GPU": workers.gpus}))
 
 
 def measuring_resources(config: RunConfig) -> dict[str, Any]:
-    """Ray options of a task that times decoding: a GPU if the base runs on one, else a share of a CPU."""
-    gpus = ray.cluster_resources().get("GPU", 0)
-    wants_gpu = config.base.device == "cuda" or (config.base.device == "auto" and gpus >= 1)
+    """Ray options of a task that times decoding: a GPU if the base runs on one, else a share of a CPU.
+
+    With `base.device=auto` an autoscaler is asked for a GPU, so that nothing is measured on a CPU while GPUs are away.
+    """
+    wants_gpu = config.base.device == "cuda" or (config.base.device == "auto" and (
+        ray.cluster_resources().get("GPU", 0) >= 1 or comes_when_asked({"CPU": 0.5, "GPU": 1}, "base.device=auto")))
     return {"num_cpus": 0.5, "num_gpus": 1 if wants_gpu else 0, "max_retries": 0, **environment_options(config)}
 
 
@@ -136,57 +152,3 @@ def measuring_device(config: RunConfig, asked: str | None = None) -> str:
     import torch
 
     return "auto" if torch.cuda.is_available() else "cpu"
-
-
-class _ErrorAsRow:
-    """An actor that returns an InputError or StoppedError as a row. Raised, it would be lost in pages of Ray Data's traceback."""
-
-    def __init__(self, actor: type, settings: Any, storage: Path) -> None:
-        self.error: pa.Table | None = None
-        self.storage = storage
-        self.actor = self._guarded(lambda: actor(settings))
-
-    def __call__(self, block: pa.Table) -> pa.Table:
-        counts = self._guarded(lambda: self.actor(block)) if self.error is None else None
-        return counts if self.error is None else self.error
-
-    def _guarded(self, work: Callable[[], Any]) -> Any:
-        """The result of `work`; None, and the error as a row in `self.error`, if it raises one that is told in one line."""
-        try:
-            with one_line(self.storage):
-                return work()
-        except (InputError, StoppedError) as error:
-            self.error = pa.table({MISTAKE if isinstance(error, InputError) else STOPPED: [str(error)]})
-            return None
-
-
-def run_blocks(actor: type, settings: Any, blocks: list[pa.Table], *, actors: int, cpus: float, storage: Path,
-               gpus: float = 0, done: Callable[[dict[str, int]], None] | None = None,
-               options: Mapping[str, Any] | None = None) -> dict[str, int]:
-    """Map `actor(settings)` over `blocks` with a pool of Ray Data actors.
-
-    Actors write their own output and return one row of counts for each block; the result has the sums. `storage`: where they
-    write; `done` is called with the counts of each block; `options`: further ones of Ray for the actors. Raises the InputError or
-    StoppedError that an actor raised, and StoppedError for a disk that takes no more.
-    """
-    totals: dict[str, int] = {}
-    if not blocks:
-        return totals
-    ray.data.DataContext.get_current().enable_progress_bars = done is None and sys.stderr.isatty()
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    mapped = ray.data.from_arrow(blocks).map_batches(
-        # one block for each call: all but the last have the same size, and with GPUs Ray Data needs a number
-        _ErrorAsRow, fn_constructor_args=(actor, settings, storage), batch_size=max(map(len, blocks)), batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=min(actors, len(blocks))), num_cpus=cpus, num_gpus=gpus,
-        **(options or {}))
-    for row in mapped.iter_rows():
-        if MISTAKE in row:
-            raise InputError(row[MISTAKE])
-        if STOPPED in row:
-            raise StoppedError(row[STOPPED])
-        counts = {name: int(value) for name, value in row.items()}
-        for name, value in counts.items():
-            totals[name] = totals.get(name, 0) + value
-        if done is not None:
-            done(counts)
-    return totals

@@ -24,7 +24,8 @@ def key_digests(path: str | None) -> tuple[str, ...]:
     """
     keys = [(VARIABLE, number, key) for number, key in enumerate(_words(os.environ.get(VARIABLE, "")), start=1)]
     if path is not None:
-        found = [(path, row, line.strip()) for row, line in enumerate(_lines(path), start=1)
+        lines = private_text("serve.api_keys_file", path).splitlines()
+        found = [(path, row, line.strip()) for row, line in enumerate(lines, start=1)
                  if line.strip() and not line.lstrip().startswith("#")]
         if not found:
             raise InputError(f"serve.api_keys_file={path}: holds no key: write one a line")
@@ -42,17 +43,20 @@ def check_required(required: bool, given: bool) -> None:
                          f"{VARIABLE} on the machine that starts the application")
 
 
-def _lines(path: str) -> list[str]:
-    """As ssh does with private keys: a file of one's own that others can read is refused. Those of others, and those on a
+def private_text(setting: str, path: str) -> str:
+    """The text of a file with secrets, which `setting` names. Raises InputError, whose message has no secret, for one that
+    cannot be read or that others may read.
+
+    As ssh does with private keys: a file of one's own that others can read is refused. Those of others, and those on a
     read-only mount (a secret of Kubernetes, whose modes the platform sets), are not for the user of this process to protect."""
     try:
         found = os.stat(path)
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError):
-        raise InputError(f"serve.api_keys_file={path}: cannot be read as text") from None
+        raise InputError(f"{setting}={path}: cannot be read as text") from None
     if found.st_uid == os.getuid() and found.st_mode & 0o077 and not os.statvfs(path).f_flag & os.ST_RDONLY:
-        raise InputError(f"serve.api_keys_file={path}: others may read it (mode {found.st_mode & 0o777:o}): run chmod 600 {path}")
-    return lines
+        raise InputError(f"{setting}={path}: others may read it (mode {found.st_mode & 0o777:o}): run chmod 600 {path}")
+    return text
 
 
 def _words(text: str) -> list[str]:

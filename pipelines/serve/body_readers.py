@@ -26,21 +26,22 @@ class BodyReaders:
         self._numbers = itertools.count()
         self._reading: dict[int, tuple[float, asyncio.Timeout]] = {}
 
-    async def read(self, length: str | None, receive: Receive) -> bytes:
-        """The whole body. `length`: the Content-Length header.
+    async def read(self, length: str | None, receive: Receive, most: int | None = None) -> bytes:
+        """The whole body. `length`: the Content-Length header; `most`: bytes that it may have, where these are fewer than usual.
 
         Raises ApiError 413 for one that is too long, by its header or its size, 408 for one that does not come in time, 503 when
         too many are being read; Disconnected.
         """
-        if length is not None and length.isdigit() and (len(length) > 18 or int(length) > self.longest):
-            raise self._too_long()
+        longest = self.longest if most is None else min(most, self.longest)
+        if length is not None and length.isdigit() and (len(length) > 18 or int(length) > longest):
+            raise _too_long(longest)
         number = next(self._numbers)
         now = asyncio.get_running_loop().time()
         self._make_room(now)
         try:
             async with asyncio.timeout_at(now + self.seconds) as limit:
                 self._reading[number] = now, limit
-                return await self._parts(receive)
+                return await _parts(receive, longest)
         except TimeoutError:
             raise ApiError(408, f"the request did not come within {self.seconds:g} s, or others needed its place",
                            code="request_timeout") from None
@@ -59,18 +60,20 @@ class BodyReaders:
         if not limit.expired():  # its own time has just run out
             limit.reschedule(now)
 
-    async def _parts(self, receive: Receive) -> bytes:
-        parts, size = [], 0
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise Disconnected
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            if size > self.longest:
-                raise self._too_long()
-            if not message.get("more_body", False):
-                return b"".join(parts)
 
-    def _too_long(self) -> ApiError:
-        return ApiError(413, f"the request is longer than the {self.longest} bytes allowed", code="request_too_large")
+async def _parts(receive: Receive, longest: int) -> bytes:
+    parts, size = [], 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise Disconnected
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > longest:
+            raise _too_long(longest)
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+def _too_long(longest: int) -> ApiError:
+    return ApiError(413, f"the request is longer than the {longest} bytes allowed", code="request_too_large")

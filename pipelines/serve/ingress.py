@@ -22,8 +22,10 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
+from pipelines.serve import webhook
 from pipelines.serve.admission import Admission, bodies_at_once
 from pipelines.serve.body_readers import BodyReaders
+from pipelines.serve.following import Following, follower_of
 from pipelines.serve.messages import AppArgs, Generation, Refusal
 from pipelines.serve.metrics import FrontMetrics
 from pipelines.serve.middleware import BODY_SECONDS, KNOWN, ROUTES, Limits, RequestMiddleware
@@ -31,8 +33,10 @@ from pipelines.serve.model_identity import ModelDigest
 from pipelines.serve.openai.errors import ApiError, not_ready, queue_full, refused, too_slow
 from pipelines.serve.openai.requests import ChatRequest, CompletionRequest
 from pipelines.serve.openai.responses import CHAT, DONE, TEXT, Chunks, event, response
+from pipelines.serve.owner import end_with
 from pipelines.serve.relay import Relay
 from pipelines.serve.replica_states import REPORT_SECONDS, states_of, together
+from pipelines.serve.webhook import Deliveries
 
 log = logging.getLogger("ray.serve")
 PLAYGROUND = Path(__file__).with_name("playground.html")
@@ -107,18 +111,30 @@ class Ingress:
         self.metrics = FrontMetrics()
         self.model: dict[str, Any] | None = None
         self.reporting: asyncio.Task[None] | None = None
+        self.ending: asyncio.Task[None] | None = None
+        self.name = server.app_name
         self.bodies = BodyReaders(bodies_at_once(args), BODY_SECONDS, args.max_body_bytes)
+        self.following: Following | None = None
+        self.looking: asyncio.Task[None] | None = None
+        self.deliveries = None if args.webhook_secret is None else Deliveries(args.webhook_secret)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Serve calls it before any request, and whenever the keys are changed."""
         RequestMiddleware.limits = Limits(self.bodies, tuple(user_config["api_key_digests"]), self.args.require_keys,
-                                          tuple(self.args.cors_origins), self._count)
+                                          tuple(self.args.cors_origins), self._count, self.deliveries is not None)
         if self.reporting is None:
             self.reporting = asyncio.create_task(self._report())
+        if self.ending is None and self.args.owner is not None:
+            self.ending = asyncio.create_task(end_with(self.args.owner, self.name, self._close, self.args.drain_seconds))
+
+        if self.following is None and self.args.follow is not None:
+            self.following = Following(follower_of(self.args), self.args.follow["seconds"], self.metrics)
+            self.looking = asyncio.create_task(self.following.run())
 
     async def _report(self) -> None:
         while True:
             self.metrics.waiting(self.states.waiting())
+            self.metrics.registry_answers(self.following.answers if self.following is not None else None)
             self._known()
             await asyncio.sleep(REPORT_SECONDS)
 
@@ -141,6 +157,9 @@ class Ingress:
 
     async def close(self) -> int:
         """Accept no more requests. Returns the answers in flight."""
+        return self._close()
+
+    def _close(self) -> int:
         self.admission.closing = True
         return self.admission.in_flight
 
@@ -197,6 +216,16 @@ class Ingress:
     async def chat(self, body: ChatRequest) -> Any:
         generation = replace(self._accept(body, "chatcmpl", self.args.max_new_tokens), messages=body.plain_messages())
         return await self._respond(CHAT, body, generation)
+
+    @api.post(webhook.PATH, include_in_schema=False)
+    async def registry_webhook(self, request: Request) -> Any:
+        """A delivery of MLflow's: look at the registry at once. Which model that is the settings say, never the body."""
+        if self.deliveries is None or self.following is None:
+            raise HTTPException(404, "Not Found")
+        given = (request.headers.get(name) for name in (webhook.SIGNATURE, webhook.TIMESTAMP, webhook.DELIVERY))
+        self.deliveries.take(await request.body(), *given)
+        self.following.wake()
+        return JSONResponse({"status": "looking"}, 202)
 
     def _accept(self, body: CompletionRequest | ChatRequest, prefix: str, default: int) -> Generation:
         self.admission.check_open()

@@ -11,7 +11,9 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import ray
 from ray import serve
 from ray.serve.config import ProxyLocation
 from ray.serve.context import _get_global_client  # the public status knows neither address nor routes
@@ -24,6 +26,8 @@ from pipelines.serve.replica_states import together
 REPLICA_SECONDS = 60.0
 """In which the front of an application must answer, and its replicas tell what they decode."""
 POLL_SECONDS = 0.2
+EVERYWHERE = "0.0.0.0"
+"""The host of who listens at all addresses of a machine: an address for nobody to ask at."""
 FRONT, DECODER = "Ingress", "DecodeServer"
 
 
@@ -102,6 +106,14 @@ def running_instance() -> Instance | None:
         for name, values in details["applications"].items()})
 
 
+def reachable(url: str) -> str:
+    """`url` as others reach it. A Serve that listens everywhere has a proxy on the head node and on each one with a replica."""
+    parts = urlsplit(url)
+    if parts.hostname != EVERYWHERE:
+        return url
+    return f"{parts.scheme}://{ray.get_runtime_context().gcs_address.rpartition(':')[0]}:{parts.port}"
+
+
 def start_instance(listen: Listen | None) -> Instance:
     """Start Serve; None: it listens nowhere. Raises InputError for a port in use, and a certificate that cannot be used."""
     if listen is None:
@@ -112,7 +124,7 @@ def start_instance(listen: Listen | None) -> Instance:
         options = {"host": listen.host, "port": port, "ssl_keyfile": listen.keyfile, "ssl_certfile": listen.certfile}
         url = replace(listen, port=port).url
     try:
-        serve.start(proxy_location="Disabled" if listen is None else "HeadOnly", http_options=options)
+        serve.start(proxy_location="Disabled" if listen is None else "EveryNode", http_options=options)
     except BaseException:
         end_instance()
         raise

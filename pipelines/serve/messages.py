@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Speculative = Literal["off", "drafter", "lossy-typical"]
@@ -123,7 +123,10 @@ class AppArgs:
     `max_body_bytes`: of one request; `drain_seconds`: the time in which an application that is stopped may finish its answers;
     `hung_seconds`: the time that one step may take before the replica counts as hung;
     `request_seconds`: from a request's arrival to the end of its answer, None: no limit; `require_keys`: never run without a key;
-    `cors_origins`: origins of web pages that may ask, `*`: all.
+    `cors_origins`: origins of web pages that may ask, `*`: all; `owner`: Ray's id of the driver with which the application
+    ends, None: it stays until somebody deletes it; `follow`: the fields of `follower.Follow`, None: no registry is followed;
+    `webhook_secret`: with which MLflow signs its webhooks, None: none are taken; `record`: the fields of
+    `recorder.Recording`, None: no answer is recorded.
     """
 
     base: dict[str, Any]
@@ -149,6 +152,10 @@ class AppArgs:
     request_seconds: float | None = None
     require_keys: bool = False
     cors_origins: tuple[str, ...] = ()
+    owner: str | None = None
+    follow: dict[str, Any] | None = field(default=None, repr=False)
+    webhook_secret: str | None = field(default=None, repr=False)
+    record: dict[str, Any] | None = None
 
     @property
     def room(self) -> int:

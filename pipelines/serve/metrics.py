@@ -9,6 +9,7 @@ from typing import Literal
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
+from pipelines.serve.drift import DriftWatch
 from pipelines.serve.engine_loop import Load
 from pipelines.serve.messages import Answer
 
@@ -30,15 +31,24 @@ GAUGES = {
     "hydra_batch_size": "sequences that decode or are in prefill",
     "hydra_kv_use": "share of the key and value slots that hold tokens",
     "hydra_heads_version": "version of the registered model in use, 0: not registered",
+    "hydra_acceptance_hour": "tokens per step in the last hour, of greedy answers that decoded alone, as the bench measures them",
+    "hydra_acceptance_low": "the least tokens per step that the interval of the bench has for the heads in use",
+    "hydra_acceptance_drift": "whether the last hour is below that interval: 1, or 0",
+    "hydra_registry_answers": "whether the registry that is followed answered the last look: 1, or 0",
 }
+OF_FRONT = ("hydra_registry_answers",)
+"""Gauges that the front alone sets."""
 HISTOGRAMS = {
     "hydra_tokens_per_step": ("tokens after the first per base forward, of an answer", TOKENS),
     "hydra_first_token_seconds": ("from arrival at the front (or the replica, for batch jobs) to the first token", SECONDS),
     "hydra_between_tokens_seconds": ("seconds of a step per token of the answer", SECONDS),
 }
 REQUESTS, DEPTHS, FINISHED = "hydra_requests", "hydra_steps_by_accepted_depth", "hydra_answers"
+FOLLOWED, RECORDED = "hydra_registry_changes", "hydra_recorded_answers"
 REQUEST_SECONDS = "hydra_request_seconds"
-NAMES = (*COUNTERS, *GAUGES, *HISTOGRAMS, REQUESTS, DEPTHS, FINISHED, REQUEST_SECONDS)
+TAGGED = (REQUESTS, DEPTHS, FINISHED, FOLLOWED, RECORDED)
+"""Counters with tags of their own."""
+NAMES = (*COUNTERS, *GAUGES, *HISTOGRAMS, *TAGGED, REQUEST_SECONDS)
 Unfinished = Literal["cancelled", "timeout", "failed"]
 """Why an answer was not finished: its client left, its time was over, or the engine failed."""
 LOAD_SECONDS = 1.0
@@ -47,7 +57,7 @@ LOAD_SECONDS = 1.0
 
 def series() -> set[str]:
     """The names of the series in Prometheus."""
-    counters = {f"ray_{name}_total" for name in (*COUNTERS, REQUESTS, DEPTHS, FINISHED)}
+    counters = {f"ray_{name}_total" for name in (*COUNTERS, *TAGGED)}
     histograms = {f"ray_{name}_{part}" for name in (*HISTOGRAMS, REQUEST_SECONDS) for part in ("bucket", "sum", "count")}
     return counters | histograms | {f"ray_{name}" for name in GAUGES}
 
@@ -57,10 +67,12 @@ class ReplicaMetrics:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.counters = {name: Counter(name, text) for name, text in COUNTERS.items()}
-        self.gauges = {name: Gauge(name, text) for name, text in GAUGES.items()}
+        self.gauges = {name: Gauge(name, text) for name, text in GAUGES.items() if name not in OF_FRONT}
         self.histograms = {name: Histogram(name, text, boundaries=edges) for name, (text, edges) in HISTOGRAMS.items()}
         self.depths = Counter(DEPTHS, "steps that accepted at least so many drafts", tag_keys=("depth",))
         self.finished = Counter(FINISHED, "answers, by how they ended", tag_keys=("reason",))
+        self.kept = Counter(RECORDED, "answers chosen to be recorded, by what became of them", tag_keys=("result",))
+        self.drift = DriftWatch(clock)
         self.version, self._clock, self._next_load = 0, clock, 0.0
 
     def load(self, load: Load) -> None:
@@ -71,6 +83,12 @@ class ReplicaMetrics:
         for name, value in (("hydra_queue_size", load.waiting), ("hydra_batch_size", load.running),
                             ("hydra_kv_use", load.kv_use), ("hydra_heads_version", self.version)):
             self.gauges[name].set(value)
+        found = self.drift.look()
+        for name, known in (("hydra_acceptance_hour", found.tokens_per_step), ("hydra_acceptance_low", found.low)):
+            if known is not None:
+                self.gauges[name].set(known)
+        if found.low is not None:
+            self.gauges["hydra_acceptance_drift"].set(float(found.drifted))
 
     def first_token(self, seconds: float) -> None:
         self.histograms["hydra_first_token_seconds"].observe(seconds)
@@ -101,6 +119,10 @@ class ReplicaMetrics:
         if restarted:
             self.counters["hydra_engine_restarts"].inc()
 
+    def recorded(self, result: str, count: int) -> None:
+        """What became of answers that were to be recorded; any thread may tell it."""
+        self.kept.inc(count, tags={"result": result})
+
     def rejected(self) -> None:
         self.counters["hydra_heads_rejected"].inc()
 
@@ -117,6 +139,9 @@ class FrontMetrics:
         self.seconds = Histogram(REQUEST_SECONDS, "from a request's arrival to the end of its answer", boundaries=WHOLE_SECONDS,
                                  tag_keys=("route",))
         self.queue = Gauge("hydra_queue_size", GAUGES["hydra_queue_size"])
+        self.registry = Gauge("hydra_registry_answers", GAUGES["hydra_registry_answers"])
+        self.changes = Counter(FOLLOWED, "other heads that the registry named, by what became of them",
+                               tag_keys=("result",))  # type: ignore[arg-type]
 
     def request(self, route: str, status: int, seconds: float) -> None:
         self.requests.inc(tags={"route": route, "status": str(status)})
@@ -124,3 +149,12 @@ class FrontMetrics:
 
     def waiting(self, requests: int) -> None:
         self.queue.set(requests)
+
+    def registry_answers(self, answers: bool | None) -> None:
+        """None: no registry is followed, or none was asked yet."""
+        if answers is not None:
+            self.registry.set(float(answers))
+
+    def followed(self, result: str) -> None:
+        """Other heads were named: `changed` or `rejected`."""
+        self.changes.inc(tags={"result": result})

@@ -14,6 +14,8 @@ from starlette.middleware.cors import CORSMiddleware
 from pipelines.serve.api_keys import opens
 from pipelines.serve.body_readers import BodyReaders, Disconnected, Receive
 from pipelines.serve.openai.errors import ApiError
+from pipelines.serve.webhook import MOST_BYTES
+from pipelines.serve.webhook import PATH as WEBHOOK
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -29,13 +31,14 @@ BODY_SECONDS = 10.0
 class Limits:
     """Limits of requests. `bodies`: reads bodies; `key_digests`: empty: no key is needed, unless `require_keys`, which then lets
     nobody in; `origins`: of web pages that may ask, `*`: all; `count`: called with the route, status and seconds of each
-    request."""
+    request; `webhook`: whether MLflow's deliveries are taken, which have a signature and no key."""
 
     bodies: BodyReaders
     key_digests: tuple[str, ...] = ()
     require_keys: bool = False
     origins: tuple[str, ...] = ()
     count: Callable[[str, int, float], None] = lambda route, status, seconds: None
+    webhook: bool = False
 
     def opened_by(self, authorization: str | None) -> bool:
         """Whether that header opens the endpoint."""
@@ -91,13 +94,13 @@ def _route(path: str) -> str:
     """A path as metrics name it: one of few."""
     if path.startswith("/v1/models/"):
         return "/v1/models"
-    return path if path in ROUTES else "other"
+    return path if path in (*ROUTES, WEBHOOK) else "other"
 
 
 def _check_key(scope: Scope, limits: Limits) -> None:
     given = _header(scope, b"authorization")
     scope[KNOWN] = limits.opened_by(given)
-    if not scope[KNOWN] and scope["path"] not in OPEN:
+    if not scope[KNOWN] and scope["path"] not in OPEN and not (limits.webhook and scope["path"] == WEBHOOK):
         raise ApiError(401, "an API key is needed: Authorization: Bearer KEY" if given is None else
                        "the API key is not one of this server's", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
@@ -112,7 +115,8 @@ async def _body(scope: Scope, receive: Receive, limits: Limits) -> bytes:
     kind = (_header(scope, b"content-type") or "").partition(";")[0].strip().lower()
     if scope["path"] in ROUTES and not (kind.startswith("application/") and kind.endswith(("/json", "+json"))):
         raise ApiError(415, f"Content-Type: {kind[:40] or 'none'}: send the body as Content-Type: application/json")
-    return await limits.bodies.read(_header(scope, b"content-length"), receive)
+    most = MOST_BYTES if scope["path"] == WEBHOOK else None
+    return await limits.bodies.read(_header(scope, b"content-length"), receive, most)
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

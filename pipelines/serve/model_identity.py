@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hydra_core.base import BaseIdentity, context_limit, resolve_base
 from hydra_core.errors import InputError
+from hydra_core.storage import local_copy
 from pipelines.config.serve import PLAIN
 from pipelines.rows.schemas import content_id
 from pipelines.runtime.artifacts import file_digest
@@ -56,7 +57,7 @@ def configuration_digest(folder: str | Path | None) -> str:
     """
     if folder is None:
         return PLAIN
-    root = Path(folder)
+    root = local_copy(folder)
     if not root.is_dir():
         raise InputError(f"serve.model={folder}: no such folder")
     return content_id(*([path.relative_to(root).as_posix(), file_digest(path)]

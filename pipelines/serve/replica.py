@@ -4,7 +4,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
@@ -17,11 +18,13 @@ from hydra_core.errors import InputError
 from hydra_core.sampling import Request, TokenLogprob, Typical, choices
 from pipelines.config import BaseSection
 from pipelines.runtime.logs import speak
+from pipelines.serve.drift import interval_low
 from pipelines.serve.engine_loop import EngineFailed, EngineLoop, longest_step_seconds, trial_of, warm_up
 from pipelines.serve.messages import Answer, AppArgs, Generation, Piece, Refusal, Token, is_text
 from pipelines.serve.metrics import ReplicaMetrics, Unfinished
 from pipelines.serve.model_identity import ModelDigest
 from pipelines.serve.prompt_length import PromptLength, texts_of
+from pipelines.serve.recorder import Recorder, Recording, record_of
 from pipelines.serve.stream_merge import merged
 from pipelines.serve.token_texts import TokenTexts
 from pipelines.serve.user_config import Heads, load_drafter, make_engine
@@ -39,6 +42,8 @@ class DecodeServer:
         self.base = BaseSection(**args.base).load(args.cache)
         self.prompt_length = PromptLength(self.base.tokenizer, args.max_prompt_tokens or self.base.context_limit)
         self.metrics = ReplicaMetrics()
+        self.recorder = None if args.record is None else Recorder(Recording(**args.record), self.base.decode,
+                                                                  self.metrics.recorded)
         self.engine_loop: EngineLoop | None = None
         self.heads: Heads | None = None
         self.serving: ModelDigest | None = None
@@ -47,6 +52,7 @@ class DecodeServer:
         self.in_flight, self.hung_seconds = 0, args.hung_seconds
         self.name = _replica_name()
         self.tokens = TokenTexts(self.base)
+        self.loader = ThreadPoolExecutor(1, "heads")
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Decode with other heads; sequences in flight go on with the same tokens. Requests for the heads that run already change
@@ -66,17 +72,16 @@ class DecodeServer:
             if heads == self.heads:
                 self.rejected = self.rejected if heads.restored else None
                 return
-            drafter, trees, digest = await asyncio.to_thread(load_drafter, heads, self.base, self.args,
-                                                             timing=self.engine_loop is None)
+            drafter, trees, digest = await self._in_loader(load_drafter, heads, self.base, self.args, self.engine_loop is None)
             if self.engine_loop is None:
-                engine = await asyncio.to_thread(make_engine, self.base, drafter, trees, self.args)
-                await asyncio.to_thread(warm_up, engine)
-                self.hung_seconds = max(self.args.hung_seconds, await asyncio.to_thread(longest_step_seconds, engine))
+                engine = await self._in_loader(make_engine, self.base, drafter, trees, self.args)
+                await self._in_loader(warm_up, engine)
+                self.hung_seconds = max(self.args.hung_seconds, await self._in_loader(longest_step_seconds, engine))
                 self.engine_loop = self._loop_of(engine)
             else:
                 engine = self.engine_loop.engine
-                drafting = await asyncio.to_thread(engine.prepare, drafter, trees)
-                trial = await asyncio.to_thread(trial_of, engine, drafting)
+                drafting = await self._in_loader(engine.prepare, drafter, trees)
+                trial = await self._in_loader(trial_of, engine, drafting)
                 await asyncio.wrap_future(self.engine_loop.swap(drafting, trial))
         except Exception as error:
             if self.engine_loop is None:
@@ -90,7 +95,13 @@ class DecodeServer:
         self.heads, self.rejected = heads, None
         self.serving = ModelDigest(str(self.base.identity), self.base.context_limit, digest)
         self.metrics.serves(heads.version)
+        self.metrics.drift.expect(await self._in_loader(interval_low, heads.configuration))
         log.info("decoding with other heads", extra={"heads": asdict(heads)})
+
+    async def _in_loader(self, work: Callable[..., Any], *given: Any) -> Any:
+        """Do what takes long beside the answers, always in one thread: the allocator keeps some 70 MiB of each thread that has
+        loaded heads, so a pool of threads grows with every thread that takes its turn."""
+        return await asyncio.get_running_loop().run_in_executor(self.loader, work, *given)
 
     @property
     def failed(self) -> bool:
@@ -184,7 +195,10 @@ class DecodeServer:
     async def _decode(self, loop: EngineLoop, generation: Generation, index: int, request: Request, waited: float,
                       deadline: float | None) -> AsyncGenerator[Piece | Answer, None]:
         started = last = time.perf_counter()
-        made_by = self.serving.fingerprint if self.serving is not None else None  # heads that come later change no token
+        serving, heads = self.serving, self.heads  # heads that come later change no token
+        made_by = serving.fingerprint if serving is not None else None
+        as_benched = generation.temperature == 0 and generation.speculative == "drafter"
+        accepted: list[int] = []
         text = TextStream(self.base.decode, generation.stop)
         tokens: list[Token] = []
         result: Result | None = None
@@ -197,6 +211,9 @@ class DecodeServer:
                     self.metrics.first_token(waited + now - started)
                 else:
                     self.metrics.step(now - last, len(output.token_ids))
+                    accepted.append(len(output.token_ids) - 1)
+                    if as_benched and loop.running <= 1:
+                        self.metrics.drift.step(len(output.token_ids))
                 piece = self._piece(index, output, text, generation.stop_ids, made == 0)
                 last, result, made = now, output.result, made + len(output.token_ids)
                 tokens += piece.tokens
@@ -219,6 +236,8 @@ class DecodeServer:
         answer = _answer(generation, index, text.sent, result, tuple(tokens), time.perf_counter() - started, made_by)
         self.metrics.answer(answer)
         log.info("answered", extra=log_fields(answer))
+        if self.recorder is not None and serving is not None and heads is not None and self.recorder.wants(generation):
+            self.recorder.offer(record_of(generation, result, accepted, (serving.base, serving.configuration, heads.version)))
         yield answer
 
     def _piece(self, index: int, output: StepOutput, text: TextStream, stop_ids: tuple[int, ...], first: bool) -> Piece:
@@ -260,6 +279,11 @@ class DecodeServer:
     async def record_routing_stats(self) -> dict[str, Any]:
         """`info`, for all who send requests to this replica: Serve asks for it now and then, whatever the replica does."""
         return {} if self.engine_loop is None or self.heads is None else await self.info()
+
+    def __del__(self) -> None:
+        """Serve calls it when the replica ends: what was recorded is written."""
+        if getattr(self, "recorder", None) is not None:
+            self.recorder.close()
 
     def check_health(self) -> None:
         """Raise RuntimeError when the engine has failed for good or hangs, so that Serve replaces the replica."""

@@ -26,11 +26,15 @@ from pipelines.runtime.programs import stage_command
 from pipelines.runtime.ray_cluster import ensure_ray
 from pipelines.serve.api_keys import check_required, key_digests
 from pipelines.serve.deployment import build
-from pipelines.serve.instance import Instance, Listen, ask_front, ask_replicas, running_instance, start_instance
+from pipelines.serve.following import Follow
+from pipelines.serve.instance import Instance, Listen, ask_front, ask_replicas, reachable, running_instance, start_instance
 from pipelines.serve.messages import AppArgs
 from pipelines.serve.model_identity import configuration_digest, model_digest
+from pipelines.serve.owner import this_job
+from pipelines.serve.recorder import Recording
 from pipelines.serve.served_app import STAGE, ServedApp
 from pipelines.serve.user_config import heads_of
+from pipelines.serve.webhook import read_secret
 from pipelines.tracking import Tracker
 from pipelines.tracking.lookup import find_model
 
@@ -76,8 +80,17 @@ def resolve_args(config: RunConfig) -> AppArgs:
     return check_args(args)
 
 
+def with_running_settings(config: RunConfig, args: AppArgs) -> AppArgs:
+    """`args` with what an endpoint alone does, and not an application that a stage starts for itself: it follows the registry,
+    takes webhooks and records answers. Raises InputError for a bad secret and for a hook that cannot be used."""
+    follow, record = Follow.of(config), Recording.of(config)
+    return replace(args, follow=None if follow is None else asdict(follow), record=None if record is None else asdict(record),
+                   webhook_secret=read_secret(config.serve.webhook_secret_file))
+
+
 def build_app(args: dict[str, Any]) -> serve.Application:
-    """The `import_path` of a Serve config: `args` are the fields of `AppArgs`, or `api_keys_file` for the digests of keys.
+    """The `import_path` of a Serve config: `args` are the fields of `AppArgs`, or `api_keys_file` for the digests of keys
+    and `webhook_secret_file` for the secret.
 
     Raises InputError for an unknown field and for bad keys."""
     args = dict(args)
@@ -85,9 +98,16 @@ def build_app(args: dict[str, Any]) -> serve.Application:
         if earlier in args:
             say(STAGE, f"args.{earlier} is called args.{now} now")
             args.setdefault(now, args.pop(earlier))
+    args["webhook_secret"] = read_secret(args.pop("webhook_secret_file", None))
     digests = {*args.pop("api_key_digests", ()), *key_digests(args.pop("api_keys_file", None))}
     args["api_key_digests"] = tuple(sorted(digests))
     args["cors_origins"] = _origins(args.get("cors_origins"))
+    for name, kind in (("follow", Follow), ("record", Recording)):
+        if args.get(name) is not None:
+            try:
+                kind(**args[name])
+            except TypeError as error:
+                raise InputError(f"args.{name}: {str(error).removeprefix(f'{kind.__name__}.__init__() ')}") from None
     known = {field.name for field in dataclasses.fields(AppArgs)}
     if unknown := sorted(set(args) - known):
         raise InputError(f"args.{unknown[0]}: unknown field; known are {', '.join(sorted(known))}")
@@ -118,10 +138,11 @@ def start_app(config: RunConfig, args: AppArgs | None = None, route: str | None 
     """Start the application on the connected Ray and return when it answers. `args`: already resolved; `route` None: the
     application is reached through its handle alone.
 
-    A cluster has one Serve: where it runs already, the application joins it at its address. Raises InputError for a port in
+    It ends with this process, however that ends. A cluster has one Serve: where it runs already, the application joins it at
+    its address. Raises InputError for a port in
     use, and for a name or route that another application has.
     """
-    args = args or resolve_args(config)
+    args = replace(args or resolve_args(config), owner=this_job())
     if route is None:
         args = replace(args, require_keys=False)  # nobody can ask over HTTP
     section = config.serve
@@ -136,7 +157,7 @@ def start_app(config: RunConfig, args: AppArgs | None = None, route: str | None 
             say(STAGE, f"Serve runs on this cluster already, at {shared.url}: serve.host, serve.port and serve.tls_* "
                        f"({listen.url}) have no effect")
     instance = shared or start_instance(None if route is None else listen)
-    app = ServedApp(args.app_name, instance.url or "", args.label, shared is None, args.drain_seconds)
+    app = ServedApp(args.app_name, reachable(instance.url or ""), args.label, shared is None, args.drain_seconds)
     try:
         serve.run(build(args), name=args.app_name, route_prefix=route)
         ask_replicas(args.app_name)
@@ -153,6 +174,8 @@ def run_serve(config: RunConfig) -> StageResult:
     """
     tracker = Tracker.open(config)
     args = resolve_args(config)
+    if not config.serve.update:
+        args = with_running_settings(config, args)
     if config.serve.update:
         with ensure_ray(config), tracker.start(STAGE, params=serving_params(args)) as run:
             app = update_app(args)
@@ -209,10 +232,9 @@ def update_app(args: AppArgs) -> ServedApp:
     if asked.base != before["base"]:
         raise InputError(f"serve.update: {name} runs base {before['base']}, the heads are for {asked.base}: only "
                          "heads can be changed; start another application for another base")
-    state, application = ask_front(name), instance.applications[name]
+    state, application, url = ask_front(name), instance.applications[name], reachable(instance.url or "")
     if not state["replicas"]:
-        raise StoppedError(f"serve.update: no replica of {name} runs at this moment: try again when {instance.url}/ready says "
-                           "ready")
+        raise StoppedError(f"serve.update: no replica of {name} runs at this moment: try again when {url}/ready says ready")
     running = replace(state["args"], **state["replicas"][0]["heads"], api_key_digests=state["api_key_digests"])
     wanted = replace(running, configuration=args.configuration, label=args.label, version=args.version, digest=args.digest,
                      api_key_digests=args.api_key_digests or running.api_key_digests)
@@ -225,7 +247,7 @@ def update_app(args: AppArgs) -> ServedApp:
     if after["rejected"] is not None and after["configurations"] != [asked.configuration]:
         deploy(running, restored=True)  # or a new replica would start with the rejected ones
         raise InputError(f"serve.update: {args.label} was rejected, {after['label']} stays: {after['rejected']['reason']}")
-    return ServedApp(name, instance.url or "", args.label, alone=False)
+    return ServedApp(name, url, args.label, alone=False)
 
 
 def _instance_with(name: str) -> Instance:

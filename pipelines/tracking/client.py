@@ -24,17 +24,28 @@ from pipelines.runtime.reachability import why_silent, why_unreachable
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # one for each small file that is read
 for _noisy, _level in (("alembic", logging.WARNING), ("mlflow.tracking", logging.WARNING),
                        ("mlflow.store.db.utils", logging.CRITICAL)):  # it logs a traceback of what it raises as well
     logging.getLogger(_noisy).setLevel(_level)
 
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param  # noqa: E402
+from mlflow.entities import (  # noqa: E402
+    Dataset,
+    DatasetInput,
+    InputTag,
+    LoggedModelInput,
+    LoggedModelOutput,
+    Metric,
+    Param,
+    RunTag,
+    ViewType,
+)
 from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.tracking import MlflowClient  # noqa: E402
 from mlflow.utils.time import get_current_time_millis  # noqa: E402
 
-__all__ = ["Dataset", "DatasetInput", "InputTag", "Metric", "MlflowClient", "MlflowException", "Param",
-           "get_current_time_millis", "open_client"]
+__all__ = ["AwayError", "Dataset", "DatasetInput", "InputTag", "LoggedModelInput", "LoggedModelOutput", "Metric", "MlflowClient",
+           "MlflowException", "Param", "RunTag", "ViewType", "as_default", "get_current_time_millis", "open_client", "why_dead"]
 TABLES_SECONDS, BUSY_SECONDS = 120.0, 30.0
 """Longest wait for another process that makes the tables of an SQLite file, and for one that writes to it."""
 DATABASE_PORTS = {"postgresql": 5432, "postgres": 5432, "mysql": 3306, "mssql": 1433}
@@ -42,17 +53,24 @@ DATABASES = {"sqlite", *DATABASE_PORTS}
 """Schemes of the stores that this process writes to itself; behind others a server keeps runs and artifacts."""
 
 
-def open_client(uri: str) -> MlflowClient:
-    """A client whose server answers, and whose faults later are one line. Raises StoppedError within seconds if no server
-    answers, for a fault that may pass and for a full disk, InputError for a store that cannot be used as it is given."""
+class AwayError(StoppedError):
+    """The store takes no records now, and will take the same ones later: its server or database is away, its disk is full."""
+
+
+def open_client(uri: str, registry: str | None = None) -> MlflowClient:
+    """A client whose server answers, and whose faults later are one line; `registry`: address of the model registry, where that
+    is another one. Raises StoppedError within seconds if no server answers, for a fault that may pass and for a full disk,
+    InputError for a store that cannot be used as it is given."""
     shown = without_credentials(uri)
-    if fault := _why_dead(uri):
-        raise StoppedError(f"tracking.uri={shown}: no MLflow server answers there ({fault}): start it or choose another")
+    for field, address in (("tracking.uri", uri), ("tracking.registry_uri", registry)):
+        if address and (fault := why_dead(address)):
+            raise AwayError(f"{field}={without_credentials(address)}: no MLflow server answers there ({fault}): start it or "
+                            "choose another")
     try:
         if _has_tables(uri):
-            return _told_in_one_line(_connected(uri), shown)
+            return _told_in_one_line(_connected(uri, registry or uri), shown)
         with _one_at_a_time(uri):
-            return _told_in_one_line(_connected(uri), shown)
+            return _told_in_one_line(_connected(uri, registry or uri), shown)
     except Timeout:
         raise InputError(f"tracking.uri={shown}: another process has been making its tables for {TABLES_SECONDS:.0f} s: try "
                          f"again, or delete {_database(uri)}.lock if none is running") from None
@@ -64,11 +82,29 @@ def open_client(uri: str) -> MlflowClient:
             raise InputError(f"tracking.uri={shown}: an interrupted first start left its tables half-made ({reason}): delete "
                              f"{_database(uri) or 'that database'} and run again") from None
         if _database(uri) is None and tells_full(str(error)):
-            raise StoppedError(f"tracking.uri={shown}: {_line_of(str(error), remote=True)}") from None
+            raise AwayError(f"tracking.uri={shown}: {_line_of(str(error), remote=True)}") from None
         if is_refusal(error):
             raise InputError(f"tracking.uri={shown}: cannot be used ({reason})") from None
-        raise StoppedError(f"tracking.uri={shown}: cannot be used now ({reason}): run the same command again when that is "
-                           "mended") from None
+        raise AwayError(f"tracking.uri={shown}: cannot be used now ({reason}): run the same command again when that is "
+                        "mended") from None
+
+
+@contextmanager
+def as_default(uri: str) -> Iterator[None]:
+    """Make `uri` the store that MLflow's own code asks within the block: that of a registry in a database looks models up there
+    and not in the client's store."""
+    before = os.environ.get(_URI_VARIABLE)
+    os.environ[_URI_VARIABLE] = uri
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_URI_VARIABLE]
+        else:
+            os.environ[_URI_VARIABLE] = before
+
+
+_URI_VARIABLE = "MLFLOW_TRACKING_URI"
 
 
 def is_refusal(error: BaseException) -> bool:
@@ -90,8 +126,8 @@ _REFUSED = re.compile(r"error code 40[0-7]\b|\b(401|403) Client Error|\(40[134]\
 
 
 class _OneLine:
-    """A client whose calls raise StoppedError, with one line, for what no caller can go on from: a server that went away, an
-    experiment or a run that somebody deleted meanwhile."""
+    """A client whose calls raise, with one line, AwayError for a server that went away, and StoppedError for an experiment or a
+    run that somebody deleted meanwhile."""
 
     def __init__(self, client: MlflowClient, shown: str) -> None:
         self._client, self._shown, self._remote = client, shown, _database(shown) is None
@@ -107,8 +143,12 @@ class _OneLine:
                     if _FORBIDDEN.search(str(error)):
                         raise InputError(f"tracking.uri={self._shown}: refuses this ({first_line(error)[:200]}): correct its "
                                          "user and password, or their permissions") from None
+                    if self._remote and error.error_code in _PASSING_CODES:
+                        raise AwayError(f"tracking.uri={self._shown}: does not take this now ({first_line(error)[:200]}): run "
+                                        "the same command again when that is mended") from None
                     raise
-                raise StoppedError(f"tracking.uri={self._shown}: {line}") from None
+                kind = StoppedError if _DELETED.search(str(error)) else AwayError
+                raise kind(f"tracking.uri={self._shown}: {line}") from None
 
         return call
 
@@ -118,9 +158,11 @@ def _told_in_one_line(client: MlflowClient, shown: str) -> MlflowClient:
 
 
 _DELETED = re.compile(r"The (run|experiment) (\S+) must be in the '?active'? state", re.IGNORECASE)
-_AWAY = re.compile(r"API request to .* failed with (exception|error code (408|429|5\d\d))|Max retries exceeded"
-                   r"|Connection (refused|reset|aborted)|could not connect")
+_AWAY = re.compile(r"API request to .* failed with (timeout exception|exception|error code (408|429|5\d\d))|Max retries exceeded"
+                   r"|Connection (refused|reset|aborted)|could not connect|server closed the connection|terminating connection"
+                   r"|database system is (starting|shutting)|Lost connection|server has gone away|Can't connect")
 
+_PASSING_CODES = ("TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
 _FORBIDDEN = re.compile(r"API request to .* failed with error code 40[13]")
 
 
@@ -165,12 +207,12 @@ def _newest_schema() -> str | None:
         return None
 
 
-def _connected(uri: str) -> MlflowClient:
+def _connected(uri: str, registry: str) -> MlflowClient:
     """A client that has read from the store, which makes its tables at first. A busy SQLite is waited for."""
     deadline = time.monotonic() + BUSY_SECONDS
     while True:
         try:
-            client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+            client = MlflowClient(tracking_uri=uri, registry_uri=registry)
             client.search_experiments(max_results=1)
             return client
         except Exception as error:
@@ -195,7 +237,7 @@ def _one_at_a_time(uri: str) -> Iterator[None]:
         yield
 
 
-def _why_dead(uri: str) -> str | None:
+def why_dead(uri: str) -> str | None:
     """Why the server does not answer, or None if it does. A file needs no server."""
     if uri.startswith(("http://", "https://")):
         return why_unreachable(f"{without_credentials(uri).rstrip('/')}/health")

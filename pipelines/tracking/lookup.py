@@ -8,6 +8,7 @@ from pathlib import Path
 from hydra_core.base import resolve_base
 from hydra_core.bundled import BUNDLED, bundled_configuration, is_bundled
 from hydra_core.errors import InputError
+from hydra_core.storage import as_path
 from pipelines.config import RunConfig
 from pipelines.config.serve import PLAIN
 from pipelines.runtime.artifacts import RunPaths
@@ -34,12 +35,12 @@ def find_model(config: RunConfig, asked: str | None, field: str = "serve.model")
     if is_bundled(asked):
         return _bundled(config)
     if asked is not None and not asked.startswith("models:/"):
-        return Model(Path(asked), asked)
+        return Model(as_path(asked), asked)
     from pipelines.tracking.registry import NotRegistered, resolve  # MLflow, which bundled heads, folders and `plain` do without
 
     champion = f"models:/{config.promote.model_name}@{config.promote.alias}"
     try:
-        version, folder = resolve(config, asked or champion, RunPaths.of(config).cache / "models", field)
+        version, folder = resolve(config, asked or champion, RunPaths.of(config).storage / "cache" / "models", field)
     except NotRegistered:
         if asked is not None or (found := _of_this_base(config)) is None:
             raise

@@ -1,117 +1,117 @@
-"""Decoding held-out prompts with the newest heads, in a Ray task that runs while training goes on.
+"""Decoding held-out prompts with the newest heads while training goes on: Ray Train's own validation of checkpoints.
 
 Every validation computes teacher-forced figures. Decoding with an engine costs more, and shows faults that teacher forcing
-cannot show. Training waits for a task only after its last step.
+cannot show. Ray Train's controller starts the function here for one checkpoint after the other, keeps each until it is decoded,
+goes on with those that are left when a training is resumed, and waits for them at the end, when the workers have given their
+room back. A function that fails would end the training, so the decoding is a task of its own.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
-import torch
+from ray.train.v2.api.validation_config import ValidationConfig, ValidationTaskConfig
 
-from hydra_core.decoding import Engine, load_heads
-from hydra_core.sampling import Request
-from pipelines.config import BaseSection, RunConfig
+from hydra_core.storage import as_path
+from pipelines.config import RunConfig, TrainSection
+from pipelines.distill.union import other_rows
 from pipelines.runtime.artifacts import RunPaths
+from pipelines.runtime.console import say
 from pipelines.runtime.faults import first_line
 from pipelines.runtime.logs import speak
-from pipelines.train.reporting import tracker_of
-
-if TYPE_CHECKING:
-    from pipelines.train.context import TrainContext
+from pipelines.runtime.ray_access import worker_environment
+from pipelines.runtime.ray_cluster import cluster_address
+from pipelines.train.context import HEADS, LoopSettings
 
 METRIC = "decoded.tokens_per_step"
-LONGEST_WAIT = 300.0
-"""Seconds that a finished training waits for its last tasks: a task that gets no CPU never ends."""
+LONGEST_SECONDS = 1800.0
+"""After which a decoding is given up: it hangs, or there is no room for it."""
 
 
-@dataclass(frozen=True)
-class DecodeJob:
-    """Plain values for the task. `heads`: a checkpoint folder for this task alone, which it removes at its end."""
+def decoding_of(config: RunConfig, settings: LoopSettings) -> ValidationConfig | None:
+    """What Ray Train needs to decode beside the training; None where no decoding is asked for. Call it in a cluster."""
+    train = config.train
+    if not train.decode_every:
+        return None
+    gpus = spare_gpus(config) if train.decode_gpus is None else train.decode_gpus
+    values = {"settings": asdict(settings), "gpus": gpus}
+    return ValidationConfig(decode_heads, ValidationTaskConfig(fn_kwargs=values, timeout_s=LONGEST_SECONDS), {
+        "num_cpus": 0, "runtime_env": worker_environment(cluster_address(config))})
 
-    base: BaseSection
-    cache: str
-    heads: str
-    prompts: tuple[tuple[int, ...], ...]
-    max_new_tokens: int
-    threads: int
+
+def spare_gpus(config: RunConfig) -> int:
+    """1 if the training uses GPUs and leaves one of the cluster's free, and the base may run on it, else 0."""
+    workers = config.train.workers
+    left = ray.cluster_resources().get("GPU", 0.0) - workers.most * workers.gpus
+    return int(workers.gpus > 0 and left >= 1 and config.base.device != "cpu")
 
 
-def decode(job: DecodeJob) -> float:
-    """Decode all prompts greedily; returns tokens per step, the first token of each answer not counted."""
+def is_due(train: TrainSection, step: int) -> bool:
+    """Whether the heads that are validated after `step` steps are decoded with: about every `decode_every` steps."""
+    every = train.decode_every
+    return bool(every) and step // every != (step - train.validate_every) // every
+
+
+def decode_heads(checkpoint: Any, **given: Any) -> dict[str, float]:
+    """Decode with the heads of `checkpoint` in a task that reserves what it uses, and log the result at their step.
+
+    `given`: `settings`, the fields of LoopSettings, and `gpus`, how many the task reserves. Returns what Ray Train adds to the
+    metrics of the checkpoint. A failure is told in a line, and returns nothing.
+    """
     speak()
-    torch.set_num_threads(job.threads)
+    loop, gpus = LoopSettings(**given["settings"]), given["gpus"]
+    train = RunConfig.model_validate(loop.config).train
+    task = ray.remote(decode).options(num_cpus=train.decode_cpus, num_gpus=gpus, max_retries=0)
     try:
-        base = job.base.load(job.cache, device="cpu")
-        requests = [Request(str(number), prompt, min(job.max_new_tokens, base.context_limit - len(prompt)))
-                    for number, prompt in enumerate(job.prompts) if len(prompt) < base.context_limit]
-        room = max(len(request.prompt_ids) + request.max_new_tokens for request in requests)
-        engine = Engine(base, *load_heads(job.heads, base), max_batch_size=1, context_limit=room)
-        results = engine.generate(requests)
-    finally:
-        shutil.rmtree(job.heads, ignore_errors=True)
-    return sum(len(result.token_ids) - 1 for result in results) / max(sum(result.steps for result in results), 1)
+        step, value = ray.get(task.remote(checkpoint, loop, "cuda" if gpus else "cpu"))
+    except ray.exceptions.RayError as error:
+        say(f"train {loop.drafter}", f"a decoding beside the training failed: {str(error).strip().splitlines()[-1]}")
+        return {}
+    _log(loop, step, value)
+    return {METRIC: value}
 
 
-class AsyncEvaluator:
-    """The decoding tasks of one training run. Its first rank starts them and collects their results."""
+def decode(checkpoint: Any, loop: LoopSettings, device: str) -> tuple[int, float]:
+    """Decode the prompts of some held-out rows greedily with the heads of `checkpoint`.
 
-    def __init__(self, context: TrainContext, say: Callable[[str], None]) -> None:
-        self.context, self.say, self.running = context, say, dict[Any, int]()
-        self.task = ray.remote(decode).options(num_cpus=context.train.decode_cpus, max_retries=0)
+    Returns the step of the heads, and tokens per step, the first token of each answer not counted.
+    """
+    import torch
 
-    def after(self, step: int, heads: Path) -> None:
-        """Collect finished tasks; every `decode_every` steps start another one, with a copy of `heads`."""
-        self.collect(0.0)
-        every = self.context.train.decode_every
-        if not every or step // every == (step - self.context.train.validate_every) // every:
-            return
-        copy = self._copy(step)
-        shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(heads, copy)
-        self.running[self.task.remote(self._job(copy))] = step
+    from hydra_core.decoding import Engine, load_heads
+    from hydra_core.sampling import Request
+    from pipelines.rows.feature_store import FeatureStore
 
-    def end(self, wait: bool) -> None:
-        """Collect finished tasks, with `wait` also those that finish soon, and cancel the others."""
-        self.collect(LONGEST_WAIT if wait else 0.0)
-        for task, step in self.running.items():
-            ray.cancel(task, force=True)
-            shutil.rmtree(self._copy(step), ignore_errors=True)
-            self.say(f"the decoding task of step {step} did not end in time: does the cluster have train.decode_cpus free?")
-        self.running.clear()
+    speak()
+    config = RunConfig.model_validate(loop.config)
+    train, store = config.train, FeatureStore.open(as_path(loop.held_out), "held_out", also=other_rows(config))
+    torch.set_num_threads(train.workers.threads)
+    base = config.base.load(RunPaths.of(config).cache, device=device)
+    requests = []
+    for row in store.sample(train.decode_prompts, train.seed):
+        prompt = tuple(store.token_ids(int(row))[:store.index.prompt_tokens[row]].tolist())
+        if len(prompt) < base.context_limit:
+            requests.append(Request(str(row), prompt, min(train.decode_tokens, base.context_limit - len(prompt))))
+    room = max(len(request.prompt_ids) + request.max_new_tokens for request in requests)
+    with checkpoint.as_directory() as folder:
+        heads = Path(folder) / HEADS
+        step = int(json.loads((heads / "provenance.json").read_text(encoding="utf-8"))["training"]["step"])
+        engine = Engine(base, *load_heads(heads, base), max_batch_size=1, context_limit=room)
+    results = engine.generate(requests)
+    return step, sum(len(result.token_ids) - 1 for result in results) / max(sum(result.steps for result in results), 1)
 
-    def collect(self, seconds: float) -> None:
-        """Log the figures of tasks that end within `seconds`. The failure of a task is reported, and training goes on."""
-        if not self.running:
-            return
-        ready, _ = ray.wait(list(self.running), num_returns=len(self.running), timeout=seconds)
-        for task in ready:
-            step = self.running.pop(task)
-            try:
-                self._log(step, ray.get(task))
-            except ray.exceptions.RayError as error:
-                self.say(f"the decoding task of step {step} failed: {str(error).strip().splitlines()[-1]}")
 
-    def _copy(self, step: int) -> Path:
-        return Path(self.context.settings.folder) / f"decode-{step}"
+def _log(loop: LoopSettings, step: int, value: float) -> None:
+    name = f"train {loop.drafter}"
+    if loop.run_id is not None and loop.tracking_uri is not None:
+        from pipelines.tracking import log_or_keep
 
-    def _job(self, heads: Path) -> DecodeJob:
-        config, store = RunConfig.model_validate(self.context.settings.config), self.context.held_out.store
-        rows = store.sample(self.context.train.decode_prompts, self.context.train.seed)
-        prompts = tuple(tuple(store.token_ids(int(row))[:store.index.prompt_tokens[row]].tolist()) for row in rows)
-        return DecodeJob(config.base, str(RunPaths.of(config).cache), str(heads), prompts, self.context.train.decode_tokens,
-                         self.context.train.workers.threads)
-
-    def _log(self, step: int, value: float) -> None:
         try:
-            if (logger := tracker_of(self.context)) is not None:
-                logger.log({METRIC: value}, step)
+            log_or_keep(RunConfig.model_validate(loop.config), loop.tracking_uri, loop.run_id, {METRIC: value}, step)
         except Exception as error:  # each kind of store raises its own exceptions, and none is worth the training
-            self.say(f"{METRIC} of step {step} is not logged: {first_line(error)}")
-        self.say(f"decoded with the heads of step {step}: {value:.3f} tokens per step")
+            say(name, f"{METRIC} of step {step} is not logged: {first_line(error)}")
+    say(name, f"decoded with the heads of step {step}: {value:.3f} tokens per step")

@@ -13,7 +13,7 @@ from torch import Tensor
 from hydra_core.heads import DraftVocab, HeadsConfig
 from hydra_core.training.alignment import target_range
 from hydra_core.training.packing import Packed
-from pipelines.rows.feature_store import BatchOrder, share_of
+from pipelines.rows.batch_order import BatchOrder, share_of
 from pipelines.rows.packed_reader import ProcessGroup, RowReader
 from pipelines.rows.row_index import RowStore
 
@@ -39,12 +39,14 @@ def valid_counts(store: RowStore, draft_vocab: DraftVocab, heads: HeadsConfig) -
 class Batch:
     """One rank's part of a step, in pieces that are computed one after the other.
 
-    `counts`: [K] int64, positions with a loss of the whole step, by head.
+    `counts`: [K] int64, positions with a loss of the whole step, by head; `counted`: how many of the pieces count, the first
+    ones: the others stand in for rows that there are not, so that all ranks take part in the same exchanges.
     """
 
     step: int
     pieces: tuple[Packed, ...]
     counts: Tensor
+    counted: int
 
     @property
     def padding(self) -> float:
@@ -61,10 +63,12 @@ class StepBatches:
         self.reader, self.order, self.counts, self.group, self.accumulate = reader, order, counts, group, accumulate
 
     def batch(self, step: int) -> Batch:
-        rows, first = self.order.rows(step), self.group.rank * self.accumulate
-        lengths, parts = self.reader.store.index.lengths, self.group.world_size * self.accumulate
-        pieces = tuple(self.reader.pack(share_of(rows, lengths, first + piece, parts)) for piece in range(self.accumulate))
-        return Batch(step, pieces, torch.from_numpy(self.counts[rows].sum(0)))
+        rows = self.order.rows(step)
+        dealt = [part for part in self.order.pieces(step, self.group, self.accumulate) if len(part)]
+        near = np.concatenate(dealt) if dealt else rows
+        shortest = near[np.argmin(self.order.lengths[near])][None]
+        pieces = [self.reader.pack(part) for part in dealt + [shortest] * (self.accumulate - len(dealt))]
+        return Batch(step, tuple(pieces), torch.from_numpy(self.counts[rows].sum(0)), len(dealt))
 
     def between(self, start: int, stop: int) -> Iterator[Batch]:
         """Batches of steps start .. stop - 1."""

@@ -22,7 +22,7 @@ class LoopSettings:
     """What the driver sends to each worker; plain values only, since they are serialised.
 
     `rows`: folder of the training rows: features, or answers for online features; `held_out`: folder of the features that
-    validation reads.
+    validation reads; `halving`: the fields of `halving.Halving` for a trial of a search.
     """
 
     config: dict[str, Any]
@@ -33,6 +33,7 @@ class LoopSettings:
     tracking_uri: str | None
     run_id: str | None
     provenance: dict[str, Any]
+    halving: dict[str, Any] | None = None
 
 
 @dataclass
@@ -51,8 +52,12 @@ class TrainContext:
     total: int
     engine: Any
     average: WeightAverage | None = None
+    lanes: int | None = None
+    """`BatchOrder.lanes` of a resumed run, and of every run from its first step on."""
     curve: list[dict[str, Any]] = field(default_factory=list)
     next_step: int = 0
+    validated: float | None = None
+    """Tokens per step of the validation after `next_step` steps, None if there was none."""
 
     @property
     def first(self) -> bool:

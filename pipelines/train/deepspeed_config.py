@@ -20,14 +20,12 @@ _NEVER = 2**31 - 1
 def deepspeed_settings(train: TrainSection, world_size: int) -> dict[str, Any]:
     """DeepSpeed's configuration for `world_size` ranks, without the optimizer and the learning rate, which are passed as objects.
 
-    Raises InputError if the rows of a step do not divide among the ranks and the pieces of each.
+    Of the batch's size it uses the number of pieces alone. It wants the others to be multiples of each other, which rows of a
+    step need not be: a piece counts as one.
     """
-    if train.rows_per_step % (world_size * train.accumulate):
-        pieces = f" x {train.accumulate} pieces (train.accumulate)" if train.accumulate > 1 else ""
-        raise InputError(f"train.rows_per_step={train.rows_per_step}: is not a multiple of {world_size} workers{pieces}")
     return {
-        "train_batch_size": train.rows_per_step,
-        "train_micro_batch_size_per_gpu": train.rows_per_step // (world_size * train.accumulate),
+        "train_batch_size": world_size * train.accumulate,
+        "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": train.accumulate,
         "gradient_clipping": train.grad_clip,
         "bf16": {"enabled": train.precision == "bf16"},

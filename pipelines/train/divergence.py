@@ -6,10 +6,12 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from hydra_core.errors import StoppedError
+from hydra_core.storage import is_remote
 from pipelines.runtime.files import write_text
 from pipelines.train.context import HEADS
 
@@ -53,8 +55,8 @@ def raise_if_stopped(folder: Path, name: str, checkpoint: Any) -> None:
     found = json.loads((folder / STOPPED).read_text(encoding="utf-8"))
     good = "no checkpoint was made before"
     if checkpoint is not None:
-        heads = Path(checkpoint.path) / HEADS
-        step = json.loads((heads / "provenance.json").read_text(encoding="utf-8"))["training"]["step"]
-        good = f"the last good checkpoint, after {step} steps, is {heads}"
+        with checkpoint.as_directory() if is_remote(folder) else nullcontext(checkpoint.path) as source:
+            made = json.loads((Path(source) / HEADS / "provenance.json").read_text(encoding="utf-8"))
+        good = f"the last good checkpoint, after {made['training']['step']} steps, is {checkpoint.path}/{HEADS}"
     raise StoppedError(f"train.drafters.{name}: {found['why']} at step {found['step']} (lr {found['lr']:.2e}): {good}; lower "
                        "train.lr or raise train.warmup_steps, under another name")

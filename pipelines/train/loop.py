@@ -8,6 +8,7 @@ from its state, and the curve has every step once.
 from __future__ import annotations
 
 import logging
+import re
 import tempfile
 import time
 import warnings
@@ -23,40 +24,55 @@ import torch.distributed as dist
 from hydra_core.base import BaseVocabulary, load_vocabulary
 from hydra_core.errors import InputError, StoppedError
 from hydra_core.heads import DraftVocab, build_drafter
+from hydra_core.storage import as_path
 from hydra_core.training.metrics import HeadCounts
 from hydra_core.training.model import HeadTraining
 from hydra_core.tree.search import reference_tokens_per_step
 from hydra_core.tree.simulation import RankRows
 from pipelines.config import RunConfig, TrainSection
-from pipelines.rows.feature_store import BatchOrder, FeatureStore
+from pipelines.distill.union import other_rows
+from pipelines.rows.batch_order import BatchOrder
+from pipelines.rows.feature_store import FeatureStore
 from pipelines.rows.online_features import OnlineStore
 from pipelines.rows.packed_reader import ProcessGroup, RowReader, load_log_partitions
 from pipelines.rows.row_index import RowStore
 from pipelines.rows.schemas import content_id
 from pipelines.runtime.artifacts import RunPaths
-from pipelines.runtime.faults import one_line
+from pipelines.runtime.console import say
+from pipelines.runtime.faults import first_line, one_line
 from pipelines.runtime.files import write_array
 from pipelines.runtime.ray_access import CHECKPOINT
-from pipelines.train.async_eval import AsyncEvaluator
+from pipelines.train.async_eval import is_due
 from pipelines.train.batches import Batch, StepBatches, valid_counts, validation_groups
-from pipelines.train.context import HEADS, LoopSettings, TrainContext
+from pipelines.train.context import LoopSettings, TrainContext
 from pipelines.train.deepspeed_config import deepspeed_settings, learning_rate, prepare_environment
 from pipelines.train.divergence import why_not_keep, why_stop, write_stop
 from pipelines.train.ema import WeightAverage
-from pipelines.train.reporting import StepLines, log_curve, read_curve_and_figures, save_curve_and_heads
+from pipelines.train.halving import must_halt
+from pipelines.train.notice import WORDS, LeavingError, Notice, agreed_notice
+from pipelines.train.position import load_position, save_position
+from pipelines.train.reporting import StepLines, log_curve, read_curve_and_figures, save_curve_and_heads, watched
 from pipelines.train.warm_start import load_start
 
-STATE_TAG = "state"
+LOST = re.compile(r"gloo/transport|Connection (closed|reset) by peer|NCCL")
+"""In the error of an exchange whose other side has died: Ray starts all workers again."""
+NOT_VALIDATED = {"tokens_per_step": 0.0}
+"""What Ray compares checkpoints by: any validated one has at least 1."""
 
 
 def train_loop(settings: dict[str, Any]) -> None:
     """Train one drafter on this rank until its last step, resuming from Ray's checkpoint if there is one. Raises StoppedError for
     a disk that takes no more."""
     try:
-        with one_line(Path(settings["folder"])):
+        with one_line(as_path(settings["folder"])), watched(LoopSettings(**settings)):
             _train(settings)
-    except (InputError, StoppedError):
+    except (InputError, StoppedError, LeavingError):
         _quieten(logging.CRITICAL)  # Ray Train would print a traceback, and the driver prints the line
+        raise
+    except RuntimeError as error:
+        if LOST.search(str(error)):
+            _quieten(logging.CRITICAL)
+            say(f"train {settings['drafter']}", f"another worker is gone ({first_line(error)[-120:]})")
         raise
 
 
@@ -66,28 +82,32 @@ def _train(settings: dict[str, Any]) -> None:
     worker = ray.train.get_context()
     context = set_up(LoopSettings(**settings), ProcessGroup(worker.get_world_rank(), worker.get_world_size()))
     restore(context, ray.train.get_checkpoint())
-    order = BatchOrder.of(context.learn.store, context.train.rows_per_step, context.train.seed, context.train.cache_mb << 20)
+    train = context.train
+    order = BatchOrder.of(context.learn.store, train.rows_per_step, train.seed, train.cache_mb << 20, context.lanes)
+    context.lanes = order.lanes
     counts = valid_counts(context.learn.store, context.draft_vocab, context.heads)
     batches = StepBatches(context.learn, order, counts, context.group, context.train.accumulate)
     progress = StepLines(context)
-    evaluator = AsyncEvaluator(context, progress.say) if context.first and context.train.decode_every else None
     why: str | None = None
-    for batch in batches.between(context.next_step, context.total):
+    last = context.next_step if must_halt(context) else context.total  # a trial that was stopped, and killed before it had ended
+    for batch in batches.between(context.next_step, last):
         record = train_step(context, batch)
         why = why_stop(context.curve, record, context.train.stop_ratio)
         if why is None:
             context.curve.append(record)
-            context.next_step = batch.step + 1
+            context.next_step, context.validated = batch.step + 1, None
             progress.after(record)
             if context.next_step % context.train.validate_every == 0 or context.next_step == context.total:
-                why = _validate_and_report(context, progress, evaluator)
+                why = _validate_and_report(context, progress)
         if why is not None:
             if context.first:
-                write_stop(Path(context.settings.folder), why, record)
+                write_stop(as_path(context.settings.folder), why, record)
             dist.barrier()
             break  # on every rank, as all have the same figures
-    if evaluator is not None:
-        evaluator.end(wait=why is None)
+        if must_halt(context):
+            break
+        if context.next_step < context.total and (notice := agreed_notice(context.device)) is not Notice.NONE:
+            _leave(context, progress, notice)
 
 
 def set_up(settings: LoopSettings, group: ProcessGroup) -> TrainContext:
@@ -99,9 +119,10 @@ def set_up(settings: LoopSettings, group: ProcessGroup) -> TrainContext:
     _quieten()
     torch.set_num_threads(train.workers.threads)
     device = _device(uses_gpu)
-    learn = RowReader(training_rows(train, Path(settings.rows)))
+    learn = RowReader(training_rows(config, as_path(settings.rows)))
     vocabulary = _open_base(config, learn.store, device)
-    held_out = RowReader(FeatureStore.open(Path(settings.held_out), "held_out", cache_bytes=train.cache_mb << 20))
+    held_out = RowReader(FeatureStore.open(as_path(settings.held_out), "held_out", cache_bytes=train.cache_mb << 20,
+                                          also=other_rows(config)))
     counts = learn.store.response_counts(vocabulary.size)
     draft_vocab = DraftVocab.rank(counts, heads.draft_vocab_size, vocabulary.stop_ids)
     torch.manual_seed(train.seed)
@@ -124,11 +145,13 @@ def set_up(settings: LoopSettings, group: ProcessGroup) -> TrainContext:
     return context
 
 
-def training_rows(train: TrainSection, folder: Path) -> RowStore:
-    """The rows that heads learn from: with stored hidden states, or answers whose hidden states are computed while training."""
+def training_rows(config: RunConfig, folder: Path) -> RowStore:
+    """The rows that heads learn from, of `folder` and of the runs in `train.also`: with stored hidden states, or answers whose
+    hidden states are computed while training."""
+    train = config.train
     if train.features == "online":
-        return OnlineStore.open(folder, "train", train.share)
-    return FeatureStore.open(folder, "train", cache_bytes=train.cache_mb << 20, share=train.share)
+        return OnlineStore.open(folder, "train", train.share, other_rows(config, "responses"))
+    return FeatureStore.open(folder, "train", cache_bytes=train.cache_mb << 20, share=train.share, also=other_rows(config))
 
 
 def _open_base(config: RunConfig, store: RowStore, device: torch.device) -> BaseVocabulary:
@@ -172,17 +195,19 @@ def train_step(context: TrainContext, batch: Batch) -> dict[str, Any]:
     # product.
     divisors = counts / (world_size * len(batch.pieces))
     totals = torch.zeros(len(counts), dtype=torch.float64, device=context.device)
-    for piece in batch.pieces:
-        loss, sums = engine(piece.to(context.device), divisors)
+    for number, piece in enumerate(batch.pieces):
+        counted = number < batch.counted
+        loss, sums = engine(piece.to(context.device), divisors if counted else torch.full_like(divisors, torch.inf))
         engine.backward(loss)
         engine.step()  # the optimizer steps after the last piece alone
-        totals += sums
+        totals += sums if counted else 0
     dist.all_reduce(totals)
     per_head = (totals / counts).tolist()
     if context.average is not None:
         context.average.update(batch.step)
     record = {"step": batch.step, "loss": sum(per_head) / len(per_head), "lr": rate,
-              "positions": int(batch.counts.max()), "padding": round(batch.padding, 4), "time": round(time.time(), 3)}
+              "positions": int(batch.counts.max()), "padding": round(batch.padding, 4), "workers": world_size,
+              "time": round(time.time(), 3)}
     norm = engine.get_global_grad_norm()
     record |= {} if norm is None else {"gradient": float(norm)}
     return record | {f"head{head}_loss": value for head, value in enumerate(per_head)}
@@ -193,8 +218,9 @@ def validate(context: TrainContext) -> dict[str, float]:
     """Figures over the held-out rows, from counts that are summed over ranks; the same on every rank."""
     context.engine.eval()
     train = context.train
-    groups = validation_groups(context.held_out.store, train.validation_rows, train.rows_per_step // context.group.world_size,
-                               train.seed, context.group)
+    seed = train.seed if train.validation_seed is None else train.validation_seed
+    groups = validation_groups(context.held_out.store, train.validation_rows,
+                               max(1, train.rows_per_step // context.group.world_size), seed, context.group)
     total = HeadCounts.zeros(context.heads.num_heads)
     parts: list[tuple[np.ndarray, tuple[int, ...]]] = []
     with _eval_weights(context):
@@ -216,38 +242,61 @@ def restore(context: TrainContext, checkpoint: Any) -> None:
     if checkpoint is None:
         return
     with checkpoint.as_directory() as folder:
-        _, client = context.engine.load_checkpoint(folder, tag=STATE_TAG)
+        position = load_position(context, Path(folder))
         context.curve, figures = read_curve_and_figures(Path(folder))
         if context.average is not None:
             context.average.load(Path(folder))
         dist.barrier()  # inside the block: the first rank that leaves it may delete the folder
-    context.next_step = int(client["next_step"])
+    context.next_step, context.validated = int(position["next_step"]), figures.get("tokens_per_step")
+    context.lanes = int(position.get("lanes", 1))  # an earlier version dealt rows by length, whatever they take to read
     if context.first:
         log_curve(context, figures)  # a kill right after the checkpoint leaves its steps unlogged
 
 
-def _validate_and_report(context: TrainContext, progress: StepLines, evaluator: AsyncEvaluator | None) -> str | None:
+def _validate_and_report(context: TrainContext, progress: StepLines) -> str | None:
     """Validate and make a checkpoint. Returns why training must stop, in which case there is no checkpoint, else None."""
-    import ray.train
-
     figures = validate(context)
     if why := why_not_keep(figures):
         return why
+    _report(context, figures, is_due(context.train, context.next_step))
+    context.validated = figures["tokens_per_step"]
+    progress.validated(figures)
+    return None
+
+
+def _leave(context: TrainContext, progress: StepLines, notice: Notice) -> None:
+    """Make a checkpoint of the step, unless a validation has just done so, and end the workers by LeavingError.
+
+    It is not validated: there may be seconds left.
+    """
+    import ray.train
+
+    if context.next_step % context.train.validate_every:
+        _report(context, {}, decoded=False)
+    ray.train.get_all_reported_checkpoints(ray.train.CheckpointConsistencyMode.COMMITTED)  # an error would overtake the report
+    if context.first:
+        progress.say(f"{WORDS[notice]}: training goes on from this step's checkpoint")
+    raise LeavingError(WORDS[notice])
+
+
+def _report(context: TrainContext, figures: dict[str, float], decoded: bool) -> None:
+    """Make a checkpoint, and log what is new since the last one.
+
+    `figures`: of the validation, none without one; `decoded`: whether its heads are decoded with beside the training.
+    """
+    import ray.train
+
     metrics = {"step": context.next_step, "loss": context.curve[-1]["loss"], **figures}
     with tempfile.TemporaryDirectory(prefix=CHECKPOINT) as folder:
-        context.engine.save_checkpoint(folder, tag=STATE_TAG, client_state={"next_step": context.next_step})
+        save_position(context, Path(folder))
         with _eval_weights(context):
             if context.first:
                 save_curve_and_heads(context, Path(folder), metrics)
         if context.first and context.average is not None:
             context.average.save(Path(folder))
-        if evaluator is not None:
-            evaluator.after(context.next_step, Path(folder) / HEADS)
-        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+        ray.train.report(NOT_VALIDATED | metrics, checkpoint=ray.train.Checkpoint.from_directory(folder), validation=decoded)
     if context.first:
         log_curve(context, figures)
-    progress.validated(figures)
-    return None
 
 
 def _ensure_log_partitions(context: TrainContext, reader: RowReader, cached: Path) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra_core.heads.checkpoint import save_checkpoint
+from hydra_core.storage import as_path
 from hydra_core.tree import default_trees
+from pipelines.config import RunConfig
 from pipelines.runtime.console import say
 from pipelines.runtime.faults import first_line
 from pipelines.runtime.files import write_text
@@ -17,7 +20,7 @@ from pipelines.train.context import CURVE, HEADS, LOGGED
 
 if TYPE_CHECKING:
     from pipelines.tracking import MetricLogger, Run
-    from pipelines.train.context import TrainContext
+    from pipelines.train.context import LoopSettings, TrainContext
 
 PROGRESS_SECONDS = 5.0
 """Between two lines of progress."""
@@ -34,9 +37,14 @@ def save_curve_and_heads(context: TrainContext, folder: Path, metrics: dict[str,
 
 def read_curve_and_figures(folder: Path) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """The curve in a checkpoint, and the held-out figures of the validation before it."""
-    curve = [json.loads(line) for line in (folder / CURVE).read_text(encoding="utf-8").splitlines()]
+    curve = read_curve(folder / CURVE)
     found = json.loads((folder / HEADS / "provenance.json").read_text(encoding="utf-8"))["training"]
     return curve, {name: value for name, value in found.items() if name not in ("step", "loss")}
+
+
+def read_curve(path: Path) -> list[dict[str, Any]]:
+    """The records of all steps."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def tracker_of(context: TrainContext) -> MetricLogger | None:
@@ -49,17 +57,28 @@ def tracker_of(context: TrainContext) -> MetricLogger | None:
     return metric_logger(settings.tracking_uri, settings.run_id)
 
 
+def watched(settings: LoopSettings) -> AbstractContextManager[None]:
+    """Log the load of the first rank's machine inside the block. The other ranks do not import MLflow."""
+    import ray.train
+
+    if settings.run_id is None or ray.train.get_context().get_world_rank() > 0:
+        return nullcontext()
+    from pipelines.tracking import worker_system_metrics
+
+    return worker_system_metrics(RunConfig.model_validate(settings.config), settings.tracking_uri, settings.run_id)
+
+
 def log_curve(context: TrainContext, figures: dict[str, float]) -> None:
     """Log the steps since the last logged one, and the held-out figures. A restarted worker continues where the log ends.
 
     A tracker that does not take them costs no training: they are kept, and logged with those of the next validation or, by
     `log_rest`, at the end.
     """
-    folder = Path(context.settings.folder)
+    folder = as_path(context.settings.folder)
     if context.settings.run_id is None:
         return
     marker = _read_marker(folder, context.settings.run_id)
-    if context.next_step > marker["next_step"]:
+    if figures and context.next_step > marker["next_step"]:
         marker["held_out"][str(context.next_step)] = figures
     try:
         if (logger := tracker_of(context)) is None:
@@ -75,15 +94,20 @@ def log_curve(context: TrainContext, figures: dict[str, float]) -> None:
 def log_rest(run: Run, folder: Path, curve: Path) -> None:
     """Log what `log_curve` could not: the driver does it when training has ended. `curve`: the file with all steps."""
     marker = _read_marker(folder, run.run_id)
-    _log(run, [json.loads(line) for line in curve.read_text(encoding="utf-8").splitlines()], marker)
+    _log(run, read_curve(curve), marker)
 
 
 def _log(logger: MetricLogger | Run, curve: Sequence[Mapping[str, Any]], marker: Mapping[str, Any]) -> None:
+    # at the time of the step: a point that MLflow has already, though its answer was lost, is the same when it is sent again
+    times = {record["step"]: float(record["time"]) for record in curve}
+    steps = [record for record in curve if record["step"] >= marker["next_step"]]
     points = [(record["step"], {f"train.{name}": value for name, value in record.items() if name not in ("step", "time")})
-              for record in curve if record["step"] >= marker["next_step"]]
-    points += [(int(step), {f"held_out.{name}": value for name, value in figures.items()})
-               for step, figures in marker["held_out"].items()]
-    logger.log_curve(points)
+              for record in steps]
+    moments = [times[record["step"]] for record in steps]
+    for step, figures in marker["held_out"].items():
+        points.append((int(step), {f"held_out.{name}": value for name, value in figures.items()}))
+        moments.append(times.get(int(step) - 1, time.time()))  # of the last step before the validation
+    logger.log_curve(points, moments)
 
 
 def _read_marker(folder: Path, run_id: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from hydra_core.bundled import BUNDLED, is_bundled
 from hydra_core.errors import InputError
 from hydra_core.heads import HeadsConfig
 from hydra_core.heads.checkpoint import load_checkpoint
+from hydra_core.storage import as_path
 from pipelines.config import RunConfig
 from pipelines.rows.schemas import content_id
 from pipelines.runtime.artifacts import input_digest
@@ -25,7 +26,7 @@ def start_folder(config: RunConfig, name: str) -> Path | None:
     base has none."""
     given = config.train.start.get(name)
     if not is_bundled(given):
-        return Path(given) if given else None
+        return as_path(given) if given else None
     found = bundled_heads(config)
     if found is None:
         raise InputError(f"train.start.{name}={BUNDLED}: no heads for base {config.base.model} come with the package")

@@ -25,12 +25,15 @@ from hydra_core.decoding import check_heads
 from hydra_core.errors import InputError
 from hydra_core.heads import DraftVocab, HeadDrafter
 from hydra_core.heads.checkpoint import load_checkpoint, restrict_checkpoint
+from hydra_core.storage import as_path, local_copy
 from hydra_core.training.ranks import rank_rows
 from hydra_core.tree import DraftTree, TreeSet
-from hydra_core.tree.search import Choice, StepCosts, best_choice, best_of_each_size, candidate_trees, score_trees, typical_trees
+from hydra_core.tree.costs import StepCosts
+from hydra_core.tree.search import Choice, best_choice, best_of_each_size, candidate_trees, score_trees, typical_trees
 from hydra_core.tree.simulation import RankRows
 from pipelines.config import RunConfig
 from pipelines.distill.stage import distilled
+from pipelines.distill.union import other_rows
 from pipelines.profiling.cost_cache import fingerprint_of_machine, machine_costs
 from pipelines.profiling.memory_traffic import Reads, reads_of
 from pipelines.profiling.report import draft_table, markdown, verify_tables
@@ -51,14 +54,20 @@ from pipelines.runtime.artifacts import (
 )
 from pipelines.runtime.console import say
 from pipelines.runtime.files import atomic_folder, write_text
+from pipelines.runtime.hardware import timed_on
 from pipelines.runtime.lock import only_run
+from pipelines.runtime.measuring import HARDWARE, MeasuringPlace, leave_times_of_another_machine, measuring_place
 from pipelines.runtime.ray_cluster import ensure_ray, measuring_device, measuring_resources
-from pipelines.tracking import Run, Tracker
+from pipelines.runtime.tables import Table
+from pipelines.tracking import Run, Tracker, hardware_tags
+from pipelines.tracking.models import OUTPUT, TrackedModel, model_of
 from pipelines.tree.plots import plot_choices, plot_tree
 
 STAGE = "tree"
 HEADS = "heads"
 ROWS_PER_BATCH = 8
+RECORDED = ("tokens_per_step", "gain", "nodes", "step_ms")
+"""Figures of each batch size that are metrics in MLflow; all of them are in the stage's result."""
 
 
 @dataclass(frozen=True)
@@ -89,18 +98,24 @@ def run_tree(config: RunConfig) -> StageResult:
     """
     names = [config.train.only] if config.train.only else list(config.train.drafters)
     tracker = Tracker.open(config)
+    with measuring_place(config) as place:
+        return _run(config, names, tracker, place)
+
+
+def _run(config: RunConfig, names: Sequence[str], tracker: Tracker, place: MeasuringPlace) -> StageResult:
+    """What `run_tree` does, on the machine `place`."""
     features, data_digest = distilled(config)
-    wanted = {name: _fingerprint(config, name, data_digest) for name in names}
+    wanted = {name: timed_on(_fingerprint(config, name, data_digest), place.hardware.digest) for name in names}
     results = _finished(config, wanted, data_digest)
     if len(results) < len(names):
         with ExitStack() as locks:  # all of them before minutes of measuring
             for name in [name for name in names if name not in results]:
-                locks.enter_context(only_run(RunPaths.of(config).stage(STAGE, name), Path(config.storage)))
+                locks.enter_context(only_run(RunPaths.of(config).stage(STAGE, name), as_path(config.storage)))
             results = _finished(config, wanted, data_digest)  # those too that another run held until now
             todo = {name: digest for name, digest in wanted.items() if name not in results}
-            results |= _measure_and_write(config, todo, tracker, (features, data_digest))
+            results |= _measure_and_write(config, todo, tracker, (features, data_digest), place)
     _show(config, names)
-    curves = run_curves(config, tracker) if config.tree.curves else None
+    curves = run_curves(config, tracker, place) if config.tree.curves else None
     return StageResult(
         STAGE, tracker.parent(),
         outputs={name: results[name].outputs[HEADS] for name in names} | (curves.outputs if curves else {}),
@@ -116,16 +131,16 @@ def _finished(config: RunConfig, wanted: Mapping[str, str], data_digest: str) ->
 
 
 def _measure_and_write(config: RunConfig, wanted: Mapping[str, str], tracker: Tracker,
-                       features: tuple[Path, str]) -> dict[str, StageResult]:
+                       features: tuple[Path, str], place: MeasuringPlace) -> dict[str, StageResult]:
     """Measure the drafters of `wanted` (name -> fingerprint), whose locks this process holds, and write their trees."""
     if not wanted:
         return {}
     heads = {name: str(RunPaths.of(config).stage("train", name) / HEADS) for name in wanted}
     _check(config, heads)
     with ensure_ray(config):
-        task = ray.remote(measure).options(**measuring_resources(config))
+        task = ray.remote(measure).options(**measuring_resources(config), **place.options)
         found = ray.get(task.remote(config.model_dump(mode="json", by_alias=True), heads, str(features[0])))
-    return {name: _write_one(config, name, digest, found[name], tracker, features) for name, digest in wanted.items()}
+    return {name: _write_one(config, name, digest, found[name], tracker, features, place) for name, digest in wanted.items()}
 
 
 def _show(config: RunConfig, names: Sequence[str]) -> None:
@@ -156,10 +171,11 @@ def measure(values: dict[str, Any], heads: Mapping[str, str], features: str) -> 
     cache = RunPaths.of(config).cache
     base = config.base.load(cache)
     _check_room(config, base.context_limit)
-    machine, reader = fingerprint_of_machine(base.device), RowReader(FeatureStore.open(Path(features), "held_out"))
+    machine, reader = fingerprint_of_machine(base.device), RowReader(FeatureStore.open(
+        as_path(features), "held_out", also=other_rows(config)))
     found = {}
     for name, folder in heads.items():
-        drafter = load_checkpoint(Path(folder), base.vocabulary, base.dtype).drafter
+        drafter = load_checkpoint(as_path(folder), base.vocabulary, base.dtype).drafter
         found[name] = measure_sizes(config, name, drafter, base, reader, machine)
     return found
 
@@ -201,16 +217,18 @@ def choose_trees(measured: Measured, batch_sizes: Sequence[int], max_nodes: int)
 
 
 def _write_one(config: RunConfig, name: str, wanted: str, measured: Measured, tracker: Tracker,
-               features: tuple[Path, str]) -> StageResult:
+               features: tuple[Path, str], place: MeasuringPlace) -> StageResult:
     label, folder = f"{STAGE} {name}", RunPaths.of(config).stage(STAGE, name)
     source = RunPaths.of(config).stage("train", name) / HEADS
     scored = choose_trees(measured, config.tree.batch_sizes, max(config.tree.node_counts))
     best = {batch: best_choice(choices) for batch, choices in scored.items()}
-    with (stage_folder(config, STAGE, folder, wanted, earlier=_earlier_fingerprints(config, name, features[1]),
-                       settings=_settings(config)) as stage,
+    leave_times_of_another_machine(label, folder, wanted, place, _earlier_fingerprints(config, name, features[1]))
+    with (stage_folder(config, STAGE, folder, wanted, settings=_settings(config)) as stage,
           tracker.start(STAGE, part=name, fingerprint=wanted) as run):
+        run.set_tags(hardware_tags(place.hardware))
         run.log_dataset("features", features[1], str(features[0]), STAGE)
         run.log_dataset(f"{name} heads", _trained(config, name), str(source), STAGE)
+        model = model_of(run, config, source)
         _write_heads(source, folder / HEADS, TreeSet({batch: choice.tree for batch, choice in best.items()}),
                      sweep([choice.tree for choice in scored[min(scored)]], config.tree.node_counts), measured.draft_vocab)
         if measured.sizes:
@@ -222,7 +240,6 @@ def _write_one(config: RunConfig, name: str, wanted: str, measured: Measured, tr
         lines = [", ".join(f"{key}: {value}" for key, value in measured.machine.items())]
         if measured.reads:
             say(label, measured.reads.sentence())
-            run.log_metrics({f"reads.{key}": value for key, value in reads.items()})
             lines += ["", measured.reads.sentence()]
         write_text(folder / "costs.json", json.dumps({"machine": measured.machine, "reads": reads} | measured.costs.to_json(),
                                                      indent=2))
@@ -231,20 +248,36 @@ def _write_one(config: RunConfig, name: str, wanted: str, measured: Measured, tr
             [*verify_tables(measured.costs, config.base.dtype), draft_table(measured.costs, name)]))
         write_text(folder / "scores.json", json.dumps(
             {str(batch): [_row(choice) for choice in choices] for batch, choices in scored.items()}, indent=2))
+        place.record(folder)
         plot_choices(folder / "tree.png", name, scored, best)
         plot_tree(folder / "tree_drawn.png", name, best[min(best)])
-        return _finish(stage, run, {str(batch): _row(choice) for batch, choice in best.items()})
+        figures = {str(batch): _row(choice) for batch, choice in best.items()}
+        _record(name, run, model, features[1], figures)
+        return _finish(stage, run, model, figures)
 
 
-def _finish(stage: StageFolder, run: Run, figures: dict[str, Any]) -> StageResult:
+def _record(name: str, run: Run, model: TrackedModel | None, data_digest: str, figures: dict[str, Any]) -> None:
+    """Write what MLflow shows of the chosen trees: a few figures of each batch size, those of the smallest by the names that all
+    stages share, and a description."""
+    first = figures[min(figures, key=int)]
+    shared = {"tokens_per_step": first["tokens_per_step"], "speed_vs_plain": first["gain"]}
+    if model is not None:
+        run.log_model_metrics(model.model_id, shared, "features", data_digest)
+    run.log_metrics({f"batch{batch}.{key}": float(row[key]) for batch, row in figures.items() for key in RECORDED} | shared)
+    columns = ("batch", *(key.replace("_", " ") for key in first))
+    table = Table(columns, [(batch, *(f"{value:g}" for value in row.values())) for batch, row in figures.items()])
+    run.describe(f"{name}: a tree of {first['nodes']} nodes, {first['tokens_per_step']:.2f} tokens per step, "
+                 f"{first['gain']:.2f}x plain decoding expected", table.markdown(), ("tree.png", "tree_drawn.png"))
+
+
+def _finish(stage: StageFolder, run: Run, model: TrackedModel | None, figures: dict[str, Any]) -> StageResult:
     folder = stage.folder
-    files = [folder / file for file in ("costs.json", "costs.md", "scores.json", "tree.png", "tree_drawn.png",
+    files = [folder / file for file in (HARDWARE, "costs.json", "costs.md", "scores.json", "tree.png", "tree_drawn.png",
                                         "draft_vocab.json") if (folder / file).exists()]
     for path in (*files, folder / HEADS / "tree.json"):
         run.log_artifact(path)
-    run.log_metrics({f"batch{batch}.{key}": float(value) for batch, row in figures.items()
-                     for key, value in row.items()})
-    result = StageResult(STAGE, run.run_id, {HEADS: str(folder / HEADS), "plot": str(folder / "tree.png")}, figures)
+    outputs = {HEADS: str(folder / HEADS), "plot": str(folder / "tree.png")} | ({OUTPUT: model.uri} if model else {})
+    result = StageResult(STAGE, run.run_id, outputs, figures)
     return stage.finish(result, [*files, *(folder / HEADS).iterdir()])
 
 
@@ -257,7 +290,7 @@ def _write_heads(source: Path, target: Path, trees: TreeSet, sizes: Mapping[int,
                  draft_vocab: DraftVocab | None) -> None:
     """Write a copy of the heads with the chosen trees and draft vocabulary, and `sizes`, trees of other sizes to choose from."""
     with atomic_folder(target) as temporary:
-        shutil.copytree(source, temporary, dirs_exist_ok=True)
+        shutil.copytree(local_copy(source), temporary, dirs_exist_ok=True)
         if draft_vocab is not None:
             restrict_checkpoint(temporary, draft_vocab)
         write_text(temporary / "tree.json", json.dumps(trees.to_json(), indent=2, sort_keys=True))
@@ -289,10 +322,12 @@ def _fingerprint(config: RunConfig, name: str, data_digest: str, settings: dict[
 
 
 def _earlier_fingerprints(config: RunConfig, name: str, data_digest: str) -> set[str]:
-    """Those that earlier versions gave to this work: they held the base's path, and the device as it was written."""
+    """Those that earlier versions gave to this work: they did not name the machine, and held the base's path, and the device as
+    it was written."""
     same = {device for device in DEVICES if measuring_device(config, device) == measuring_device(config)}
-    return {_fingerprint(config, name, data_digest, _settings(config) | {"base": base})
-            for base in earlier_bases(config, RunPaths.of(config).stage(STAGE, name)) if base["device"] in same}
+    bases = [base for base in earlier_bases(config, RunPaths.of(config).stage(STAGE, name)) if base["device"] in same]
+    return {_fingerprint(config, name, data_digest),
+            *(_fingerprint(config, name, data_digest, _settings(config) | {"base": base}) for base in bases)}
 
 
 def _trained(config: RunConfig, name: str) -> str:

@@ -16,11 +16,11 @@ from hydra_core.errors import InputError
 from pipelines.batch.openai_format import generation_of
 from pipelines.batch.reader import BadRow, BatchRow, read_rows
 from pipelines.bench.questions import load_questions
-from pipelines.config import PromptsSection, RunConfig, load_config
-from pipelines.distill.prompts import file_prompts
+from pipelines.config import RunConfig, load_config
 from pipelines.serve.messages import Generation, is_text
 from pipelines.serve.openai.errors import ApiError
 from tests.corpus.cases import CHATS, FILES, Bad, ChatCase, bodies, user
+from tests.pipelines.distill.stand_ins import file_prompts
 from tests.pipelines.serve.front import ANSWER, Handle, made_front
 
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine .*__del__")  # Serve's wrapper around a front that no Serve made
@@ -53,7 +53,7 @@ class Doors:
         return self.text(self.base.encode_prompt(generation.prompt, generation.messages))
 
     def distill(self, path: Path) -> tuple[list[str], list[str]]:
-        rows, errors, _ = file_prompts(PromptsSection(source="jsonl", path=str(path)), self.base.tokenizer, 0.1)
+        rows, errors, _ = file_prompts(path, self.base.tokenizer)
         return [self.text(row["prompt_ids"]) for row in rows], [row["message"] for row in errors]
 
     def bench(self, path: Path) -> tuple[list[str], list[str]]:

@@ -22,9 +22,11 @@ from hydra_core.heads.checkpoint import load_checkpoint
 from hydra_core.sampling import Request
 from pipelines.batch.writer import read_batch_rows
 from pipelines.bench.plan import read_rows
-from pipelines.promote.stage import choose_winner
+from pipelines.compare import run_compare
+from pipelines.config import load_config
 from pipelines.rows.parquet_parts import read_parts
 from pipelines.rows.schemas import PROMPTS
+from tests.decisions import choose_winner
 from tests.pipelines.distill.test_stage import write_prompts
 from tests.pipelines.serve.test_stage import free_port
 
@@ -98,6 +100,7 @@ def test_quickstart(tiny_base_dir: Path, tiny_base: Base, storage: Path, worker_
     mended = chain.stamps()
     assert {name for name, stamp in mended.items() if stamp != after[name]} == {"distill", "bench", "promote", "batch"}
     assert '"rows": 4' in report.read_text(encoding="utf-8")
+    check_compare(client, result["run_id"], storage)
     check_serve_command(told, chain)
 
 
@@ -118,6 +121,30 @@ def check_results(result: dict[str, Any], folder: Path, storage: Path, base: Bas
         assert sorted(load_checkpoint(folder / "tree" / name / "heads", vocabulary).trees.trees) == [1, 4]
     answers = list(read_batch_rows(folder / "batch" / "rows", "parquet"))
     assert len(answers) == 10 and all(len(row["token_ids"]) <= 8 for row in answers)
+
+
+def check_compare(client: MlflowClient, parent: str, storage: Path) -> None:
+    """Two benches of the chain, and two trainings: everything that led to them is found, and what differs."""
+    runs = client.search_runs([client.get_run(parent).info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'")
+    ids: dict[str, list[str]] = {}
+    for run in (run for run in runs if run.info.status == "FINISHED"):
+        stage, part = (run.data.tags[f"hydra_heads.{name}"] for name in ("stage", "part"))
+        ids.setdefault(f"{stage} {part}", []).append(run.info.run_id)
+    found = {}
+    for name, asked in {"bench": ids["bench -"][:2], "train": [ids["train medusa"][0], ids["train hydra"][0]]}.items():
+        result = run_compare(load_config(None, {"storage": str(storage), "compare.runs": asked,
+                                                "tracking.uri": f"sqlite:///{storage}/mlflow/mlflow.db"}))
+        found[name] = json.loads(Path(result.outputs["data"]).read_text(encoding="utf-8")) | result.figures
+        assert set(result.figures["linked_from"]) == {parent}
+    bench, train = found["bench"], found["train"]
+    assert {one["stage"] for one in bench["costs"]} == {"distill", "bench", *(f"{stage} {name}" for stage in ("train", "tree")
+                                                                                for name in DRAFTERS)}
+    assert bench["differences"] == {} and {one["drafter"] for one in bench["curves"]} == set(DRAFTERS)
+    for curve in (*bench["curves"], *train["curves"]):
+        assert len(curve["tokens"]) == 12 and len(curve["held_out"]) == 2 and curve["device_seconds"][-1] > 0
+    steps = {row["method"]: {one["tokens_per_step"] for one in row["results"]} for row in bench["methods"]}
+    assert set(steps) == {"plain", "transformers", "ngram", *DRAFTERS, "combined"} and len(steps["hydra++"]) == 1
+    assert train["differences"] == {"train": {"train.drafters.DRAFTER.kind": ["medusa", "hydra"]}}
 
 
 def check_serve_command(told: str, chain: Chain) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from hydra_core.base import Base, context_limit, embedded, load_base, load_vocab
 from hydra_core.errors import InputError
 from hydra_core.heads.checkpoint import load_checkpoint, save_checkpoint
 from hydra_core.tree import DraftTree, TreeSet
+from tests.conftest import ROOT
 from tests.gguf_file import write_gguf
 from tests.tiny import save_tiny
 from tests.trained import random_heads
@@ -91,6 +93,17 @@ def test_gguf_is_dequantised_once(tiny_base_dir: Path, tmp_path: Path) -> None:
     prompt = [list(range(5, 30))]
     torch.testing.assert_close(ours.hidden_states(prompt)[0], wanted.hidden_states(prompt)[0], atol=1e-4, rtol=1e-4)
     assert ours.identity.name == "tiny" and ours.identity.digest == resolved.digest
+
+
+@pytest.mark.slow
+def test_converting_says_one_line(tiny_base_dir: Path, tmp_path: Path) -> None:
+    """A user's first command converts the base: no bars of the libraries, and no word of an accelerator that nobody needs."""
+    write_gguf(tiny_base_dir, tmp_path / "tiny.gguf", quantised=True)
+    script = ("import logging, sys; logging.basicConfig(format='%(message)s', level=logging.INFO); from pathlib import Path; "
+              "from hydra_core.base import resolve_base; resolve_base(sys.argv[1], Path(sys.argv[2]))")
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "tiny.gguf"), str(tmp_path / "cache")], cwd=ROOT,
+                          capture_output=True, text=True, check=True)
+    assert (done.stdout + done.stderr).splitlines() == ["dequantising tiny.gguf, once"]
 
 
 def test_a_digest_is_made_once(tiny_base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

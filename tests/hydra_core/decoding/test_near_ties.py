@@ -131,13 +131,16 @@ def test_a_base_is_judged_by_its_own_rounding(pair: tuple[Base, Base]) -> None:
 
 
 def test_a_base_that_cannot_be_computed_exactly_is_judged_by_itself(pair: tuple[Base, Base]) -> None:
-    """As a quantised one: its own logits decide, and its own two ways of computing them say what rounding is."""
+    """As a quantised one: the float64 logits of its own last position decide, and its own two ways of computing them say what
+    rounding is."""
     base, exact = pair
     answer = naive_generate(base, Request("x", PROMPT, 6, stop_ids=())).token_ids
-    own = base.logits(base.hidden_states([[*PROMPT, *answer[:3]]])[0][-1])
+    hidden = base.hidden_states([[*PROMPT, *answer[:3]]])[0][-1]
+    own, rounded = base.vocabulary.head.in_float64(hidden), base.logits(hidden)
+    assert own.dtype == torch.float64 and 0 < float((own - rounded).abs().max()) <= step_of("bf16", float(own.abs().max()))
     other = (*answer[:3], int(own.argmin()))
     found = compare(base, PROMPT, answer, other)
-    assert found.verdict == "different" and found.gap == pytest.approx(float(own[answer[3]] - own.min()))
+    assert found.verdict == "different" and found.gap == pytest.approx(float(own[answer[3]] - own.min()), rel=1e-12)
     assert found.gap != compare(base, PROMPT, answer, other, exact).gap
     assert compare(base, PROMPT, answer, answer).verdict == "identical"
 

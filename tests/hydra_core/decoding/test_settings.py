@@ -64,7 +64,9 @@ def test_every_field_of_a_request(tiny_base: Base, heads: HeadDrafter) -> None:
         "stop": (text,),
         "choice": 1, "top_k": 2, "top_p": 0.2, "min_p": 0.5, "repetition_penalty": 3.0, "presence_penalty": 3.0,
         "frequency_penalty": 3.0, "logprobs": 2, "lossy_typical": Typical(0.01, 0.01), "speculate": False}
-    missing = {field.name for field in fields(Request)} - changed.keys()
+    recorded = seen(replace(ALONE, hidden_states=True))["results"]["r"].hidden
+    assert recorded.shape == (len(PROMPT) + len(tokens), tiny_base.vocabulary.width)
+    missing = {field.name for field in fields(Request)} - changed.keys() - {"hidden_states"}
     assert not missing, f"say here how a change of {missing} shows"
     for name, value in changed.items():
         assert seen(replace(ALONE, **{name: value})) != plain, f"{name} does nothing"

@@ -13,7 +13,7 @@ from hydra_core.decoding import Engine
 from hydra_core.proposers import AdaptiveDrafter, NgramDrafter
 from hydra_core.proposers.acceptance import MATCHES, AcceptanceEstimator, Floats, match_class
 from hydra_core.proposers.candidate_tree import CandidateTrees, CopiedChains, merge_copied
-from hydra_core.proposers.dynamic import DynamicTreeProposer
+from hydra_core.proposers.dynamic import BEAM, DEEPER_SHARE, WIDTH, DynamicTreeProposer
 from hydra_core.proposers.node_budget import DynamicTrees, NodeSelection, prune, select_equal_budget, select_shared_budget
 from hydra_core.sampling import Request
 from hydra_core.sampling.sampler import Sampler, rank_scores
@@ -219,3 +219,39 @@ def test_a_table_of_small_trees_does_not_keep_heads_from_drafting_deep(tiny_base
     heads = overfit_heads(tiny_base, "hydra", random_prompts(2, seed=1), tokens=16, steps=60)
     proposer = DynamicTreeProposer(AdaptiveDrafter(heads, None, costs), 1, 64)
     assert proposer._seconds_of_a_node([5]) == pytest.approx(0.0001 / (nodes - 1), rel=0.01)
+
+
+def test_the_context_of_a_step_is_the_mean_of_its_rows() -> None:
+    costs = StepCosts({1: {1: 1.0, 4: 1.0}}, {1: {0: 0.0}}, 16)
+    proposer = DynamicTreeProposer(AdaptiveDrafter(None, NgramDrafter(), costs), 4, 240)
+    assert [proposer._context(positions) for positions in ([100, 200, 300], [100, 100], [80, 90], [3, 5, 7], [0])] == [
+        256, 128, 64, 16, 16]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("price", "depths"), [(0.99, 2), (1.01, 1)])
+def test_a_depth_is_drafted_while_it_may_bring_its_price(tiny_base: Base, monkeypatch: pytest.MonkeyPatch, rows: int,
+                                                         price: float, depths: int) -> None:
+    """`BEAM` paths of each row, each as probable as `chance`: their sum, less what deeper nodes bring less often, is what the
+    price of the next depth, in tokens at the speed without heads, must stay below. Token 0 is a token like any other."""
+    chance, gain, drafting = 0.9, 5.0, 1.5
+    heads = overfit_heads(tiny_base, "hydra", random_prompts(2, seed=1), tokens=16, steps=1)
+    costs = StepCosts({1: {1: 1.0, 32: 1.0}}, {1: {0: 0.0, 4: 0.0}})
+    proposer = DynamicTreeProposer(AdaptiveDrafter(heads, None, costs), rows, 64)
+    asked: list[tuple[float, int]] = []
+
+    def deeper_seconds(self: StepCosts, batch: float, depth: int) -> float:
+        asked.append((batch, depth))
+        return price * DEEPER_SHARE * chance * BEAM * rows / (drafting * gain) if depth == 1 else 1e9
+
+    def found(self: Any, heads: Any, depth: int, features: Any, path: torch.Tensor, *_: Any) -> tuple[np.ndarray, np.ndarray]:
+        return np.tile(np.arange(WIDTH), (len(path), 1)), np.full((len(path), WIDTH), chance)
+
+    monkeypatch.setattr(StepCosts, "deeper_seconds", deeper_seconds)
+    monkeypatch.setattr(DynamicTreeProposer, "_candidates", found)
+    monkeypatch.setattr(proposer.acceptance, "probabilities", lambda kinds: np.full(kinds.shape, chance))
+    monkeypatch.setattr(type(proposer.calibrator), "drafting", drafting)
+    samplers = [Sampler(Request("greedy", (0,), 1), tiny_base.vocab_size)] * rows
+    trees, _ = proposer._expand(heads, CandidateTrees.roots(np.full(rows, 9)), [20] * rows, samplers, np.zeros(rows, bool), gain)
+    assert asked[0] == (rows, 1) and len(asked) == depths
+    assert trees.tokens.shape == (rows, 1 + WIDTH + (depths - 1) * BEAM * WIDTH)

@@ -10,7 +10,8 @@ from mlflow import MlflowClient
 
 from hydra_core.base import Base
 from hydra_core.errors import InputError
-from pipelines.ablate.stage import run_ablate, summarise, training_name, variant_config
+from pipelines.ablate.stage import run_ablate
+from pipelines.ablate.variants import summarise, training_name, variant_config
 from pipelines.config import RunConfig, load_config
 from pipelines.rows.feature_store import FeatureStore
 from pipelines.runtime.artifacts import RunPaths

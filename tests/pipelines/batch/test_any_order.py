@@ -231,7 +231,7 @@ def read_batch_errors_of(path: Path, kind: str) -> list[dict[str, object]]:
 @contextmanager
 def untracked() -> Iterator[SimpleNamespace]:
     nothing = lambda *_, **__: None  # noqa: E731
-    yield SimpleNamespace(run_id=None, log_dataset=nothing, log_metrics=nothing, log_artifact=nothing)
+    yield SimpleNamespace(run_id=None, log_dataset=nothing, log_metrics=nothing, log_artifact=nothing, describe=nothing)
 
 
 def test_every_row_has_one_place_in_the_end(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -87,6 +87,11 @@ def texts(folder: Path) -> dict[int, str]:
     return {row["row"]: row["text"] for row in found}
 
 
+@pytest.mark.parametrize("end", ["/", "/v1", "/v1/"])
+def test_an_address_as_openais_clients_have_it(make: Callable[..., RunConfig], server: StandIn, end: str) -> None:
+    assert run_batch(make(batch__address=server.address + end)).figures["rows"] == len(server.asked) == ROWS
+
+
 @pytest.mark.parametrize("back", [A, A_WITH_HEADS], ids=["the same", "other heads"])
 def test_while_an_endpoint_is_away_rows_wait(make: Callable[..., RunConfig], server: StandIn, back: ModelDigest) -> None:
     """Serve's own 404 and refused connections are no answer to a row. Other heads on the same base give the same answers."""

@@ -130,8 +130,9 @@ def test_killed_job_goes_on(local_ray: None, tiny_base_dir: Path, tiny_base: Bas
 
 
 def test_a_killed_job_leaves_no_application_for_good(local_ray: None, tiny_base_dir: Path, storage: Path,
-                                                     worker_env: dict[str, str]) -> None:
-    """On a cluster that goes on: the next run of the same work ends what the first left, and another one is not in its way."""
+                                                     worker_env: dict[str, str], moment: random.Random) -> None:
+    """On a cluster that goes on: what the first run left ends within a minute by itself, and at once where the same work is run
+    again; other work is not in its way."""
     path, output = write_rows(storage.parent / "in.jsonl", 80), storage.parent / "out"
     make: Callable[..., RunConfig] = lambda name, **changes: config_for(  # noqa: E731
         storage, tiny_base_dir, batch__input=str(path), batch__output=str(storage.parent / name), batch__max_new_tokens=150,
@@ -151,7 +152,10 @@ def test_a_killed_job_leaves_no_application_for_good(local_ray: None, tiny_base_
     (left,) = serve.status().applications
     assert left.startswith("hydra-heads-batch-")
     assert run_batch(make("beside", batch__limit=8)).figures["rows"] == 8
-    assert list(serve.status().applications) == [left]
+    deadline, alone = time.monotonic() + 60, moment.choice((True, False))
+    while alone and serve.status().applications:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
     result = run_batch(make("out"))
     assert result.figures["rows"] == 80 and 0 < result.figures["resumed"] < 80 and not serve.status().applications
 

@@ -17,11 +17,11 @@ from pipelines.batch.reader import (
     input_kind,
     ordered,
     output_kind,
-    read_block,
     read_rows,
-    write_blocks,
 )
 from pipelines.config import load_config, parse_override
+from pipelines.rows.parquet_parts import write_part
+from pipelines.rows.schemas import PROMPTS
 
 
 def write(path: Path, *lines: object) -> Path:
@@ -119,14 +119,6 @@ def test_no_more_than_a_window_is_held() -> None:
     assert len({row.id for row in rows}) == 99
 
 
-def test_blocks_hold_the_rows(tmp_path: Path) -> None:
-    rows = [BatchRow(str(number), number, prompt="a\u2028b") for number in range(7)]
-    write_blocks(tmp_path / "todo", rows, 1)
-    paths = write_blocks(tmp_path / "todo", rows, 3)
-    assert sorted((tmp_path / "todo").iterdir()) == paths  # nothing of an earlier run is left
-    assert [row for path in paths for row in read_block(path)] == rows and len(paths) == 3
-
-
 def test_partitions_and_their_words() -> None:
     day = dict([parse_override("batch.partition=2026-01-31")])
     section = load_config(None, {**day, "batch.input": "/in/{partition}.jsonl", "batch.output": "/out/{partition}"}).batch
@@ -139,3 +131,19 @@ def test_partitions_and_their_words() -> None:
                          ({"batch.address": "http://h", "batch.engine": "embedded"}, "no effect")):
         with pytest.raises(InputError, match=word):
             load_config(None, values)
+
+
+def test_without_an_input_the_prompts_of_the_run_are_asked(tmp_path: Path) -> None:
+    """The held-out ones by id; the others follow them where more are asked for."""
+    rows = [{"prompt_id": name, "messages": messages, "prompt": prompt, "prompt_ids": ids, "source": "x", "split": split}
+            for name, messages, prompt, ids, split in [
+                ("d", None, "four", [4], "held_out"), ("a", None, "one", [1], "train"), ("c", None, "three", [3], "train"),
+                ("b", '[{"role": "user", "content": "zwei ü"}]', None, [2, 2], "held_out")]]
+    write_part(tmp_path / "runs" / "r" / "distill" / "prompts", rows[:3], PROMPTS, key="prompt_id")
+    write_part(tmp_path / "runs" / "r" / "distill" / "prompts", rows[3:], PROMPTS, key="prompt_id")
+    config = {"storage": str(tmp_path), "name": "r"}
+    held_out = [BatchRow("b", 1, None, [{"role": "user", "content": "zwei ü"}], [2, 2]), BatchRow("d", 2, "four", None, [4])]
+    others = [BatchRow("a", 3, "one", None, [1]), BatchRow("c", 4, "three", None, [3])]
+    assert list(read_rows(load_config(None, config))) == held_out
+    for limit in (1, 2, 3, 4, 9):
+        assert list(read_rows(load_config(None, config | {"batch.limit": limit}))) == (held_out + others)[:limit]

@@ -22,16 +22,18 @@ from pipelines.bench.losslessness import LosslessnessRow, read_losslessness
 from pipelines.bench.plan import Question, Row, read_rows
 from pipelines.bench.questions import prompt_of
 from pipelines.bench.report import method_table, summarise
+from pipelines.bench.results import bench_label
 from pipelines.bench.stage import _plan as bench_plan
 from pipelines.bench.stage import load_questions, run_bench
 from pipelines.bench.throughput import BatchRow, make_requests, summarise_batches
 from pipelines.config import RunConfig, load_config
-from pipelines.promote.stage import choose_winner, run_promote
+from pipelines.promote.stage import run_promote
 from pipelines.rows.parquet_parts import write_part
 from pipelines.rows.schemas import PROMPTS
 from pipelines.runtime.artifacts import RunPaths, StageResult, stage_folder
 from pipelines.tracking import Tracker
 from tests.broken_heads import break_heads
+from tests.decisions import choose_winner
 from tests.trained import overfit_heads
 
 SPEC_BENCH = [{"question_id": 81, "category": "writing", "turns": ["first turn", "second turn"]},
@@ -262,7 +264,7 @@ def test_stopped_and_gone_on_with(local_ray: None, tiny_base_dir: Path, tiny_bas
     assert "row 3: has no field `prompt`" in error["message"]
     assert "errors.jsonl" in json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
     inputs = MlflowClient(Tracker.open(config).uri).get_run(result.run_id).inputs.dataset_inputs
-    assert {found.dataset.name for found in inputs} == {"prompts", "hydra heads"}
+    assert {found.dataset.name for found in inputs} == {"prompts", "hydra heads", bench_label(config)}
     questions = {question.id: question for question in load_questions(config)[0]}
     before = read_rows(folder / "rows.jsonl")
     answers: dict[str, tuple[int, ...]] = {}
@@ -278,7 +280,10 @@ def test_stopped_and_gone_on_with(local_ray: None, tiny_base_dir: Path, tiny_bas
     told = (folder / "report.md").read_text(encoding="utf-8")
     assert "| hydra |" in told and "Milliseconds of a step" in told and "Peak resident memory" in told
     metrics = MlflowClient(Tracker.open(config).uri).get_run(result.run_id).data.metrics
-    assert {"hydra.draft_ms", "hydra.accepted_1", "resident_peak_bytes"} <= metrics.keys()
+    assert {"hydra.tokens_per_step", "tokens_per_step", "speed_vs_plain", "speed_vs_plain_low"} <= metrics.keys()
+    assert len(metrics) <= 32
+    parent = MlflowClient(Tracker.open(config).uri).get_run(Tracker.open(config).parent()).data
+    assert parent.metrics["speed_vs_plain"] == metrics["speed_vs_plain"] and parent.tags["fastest"]
     assert run_bench(config).skipped
 
     # as a kill leaves it: no manifest, the last row cut in the middle, identity half done
@@ -299,7 +304,7 @@ def test_stopped_and_gone_on_with(local_ray: None, tiny_base_dir: Path, tiny_bas
     assert run_promote(config).skipped
     (folder / "rows.jsonl").unlink()
     other = config_for(tiny_base_dir, tmp_path, SPEC_BENCH, bench__heads=str(heads), bench__max_new_tokens=5,
-                       bench__methods=["ngram"], bench__identity_prompts=1, base__context_limit=200)
+                       bench__methods=["ngram"], bench__champion=False, bench__identity_prompts=1, base__context_limit=200)
     beside = Path(run_bench(other).outputs["report"]).parent  # of other settings: a result of its own
     assert beside.parent == folder and beside.name.startswith("questions-") and run_bench(other).skipped
     assert {entry.method for entry in read_rows(beside / "rows.jsonl")} == {"plain", "ngram"}

@@ -9,8 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -28,11 +31,19 @@ from hydra_core.sampling import Request
 from hydra_core.tree import DraftTree, TreeSet
 from jobs.runner import read_config
 from pipelines.config import RunConfig, load_config
-from pipelines.distill.actors import PromptWriter, WorkerSettings
-from pipelines.distill.stage import _block_rows, _prompts, _read_prompts, distill_fingerprint, distilled, run_distill
+from pipelines.distill.actors import PromptMaker, WorkerSettings
+from pipelines.distill.answers import block_rows
+from pipelines.distill.prompts import read_prompts
+from pipelines.distill.self_made import make_prompts
+from pipelines.distill.stage import distill_fingerprint, distilled, run_distill
 from pipelines.rows.parquet_parts import part_files, read_parts, write_part
 from pipelines.rows.schemas import ERRORS, FEATURES, PROMPTS, RESPONSES, check_counts, check_schema, split_of
 from pipelines.runtime.artifacts import RunPaths, StageResult
+from pipelines.runtime.row_flow import Rows
+from pipelines.sizing.amounts import Range
+from pipelines.sizing.base import shape_of
+from pipelines.sizing.distilling import answer_rows_bytes, feature_rows_bytes
+from pipelines.sizing.rows import finished_rows, planned_rows
 from pipelines.tracking import Tracker
 from tests.tiny import save_tiny
 from tests.trained import overfit_heads
@@ -53,13 +64,15 @@ def config_for(storage: Path, base: Path, prompts: Path, **changes: object) -> R
     return load_config(None, values | {key.replace("__", "."): value for key, value in changes.items()})
 
 
-def in_this_process(config: RunConfig, actor: type, settings: WorkerSettings, blocks: list[pa.Table]) -> dict[str, int]:
-    """What actors of Ray do, without starting any: for tests of what stands around them."""
-    totals: dict[str, int] = {}
+def in_this_process(source: list[pa.Table], read: Callable[[pa.Table], Iterable[Rows]], actor: Callable[[Any], Any],
+                    settings: WorkerSettings, write: Callable[[Rows], object], **_: object) -> Counter[str]:
+    """What tasks and actors of Ray do, without starting any: for tests of what stands around them."""
+    totals: Counter[str] = Counter()
     made = actor(settings)
-    for row in (row for block in blocks for row in made(block).to_pylist()):
-        for name, value in row.items():
-            totals[name] = totals.get(name, 0) + int(value)
+    for rows in (rows for table in source for given in read(table) for rows in made(given)):
+        if len(rows.table):
+            write(rows)
+        totals.update({rows.name: len(rows.table)} | dict(rows.counts))
     return totals
 
 
@@ -74,11 +87,26 @@ def finished_run(local_ray: None, tiny_base_dir: Path, tmp_path_factory: pytest.
     return config, run_distill(config)
 
 
+def test_the_plan_reckons_with_the_bytes_that_are_written(finished_run: tuple[RunConfig, StageResult]) -> None:
+    """From the file of prompts before the run, with a wide range; from the counted tokens after it, with a narrow one."""
+    config, result = finished_run
+    folder = RunPaths.of(config).stage("distill")
+    base = shape_of(config.base.model, "fp32", None, RunPaths.of(config).cache)
+    counted, planned = finished_rows(config), planned_rows(config)
+    assert counted is not None and counted.answers == Range.of(40) and planned.answers == Range.of(42)  # a row is no prompt
+    assert counted.answer_tokens == Range.of(result.figures["response_tokens"])
+    for part, bytes_of in (("features", partial(feature_rows_bytes, config, base)), ("responses", answer_rows_bytes)):
+        written = sum(path.stat().st_size for path in part_files(folder / part))
+        print(part, written, bytes_of(counted), bytes_of(planned))
+        assert bytes_of(counted).low <= written <= bytes_of(counted).high
+        assert bytes_of(planned).low <= written <= bytes_of(planned).high
+
+
 def test_rows_are_the_bases_own(local_ray: None, tiny_base_dir: Path, tiny_base: Base, storage: Path) -> None:
     prompts = write_prompts(storage.parent / "p.jsonl", 15)
     with prompts.open("a", encoding="utf-8") as handle:
         handle.write('{"x": 1}\n{"prompt": "question 3"}\n' + json.dumps({"prompt": "long " * 99}) + "\n")
-    result = run_distill(config_for(storage, tiny_base_dir, prompts))
+    result = run_distill(config_for(storage, tiny_base_dir, prompts, distill__check_share=1))
     folder = storage / "runs" / "default" / "distill"
     rows = read_parts(folder / "features", FEATURES).to_pylist()
     assert len(rows) == 30 == len({row["id"] for row in rows})
@@ -122,22 +150,23 @@ def test_prompts_that_the_base_writes_besides_those_of_a_file(tiny_base_dir: Pat
     folder = storage / "runs" / "default" / "distill"
     given: dict[int, tuple[int, ...]] = {}
 
-    def written(self: PromptWriter, requests: list[Request], what: str) -> Iterator[Result]:
+    def written(self: PromptMaker, requests: list[Request], what: str) -> Iterator[Result]:
         for request in requests:
             given[int(request.id)] = request.prompt_ids
             text = "question 3" if request.id == "0" else f"word {request.id}"  # the first stands in the file already
             yield Result(request.id, request.prompt_ids, (*tiny_base.tokenizer(text).input_ids, 2), "stop")
 
-    monkeypatch.setattr(PromptWriter, "decode", written)
-    monkeypatch.setattr("pipelines.distill.stage._run", in_this_process)
-    _read_prompts(config, folder)
-    assert _prompts(config, folder)["prompts"] == 6  # four, and three of which one was there
+    monkeypatch.setattr(PromptMaker, "decode", written)
+    for module in ("self_made", "prompts"):
+        monkeypatch.setattr(f"pipelines.distill.{module}.run_flow", in_this_process)
+    read_prompts(config, folder)
+    assert make_prompts(config, folder)["prompts"] == 6  # four, and three of which one was there
     rows = read_parts(folder / "prompts", PROMPTS).to_pylist()
     own = {row["source"]: row["prompt"] for row in rows if row["source"].startswith("self/")}
     assert own == {"self/00000001": "In German: word 1", "self/00000002": "word 2"}
     start = tuple(tiny_base.tokenizer("In German: ", add_special_tokens=False).input_ids)
     assert given[1] == given[0] + start and given[2] == given[0]
-    assert _prompts(config, folder)["self_made"] == 3 and not (folder / "candidates").exists()
+    assert make_prompts(config, folder)["self_made"] == 3 and not (folder / "candidates").exists()
     with pytest.raises(InputError, match=r"set prompts\.count"):
         load_config(None, {"storage": str(storage), "prompts.self_made": 3})
 
@@ -158,7 +187,8 @@ def test_a_damaged_output_is_made_again(finished_run: tuple[RunConfig, StageResu
                                         part: str) -> None:
     """And it is the same data to those who build on it, whatever files the rows stand in."""
     config, first = finished_run
-    monkeypatch.setattr("pipelines.distill.stage._run", in_this_process)
+    for module in ("answers", "prompts"):
+        monkeypatch.setattr(f"pipelines.distill.{module}.run_flow", in_this_process)
     before = distilled(config)
     damaged = part_files(RunPaths.of(config).stage("distill") / part)[0]
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
@@ -190,13 +220,10 @@ def test_mistakes_are_told_before_anything_is_claimed(tiny_base_dir: Path, stora
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-9])
     broken = save_tiny(storage.parent / "broken")
     (broken / "config.json").write_text("{", encoding="utf-8")
-    bad = storage.parent / "bad.jsonl"
-    bad.write_text('{"prompt": "x"}\n{"prompt": 3}\n{"prompt": 4}\n', encoding="utf-8")
     cases = [(config_for(storage, silent, prompts, prompts__source="self", prompts__path=None), "no chat template"),
              (config_for(storage, tiny_base_dir, prompts, base__context_limit=300), r"base\.context_limit=300"),
              (config_for(storage, cut, prompts), r"base\.model=.*cannot be loaded"),
              (config_for(storage, broken, prompts), r"base\.model=.*cannot be loaded \(config\.json: "),
-             (config_for(storage, tiny_base_dir, bad), r"bad\.jsonl: 2 of 3 rows failed, .*: row 2: prompt: .* mend the file"),
              (config_for(storage, tiny_base_dir, storage.parent / "none.jsonl"), r"prompts\.path=.*: no such file")]
     for config, words in cases:
         with pytest.raises(InputError, match=words):
@@ -246,7 +273,7 @@ def test_bad_prompt_files_and_bases(tiny_base_dir: Path, storage: Path) -> None:
 
 def test_mistakes_leave_nothing_behind_and_the_corrected_command_runs(local_ray: None, tiny_base_dir: Path,
                                                                       storage: Path) -> None:
-    """An empty file, and workers that never fit."""
+    """An empty file, workers that never fit, and too many bad rows."""
     storage.mkdir()
     prompts = storage / "empty.jsonl"
     prompts.write_text("", encoding="utf-8")
@@ -256,6 +283,10 @@ def test_mistakes_leave_nothing_behind_and_the_corrected_command_runs(local_ray:
     write_prompts(prompts, 2)
     with pytest.raises(InputError, match=r"distill\.workers: 1 x 64\.0 CPU are asked for, the cluster has 2"):
         run_distill(config_for(storage, tiny_base_dir, prompts, distill__workers={"cpus": 64}))
+    bad = storage / "bad.jsonl"
+    bad.write_text('{"prompt": "x"}\n{"prompt": 3}\n{"prompt": 4}\n', encoding="utf-8")
+    with pytest.raises(InputError, match=r"bad\.jsonl: 2 of 3 rows failed, .*: row 2: prompt: .* mend the file"):
+        run_distill(config_for(storage, tiny_base_dir, bad))
     result = run_distill(config_for(storage, tiny_base_dir, prompts))
     assert not result.skipped
     assert result.figures["responses"] == 4
@@ -287,7 +318,7 @@ def test_rows_are_the_same_with_heads(local_ray: None, tiny_base_dir: Path, tiny
     (40, 1, 32), (20, 1, 32), (7000, 6, 32), (200, 6, 9), (60, 6, 4), (10, 6, 2), (0, 6, 1), (8, 2, 4)])
 def test_blocks_are_large_for_one_worker_and_shared_out_among_many(rows: int, workers: int, wanted: int) -> None:
     distill = load_config(overrides={"distill.workers.count": workers, "distill.max_batch_size": 4}).distill
-    assert _block_rows(rows, distill) == wanted
+    assert block_rows(rows, distill) == wanted
 
 
 def test_lost_rows_are_our_fault_and_failed_ones_are_told() -> None:

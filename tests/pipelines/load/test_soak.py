@@ -19,10 +19,11 @@ from jobs.runner import run
 from pipelines.config import load_config
 from pipelines.load import soak, soak_chaos
 from pipelines.load.client import Target
-from pipelines.load.soak import Report, Soaked, judge, markdown, run_soak, unjudged
+from pipelines.load.soak import Report, Soaked, judge, markdown, run_soak, soak_args, unjudged
 from pipelines.load.soak_chaos import Chaos, Memory
 from pipelines.load.soak_clients import FAILED, LEFT, LOST, OK, REFUSED, TOLD, WRONG, Clients, Question, Tally
 from pipelines.serve.messages import AppArgs
+from pipelines.serve.stage import resolve_args
 from tests.pipelines.batch.stand_in import A, StandIn
 from tests.pipelines.batch.test_any_order import untracked
 from tests.pipelines.batch.test_backends import endpoint
@@ -198,10 +199,23 @@ def test_memory_by_hand() -> None:
     replica, front = memory.rows()
     assert replica["mib_per_minute"] == pytest.approx(4.0, abs=0.01) and front["mib_per_minute"] is None
     assert (replica["pid"], replica["first_mib"], replica["minutes"]) == (7.0, 400.0, 7.33)
+    assert replica["mib"] == [100.0, 100.0, 100.0, 402.0, 406.0, 410.0, 414.0, 418.0, 422.0, 426.0]
+    assert front["mib"] == [0.0, 6.0]
 
 
 def soaked(address: str = "http://h", exact: bool = True) -> Soaked:
     return Soaked(Target(address, "hydra-heads", 8, {}, 20.0), "plain", 2, 6, 1, exact, None)
+
+
+@pytest.mark.parametrize(("given", "patience", "limit"), [(None, 300.0, 150.0), (60.0, 300.0, 60.0), (400.0, 300.0, 150.0)])
+def test_a_long_queue_is_refused_before_it_counts_as_lost(tiny_base_dir: Path, storage: Path, given: float | None,
+                                                          patience: float, limit: float) -> None:
+    """An application with a deep queue on a slow machine ends each request by itself, well within the clients' patience."""
+    config = soak_args(load_config(None, {
+        "storage": str(storage), "base.model": str(tiny_base_dir), "serve.model": "plain", "load.patience": patience,
+        **({"serve.request_seconds": given} if given else {})}))
+    args = resolve_args(config)
+    assert (args.request_seconds, config.serve.replicas) == (limit, 2)
 
 
 def test_checks() -> None:

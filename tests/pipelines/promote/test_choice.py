@@ -8,7 +8,7 @@ import pytest
 
 from hydra_core.errors import InputError
 from pipelines.bench.plan import FOREIGN, PLAIN
-from pipelines.promote.stage import choose_winner
+from tests.decisions import choose_winner
 
 
 def verdicts(different: int = 0, near: int = 0, identical: int = 8) -> dict[str, int]:
@@ -24,7 +24,19 @@ def test_the_fastest_wins() -> None:
                "combined": figures(2.0)}
     assert choose_winner(methods, 1.0) == ("ngram", "2.25x plain decoding, the fastest of 3 lossless contenders")
     for order in (sorted(methods), sorted(methods, reverse=True)):
-        assert choose_winner({name: methods[name] for name in order}, 1.0)[0] == "ngram"
+        for first, second in (("ngram", "heads"), ("heads", "ngram")):  # neither place nor name decides
+            given = methods | {first: methods["ngram"], second: methods["heads"]}
+            assert choose_winner({name: given[name] for name in order}, 1.0)[0] == first
+
+
+@pytest.mark.parametrize(("naive", "winner"), [
+    ({"bf16": verdicts()}, "fast"), ({"bf16": verdicts(), "fp32": verdicts()}, "fast"), ({"bf16": verdicts(different=1)}, PLAIN),
+    ({"bf16": None}, PLAIN), ({"int4": verdicts()}, PLAIN), ({}, PLAIN), (None, PLAIN)])
+def test_the_proof_of_a_quantised_base_is_its_own_format(naive: dict[str, Any] | None, winner: str) -> None:
+    """Answers in fp32 cannot be compared there; those in another format are no proof."""
+    fast = figures(2.0, fp32=None, naive=naive)
+    assert choose_winner({PLAIN: figures(1.0), "fast": fast}, 1.0, "bf16")[0] == winner
+    assert choose_winner({PLAIN: figures(1.0), "fast": fast}, 1.0)[0] == PLAIN
 
 
 @pytest.mark.parametrize("fault", [

@@ -70,7 +70,7 @@ def test_registered_again_where_the_alias_does_not_stand_for_it(tiny_base_dir: P
     assert promoted.ngram == NgramDrafter(max_match=5, min_match=4, length=8)  # as measured, not the defaults
     client = MlflowClient(Tracker.open(config).uri)
     params = client.get_run(first.run_id).data.params
-    assert params["base.dtype"] == "fp32" and params["promote.alias"] == "champion" and params["batch.seed"] == "0"
+    assert params["base.dtype"] == "fp32" and params["promote.alias"] == "champion" and "batch.seed" not in params
     again = run_promote(config)
     assert again.skipped and again.figures == first.figures
 
@@ -90,7 +90,11 @@ def test_registered_again_where_the_alias_does_not_stand_for_it(tiny_base_dir: P
     with Tracker.open(config).start("promote") as run:  # somebody else's champion
         run.log_artifact(plain, "configuration")
         register(config, "hydra-heads", run, "configuration", "champion", {})
-    assert not run_promote(config).skipped and champion(config, tmp_path)[0] == 4
+    stays = run_promote(config)  # measured before that version was champion
+    assert stays.skipped and (stays.figures["version"], stays.figures["promoted"]) == (3, False)
+    assert "before models:/hydra-heads/3 became champion" in stays.figures["why"] and champion(config, tmp_path)[0] == 3
+    forced = run_promote(config_for(storage, tiny_base_dir, promote__force=True))
+    assert forced.figures["version"] == 4 and champion(config, tmp_path) == (4, "ngram")
 
     shutil.rmtree(find_args(config).configuration or "")  # what the version stood for is gone
     assert run_promote(config).figures["version"] == 5
@@ -171,12 +175,19 @@ def test_mistakes_leave_no_claim(tiny_base_dir: Path, storage: Path) -> None:
     assert not (storage / "runs" / "default" / "promote").exists()
 
 
-def test_a_lossy_base_is_refused(tiny_base_dir: Path, storage: Path) -> None:
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_lossy_base_is_judged_in_its_own_format(tiny_base_dir: Path, storage: Path, shown: bool) -> None:
+    """Its answers are not those of the base that it was made from, but its own: drafts may not change those."""
     config = config_for(storage, tiny_base_dir, base__dtype="int4-lossy")
-    benched(config, ngram=1.5)
-    with pytest.raises(InputError, match=r"base\.dtype=int4-lossy: its answers are not the base's own") as caught:
-        run_promote(config)
-    assert "\n" not in str(caught.value) and not (storage / "runs" / "default" / "promote").exists()
+    folder = benched(config, ngram=1.5)
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    report["proof"] = {"format": "int4-lossy", "why": "it is quantised lossily"}
+    if shown:
+        report["methods"]["ngram"] |= {"fp32": None, "naive": {"int4-lossy": FIGURES["fp32"]}}
+    write_text(folder / "report.json", json.dumps(report))
+    promoted = run_promote(config)
+    assert promoted.figures["champion"] == ("ngram" if shown else "plain")
+    assert read_configuration(Path(promoted.outputs["configuration"])).base.weight_format == "int4-lossy"
 
 
 def test_a_report_without_plain(tiny_base_dir: Path, storage: Path) -> None:

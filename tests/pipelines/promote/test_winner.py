@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.promote.stage import choose_winner
+from tests.decisions import choose_winner
 
 
 def figures(speed: float, tokens_per_step: float | None, spread: list[float] | None) -> dict[str, Any]:

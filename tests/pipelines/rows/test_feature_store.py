@@ -16,7 +16,8 @@ from hydra_core.errors import InputError
 from hydra_core.heads import DraftVocab, HeadsConfig, build_drafter
 from hydra_core.training.model import HeadTraining
 from hydra_core.training.packing import FeatureRow
-from pipelines.rows.feature_store import BatchOrder, FeatureStore, share_of
+from pipelines.rows.batch_order import BatchOrder
+from pipelines.rows.feature_store import FeatureStore
 from pipelines.rows.packed_reader import LEAST_PROMPT, ROW_TOKENS, ProcessGroup, RowReader, cropped
 from pipelines.train.batches import StepBatches, valid_counts, validation_groups
 from tests.pipelines.synthetic import feature_row, write_shard
@@ -104,34 +105,22 @@ def test_wrong_folders_are_refused(rows: list[dict[str, Any]], tmp_path: Path) -
         FeatureStore.open(tmp_path, "train")
 
 
-def order(rows: int, blocks: int, per_step: int, window: int = 1 << 40, seed: int = 0) -> BatchOrder:
-    return BatchOrder(np.arange(rows) * blocks // rows, np.full(blocks, 100), per_step, seed, window)
-
-
-@pytest.mark.parametrize("window", [50, 250, 1 << 40])
-def test_every_epoch_has_every_row_once(window: int) -> None:
-    plan = order(23, 5, 4, window)
-    seen = np.concatenate([plan.rows(step) for step in range(23)])  # 23 steps x 4 rows = 4 epochs
-    epochs = seen.reshape(4, 23)
-    assert all(sorted(epoch) == list(range(23)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 4
-    assert np.array_equal(plan.rows(9), order(23, 5, 4, window).rows(9))  # nothing but (seed, step) decides
-    assert not np.array_equal(seen[:23], np.concatenate([order(23, 5, 23, window, seed=1).rows(0)]))
-    assert plan.total_steps(2.0) == 12 and plan.total_steps(0.01) == 1
-
-
-def test_a_window_bounds_the_blocks_in_use() -> None:
-    plan = order(100, 10, 100, window=200)
-    blocks = plan.block[plan.rows(0)]
-    assert all(len(set(blocks[start:start + 20])) == 2 for start in range(0, 100, 20))
-
-
-def test_shares_part_a_step_evenly() -> None:
-    lengths = np.array([50, 3, 40, 8, 30, 9, 20, 10])
-    rows = np.arange(8)
-    shares = [share_of(rows, lengths, rank, 2) for rank in range(2)]
-    assert sorted(np.concatenate(shares)) == list(rows) and {len(share) for share in shares} == {4}
-    assert abs(int(lengths[shares[0]].sum()) - int(lengths[shares[1]].sum())) <= 10
+def test_rows_in_memory_are_read_before_others_are_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a block whose rows were all read is the first to go."""
+    store = FeatureStore.open(folder, "train", cache_bytes=20_000)
+    blocks = store.index.block.tolist()
+    store.read(0)
+    loaded: list[int] = []
+    read = store._hidden
+    monkeypatch.setattr(store, "_hidden", lambda block: (loaded.append(block), read(block))[1])
+    wanted = [len(store) - 1, 1, 0]
+    found = store.read_rows(wanted)
+    assert loaded == [blocks[0], blocks[0], blocks[-1]]
+    assert [row.token_ids.tolist() for row in found] == [store.token_ids(row).tolist() for row in wanted]
+    roomy = FeatureStore.open(folder, "train")
+    for row in [*range(4), *np.flatnonzero(store.index.block == blocks[0])]:
+        roomy.read(int(row))
+    assert len(roomy._cache) > 1 and next(iter(roomy._cache)) == blocks[0]
 
 
 def test_validation_gives_every_rank_as_many_batches(folder: Path) -> None:
@@ -155,21 +144,25 @@ def test_gradients_do_not_depend_on_ranks_and_pieces(tiny_base: Base, folder: Pa
     if kind == "hydra":
         assert (counts < valid_counts(store, vocab, HeadsConfig(kind="hydra++"))).any()  # some cannot be drafted
 
-    def gradients(world: int, accumulate: int) -> list[torch.Tensor]:
+    def gradients(world: int, accumulate: int, lanes: int) -> list[torch.Tensor]:
         parts, totals = world * accumulate, [torch.zeros_like(parameter) for parameter in model.parameters()]
         for rank in range(world):
-            batches = StepBatches(RowReader(store), BatchOrder.of(store, 8, 3), counts, ProcessGroup(rank, world), accumulate)
+            order = BatchOrder.of(store, 8, 3, lanes=lanes)
+            batches = StepBatches(RowReader(store), order, counts, ProcessGroup(rank, world), accumulate)
             batch = batches.batch(2)
-            for piece in batch.pieces:
-                loss, _ = model(piece, batch.counts / parts)
+            assert len(batch.pieces) == accumulate  # as many exchanges as the other ranks have
+            for number, piece in enumerate(batch.pieces):
+                divisors = batch.counts / parts
+                loss, _ = model(piece, divisors if number < batch.counted else torch.full_like(divisors, torch.inf))
                 found = torch.autograd.grad(loss, list(model.parameters()))
                 totals = [total + part / parts for total, part in zip(totals, found, strict=True)]
         return totals
 
-    whole = gradients(1, 1)
-    for world, accumulate in ((4, 1), (1, 4), (2, 2)):
-        for one, parted in zip(whole, gradients(world, accumulate), strict=True):
-            torch.testing.assert_close(one, parted, rtol=1e-4, atol=1e-6)
+    for lanes, parts in ((1, ((4, 1), (1, 4), (2, 2), (3, 1), (5, 2))), (4, ((4, 1), (3, 1), (2, 2), (3, 3), (9, 1)))):
+        whole = gradients(1, 1, lanes)
+        for world, accumulate in parts:
+            for one, parted in zip(whole, gradients(world, accumulate, lanes), strict=True):
+                torch.testing.assert_close(one, parted, rtol=1e-4, atol=1e-6)
 
 
 def test_long_prompts_lose_their_beginning() -> None:

@@ -7,7 +7,6 @@ import json
 import os
 import random
 import re
-import resource
 import string
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import ray.exceptions
 from hydra_core.errors import InputError, StoppedError
 from pipelines.runtime.faults import find_cause, one_line, storage_fault
 from tests.conftest import ROOT
+from tests.hosts import small_disk
 
 
 def wrapped(error: Exception) -> Exception:
@@ -89,20 +89,19 @@ def test_a_cause_is_found_behind_what_ray_wraps_it_in() -> None:
     assert str(find_cause(wrapped(InputError("row 3")))) == "row 3"
 
 
-def test_a_command_with_a_storage_that_takes_no_more(tiny_base_dir: Path, tmp_path: Path) -> None:
-    """A limit on the size of files, which the operating system enforces for a process as a full disk does."""
-    prompts = tmp_path / "prompts.jsonl"
+@pytest.mark.slow
+def test_a_command_with_a_storage_that_takes_no_more(tiny_base_dir: Path, tmp_path: Path, worker_env: dict[str, str]) -> None:
+    """A small disk, which a part of the prompts does not fit on any more."""
+    prompts, storage = tmp_path / "prompts.jsonl", tmp_path / "storage"
     draw = random.Random(0)
-    prompts.write_text("".join(json.dumps({"prompt": "".join(draw.choices(string.ascii_letters, k=200))}) + "\n"
+    prompts.write_text("".join(json.dumps({"prompt": "".join(draw.choices(string.ascii_letters, k=800))}) + "\n"
                                for _ in range(12000)), encoding="utf-8")
-    command = [sys.executable, "-m", "jobs.distill", f"storage={tmp_path}/storage", f"base.model={tiny_base_dir}",
-               "base.dtype=fp32", "prompts.source=jsonl", f"prompts.path={prompts}"]
-
-    def limit() -> None:  # more than the tracking database needs, and less than the prompts
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2 << 20, 2 << 20))
-
-    done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), preexec_fn=limit, capture_output=True, text=True,
-                          timeout=300)
+    command = [sys.executable, "-m", "jobs.distill", f"storage={storage}", f"base.model={tiny_base_dir}", "base.dtype=fp32",
+               "prompts.source=jsonl", f"prompts.path={prompts}", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"]
+    storage.mkdir()
+    with small_disk(storage, 4):
+        done = subprocess.run(command, cwd=ROOT, env={**os.environ, **worker_env}, capture_output=True, text=True, timeout=300)
+        left = list(tmp_path.glob("storage/**/*.part"))
     assert done.returncode == 1, done.stderr
-    assert "Traceback" not in done.stderr and "error: the disk is full: " in done.stderr
-    assert not list(tmp_path.glob("storage/**/*.part"))
+    assert "Traceback" not in done.stderr and f"error: the disk is full: {storage}" in done.stderr, done.stderr
+    assert not left

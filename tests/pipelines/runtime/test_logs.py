@@ -18,6 +18,8 @@ OURS = re.compile(r"((\x1b\[\d+m)?\([^ ]+ pid=\d+\)(\x1b\[0m)? )?(keys and value
 INFO = "INFO 2026-11-28 22:55:21,326 controller 8990 -- Deploying"
 WARNING = "WARNING 2026-11-28 22:55:51,486 controller 8990 -- Slow answer."
 STUCK = "WARNING 2026-11-28 22:55:51,486 controller 8990 -- 1 replicas have taken more than 30s to be scheduled."
+BUSY = ("WARNING 2026-11-29 17:13:22,191 app_Ingress sk1zje1n -- Failed to get queue length from Replica(id='u72z0c9z', "
+        "deployment='DecodeServer', app='app') within 0.1s. If this happens repeatedly")
 FAILED = "Traceback (most recent call last):"
 ERROR = "ERROR 2026-11-28 22:55:51,486 controller 8990 -- Failed to start replica."
 RETRIED = ("Task ServeController.graceful_shutdown failed. There are infinite retries remaining, so the task will be retried. "
@@ -35,7 +37,7 @@ def test_serve_tells_of_errors_alone() -> None:
     assert shown(INFO, ERROR, actor="ProxyActor", pid=8) == [ERROR]
     assert shown(INFO, STUCK, "It waits for CPU.", actor="ServeController") == [STUCK, "It waits for CPU."]
     assert shown(INFO, FAILED, "x", actor="ServeController") == [FAILED, "x"]
-    assert shown(INFO, "keys and values", WARNING, actor="ServeReplica:app:DecodeServer") == ["keys and values", WARNING]
+    assert shown(INFO, "keys and values", WARNING, BUSY, actor="ServeReplica:app:DecodeServer") == ["keys and values", WARNING]
 
 
 def test_a_replica_that_dies_is_told_of_once() -> None:

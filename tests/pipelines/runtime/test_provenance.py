@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
-from importlib.metadata import PathDistribution
 from pathlib import Path
 
 import pytest
 
 from pipelines.config import load_config
-from pipelines.runtime.provenance import HIDDEN, _installed_from, provenance, redacted, shareable_yaml, without_credentials
+from pipelines.runtime.provenance import HIDDEN, provenance, redacted, shareable_yaml, without_credentials
 from tests.conftest import ROOT
+from tests.pipelines.runtime.test_commit import git
 
 
 def test_config_code_versions_machine(tmp_path: Path) -> None:
@@ -21,38 +20,8 @@ def test_config_code_versions_machine(tmp_path: Path) -> None:
     assert found["versions"]["torch"] and found["versions"]["ray"] and found["cpus"]
     if (ROOT / ".git").exists():
         assert found["git"]["commit"] == git(ROOT, "rev-parse", "HEAD")
+    assert found["hardware"]["cpu"] == found["processor"] and found["hardware"]["digest"]
     json.dumps(found)
-
-
-def git(folder: Path, *arguments: str) -> str:
-    return subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=folder, check=True,
-                          capture_output=True, text=True).stdout.strip()
-
-
-def test_an_installed_package_names_its_commit(tmp_path: Path) -> None:
-    source, site = tmp_path / "source", tmp_path / "site"
-    notes = site / "thing-1.dist-info"
-    for folder in (source, site):
-        (folder / "thing").mkdir(parents=True)
-        (folder / "thing" / "code.py").write_text("a = 1\n", encoding="utf-8")
-    notes.mkdir()
-    (notes / "RECORD").write_text("thing/code.py,,\n", encoding="utf-8")
-    package = PathDistribution(notes)
-    assert _installed_from(package, site) is None  # from a registry
-
-    git(source, "init", "-q")
-    git(source, "add", ".")
-    git(source, "commit", "-qm", "one")
-    (notes / "direct_url.json").write_text(json.dumps({"url": source.as_uri(), "dir_info": {}}), encoding="utf-8")
-    assert _installed_from(package, site) == {"commit": git(source, "rev-parse", "HEAD"), "changed": False}
-    assert _installed_from(package, tmp_path) is None  # other code than pip's, such as Ray's copy of a working directory
-    (source / "thing" / "code.py").write_text("a = 2\n", encoding="utf-8")
-    git(source, "commit", "-qam", "two")  # after the installation
-    assert _installed_from(package, site) == {"commit": git(source, "rev-parse", "HEAD"), "changed": True}
-
-    (notes / "direct_url.json").write_text(
-        json.dumps({"url": "https://host/thing", "vcs_info": {"vcs": "git", "commit_id": "c" * 40}}), encoding="utf-8")
-    assert _installed_from(package, site) == {"commit": "c" * 40, "changed": False}
 
 
 def test_secrets_stay_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,7 @@
-"""Actors' mistakes come out as they went in."""
+"""Joining and starting Ray, and workers that fit: what goes wrong is one line."""
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import subprocess
@@ -11,31 +10,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
-import pyarrow as pa
 import pytest
 import ray
 
 from hydra_core.errors import InputError, StoppedError
 from pipelines.config import Workers, load_config
 from pipelines.runtime import ray_cluster
-from pipelines.runtime.ray_cluster import check_workers, run_blocks
+from pipelines.runtime.ray_cluster import check_workers
 from tests.conftest import ROOT
-
-
-class Counter:
-    """Counts rows; mistaken as it starts, or about one block."""
-
-    def __init__(self, fault: str) -> None:
-        if fault == "start":
-            raise InputError("base.model=/x: cannot be loaded")
-        self.fault = fault
-
-    def __call__(self, block: pa.Table) -> pa.Table:
-        if self.fault == "block" and 3 in block["n"].to_pylist():
-            raise InputError("row 3: is wrong")
-        if self.fault == "disk":
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return pa.table({"ok": [len(block)]})
 
 
 @pytest.mark.parametrize(("settings", "told"), [
@@ -53,17 +35,6 @@ def test_a_ray_that_does_not_start_is_one_line(settings: dict[str, str], told: s
     monkeypatch.setattr(ray_cluster, "prepare_to_start", lambda: Path("/tmp/r"))
     with pytest.raises(StoppedError, match=told), ray_cluster.ensure_ray(load_config(None, settings)):
         pass
-
-
-def test_a_mistake_of_an_actor_is_one_line(local_ray: None, tmp_path: Path) -> None:
-    blocks = [pa.table({"n": [start, start + 1]}) for start in range(0, 8, 2)]
-    assert run_blocks(Counter, "none", blocks, actors=1, cpus=0.2, storage=tmp_path) == {"ok": 8}
-    for fault, words in (("start", "base.model=/x: cannot be loaded"), ("block", "row 3: is wrong")):
-        with pytest.raises(InputError) as caught:
-            run_blocks(Counter, fault, blocks, actors=1, cpus=0.2, storage=tmp_path)
-        assert str(caught.value) == words
-    with pytest.raises(StoppedError, match=r"^the disk is full: .*make room and run the same command again$"):
-        run_blocks(Counter, "disk", blocks, actors=1, cpus=0.2, storage=tmp_path)
 
 
 def test_workers_that_never_fit(local_ray: None) -> None:
@@ -96,6 +67,8 @@ def test_workers_are_counted_on_each_node(monkeypatch: pytest.MonkeyPatch) -> No
     nodes += [{"Alive": True, "Resources": {"CPU": 3.0, "GPU": 1.0}}, {"Alive": False, "Resources": {"CPU": 64.0}}]
     monkeypatch.setattr(ray_cluster.ray, "nodes", lambda: nodes)
     monkeypatch.setattr(ray_cluster.ray, "cluster_resources", lambda: {"CPU": 12.0, "GPU": 1.0})
+    monkeypatch.setattr(ray_cluster, "may_grow", lambda: False)
+    monkeypatch.setattr(ray_cluster, "wait_for_room", lambda wanted, stage: None)
     check_workers("x.workers", Workers(count=4, cpus=2))
     check_workers("x.workers", Workers(count=28, cpus=0.4))
     check_workers("x.workers", Workers(count=4, cpus=0.1, gpus=0.25))

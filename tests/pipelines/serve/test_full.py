@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -125,9 +126,9 @@ def test_bodies_that_never_come_lock_nobody_out(app: ServedApp, http: httpx.Clie
     try:
         for one in held:
             one.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n")
-        for one in held[:20]:
+        for one in held:  # answered without it, or refused while 400 come at once
             one.settimeout(30)
-            assert b"200" in one.recv(100).partition(b"\r\n")[0]  # answered without it
+            assert re.search(rb"^HTTP/1.1 (200|429) ", one.recv(100))
         assert http.get("/v1/models").status_code == 200
         assert http.post("/v1/completions", json=ENDLESS | {"max_tokens": 2, "stream": False}).status_code == 200
     finally:

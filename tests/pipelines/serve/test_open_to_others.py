@@ -10,7 +10,7 @@ import pytest
 
 from hydra_core.errors import InputError
 from pipelines.config import load_config
-from pipelines.serve import stage
+from pipelines.serve import instance, stage
 from pipelines.serve.api_keys import VARIABLE
 from pipelines.serve.instance import Instance
 from pipelines.serve.messages import AppArgs
@@ -61,3 +61,12 @@ def test_a_deployed_application_needs_its_keys(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delenv(VARIABLE, raising=False)
     with pytest.raises(InputError, match=r"serve\.require_keys=true: there is no API key"):
         stage.build_app({**ARGS, "require_keys": True})
+
+
+@pytest.mark.parametrize(("listens", "asked"), [
+    ("http://0.0.0.0:8000", "http://10.0.0.7:8000"), ("https://0.0.0.0:443", "https://10.0.0.7:443"),
+    ("http://127.0.0.1:8000", "http://127.0.0.1:8000"), ("http://host.example:80", "http://host.example:80"), ("", "")])
+def test_an_address_that_is_told_is_one_to_ask_at(monkeypatch: pytest.MonkeyPatch, listens: str, asked: str) -> None:
+    context = SimpleNamespace(gcs_address="10.0.0.7:6379")
+    monkeypatch.setattr(instance, "ray", SimpleNamespace(get_runtime_context=lambda: context))
+    assert instance.reachable(listens) == asked

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from mlflow.protos.databricks_pb2 import PERMISSION_DENIED, TEMPORARILY_UNAVAILA
 
 from hydra_core.errors import InputError, StoppedError
 from pipelines.config import RunConfig, load_config
-from pipelines.tracking import Tracker, resolve, ui_command
+from pipelines.tracking import Run, Tracker, resolve, ui_command
 from pipelines.tracking.client import _has_tables, _line_of, open_client
 from pipelines.train.reporting import log_curve, log_rest
 
@@ -59,10 +60,9 @@ def test_artifacts_that_cannot_be_stored(config: RunConfig, tmp_path: Path) -> N
     (tmp_path / "file").write_text("", encoding="utf-8")
     MlflowClient(Tracker.open(load_config(None, {"storage": config.storage})).uri).create_experiment(
         "mine", artifact_location=(tmp_path / "file" / "art").as_uri())
-    tracker = Tracker.open(config)
     with pytest.raises(InputError, match=rf"^tracking\.experiment: its artifacts cannot be stored in \S*{tmp_path}/file/art/\S+ "
                                          r"\(.*Not a directory.*\): choose another tracking\.experiment"):
-        tracker.start("train")
+        Tracker.open(config)  # before any work
 
 
 def test_a_version_of_a_remote_store_is_downloaded_once_and_whole(config: RunConfig, tmp_path: Path,
@@ -82,7 +82,7 @@ def test_a_version_of_a_remote_store_is_downloaded_once_and_whole(config: RunCon
         return str(folder)
 
     version = SimpleNamespace(version="3", source=source)
-    monkeypatch.setattr("pipelines.tracking.registry.open_client", lambda uri: SimpleNamespace(
+    monkeypatch.setattr("pipelines.tracking.registry.open_client", lambda *_: SimpleNamespace(
         get_model_version=lambda name, number: version))
     monkeypatch.setattr("mlflow.artifacts.download_artifacts", download)
     with pytest.raises(StoppedError, match=rf"^{source}: cannot be downloaded \(Connection broken\)$"):
@@ -99,6 +99,8 @@ def test_a_version_of_a_remote_store_is_downloaded_once_and_whole(config: RunCon
 @pytest.mark.parametrize(("message", "words"), [
     ("The run abc must be in the 'active' state. Current state is deleted.", "the run abc was deleted"),
     ("API request to http://h:1/api/2.0 failed with exception HTTPConnectionPool(host='h')", "does not answer any more"),
+    ("API request to http://h:1/api/2.0 failed with timeout exception x", "does not answer any more"),
+    ("(psycopg2.OperationalError) server closed the connection unexpectedly", "does not answer any more"),
     ("(sqlite3.OperationalError) database is locked\n[SQL: INSERT", "other processes write to its database"),
     ("Registered Model with name=x not found", None)])
 def test_which_faults_are_told(message: str, words: str | None) -> None:
@@ -124,14 +126,15 @@ def test_what_may_pass_is_no_mistake(config: RunConfig, tmp_path: Path, monkeypa
         raise error
 
     tracker = Tracker.open(config)
-    run = tracker.start("train")
+    started = tracker.start("train")
+    run = Run(started._client, started.run_id)  # one that keeps nothing, as at its start
     kind, words = (InputError, "cannot be") if refused else (StoppedError, "run the same command again")
     (tmp_path / "f").write_text("", encoding="utf-8")
     with monkeypatch.context() as patch:
         patch.setattr(run._client._client, "log_artifact", fail)
         with pytest.raises(kind, match="choose another|refuses" if refused else words):
             run.log_artifact(tmp_path / "f")
-    monkeypatch.setattr("pipelines.tracking.client._why_dead", lambda uri: None)
+    monkeypatch.setattr("pipelines.tracking.client.why_dead", lambda uri: None)
     monkeypatch.setattr("pipelines.tracking.client.BUSY_SECONDS", -1)
     monkeypatch.setattr("pipelines.tracking.client.MlflowClient", fail)
     with pytest.raises(kind, match=rf"^tracking\.uri=http://host: .*{words}"):
@@ -152,7 +155,7 @@ def test_no_line_shows_a_password(config: RunConfig, monkeypatch: pytest.MonkeyP
     def fail(**_: str) -> None:
         raise RuntimeError(f"Could not parse {secret}")
 
-    monkeypatch.setattr("pipelines.tracking.client._why_dead", lambda uri: None)
+    monkeypatch.setattr("pipelines.tracking.client.why_dead", lambda uri: None)
     monkeypatch.setattr("pipelines.tracking.client.MlflowClient", fail)
     with pytest.raises((InputError, StoppedError), match=r"postgresql://127\.0\.0\.1:9/x") as caught:
         open_client(secret)
@@ -221,3 +224,25 @@ def test_a_tracker_that_is_down_costs_no_training(config: RunConfig, tmp_path: P
     log_rest(run, tmp_path, tmp_path / "curve.jsonl")
     assert logged("train.loss") == [(step, 9.0 - step) for step in range(8)]
     assert logged("held_out.tokens_per_step")[-1] == (8, 9.0)
+
+
+def test_a_store_of_artifacts_that_does_not_answer(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its library may try for many minutes: the work does not begin, and the line comes before that."""
+    over = threading.Event()
+    monkeypatch.setattr("pipelines.tracking.runs.PROBE_SECONDS", 0.2)
+    monkeypatch.setattr(Run, "log_text", lambda *_: over.wait(60))
+    with pytest.raises(StoppedError, match=r"^tracking\.uri=sqlite:\S+: its store of artifacts does not answer within \d+ s: "):
+        Tracker.open(config)
+    over.set()
+
+
+def test_a_version_without_files(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server lists a folder that is gone as an empty one."""
+    version = SimpleNamespace(version="3", source="mlflow-artifacts:/1/abc/artifacts/configuration")
+    monkeypatch.setattr("pipelines.tracking.registry.open_client", lambda *_: SimpleNamespace(
+        get_model_version=lambda name, number: version))
+    monkeypatch.setattr("mlflow.artifacts.download_artifacts", lambda **_: None)
+    with pytest.raises(InputError, match=r"^mlflow-artifacts:\S+: the registered version has no files there \(none were found\): "
+                                         r"run `hydra-heads promote` again$"):
+        resolve(config, "models:/heads/3", tmp_path / "models")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and "storage" not in path.parts]

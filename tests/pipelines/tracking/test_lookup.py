@@ -23,8 +23,9 @@ from jobs.runner import run
 from pipelines.bench.stage import find_heads, run_bench
 from pipelines.config import RunConfig, load_config
 from pipelines.profiling.weight_format import resolve_format
-from pipelines.promote.stage import _is_champion, run_promote
+from pipelines.promote.stage import run_promote
 from pipelines.runtime.artifacts import RunPaths
+from pipelines.tracking.champion import reigning
 from pipelines.tracking.lookup import find_model
 from tests.trained import random_heads
 
@@ -65,12 +66,12 @@ def test_a_registry_that_fails_is_no_empty_registry(package: Path, tiny_base_dir
         raise MlflowException("the server is overloaded", error_code=TEMPORARILY_UNAVAILABLE)
 
     client = SimpleNamespace(get_model_version_by_alias=fail, get_model_version=fail)
-    monkeypatch.setattr("pipelines.tracking.registry.open_client", lambda uri: client)
+    monkeypatch.setattr("pipelines.tracking.registry.open_client", lambda *_: client)
     config = config_for(storage, tiny_base_dir)
     with pytest.raises(StoppedError, match=r"^generate\.model=models:/\S+: the registry does not say .*the server is overloaded"):
         find_model(config, asked, "generate.model")
     with pytest.raises(StoppedError, match="the server is overloaded"):
-        _is_champion(config, storage)
+        reigning(config)
 
 
 def test_the_setting_is_named(package: Path, tiny_base_dir: Path, storage: Path) -> None:
@@ -103,7 +104,7 @@ def test_bundled_heads_go_with_every_weight_format(package: Path, tiny_base: Bas
 @pytest.mark.slow
 def test_bundled_heads_are_measured_and_promoted(package: Path, tiny_base_dir: Path, storage: Path, tmp_path: Path,
                                                  monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.promote.stage._why_noise", lambda figures: None)  # of a tiny base, all speeds are
+    monkeypatch.setattr("pipelines.promote.gates.Judgement.holds", lambda *_: True)  # of a tiny base all speeds are noise
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("a b a b a b", "hello")), encoding="utf-8")
     config = config_for(storage, tiny_base_dir, bench__prompts=str(prompts), bench__max_new_tokens=8, bench__identity_prompts=2,

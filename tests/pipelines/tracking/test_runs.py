@@ -18,6 +18,7 @@ from hydra_core.errors import InputError, StoppedError
 from pipelines.config import RunConfig, load_config
 from pipelines.runtime.programs import program
 from pipelines.tracking import Tracker, flatten, metric_logger, register, resolve, tracking_uri
+from pipelines.tracking.search import RunReader
 from tests.conftest import ROOT
 
 
@@ -52,6 +53,7 @@ def test_artifacts_of_a_database_lie_in_the_storage(config: RunConfig, monkeypat
                                                     given: bool) -> None:
     """MLflow's own place for them is the folder in which a process happens to run; a server has one of its own."""
     asked: list[str | None] = []
+    monkeypatch.setattr(Tracker, "_prepare", lambda self: None)
     client = SimpleNamespace(get_experiment_by_name=lambda name: None,
                              create_experiment=lambda name, artifact_location: asked.append(artifact_location))
     monkeypatch.setattr("pipelines.tracking.runs.open_client", lambda uri: client)
@@ -112,15 +114,26 @@ def test_a_store_of_no_known_kind(config: RunConfig) -> None:
 
 
 def test_every_run_holds_its_settings(config: RunConfig) -> None:
+    """As parameters those that its stage reads, all of them as an artifact."""
     secret = config.model_copy(update={"promote": config.promote.model_copy(update={"alias": "http://me:hunter2@x"})})
     tracker = Tracker.open(secret)
-    with tracker.start("tree") as run:
+    with tracker.start("promote") as run:
         pass
     client = MlflowClient(tracker.uri)
     params = client.get_run(run.run_id).data.params
-    assert params["tree.repeats"] == "5" and params["name"] == "chain" and "hunter2" not in str(params)
+    assert params["promote.min_gain"] == "1.0" and params["name"] == "chain" and "hunter2" not in str(params)
+    assert {name.split(".")[0] for name in params} == {"name", "base", "promote"}
     text = Path(client.download_artifacts(run.run_id, "config.yaml", config.storage)).read_text(encoding="utf-8")
     assert "repeats: 5" in text and "hunter2" not in text
+    with tracker.start("train", part="hydra++") as trained:
+        pass
+    params = client.get_run(trained.run_id).data.params
+    assert params["train.lr"] == "0.001" and params["heads.kind"] == "hydra++" and "train.drafters" not in str(params)
+    reader = RunReader.open(secret)
+    record = reader.get(trained.run_id)
+    assert record is not None
+    found = reader.complete(record).params
+    assert found["tree.repeats"] == "5" and found["train.drafters.hydra++.kind"] == "hydra++" and found["train.lr"]
 
 
 def test_the_parent_runs_while_a_child_does(config: RunConfig) -> None:

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from hydra_core.heads import DraftVocab, HeadsConfig
-from pipelines.rows.feature_store import BatchOrder, FeatureStore
+from pipelines.rows.batch_order import BatchOrder
+from pipelines.rows.feature_store import FeatureStore
 from pipelines.rows.packed_reader import ProcessGroup, RowReader
 from pipelines.rows.schemas import content_id
 from pipelines.train.batches import StepBatches, valid_counts

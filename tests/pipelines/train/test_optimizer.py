@@ -20,7 +20,8 @@ from hydra_core.base import Base, load_base
 from hydra_core.heads import DraftVocab, HeadsConfig, build_drafter
 from hydra_core.training.model import HeadTraining
 from pipelines.config import TrainSection, TrainWorkers
-from pipelines.rows.feature_store import BatchOrder, FeatureStore, share_of
+from pipelines.rows.batch_order import BatchOrder, share_of
+from pipelines.rows.feature_store import FeatureStore
 from pipelines.rows.packed_reader import ProcessGroup, RowReader
 from pipelines.train.batches import StepBatches, valid_counts
 from pipelines.train.context import HEADS

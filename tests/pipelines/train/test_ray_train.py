@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import ray
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2.api import data_parallel_trainer
 
@@ -26,7 +28,7 @@ from hydra_core.heads.checkpoint import load_checkpoint
 from pipelines.config import load_config
 from pipelines.runtime.artifacts import RunPaths
 from pipelines.train import ray_train
-from pipelines.train.ray_train import INTERFACE_VARIABLES, HeadTrainer, choose_interface, interface_of
+from pipelines.train.ray_train import INTERFACE_VARIABLES, HeadTrainer, WaitingLines, choose_interface, interface_of
 from tests.conftest import ROOT
 from tests.pipelines.runtime.test_ray_access import START
 from tests.pipelines.synthetic import write_distilled
@@ -61,14 +63,33 @@ class Failures(ray.train.TrainingFailedError):
 
 @pytest.mark.parametrize("error", [StoppedError("the disk is full"), InputError("row 3")])
 def test_work_that_stopped_is_not_restarted(error: Exception) -> None:
-    policy = ray_train._RestartTheDead(ray.train.FailureConfig(max_failures=2))
+    policy = ray_train.RestartPolicy(ray.train.FailureConfig(max_failures=2))
     assert policy.make_decision(Failures(error)) == FailureDecision.RAISE
 
 
 def test_dead_workers_are_restarted() -> None:
-    policy = ray_train._RestartTheDead(ray.train.FailureConfig(max_failures=1))
+    policy = ray_train.RestartPolicy(ray.train.FailureConfig(max_failures=1))
     failed = ray.train.WorkerGroupError("a worker died", {0: ray.exceptions.RayActorError()})
     assert [policy.make_decision(failed) for _ in range(2)] == [FailureDecision.RETRY, FailureDecision.RAISE]
+
+
+def test_workers_that_find_no_room_are_told_of_in_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+                                                          caplog: pytest.LogCaptureFixture) -> None:
+    """Ray's controller logs a traceback for each attempt; what else it logs stays."""
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.5, "memory": 9.0})
+    logger = logging.getLogger("waiting")
+    monkeypatch.setattr(ray_train.ray_controller, "logger", logger)
+    scaling = ray.train.ScalingConfig(num_workers=3, use_gpu=True, resources_per_worker={"CPU": 2, "GPU": 1})
+    WaitingLines().after_controller_start(SimpleNamespace(scaling_config=scaling))
+    for error in (WorkerGroupStartupTimeoutError(3), WorkerGroupStartupTimeoutError(3), ValueError("other")):
+        try:
+            raise error
+        except (WorkerGroupStartupTimeoutError, ValueError) as caught:
+            logger.exception("Error in control loop iteration: %s", caught)
+    assert capsys.readouterr().err.splitlines() == ["train: waits for 3 workers of 2 CPU, 1 GPU: 1.5 CPU, 0 GPU are free in the "
+                                                    "cluster (a worker takes all from one node)"] * 2
+    assert [record.getMessage() for record in caplog.records] == ["Error in control loop iteration: other"]
+    assert any(isinstance(one, WaitingLines) for one in HeadTrainer(lambda: None)._create_default_callbacks())
 
 
 def test_no_cleaner_of_placement_groups(local_ray: None) -> None:

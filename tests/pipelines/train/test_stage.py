@@ -155,7 +155,8 @@ def test_the_same_base_elsewhere_and_the_device_of_auto_are_no_other_run(undistu
     assert run_train(moved).skipped
     manifest = RunPaths.of(undisturbed).stage("train", "hydra") / "manifest.json"
     now = manifest.read_text(encoding="utf-8")
-    settings = train_stage._settings(undisturbed, "hydra") | {"base": undisturbed.base.model_dump(mode="json")}
+    settings = train_stage._settings(undisturbed, "hydra")
+    settings = {**settings, "base": undisturbed.base.model_dump(mode="json"), "train": settings["train"] | {"workers": 2}}
     earlier = train_stage._digest_of(settings, "hydra", distilled(undisturbed)[1], None)
     assert earlier != json.loads(now)["fingerprint"]
     try:
@@ -276,7 +277,7 @@ def test_steps_that_a_kill_kept_from_the_tracker_are_logged_on_resuming(storage:
     (checkpoint / "heads" / "provenance.json").write_text(json.dumps({"training": figures}))
     context: Any = SimpleNamespace(
         engine=SimpleNamespace(load_checkpoint=lambda folder, tag: (folder, {"next_step": 2})), first=True, curve=[], next_step=0,
-        average=None,
+        average=None, lanes=None,
         settings=SimpleNamespace(run_id=run.run_id, tracking_uri=tracker.uri, folder=str(tmp_path)))
     for _ in range(2):  # what is logged already is not logged twice
         restore(context, SimpleNamespace(as_directory=lambda: contextlib.nullcontext(str(checkpoint))))
@@ -284,6 +285,10 @@ def test_steps_that_a_kill_kept_from_the_tracker_are_logged_on_resuming(storage:
     assert [(m.step, m.value) for m in client.get_metric_history(run.run_id, "train.loss")] == [(0, 2.0), (1, 1.0)]
     assert [(m.step, m.value) for m in client.get_metric_history(run.run_id, "held_out.tokens_per_step")] == [(2, 1.5)]
     assert context.next_step == 2 and len(context.curve) == 2
+    assert context.lanes == 1  # an earlier version has written no number of lanes, and had one
+    context.engine.load_checkpoint = lambda folder, tag: (folder, {"next_step": 2, "lanes": 8})
+    restore(context, SimpleNamespace(as_directory=lambda: contextlib.nullcontext(str(checkpoint))))
+    assert context.lanes == 8
 
 
 @pytest.mark.slow

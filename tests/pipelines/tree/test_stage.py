@@ -166,7 +166,8 @@ def test_the_stage_writes_loadable_heads_with_fitted_trees(config: RunConfig, ti
         sizes = TreeSet.from_json(json.loads((folder / "heads" / "sweep.json").read_text())).trees
         assert set(sizes) <= {2, 6} and all(tree.size == count for count, tree in sizes.items()) and 2 in sizes
         kept = {file.path for file in MlflowClient(Tracker.open(config).uri).list_artifacts(run_id_of(config, kind))}
-        assert kept == {"config.yaml", "costs.json", "costs.md", "scores.json", "tree.png", "tree_drawn.png", "tree.json"}
+        assert kept == {"config.yaml", "hardware.json", "costs.json", "costs.md", "scores.json", "tree.png", "tree_drawn.png",
+                        "tree.json"}
         for picture in ("tree.png", "tree_drawn.png"):
             assert (folder / picture).read_bytes().startswith(b"\x89PNG")
         scores: dict[str, list[dict[str, Any]]] = json.loads((folder / "scores.json").read_text())
@@ -187,7 +188,7 @@ def test_curves_are_measured_beside_finished_trees(config: RunConfig, local_ray:
     page = picture.with_suffix(".md").read_text(encoding="utf-8")
     assert "| context | nodes 1 | nodes 8 | nodes 16 | nodes 32 |" in page and "| 224 |" in page and "predicts these 12" in page
     kept = {file.path for file in MlflowClient(Tracker.open(config).uri).list_artifacts(run_id_of(config, "curves"))}
-    assert kept == {"config.yaml", "curves.json", "curves.md", "curves.png"}
+    assert kept == {"config.yaml", "hardware.json", "curves.json", "curves.md", "curves.png"}
     assert run_tree(asked).skipped and "fp32, batch 1: a step" in capsys.readouterr().err
 
 

@@ -1,0 +1,15 @@
+"""`python -m jobs.datacard --config FILE section.field=value ...`"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jobs.runner import run
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run("datacard", argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

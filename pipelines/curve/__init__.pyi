@@ -1,0 +1,3 @@
+from .stage import run_curve
+
+__all__ = ["run_curve"]

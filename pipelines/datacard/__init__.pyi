@@ -1,0 +1,3 @@
+from .stage import run_datacard
+
+__all__ = ["run_datacard"]

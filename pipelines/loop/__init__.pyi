@@ -1,0 +1,3 @@
+from .stage import run_loop
+
+__all__ = ["run_loop"]
