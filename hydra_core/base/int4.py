@@ -1,7 +1,7 @@
 """Packed 4-bit matrices of Q4_1 codes: those that a checkpoint stores, or codes that were made from its weights.
 
-`BlockedInt4Weight` multiplies by this project's own kernel (`kernels/matmul_int4.h`) on processors with AVX-512's bf16 dot
-product: codes are exact in bfloat16, scale and minimum keep the file's float16 values, sums are float32. `Int4Weight` is
+`BlockedInt4Weight` multiplies by this project's own kernel (`kernels/matmul_int4.h`) on processors with AVX2 or AVX-512's bf16
+dot product: codes are exact in bfloat16, scale and minimum keep the file's float16 values, sums are float32. `Int4Weight` is
 torch's CPU kernel, for other processors. It computes (q - 8) * scale + zero, so scale = d and zero = m + 8 d. In bfloat16 both
 are rounded, and so is the value, which is off by less than (8 |d| + |m + 8 d| + |value|) / 256; in float32 it is exactly the
 code's value. The cost of a 4-bit product grows with its rows, while a dense bf16 matrix costs as much for one row as for

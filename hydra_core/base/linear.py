@@ -1,8 +1,8 @@
 """A frozen matrix in the layout that this machine multiplies fastest.
 
-On a CPU with AVX-512's bf16 dot product this project's own kernels (`kernels/matmul_bf16.h`) read a matrix at the full speed of
-the memory. On other CPUs, or where AMX was not compiled in, oneDNN reads a reordered matrix 1.5 to 2 times as fast as a plain
-one. Neither layout supports gradients, so trainers keep the plain layout.
+On a CPU with AVX2 or AVX-512's bf16 dot product this project's own kernels (`kernels/matmul_bf16.h`) read a matrix at the full
+speed of the memory. On other CPUs, or where AMX was not compiled in, oneDNN reads a reordered matrix 1.5 to 2 times as fast as a
+plain one. Neither layout supports gradients, so trainers keep the plain layout.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ EXPECTED_ROWS = 8
 
 def packable(weight: Tensor) -> bool:
     """Whether this machine has a faster layout for `weight`."""
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+        return False
     has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return (weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and has_onednn
-            and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+    return ops.supports_linear(weight) or (has_onednn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 
 def quantisable(weight: Tensor) -> bool:

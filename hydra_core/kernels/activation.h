@@ -11,17 +11,15 @@
 
 #include "simd.h"
 
-#ifdef HYDRA_AVX512
-namespace avx512 {
+#ifdef HYDRA_SIMD
+namespace simd {
 
 // SiLU(x) * other (MUL), or SiLU(x) + other, of `width` values; computed in float32 and rounded once.
 template <bool MUL>
 void silu_epilogue(const Value* x, const Value* other, Value* target, int64_t width) {
   for (int64_t i = 0; i < width; i += 16) {
-    const __mmask16 inside = width - i >= 16 ? 0xffff : (1 << (width - i)) - 1;
-    const __m512 value = silu(widen(_mm256_maskz_loadu_epi16(inside, x + i)));
-    const __m512 more = widen(_mm256_maskz_loadu_epi16(inside, other + i));
-    _mm256_mask_storeu_epi16(target + i, inside, narrow(MUL ? _mm512_mul_ps(value, more) : _mm512_add_ps(value, more)));
+    const Floats value = silu(load_first(x + i, width - i)), more = load_first(other + i, width - i);
+    store_first(target + i, MUL ? value * more : value + more, width - i);
   }
 }
 
@@ -40,7 +38,7 @@ inline Tensor silu_and_mul(const Tensor& gate_up) {
   return result;
 }
 
-}  // namespace avx512
+}  // namespace simd
 #endif
 
 namespace native {
@@ -58,8 +56,8 @@ float silu(T x) {
 // most of a step's rounding.
 template <typename T>
 Tensor silu_and_mul(const Tensor& gate_up) {
-#ifdef HYDRA_AVX512
-  if (std::is_same_v<T, at::BFloat16>) return avx512::silu_and_mul(gate_up);
+#ifdef HYDRA_SIMD
+  if (std::is_same_v<T, at::BFloat16>) return simd::silu_and_mul(gate_up);
 #endif
   std::vector<Tensor> halves = gate_up.chunk(2, -1);
   return at::silu(halves[0].to(at::kFloat)).mul_(halves[1]).to(gate_up.scalar_type());

@@ -6,13 +6,13 @@
 
 #include "simd.h"
 
-#ifdef HYDRA_AVX512
+#ifdef HYDRA_SIMD
 #ifdef HYDRA_AMX
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
 
-namespace avx512 {
+namespace simd {
 
 constexpr int64_t TILE_INPUTS = 32;   // bfloat16 values in a line of a tile
 constexpr int64_t MAX_ROWS_AMX = 32;  // rows that are multiplied together: two tiles of rows by two tiles of outputs
@@ -59,5 +59,5 @@ struct TileConfig {
 #endif
 };
 
-}  // namespace avx512
+}  // namespace simd
 #endif

@@ -11,12 +11,12 @@
 
 #include "amx.h"
 #include "attention_amx.h"
-#include "attention_avx512.h"
+#include "attention_simd.h"
 #include "ragged.h"
 #include "simd.h"
 
-#ifdef HYDRA_AVX512
-namespace avx512 {
+#ifdef HYDRA_SIMD
+namespace simd {
 
 // `count` queries of one head of one sequence, from `first` on.
 struct Task {
@@ -40,8 +40,10 @@ inline Tensor attention(const Tensor& queries, const RaggedBatch& lines, const T
   std::vector<int64_t> open(batch, kv_len);  // slots from the first on that all nodes of a sequence see
   std::vector<Task> tasks;
   for (int64_t row = 0; row < batch; ++row) {
+#ifdef HYDRA_AMX
     for (int64_t node = 0; tiles && mask && node < lines.count[row]; ++node)
       open[row] = first_masked(masked.const_data_ptr<Value>() + (row * nodes + node) * kv_len, open[row]);
+#endif
     for (int64_t head = 0; head < heads; ++head)
       in_passes(groups * lines.count[row], most, [&](int64_t first, int64_t some) { tasks.push_back({row, head, first,
                                                                                                      some}); });
@@ -88,5 +90,5 @@ inline Tensor attention(const Tensor& queries, const RaggedBatch& lines, const T
   return result;
 }
 
-}  // namespace avx512
+}  // namespace simd
 #endif

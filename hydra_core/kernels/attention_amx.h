@@ -7,13 +7,24 @@
 #include <vector>
 
 #include "amx.h"
-#include "attention_avx512.h"
+#include "attention_simd.h"
 #include "simd.h"
 
 #if defined(HYDRA_AVX512) && defined(HYDRA_AMX)
-namespace avx512 {
+namespace simd {
 
 constexpr int64_t TILE = 16;  // lines of a tile, and 32-bit values in one
+
+// Index of the first of `count` mask values that is not 0, or `count`.
+inline int64_t first_masked(const Value* mask, int64_t count) {
+  int64_t slot = 0;
+  for (; slot + 32 <= count; slot += 32) {
+    const __mmask32 masked = _mm512_test_epi16_mask(_mm512_loadu_si512(mask + slot), _mm512_set1_epi16(-1));
+    if (masked) return slot + __builtin_ctz(masked);
+  }
+  while (slot < count && mask[slot].x == 0) ++slot;
+  return slot;
+}
 
 // A thread's buffers for sixteen queries of one head: scores [slots, 16] and weights [16, slots], with the number of slots
 // rounded up to a multiple of 32.
@@ -118,7 +129,7 @@ inline __m512 softmax_amx(int64_t slots, __m512 most, Workspace& work) {
     }
     transpose_16x16(weights, transposed);
     for (int64_t query = 0; query < TILE; ++query)
-      store16(work.weights.data() + query * slots + slot, _mm512_castsi512_ps(transposed[query]));
+      store(work.weights.data() + query * slots + slot, _mm512_castsi512_ps(transposed[query]));
   }
   return sum;
 }
@@ -189,10 +200,9 @@ inline void attention_amx(const KeyValues& head, const Value* queries, int64_t f
     wide == 64 ? weighted_values_amx<true>(head, at, slots, work) : weighted_values_amx<false>(head, at, slots, work);
     for (int64_t query = 0; query < count; ++query)
       for (int64_t i = 0; i < wide; i += 16)
-        store16(targets[query] + at + i, _mm512_mul_ps(_mm512_load_ps(work.sums[query] + i),
-                                                       _mm512_set1_ps(inverse_sums[query])));
+        store(targets[query] + at + i, load(work.sums[query] + i) * all(inverse_sums[query]));
   }
 }
 
-}  // namespace avx512
+}  // namespace simd
 #endif

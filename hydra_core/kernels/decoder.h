@@ -67,11 +67,11 @@ struct Decoder : torch::CustomClassHolder {
     const int64_t batch = slots.size(0), nodes = slots.size(1), hidden_width = residual.size(-1), groups = heads / kv_heads;
     TORCH_CHECK(residual.numel() == lines.total * hidden_width, residual.numel() / hidden_width, " lines of ", lines.total);
     // PyTorch's attention takes equally many queries of every sequence: there each has room for N, the last ones unused
-    const RaggedBatch places = uses_avx512_attention<T>() ? lines : RaggedBatch(batch, nodes, {});
+    const RaggedBatch places = uses_own_attention<T>() ? lines : RaggedBatch(batch, nodes, {});
     Tensor normed = at::empty({lines.total, hidden_width}, keys.options());
     Tensor queries = at::empty({places.total, heads, width}, keys.options());
-    if (!uses_avx512_attention<T>()) queries = queries.zero_().view({batch, kv_heads, groups * nodes, width});
-    const Maybe folded_mask = mask && groups > 1 && !uses_avx512_attention<T>() ? Maybe(mask->repeat({1, 1, groups, 1})) : mask;
+    if (!uses_own_attention<T>()) queries = queries.zero_().view({batch, kv_heads, groups * nodes, width});
+    const Maybe folded_mask = mask && groups > 1 && !uses_own_attention<T>() ? Maybe(mask->repeat({1, 1, groups, 1})) : mask;
     Tensor added;
     for (size_t index = 0; index < layers.size(); ++index) {
       const Layer& layer = layers[index];
@@ -87,8 +87,8 @@ struct Decoder : torch::CustomClassHolder {
 
   // Whether attention runs by `attention.h` rather than by PyTorch.
   template <typename T>
-  bool uses_avx512_attention() const {
-#ifdef HYDRA_AVX512
+  bool uses_own_attention() const {
+#ifdef HYDRA_SIMD
     return std::is_same_v<T, at::BFloat16> && width % 32 == 0;
 #else
     return false;
@@ -99,8 +99,8 @@ struct Decoder : torch::CustomClassHolder {
   template <typename T>
   Tensor attend(const Tensor& queries, const RaggedBatch& lines, const Tensor& keys, const Tensor& values, int64_t kv_len,
                 const Tensor& slots, const Maybe& mask) const {
-#ifdef HYDRA_AVX512
-    if (uses_avx512_attention<T>()) return avx512::attention(queries, lines, keys, values, kv_len, slots, mask);
+#ifdef HYDRA_SIMD
+    if (uses_own_attention<T>()) return simd::attention(queries, lines, keys, values, kv_len, slots, mask);
 #endif
     Tensor seen = at::scaled_dot_product_attention(
         queries, keys.narrow(1, 0, kv_len).transpose(1, 2), values.narrow(1, 0, kv_len).transpose(1, 2), mask, 0.0, false,

@@ -72,7 +72,7 @@ struct DraftHead : torch::CustomClassHolder {
 
   // The `count` largest logits of each path, in order: indices [B, W, count] int64 and their probabilities float32.
   std::tuple<Tensor, Tensor> top_k(Tensor features, Tensor path, int64_t count) const {
-#ifdef HYDRA_AVX512
+#ifdef HYDRA_SIMD
     if (scale == 1.0 && softcap == 0.0) return top_k_of_raw(raw_logits(features, path), path, count);
 #endif
     Tensor scores = logits(features, path);
@@ -88,7 +88,7 @@ struct DraftHead : torch::CustomClassHolder {
     return {indices, best.sub_(scores.logsumexp(-1, true)).exp_()};
   }
 
-#ifdef HYDRA_AVX512
+#ifdef HYDRA_SIMD
   static std::tuple<Tensor, Tensor> top_k_of_raw(const Tensor& product, const Tensor& path, int64_t count) {
     const int64_t lines = product.size(0), size = product.size(1);
     count = std::min(count, size);
@@ -99,7 +99,7 @@ struct DraftHead : torch::CustomClassHolder {
     float* chance = chances.data_ptr<float>();
     at::parallel_for(0, lines, 1, [&](int64_t begin, int64_t end) {
       for (int64_t line = begin; line < end; ++line)
-        avx512::top_k(from + line * size, size, count, index + line * count, chance + line * count);
+        simd::top_k(from + line * size, size, count, index + line * count, chance + line * count);
     });
     return {indices, chances};
   }
@@ -114,8 +114,8 @@ struct DraftHead : torch::CustomClassHolder {
     const int64_t carried_step = block.widens ? step : width;
     T* target = result.data_ptr<T>();
     for (int64_t row = 0; row < x.size(0); ++row, from += step, carried += carried_step, target += width)
-#ifdef HYDRA_AVX512
-      avx512::silu_epilogue<false>(from, carried, target, width);
+#ifdef HYDRA_SIMD
+      simd::silu_epilogue<false>(from, carried, target, width);
 #else
       for (int64_t i = 0; i < width; ++i) target[i] = static_cast<T>(static_cast<float>(carried[i]) + silu(from[i]));
 #endif
@@ -130,8 +130,8 @@ struct DraftHead : torch::CustomClassHolder {
     const T* from = product.data_ptr<T>();
     T* target = gated_product.data_ptr<T>();
     for (int64_t row = 0; row < x.size(0); ++row, from += step, target += width)
-#ifdef HYDRA_AVX512
-      avx512::silu_epilogue<true>(from, from + width, target, width);
+#ifdef HYDRA_SIMD
+      simd::silu_epilogue<true>(from, from + width, target, width);
 #else
       for (int64_t i = 0; i < width; ++i) target[i] = static_cast<T>(silu(from[i]) * static_cast<float>(from[i + width]));
 #endif

@@ -26,9 +26,10 @@ LIMIT = "HYDRA_HEADS_INSTRUCTIONS"
 """Environment variable: the widest instructions that compiled kernels may use, one of `LIMITS`. Unset: all that the processor
 has. It is there to run on a new machine what an older one runs."""
 LIMITS = {"avx512": ("-mno-amx-tile", "-mno-amx-bf16"),
-          "avx2": ("-mno-amx-tile", "-mno-amx-bf16", "-mno-avx512bf16", "-mno-avx512f")}
+          "avx2": ("-mno-amx-tile", "-mno-amx-bf16", "-mno-avx512bf16", "-mno-avx512f"),
+          "avx": ("-mno-amx-tile", "-mno-amx-bf16", "-mno-avx512bf16", "-mno-avx512f", "-mno-avx2")}
 """Limit -> what the compiler is told, as far as it knows these options: one that does not know an instruction makes none of it.
-With avx2 the kernels that have no other form are left out, and PyTorch's are used."""
+With avx the kernels of bfloat16 are left out, and PyTorch's are used."""
 
 
 def instruction_limit() -> str | None:

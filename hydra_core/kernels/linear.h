@@ -35,15 +35,15 @@ struct Linear {
   int64_t layout, most, group;
 
   Tensor operator()(const Tensor& x) const {  // [M, in] to [M, out]
-#ifdef HYDRA_AVX512
-    if (codes && x.size(0) <= most && codes->scalar_type() == at::kShort) return avx512::linear_int4(x, *codes, *scales, bias);
+#ifdef HYDRA_SIMD
+    if (codes && x.size(0) <= most && codes->scalar_type() == at::kShort) return simd::linear_int4(x, *codes, *scales, bias);
 #endif
     if (codes && x.size(0) <= most) {
       Tensor product = at::_weight_int4pack_mm_for_cpu(x, *codes, group, *scales);
       return bias ? product.add_(*bias) : product;
     }
-#ifdef HYDRA_AVX512
-    if (layout == BLOCKED) return avx512::linear(x, weight, bias);
+#ifdef HYDRA_SIMD
+    if (layout == BLOCKED) return simd::linear(x, weight, bias);
 #endif
     return layout == ONEDNN ? onednn_linear(x, weight, bias) : at::linear(x, weight, bias);
   }

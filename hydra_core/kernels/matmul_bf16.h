@@ -11,13 +11,13 @@
 
 #include "amx.h"
 #include "huge_pages.h"
+#include "matmul_avx2.h"
+#include "matmul_avx512.h"
 #include "simd.h"
 
-#ifdef HYDRA_AVX512
-namespace avx512 {
+#ifdef HYDRA_SIMD
+namespace simd {
 
-constexpr int64_t BLOCK = 32;              // outputs of a matrix that are computed together: two registers
-constexpr int MAX_ROWS = 12;               // rows that are computed together: two sums for each, and the other registers for weights
 constexpr int64_t PREFETCH = 4 * 32 * 32;  // weights from the one that is read to the one that is prefetched
 
 // Copy [out, in] to [out / 32, in / 2, 32, 2], on huge pages: what one step of the sum reads is contiguous.
@@ -27,45 +27,14 @@ inline Tensor pack_weight(const Tensor& weight) {
   return huge_pages::copy(weight.view({out / BLOCK, BLOCK, in / 2, 2}).permute({0, 2, 1, 3}));
 }
 
-// Start the sums of a block's 32 outputs, for each row, at the bias.
-template <int ROWS>
-inline void init_sums(__m512 (&sums)[ROWS][2], const Value* bias) {
-  for (int half = 0; half < 2; ++half) {
-    const __m512 first = bias ? load16(bias + 16 * half) : _mm512_setzero_ps();
-    for (int row = 0; row < ROWS; ++row) sums[row][half] = first;
-  }
-}
-
-// Round the sums to bfloat16 and store them; `out`: from a row of `target` to the next.
-template <int ROWS>
-inline void store_sums(const __m512 (&sums)[ROWS][2], Value* target, int64_t out) {
-  for (int row = 0; row < ROWS; ++row)
-    for (int half = 0; half < 2; ++half) store16(target + row * out + 16 * half, sums[row][half]);
-}
-
-// One block of 32 outputs for ROWS rows, by dot products of AVX-512.
-template <int ROWS>
-void dot_product_block(const Value* x, int64_t in, const Value* weight, const Value* bias, Value* target, int64_t out) {
-  __m512 sums[ROWS][2];
-  init_sums(sums, bias);
-  for (int64_t k = 0; k < in; k += 2, weight += 2 * BLOCK) {
-    const __m512bh low = as_bf16(_mm512_loadu_si512(weight)), high = as_bf16(_mm512_loadu_si512(weight + BLOCK));
-#pragma GCC unroll 12
-    for (int row = 0; row < ROWS; ++row) {
-      const __m512bh values = broadcast_pair(x + row * in + k);
-      sums[row][0] = _mm512_dpbf16_ps(sums[row][0], low, values);
-      sums[row][1] = _mm512_dpbf16_ps(sums[row][1], high, values);
-    }
-  }
-  store_sums(sums, target, out);
-}
-
-inline void dot_product_block_of(int64_t rows, const Value* x, int64_t in, const Value* weight, const Value* bias,
+inline void dot_product_block_of(int64_t rows, const Input* x, int64_t in, const Value* weight, const Value* bias,
                                  Value* target, int64_t out) {
   switch (rows) {
 #define ROWS_CASE(n) case n: return dot_product_block<n>(x, in, weight, bias, target, out)
-    ROWS_CASE(1); ROWS_CASE(2); ROWS_CASE(3); ROWS_CASE(4); ROWS_CASE(5); ROWS_CASE(6);
-    ROWS_CASE(7); ROWS_CASE(8); ROWS_CASE(9); ROWS_CASE(10); ROWS_CASE(11); ROWS_CASE(12);
+    ROWS_CASE(1); ROWS_CASE(2); ROWS_CASE(3); ROWS_CASE(4);
+#ifdef HYDRA_AVX512
+    ROWS_CASE(5); ROWS_CASE(6); ROWS_CASE(7); ROWS_CASE(8); ROWS_CASE(9); ROWS_CASE(10); ROWS_CASE(11); ROWS_CASE(12);
+#endif
 #undef ROWS_CASE
   }
 }
@@ -109,8 +78,8 @@ void tile_sums(const Value* x, int64_t in, const Value* weight, float* sums) {
 // The most rows that one call of `multiply_block` takes.
 inline int64_t max_rows(int64_t in) { return uses_amx(in) ? MAX_ROWS_AMX : MAX_ROWS; }
 
-// One block of 32 outputs for up to `max_rows(in)` rows, by AMX or AVX-512. `fresh`: this is the block's first use.
-inline void multiply_block(int64_t rows, const Value* x, int64_t in, const Value* weight, const Value* bias, Value* target,
+// One block of 32 outputs for up to `max_rows(in)` rows. `fresh`: this is the block's first use.
+inline void multiply_block(int64_t rows, const Input* x, int64_t in, const Value* weight, const Value* bias, Value* target,
                            int64_t out, bool fresh, TileConfig& config) {
 #ifdef HYDRA_AMX
   if (uses_amx(in)) {
@@ -122,8 +91,8 @@ inline void multiply_block(int64_t rows, const Value* x, int64_t in, const Value
       fresh ? tile_sums<true, true>(x, in, weight, sums) : tile_sums<true, false>(x, in, weight, sums);
     for (int64_t row = 0; row < rows; ++row)
       for (int64_t half = 0; half < BLOCK; half += 16) {
-        const __m512 sum = _mm512_load_ps(sums + row * BLOCK + half);
-        store16(target + row * out + half, bias ? _mm512_add_ps(sum, load16(bias + half)) : sum);
+        const Floats sum = load(sums + row * BLOCK + half);
+        store(target + row * out + half, bias ? sum + load(bias + half) : sum);
       }
     return;
   }
@@ -139,7 +108,9 @@ inline Tensor linear(const Tensor& given, const Tensor& packed, const std::optio
   const Tensor x = given.contiguous();
   const int64_t count = x.size(0), in = x.size(1), blocks = packed.size(0), out = blocks * BLOCK;
   Tensor result = at::empty({count, out}, x.options());
-  const Value *values = x.const_data_ptr<Value>(), *weights = packed.const_data_ptr<Value>();
+  const Tensor input = as_input(x);
+  const Input* values = input.const_data_ptr<Input>();
+  const Value* weights = packed.const_data_ptr<Value>();
   const Value* biases = bias ? bias->const_data_ptr<Value>() : nullptr;
   Value* target = result.data_ptr<Value>();
   // Many rows are multiplied in parts that stay in the cache while the matrix is read; otherwise a prompt's rows would be read
@@ -170,7 +141,9 @@ inline Tensor linear(const Tensor& given, const Tensor& packed, const std::optio
 inline Tensor linear_argmax(const Tensor& given, const Tensor& packed, const std::optional<Tensor>& bias) {
   const Tensor x = given.contiguous();
   const int64_t count = x.size(0), in = x.size(1), blocks = packed.size(0);
-  const Value *values = x.const_data_ptr<Value>(), *weights = packed.const_data_ptr<Value>();
+  const Tensor input = as_input(x);
+  const Input* values = input.const_data_ptr<Input>();
+  const Value* weights = packed.const_data_ptr<Value>();
   const Value* biases = bias ? bias->const_data_ptr<Value>() : nullptr;
   const int64_t tasks = std::max<int64_t>(1, std::min<int64_t>(blocks, at::get_num_threads()));
   std::vector<float> best_values(tasks * count, -INFINITY);
@@ -184,14 +157,13 @@ inline Tensor linear_argmax(const Tensor& given, const Tensor& packed, const std
           multiply_block(some, values + at * in, in, weights + block * in * BLOCK, biases ? biases + block * BLOCK : nullptr,
                          outputs, BLOCK, at == 0, config);
           for (int64_t row = 0; row < some; ++row) {
-            const __m512 low = load16(outputs + row * BLOCK), high = load16(outputs + row * BLOCK + 16);
-            const float best = _mm512_reduce_max_ps(_mm512_max_ps(low, high));
+            const Floats low = load(outputs + row * BLOCK), high = load(outputs + row * BLOCK + 16);
+            const float best = largest(max(low, high));
             float& best_so_far = best_values[task * count + at + row];
             if (!(best > best_so_far)) continue;  // the first among equals stays
             best_so_far = best;
-            const __m512 wanted = _mm512_set1_ps(best);
-            const uint32_t low_equal = _mm512_cmpeq_ps_mask(low, wanted), high_equal = _mm512_cmpeq_ps_mask(high, wanted);
-            best_indices[task * count + at + row] = block * BLOCK + __builtin_ctz(low_equal | high_equal << 16);
+            const uint32_t equals = equal(low, all(best)) | equal(high, all(best)) << 16;
+            best_indices[task * count + at + row] = block * BLOCK + __builtin_ctz(equals);
           }
         });
       }
@@ -207,5 +179,5 @@ inline Tensor linear_argmax(const Tensor& given, const Tensor& packed, const std
   return result;
 }
 
-}  // namespace avx512
+}  // namespace simd
 #endif

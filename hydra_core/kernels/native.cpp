@@ -3,6 +3,8 @@
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
+#include <string>
+
 #include "amx.h"
 #include "decoder.h"
 #include "draft_head.h"
@@ -14,19 +16,21 @@
 
 namespace {
 
-// Whether the bfloat16 operators are in this library.
-bool bf16_available() {
+// The instructions that the bfloat16 operators are made of; without any there are none of these operators.
+std::string instructions() {
 #ifdef HYDRA_AVX512
-  return true;
+  return "avx512";
+#elif defined(HYDRA_AVX2)
+  return "avx2";
 #else
-  return false;
+  return "";
 #endif
 }
 
 // Whether they use AMX tiles.
 bool amx_available() {
-#ifdef HYDRA_AVX512
-  return avx512::amx_allowed();
+#ifdef HYDRA_SIMD
+  return simd::amx_allowed();
 #else
   return false;
 #endif
@@ -36,14 +40,14 @@ bool amx_available() {
 
 TORCH_LIBRARY(hydra_heads, library) {
   library.def("sample_tokens", sampling::sample_tokens);
-  library.def("bf16_available", bf16_available);
+  library.def("instructions", instructions);
   library.def("amx_available", amx_available);
-#ifdef HYDRA_AVX512
-  library.def("pack_weight", avx512::pack_weight);
-  library.def("linear_bf16", avx512::linear);
-  library.def("linear_argmax", avx512::linear_argmax);
-  library.def("linear_int4", avx512::linear_int4);
-  library.def("embed_rms_norm", avx512::embed_rms_norm);
+#ifdef HYDRA_SIMD
+  library.def("pack_weight", simd::pack_weight);
+  library.def("linear_bf16", simd::linear);
+  library.def("linear_argmax", simd::linear_argmax);
+  library.def("linear_int4", simd::linear_int4);
+  library.def("embed_rms_norm", simd::embed_rms_norm);
 #endif
   library.class_<native::DraftHead>("DraftHead")
       .def(torch::init<native::Maybe, double, double, double>())

@@ -11,8 +11,8 @@
 
 #include "simd.h"
 
-#ifdef HYDRA_AVX512
-namespace avx512 {
+#ifdef HYDRA_SIMD
+namespace simd {
 
 // As `native::fused_add_rms_norm`.
 inline void fused_add_rms_norm(float* residual, const Value* added, const float* weight, Value* normed, int64_t rows,
@@ -20,23 +20,18 @@ inline void fused_add_rms_norm(float* residual, const Value* added, const float*
   at::parallel_for(0, rows, std::max<int64_t>(1, MIN_WORK / (32 * width)), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       float* at = residual + row * width;
-      __m512 squares = _mm512_setzero_ps();
+      Floats squares = zeros();
       for (int64_t i = 0; i < width; i += 16) {
-        const __mmask16 inside = width - i >= 16 ? 0xffff : (1 << (width - i)) - 1;
-        __m512 value = _mm512_maskz_loadu_ps(inside, at + i);
+        Floats value = load_first(at + i, width - i);
         if (added) {
-          value = _mm512_add_ps(value, widen(_mm256_maskz_loadu_epi16(inside, added + row * width + i)));
-          _mm512_mask_storeu_ps(at + i, inside, value);
+          value = value + load_first(added + row * width + i, width - i);
+          store_first(at + i, value, width - i);
         }
-        squares = _mm512_fmadd_ps(value, value, squares);
+        squares = fma(value, value, squares);
       }
-      const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / width + eps));
-      for (int64_t i = 0; i < width; i += 16) {
-        const __mmask16 inside = width - i >= 16 ? 0xffff : (1 << (width - i)) - 1;
-        const __m512 value = _mm512_mul_ps(_mm512_mul_ps(_mm512_maskz_loadu_ps(inside, at + i), scale),
-                                           _mm512_maskz_loadu_ps(inside, weight + i));
-        _mm256_mask_storeu_epi16(normed + row * width + i, inside, narrow(value));
-      }
+      const Floats scale = all(1.0f / std::sqrt(sum(squares) / width + eps));
+      for (int64_t i = 0; i < width; i += 16)
+        store_first(normed + row * width + i, load_first(at + i, width - i) * scale * load_first(weight + i, width - i), width - i);
     }
   });
 }
@@ -53,23 +48,18 @@ inline Tensor embed_rms_norm(const Tensor& table, const Tensor& ids, double eps)
     TORCH_CHECK(id[row] >= 0 && id[row] < table.size(0), "a token id lies outside the vocabulary");
     const Value* from = table.const_data_ptr<Value>() + id[row] * width;
     Value* target = result.data_ptr<Value>() + row * width;
-    __m512 squares = _mm512_setzero_ps();
+    Floats squares = zeros();
     for (int64_t i = 0; i < width; i += 16) {
-      const __mmask16 inside = width - i >= 16 ? 0xffff : (1 << (width - i)) - 1;
-      const __m512 value = widen(_mm256_maskz_loadu_epi16(inside, from + i));
-      squares = _mm512_fmadd_ps(value, value, squares);
+      const Floats value = load_first(from + i, width - i);
+      squares = fma(value, value, squares);
     }
-    const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / width + static_cast<float>(eps)));
-    for (int64_t i = 0; i < width; i += 16) {
-      const __mmask16 inside = width - i >= 16 ? 0xffff : (1 << (width - i)) - 1;
-      const __m512 value = _mm512_mul_ps(widen(_mm256_maskz_loadu_epi16(inside, from + i)), scale);
-      _mm256_mask_storeu_epi16(target + i, inside, narrow(value));
-    }
+    const Floats scale = all(1.0f / std::sqrt(sum(squares) / width + static_cast<float>(eps)));
+    for (int64_t i = 0; i < width; i += 16) store_first(target + i, load_first(from + i, width - i) * scale, width - i);
   }
   return result;
 }
 
-}  // namespace avx512
+}  // namespace simd
 #endif
 
 namespace native {
@@ -78,9 +68,9 @@ namespace native {
 template <typename T>
 void fused_add_rms_norm(float* residual, const T* added, const float* weight, T* normed, int64_t rows, int64_t width,
                                double eps) {
-#ifdef HYDRA_AVX512
+#ifdef HYDRA_SIMD
   if constexpr (std::is_same_v<T, at::BFloat16>)
-    return avx512::fused_add_rms_norm(residual, added, weight, normed, rows, width, eps);
+    return simd::fused_add_rms_norm(residual, added, weight, normed, rows, width, eps);
 #endif
   for (int64_t row = 0; row < rows; ++row, residual += width, normed += width) {
     float squares = 0;

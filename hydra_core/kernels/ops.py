@@ -34,18 +34,18 @@ MatrixLayout = tuple[int, int]
 def bf16_available() -> bool:
     """Whether the bfloat16 operators run here and are the fastest choice.
 
-    They need AVX-512's bf16 dot product. On a processor with AMX they must also have been compiled with AMX tiles: without
-    them oneDNN is faster for many lines. Where `library.LIMIT` turns the tiles off, they are used without.
+    They need AVX-512's bf16 dot product or AVX2. On a processor with AMX they must also have been compiled with AMX tiles:
+    without them oneDNN is faster for many lines. Where `library.LIMIT` turns the tiles off, they are used without.
     """
-    if not bf16_compiled():
+    if not instructions():
         return False
     tiles = bool(torch.ops.hydra_heads.amx_available())
     return tiles or instruction_limit() is not None or not torch.cpu._is_amx_tile_supported()
 
 
-def bf16_compiled() -> bool:
-    """Whether the library was compiled with the bfloat16 operators, whichever choice is fastest."""
-    return load_library() and bool(torch.ops.hydra_heads.bf16_available())
+def instructions() -> str:
+    """What the bfloat16 operators are made of, whichever choice is fastest: `avx512`, `avx2`, or `` where there are none."""
+    return str(torch.ops.hydra_heads.instructions()) if load_library() else ""
 
 
 def amx_available() -> bool:

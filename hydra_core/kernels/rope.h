@@ -8,21 +8,20 @@
 
 #include "simd.h"
 
-#ifdef HYDRA_AVX512
-namespace avx512 {
+#ifdef HYDRA_SIMD
+namespace simd {
 
 // As `native::rope`, for a head without a norm whose width is a multiple of 32.
 inline void rope(const Value* head, const Value* cos, const Value* sin, Value* target, int64_t width) {
   const int64_t half = width / 2;
   for (int64_t i = 0; i < half; i += 16) {
-    const __m512 low = load16(head + i), high = load16(head + half + i);
-    store16(target + i, _mm512_sub_ps(_mm512_mul_ps(low, load16(cos + i)), _mm512_mul_ps(high, load16(sin + i))));
-    store16(target + half + i,
-            _mm512_add_ps(_mm512_mul_ps(high, load16(cos + half + i)), _mm512_mul_ps(low, load16(sin + half + i))));
+    const Floats low = load(head + i), high = load(head + half + i);
+    store(target + i, low * load(cos + i) - high * load(sin + i));
+    store(target + half + i, high * load(cos + half + i) + low * load(sin + half + i));
   }
 }
 
-}  // namespace avx512
+}  // namespace simd
 #endif
 
 namespace native {
@@ -32,9 +31,9 @@ constexpr int64_t MAX_HEAD_WIDTH = 512;
 // Normalise one head [d], if `norm` is not null, and rotate its first half against its second by its position's tables.
 template <typename T>
 void rope(const T* head, const T* cos, const T* sin, const T* norm, double eps, T* target, int64_t width) {
-#ifdef HYDRA_AVX512
+#ifdef HYDRA_SIMD
   if constexpr (std::is_same_v<T, at::BFloat16>)
-    if (!norm && width % 32 == 0) return avx512::rope(head, cos, sin, target, width);
+    if (!norm && width % 32 == 0) return simd::rope(head, cos, sin, target, width);
 #endif
   float values[MAX_HEAD_WIDTH];
   float squares = 0;

@@ -7,17 +7,16 @@
 
 #include "simd.h"
 
-#ifdef HYDRA_AVX512
-namespace avx512 {
+#ifdef HYDRA_SIMD
+namespace simd {
 
 // Indices of the `count` largest of `size` scores in order, the first among equals, and their softmax probabilities.
 inline void top_k(const Value* scores, int64_t size, int64_t count, int64_t* index, float* chance) {
   std::fill_n(chance, count, -INFINITY);
   std::fill_n(index, count, 0);
   for (int64_t at = 0; at < size; at += 16) {
-    const __mmask16 inside = size - at >= 16 ? 0xffff : (1 << (size - at)) - 1;
-    const __m512 values = widen(_mm256_maskz_loadu_epi16(inside, scores + at));
-    uint32_t candidates = _mm512_mask_cmp_ps_mask(inside, values, _mm512_set1_ps(chance[count - 1]), _CMP_GT_OQ);
+    const Floats values = first_of(load_first(scores + at, size - at), size - at, all(-INFINITY));
+    uint32_t candidates = greater(values, all(chance[count - 1]));
     for (; candidates; candidates &= candidates - 1) {
       const int64_t i = at + __builtin_ctz(candidates);
       const float value = static_cast<float>(scores[i]);
@@ -31,18 +30,15 @@ inline void top_k(const Value* scores, int64_t size, int64_t count, int64_t* ind
       index[place] = i;
     }
   }
-  __m512 sum = _mm512_setzero_ps();
-  const __m512 most = _mm512_set1_ps(chance[0]);
-  for (int64_t at = 0; at < size; at += 16) {
-    const __mmask16 inside = size - at >= 16 ? 0xffff : (1 << (size - at)) - 1;
-    const __m512 values = _mm512_sub_ps(widen(_mm256_maskz_loadu_epi16(inside, scores + at)), most);
-    sum = _mm512_mask_add_ps(sum, inside, sum, exponential(values));
-  }
-  const float all = _mm512_reduce_add_ps(sum), top = chance[0];
-  for (int64_t i = 0; i < count; ++i) chance[i] = std::exp(chance[i] - top) / all;
+  Floats total = zeros();
+  const float top = chance[0];
+  for (int64_t at = 0; at < size; at += 16)
+    total = total + exponential(first_of(load_first(scores + at, size - at), size - at, all(-INFINITY)) - all(top));
+  const float mass = sum(total);
+  for (int64_t i = 0; i < count; ++i) chance[i] = std::exp(chance[i] - top) / mass;
 }
 
-}  // namespace avx512
+}  // namespace simd
 #endif
 
 namespace native {

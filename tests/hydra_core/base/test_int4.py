@@ -87,7 +87,7 @@ def test_a_row_does_not_depend_on_the_others(rows: int, columns: int) -> None:
 def test_our_own_products_are_exact_but_for_their_last_rounding(shape: tuple[int, int], count: int) -> None:
     """Codes, scale and minimum are the file's own, with negative scales too; with a bias and without."""
     if not ops.bf16_available():
-        pytest.skip("this processor has no bf16 dot product in AVX-512, or AMX")
+        pytest.skip("this processor has neither AVX2 nor AVX-512, or its AMX tiles could not be compiled")
     matrix = unpack_blocks(random_blocks(*shape))
     weight = for_few_rows(matrix, torch.bfloat16)
     assert isinstance(weight, BlockedInt4Weight)
