@@ -30,6 +30,8 @@ Group = tuple[int, int, tuple[int, ...]]
 """The points of one context and batch size: as `Point`, with several node counts."""
 SHARE_OF_MEMORY = 0.5
 """Largest share of the free memory that timing takes."""
+ENOUGH = 0.5
+"""Seconds in all after which a job is timed no more: what disturbs a measurement is short beside it."""
 
 
 def that_fit(base: Base, groups: Iterable[Group]) -> list[Point]:
@@ -124,7 +126,8 @@ def _growing(base: Base, heads: HeadDrafter, batch: int, depth: int, context: in
 @torch.inference_mode()
 def typical(jobs: Mapping[Key, Job], repeats: int, device: torch.device,
             advance: Callable[[], None], before: Callable[[], object] = lambda: None) -> dict[Key, float]:
-    """Seconds of each job: the lower quartile over `repeats` rounds, after one round to warm up.
+    """Seconds of each job: the lower quartile over `repeats` rounds, after one round to warm up. A job that takes long is left out
+    of the later rounds, once it was timed for `ENOUGH` seconds.
 
     Rounds go through the jobs forwards and backwards in turn, so that a drift of the machine (clock, other work) affects all
     jobs alike. A disturbance in three of four rounds does not change the lower quartile; that matters as these times are kept.
@@ -134,6 +137,8 @@ def typical(jobs: Mapping[Key, Job], repeats: int, device: torch.device,
     seconds: dict[Key, list[float]] = {key: [] for key in order}
     for repeat in range(repeats + 1):
         for key in order if repeat % 2 else reversed(order):
+            if sum(seconds[key]) >= ENOUGH:
+                continue
             before()
             _synchronise(device)
             began = time.perf_counter()

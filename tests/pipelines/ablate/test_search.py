@@ -228,7 +228,7 @@ def test_a_search_that_stops_some_and_is_killed(tiny_base: Base, tiny_base_dir: 
         assert manifest["result"]["figures"]["stopped_step"] == trial["steps"]
         run = client.get_run(manifest["result"]["run_id"])
         assert run.data.metrics["stopped_step"] == trial["steps"] and run.info.status == "FINISHED"
-        assert float(run.data.params["train.learning_rate"]) == pytest.approx(trial["values"]["train.lr"], rel=1e-3)
+        assert float(run.data.params["train.lr"]) == pytest.approx(trial["values"]["train.lr"], rel=1e-3)
         told = [entry for entry in report["comparisons"] if entry["trial"] == trial["label"]]
         assert [entry["goes_on"] for entry in told][-1] is False and told[-1]["step"] == trial["steps"]
     assert {one.path for one in client.list_artifacts(str(result.run_id))} >= {"search.md", "search.json", "search.png"}

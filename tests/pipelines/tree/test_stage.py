@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 import shutil
 from functools import partial
 from pathlib import Path
@@ -273,6 +274,19 @@ def test_rounds_alternate() -> None:
     jobs = {name: (lambda name=name: calls.append(name)) for name in "ab"}
     found = typical(jobs, 3, torch.device("cpu"), lambda: None)
     assert "".join(calls) == "ba" + "ab" + "ba" + "ab" and set(found) == {"a", "b"}
+
+
+def test_what_takes_long_is_timed_for_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, calls = [0.0], list[str]()
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def job(name: str, seconds: float) -> None:
+        calls.append(name)
+        now[0] += seconds
+
+    found = typical({"long": lambda: job("l", 0.3), "short": lambda: job("s", 0.01)}, 9, torch.device("cpu"), lambda: None)
+    assert calls.count("l") == 1 + 2 and calls.count("s") == 1 + 9
+    assert found == pytest.approx({"long": 0.3, "short": 0.01})
 
 
 def test_more_rows_and_nodes_cost_time(tiny_base: Base) -> None:
