@@ -126,8 +126,8 @@ def _growing(base: Base, heads: HeadDrafter, batch: int, depth: int, context: in
 @torch.inference_mode()
 def typical(jobs: Mapping[Key, Job], repeats: int, device: torch.device,
             advance: Callable[[], None], before: Callable[[], object] = lambda: None) -> dict[Key, float]:
-    """Seconds of each job: the lower quartile over `repeats` rounds, after one round to warm up. A job that takes long is left out
-    of the later rounds, once it was timed for `ENOUGH` seconds.
+    """Seconds of each job: the lower quartile over `repeats` rounds, after one round to warm up. A job that takes long is left
+    out of the later rounds, once it was timed for `ENOUGH` seconds.
 
     Rounds go through the jobs forwards and backwards in turn, so that a drift of the machine (clock, other work) affects all
     jobs alike. A disturbance in three of four rounds does not change the lower quartile; that matters as these times are kept.

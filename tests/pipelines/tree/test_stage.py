@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import time
 import shutil
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
