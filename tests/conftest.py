@@ -2,6 +2,9 @@
 
 Whole files are shared out among two processes or more (pytest-xdist, `--dist loadfile`): a module-scoped fixture is made once,
 and tests of one file never run at the same time. Each process has a Ray, an MLflow and temporary folders of its own.
+
+Files with tests marked `drawn`, which take minutes, come last and in another order each time. A run takes two of such tests of a
+file, and begins none after `DRAWING_MINUTES`: what one run leaves out another one takes. HYDRA_TEST_ALL=1 takes all.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import logging
 import os
 import random
 import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +31,12 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
+STARTED = time.monotonic()
+DRAWING_MINUTES = 22.0
+"""Minutes from the start of a run after which none of the tests that are drawn begins."""
+DRAWN_AT_ONCE = 2
+"""Most such tests of one file in a run."""
+_drawn: dict[Path, set[str]] = {}
 MOST_PROCESSES = 4  # each starts a Ray with workers that load torch: about 3 GB
 
 os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")  # else a server starts seven processes more, for evaluations
@@ -44,13 +54,32 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What uses Ray is slow. Files with slow tests come first, the whole chain before all: what is short fills the gaps at the
-    end."""
+    """What uses Ray is slow. Files with slow tests come first, then what is short, then files with drawn tests."""
     for item in items:
         if "local_ray" in getattr(item, "fixturenames", ()):
             item.add_marker("slow")
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (item.path not in slow, "e2e" not in item.path.parts))
+    slow, drawn = ({item.path for item in items if item.get_closest_marker(marker)} for marker in ("slow", "drawn"))
+    order = _draw().sample(sorted(drawn), len(drawn))  # each process makes the same one
+    places = {path: place for place, path in enumerate(order, 1)}
+    items.sort(key=lambda item: (places.get(item.path, 0), item.path not in slow, "e2e" not in item.path.parts))
+
+
+def _draw() -> random.Random:
+    return random.Random(os.environ.get("HYDRA_TEST_SEED") or os.environ.get("PYTEST_XDIST_TESTRUNUID"))
+
+
+@pytest.hookimpl(tryfirst=True)  # before fixtures, which take a minute
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("drawn") is None or os.environ.get("HYDRA_TEST_ALL"):
+        return
+    if item.path not in _drawn:
+        names = sorted(other.nodeid for other in item.session.items
+                       if other.path == item.path and other.get_closest_marker("drawn"))
+        _drawn[item.path] = set(_draw().sample(names, min(DRAWN_AT_ONCE, len(names))))
+    if item.nodeid not in _drawn[item.path]:
+        pytest.skip(f"a run draws {DRAWN_AT_ONCE} tests of this file, and not this one (HYDRA_TEST_ALL=1 runs all)")
+    if time.monotonic() - STARTED > 60 * DRAWING_MINUTES:
+        pytest.skip(f"this run has taken {DRAWING_MINUTES:g} minutes and leaves this one to another (HYDRA_TEST_ALL=1 runs all)")
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from hydra_core.decoding.text import TextStream
 from hydra_core.errors import InputError
 from hydra_core.sampling import Request
 from pipelines.config import RunConfig
-from pipelines.profiling.cost_cache import machine_costs
+from pipelines.profiling.cost_cache import costs_of_one
 from pipelines.runtime.artifacts import RunPaths, StageResult
 from pipelines.runtime.console import say
 from pipelines.tracking.lookup import find_model
@@ -37,7 +37,7 @@ def run_generate(config: RunConfig) -> StageResult:
                 for number, prompt in enumerate(prompts)]
     for request in requests:
         request.check(base.vocab_size, base.context_limit)
-    drafter, trees = load_heads(model.folder, base, partial(machine_costs, base, cache)) if model.folder else (None, None)
+    drafter, trees = load_heads(model.folder, base, partial(costs_of_one, base, cache)) if model.folder else (None, None)
     room = min(base.context_limit, max(len(request.prompt_ids) for request in requests) + section.max_new_tokens)
     engine = Engine(base, drafter, trees, max_batch_size=1, context_limit=room)
     say("generate", f"{model.label} drafts for {base.identity}")

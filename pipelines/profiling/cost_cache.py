@@ -34,6 +34,7 @@ from pipelines.runtime.hardware import this_hardware
 
 SCHEMA = 8
 DEFAULTS = TreeSection.model_validate({})
+ONE_SEQUENCE = TreeSection.model_validate({"batch_sizes": [1]})
 TOKENS_AT_ONCE = {"cpu": 512}
 """Largest product of batch size and nodes that is timed, by device: larger trees cost more than they gain."""
 FAR_ROWS = 64
@@ -75,6 +76,14 @@ def machine_costs(base: Base, cache: Path, heads: HeadDrafter | None = None, set
     draft = _cached(cache, "draft", base, timed, timing, lambda advance: draft_seconds(
         base, heads, trees, batches, context, settings.repeats, advance))
     return StepCosts(near, _table(draft), context, far)
+
+
+def costs_of_one(base: Base, cache: Path, heads: HeadDrafter | None = None) -> StepCosts:
+    """Step costs for one sequence at a time: those of all batch sizes where the cache has them, else a few seconds' timing."""
+    try:
+        return machine_costs(base, cache, heads, timing=False)
+    except NotTimed:
+        return machine_costs(base, cache, heads, ONE_SEQUENCE)
 
 
 def known_costs(base: Base, cache: Path, heads: HeadDrafter | None = None) -> StepCosts:

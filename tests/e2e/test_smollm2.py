@@ -69,6 +69,7 @@ def heads(base: Base, requests: list[Request], reference: dict[str, tuple[int, .
     return made
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("rows", [1, 8])
 @pytest.mark.parametrize("kind", ["plain", "ngram", "medusa", "hydra", "hydra++", "combined"])
 def test_fp32_answers_are_the_naive_loops(base: Base, cache: Path, requests: list[Request], heads: dict[str, HeadDrafter],

@@ -28,7 +28,7 @@ from pipelines.runtime.artifacts import read_manifest
 from tests.pipelines.distill.test_stage import write_prompts
 from tests.pipelines.serve.test_stage import free_port
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.drawn, pytest.mark.timeout(900)]
 
 
 class Chain:

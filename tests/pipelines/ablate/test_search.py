@@ -198,6 +198,7 @@ def words(storage: Path, base: Path) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.drawn
 def test_a_search_that_stops_some_and_is_killed(tiny_base: Base, tiny_base_dir: Path, storage: Path, worker_env: dict[str, str],
                                                 local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three of four trials have rates that teach nothing: they are stopped at the first comparison, the given settings win."""

@@ -22,7 +22,7 @@ from tests.pipelines.batch.test_stage import write_rows
 from tests.pipelines.serve.test_stage import command_for, environment_of, free_port
 from tests.tiny import save_tiny
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.drawn]
 ROWS, TOKENS, PART = 240, 150, 4
 START_SECONDS = 600.0
 """In which an endpoint starts, on a machine on which everything else runs too."""

@@ -46,6 +46,7 @@ def test_what_is_wrong_is_told_before_a_training(tiny_base: Base, tiny_base_dir:
 
 
 @pytest.mark.slow
+@pytest.mark.drawn
 def test_a_curve_that_is_killed_and_continued(tiny_base: Base, tiny_base_dir: Path, storage: Path, worker_env: dict[str, str],
                                               local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

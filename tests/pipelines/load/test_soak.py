@@ -272,6 +272,7 @@ def test_a_soak_of_an_endpoint_by_its_clients(storage: Path, monkeypatch: pytest
 
 
 @pytest.mark.slow
+@pytest.mark.drawn
 def test_nothing_is_lost_while_replicas_die_and_heads_change(storage: Path, tiny_base_dir: Path, tmp_path: Path, local_ray: None,
                                                              monkeypatch: pytest.MonkeyPatch,
                                                              capfd: pytest.CaptureFixture[str]) -> None:

@@ -34,7 +34,7 @@ from tests.pipelines.synthetic import write_shard
 from tests.trained import random_heads, teacher_forced_loss
 from tests.two_languages import ANSWER, prompts, save_base
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slow, pytest.mark.drawn, pytest.mark.timeout(1500)]
 NAME = "two"
 TREES = TreeSet({1: DraftTree(((0,), (0, 0), (0, 0, 0)))})
 

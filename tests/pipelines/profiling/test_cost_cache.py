@@ -15,7 +15,7 @@ from hydra_core.tree.costs import StepCosts
 from pipelines.config import TreeSection
 from pipelines.profiling import cost_cache as module
 from pipelines.profiling import step_timing as step_costs
-from pipelines.profiling.cost_cache import groups_to_time, machine_costs, step_curves
+from pipelines.profiling.cost_cache import costs_of_one, groups_to_time, machine_costs, step_curves
 from tests.trained import random_heads
 
 QUICK = TreeSection(batch_sizes=(1, 4), node_counts=(1, 2, 8), context=60, far_contexts=(200,), repeats=3)
@@ -143,3 +143,11 @@ def test_a_combined_configuration_decodes_by_them(tiny_base: Base, tmp_path: Pat
         assert drafter.costs.verify[1][8] > 0
         assert Engine(tiny_base, drafter).answer(["abcabcabc"], max_new_tokens=12) == Engine(tiny_base).answer(
             ["abcabcabc"], max_new_tokens=12)
+
+
+def test_one_sequence_at_a_time_is_timed_alone(tiny_base: Base, tmp_path: Path, fake_clock: list[object]) -> None:
+    """Where costs of all batch sizes are known, they are taken."""
+    alone = costs_of_one(tiny_base, tmp_path)
+    assert set(alone.verify) == {1}
+    known = machine_costs(tiny_base, tmp_path)
+    assert set(known.verify) > {1} and costs_of_one(tiny_base, tmp_path) == known

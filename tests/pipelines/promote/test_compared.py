@@ -93,6 +93,7 @@ def test_which_contender_the_champion_is(config: RunConfig, tiny_base: Base, sto
 
 
 @pytest.mark.slow
+@pytest.mark.drawn
 def test_the_champion_takes_part_and_heads_that_do_not_draft_never_win(
         local_ray: None, config: RunConfig, tiny_base: Base, storage: Path, capfd: pytest.CaptureFixture[str]) -> None:
     first = run_bench(config)

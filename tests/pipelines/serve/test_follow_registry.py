@@ -28,7 +28,7 @@ from tests.pipelines.serve.clients import MODEL, log_lines, scraped, until
 from tests.pipelines.serve.test_live_heads import replicas
 from tests.pipelines.serve.test_stage import free_port
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.drawn]
 SECRET = "a secret of this test"
 NAME = "followed"
 

@@ -248,6 +248,7 @@ def test_it_may_lie_in_an_object_store(s3: str, tmp_path: Path, monkeypatch: pyt
     assert got == [1.0, ["a.txt"], 2.0] and not _folders(where[0]) and not folder.exists()
 
 
+@pytest.mark.drawn
 def test_training_goes_on_without_the_server_and_the_next_command_sends_the_rest(
         server: MlflowServer, storage: Path, tiny_base_dir: Path, tiny_base: Base, local_ray: None,
         capsys: pytest.CaptureFixture[str]) -> None:
