@@ -3,8 +3,10 @@
 Whole files are shared out among two processes or more (pytest-xdist, `--dist loadfile`): a module-scoped fixture is made once,
 and tests of one file never run at the same time. Each process has a Ray, an MLflow and temporary folders of its own.
 
-Files with tests marked `drawn`, which take minutes, come last and in another order each time. A run takes two of such tests of a
-file, and begins none after `DRAWING_MINUTES`: what one run leaves out another one takes. HYDRA_TEST_ALL=1 takes all.
+Short tests come first, then files with slow tests: the whole chain before all, the others in another order each time, and last
+those with tests marked `drawn`, which take minutes. A run takes two of such tests of a file, and begins none after
+`DRAWING_MINUTES`, and no slow test after `SLOW_MINUTES`, which only a slow machine reaches: what one run leaves out another one
+takes. HYDRA_TEST_ALL=1 takes all.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
 STARTED = time.monotonic()
-DRAWING_MINUTES = 22.0
-"""Minutes from the start of a run after which none of the tests that are drawn begins."""
+DRAWING_MINUTES, SLOW_MINUTES = 25.0, 60.0
+"""Minutes from the start of a run after which none of the tests that are drawn begins, and no slow test at all."""
 DRAWN_AT_ONCE = 2
 """Most such tests of one file in a run."""
 _drawn: dict[Path, set[str]] = {}
@@ -54,14 +56,14 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What uses Ray is slow. Files with slow tests come first, then what is short, then files with drawn tests."""
+    """What uses Ray is slow. Short files come first, then the whole chain, then slow files, then those with drawn tests."""
     for item in items:
         if "local_ray" in getattr(item, "fixturenames", ()):
             item.add_marker("slow")
     slow, drawn = ({item.path for item in items if item.get_closest_marker(marker)} for marker in ("slow", "drawn"))
-    order = _draw().sample(sorted(drawn), len(drawn))  # each process makes the same one
-    places = {path: place for place, path in enumerate(order, 1)}
-    items.sort(key=lambda item: (places.get(item.path, 0), item.path not in slow, "e2e" not in item.path.parts))
+    order = _draw().sample(sorted(slow), len(slow))  # each process makes the same one
+    places = {path: (path in drawn, "e2e" not in path.parts, place) for place, path in enumerate(order)}
+    items.sort(key=lambda item: (item.path in slow, places.get(item.path, ())))
 
 
 def _draw() -> random.Random:
@@ -70,16 +72,22 @@ def _draw() -> random.Random:
 
 @pytest.hookimpl(tryfirst=True)  # before fixtures, which take a minute
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("drawn") is None or os.environ.get("HYDRA_TEST_ALL"):
+    if os.environ.get("HYDRA_TEST_ALL") or item.get_closest_marker("slow") is None:
         return
+    drawn = item.get_closest_marker("drawn") is not None
+    if drawn and item.nodeid not in _drawn_of(item):
+        pytest.skip(f"a run draws {DRAWN_AT_ONCE} tests of this file, and not this one (HYDRA_TEST_ALL=1 runs all)")
+    if time.monotonic() - STARTED > 60 * (limit := DRAWING_MINUTES if drawn else SLOW_MINUTES):
+        pytest.skip(f"this run has taken {limit:g} minutes and leaves this one to another (HYDRA_TEST_ALL=1 runs all)")
+
+
+def _drawn_of(item: pytest.Item) -> set[str]:
+    """The tests of this one's file that this run takes."""
     if item.path not in _drawn:
         names = sorted(other.nodeid for other in item.session.items
                        if other.path == item.path and other.get_closest_marker("drawn"))
         _drawn[item.path] = set(_draw().sample(names, min(DRAWN_AT_ONCE, len(names))))
-    if item.nodeid not in _drawn[item.path]:
-        pytest.skip(f"a run draws {DRAWN_AT_ONCE} tests of this file, and not this one (HYDRA_TEST_ALL=1 runs all)")
-    if time.monotonic() - STARTED > 60 * DRAWING_MINUTES:
-        pytest.skip(f"this run has taken {DRAWING_MINUTES:g} minutes and leaves this one to another (HYDRA_TEST_ALL=1 runs all)")
+    return _drawn[item.path]
 
 
 @pytest.fixture(autouse=True)

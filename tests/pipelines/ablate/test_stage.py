@@ -65,6 +65,7 @@ def test_a_variant_is_a_run_that_workers_can_read(tiny_base_dir: Path, storage: 
 
 
 @pytest.mark.slow
+@pytest.mark.drawn
 def test_variants_are_trained_once_and_reported(tiny_base: Base, tiny_base_dir: Path, storage: Path,
                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

@@ -34,7 +34,7 @@ from tests.pipelines.batch.test_stage import config_for, read_batch_errors, writ
 from tests.pipelines.serve.test_stage import free_port
 from tests.processes import children
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.drawn]
 
 
 @contextmanager
