@@ -33,6 +33,7 @@ def job(process: subprocess.Popen[bytes]) -> dict[str, int]:
 
 
 @pytest.mark.slow
+@pytest.mark.drawn
 def test_a_large_file_is_answered_under_a_cap(tiny_base_dir: Path, storage: Path, worker_env: dict[str, str]) -> None:
     path, output = storage.parent / "in.jsonl", storage.parent / "out"
     with path.open("w", encoding="utf-8") as lines:
