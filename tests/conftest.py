@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
 STARTED = time.monotonic()
-DRAWING_MINUTES, SLOW_MINUTES = 25.0, 60.0
+DRAWING_MINUTES, SLOW_MINUTES = 25.0, 55.0
 """Minutes from the start of a run after which none of the tests that are drawn begins, and no slow test at all."""
 DRAWN_AT_ONCE = 2
 """Most such tests of one file in a run."""
