@@ -13,6 +13,7 @@ from hydra_core import storage
 from hydra_core.errors import InputError, StoppedError
 from hydra_core.files import atomic_file, atomic_folder
 from hydra_core.storage import as_path, create, is_remote, listing, local_copy, name_in, open_stream, opened, stored
+from tests.packages import pretend
 
 
 def write(path: Path, text: str) -> None:
@@ -34,7 +35,7 @@ def test_folders_stay_what_they_were(tmp_path: Path) -> None:
     ("s3://key:secret@bucket/x", r"^s3://bucket/x: holds credentials or a port"), ("s3:///x", "names no bucket: write s3://BUCKET/folder"),
     ("file://host/x", "another machine"), ("gs://bucket/x", r"`gs://` needs gcsfs: pip install 'hydra-heads\[gs\]'")])
 def test_what_is_no_storage_is_one_line(uri: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage.importlib.util, "find_spec", lambda name: None if name == "gcsfs" else object())
+    pretend(monkeypatch, "gcsfs", installed=False)
     with pytest.raises(InputError, match=told) as caught:
         as_path(uri)
     assert "\n" not in str(caught.value)

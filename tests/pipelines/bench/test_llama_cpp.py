@@ -15,12 +15,12 @@ from hydra_core.base import EMBEDDED_BASE, Base
 from hydra_core.decoding import compare, naive_generate
 from hydra_core.errors import InputError
 from hydra_core.sampling import Request
-from pipelines.bench import llama_cpp as bench_llama
 from pipelines.bench.llama_cpp import check_llama, llama_contender
 from pipelines.bench.plan import BenchPlan
 from pipelines.bench.stage import _plan, run_bench
 from pipelines.config import load_config
 from tests.gguf_file import write_gguf
+from tests.packages import pretend
 
 missing = pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None,
                              reason="llama-cpp-python is an extra and is not installed here")
@@ -62,7 +62,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> list[FakeLlama]:
 
     module = SimpleNamespace(Llama=make, llama_get_logits_ith=lambda ctx, place: np.ctypeslib.as_ctypes(ctx.logits))
     monkeypatch.setitem(sys.modules, "llama_cpp", module)
-    monkeypatch.setattr(bench_llama.importlib.util, "find_spec", lambda name: name)
+    pretend(monkeypatch, "llama_cpp", installed=True)
     return made
 
 
@@ -82,7 +82,7 @@ def test_greedy_from_the_beginning_each_time(fake: list[FakeLlama], tmp_path: Pa
 
 
 def test_asked_for_where_it_cannot_be_had(tiny_base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_llama.importlib.util, "find_spec", lambda name: None)
+    pretend(monkeypatch, "llama_cpp", installed=False)
     for model in (EMBEDDED_BASE, "/data/m.gguf"):
         with pytest.raises(InputError, match=r"needs the package llama-cpp-python: pip install 'hydra-heads\[llama\]'"):
             check_llama(model)

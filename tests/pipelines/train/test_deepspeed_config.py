@@ -13,6 +13,7 @@ from hydra_core.errors import InputError
 from pipelines.config import TrainSection, TrainWorkers, load_config
 from pipelines.train import deepspeed_config as deepspeed_setup
 from pipelines.train.deepspeed_config import check_toolchain, deepspeed_settings, learning_rate, prepare_environment
+from tests.packages import pretend
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -78,7 +79,7 @@ def test_missing_headers_and_ninja_are_told(monkeypatch: pytest.MonkeyPatch, tmp
         patch.setattr(deepspeed_setup.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
         with pytest.raises(InputError, match=r"Python's headers are missing .*python3\.\d+-dev"):
             check_toolchain(uses_gpu=False)
-    monkeypatch.setattr(deepspeed_setup.importlib.util, "find_spec", lambda name: None)
+    pretend(monkeypatch, "ninja", installed=False)
     monkeypatch.setattr(deepspeed_setup.shutil, "which", lambda name: None if name == "ninja" else "/usr/bin/c++")
     with pytest.raises(InputError, match="ninja is missing: pip install ninja"):
         check_toolchain(uses_gpu=False)
