@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra_core.base import BaseIdentity, quantisation, resolve_base
+from hydra_core.base.formats import LOSSY
 from hydra_core.decoding import DecodingConfiguration, read_configuration, save_configuration
 from hydra_core.decoding.configuration import ANY_FORMAT
 from hydra_core.errors import InputError
@@ -90,8 +91,12 @@ def run_promote(config: RunConfig) -> StageResult:
 
     Of several benches the latest with these settings counts. A bench that is older than the champion, or that was not compared
     with it, changes nothing unless `promote.force` is set. With `promote.dry_run` nothing is written. Raises InputError when
-    there is no bench, and when it measured another base or other heads; StoppedError when another promotion was first.
+    there is no bench, when it measured another base or other heads, and when the base is quantised lossily, whatever
+    `promote.force` says; StoppedError when another promotion was first.
     """
+    if config.base.dtype == LOSSY and not config.promote.rollback:
+        raise InputError(f"base.dtype={LOSSY}: its answers are not the base's own, and only lossless configurations are "
+                         "promoted: bench and promote with auto, bf16, fp32 or int4")
     if config.promote.rollback:
         return run_rollback(config)
     folder, manifest = fitting_bench(config)

@@ -30,7 +30,7 @@ with only_run(as_path(sys.argv[1]), as_path(sys.argv[2])):
 
 
 def until(there: Callable[[], object]) -> None:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while not there():
         assert time.monotonic() < end
         time.sleep(0.02)

@@ -33,11 +33,11 @@ def expected(base: Base, prompt: str, tokens: int, **settings: Any) -> str:
 
 
 def until(true: Callable[[], bool], what: str) -> None:
-    for _ in range(300):
-        if true():
-            return
+    end = time.monotonic() + 180  # a new replica takes more than half a minute on a slow machine
+    while not true():
+        if time.monotonic() > end:
+            pytest.fail(what)
         time.sleep(0.1)
-    pytest.fail(what)
 
 
 def load_now() -> dict[str, Any]:
