@@ -26,7 +26,7 @@ REJECTED = "ray_hydra_heads_rejected_total"
 OF_FOLLOWERS = {"ray_hydra_registry_answers", "ray_hydra_registry_changes_total", "ray_hydra_recorded_answers_total",
                 "ray_hydra_acceptance_drift", "ray_hydra_acceptance_hour", "ray_hydra_acceptance_low"}
 UNSEEN = {REJECTED, "ray_hydra_engine_failures_total", "ray_hydra_engine_restarts_total", *OF_FOLLOWERS}
-"""What is not told until it happens, or by an endpoint that records nothing, follows no registry and has heads without a bench."""
+"""What is not told until it happens; or by an endpoint that records nothing, follows no registry, whose heads have no bench."""
 
 
 def expected(base: Base, prompt: str, tokens: int, **settings: Any) -> str:
