@@ -45,3 +45,11 @@ def killed_when(ready: Callable[[], bool], command: Sequence[str], environment: 
             with suppress(psutil.NoSuchProcess):
                 one.kill()
         psutil.wait_procs(started, timeout=120)
+
+
+def until(holds: Callable[[], object], seconds: float = 120) -> None:
+    """Wait until `holds()` is true, at most `seconds`; fail then."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, f"not within {seconds:g} s"
+        time.sleep(0.02)

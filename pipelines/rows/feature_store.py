@@ -51,12 +51,7 @@ class FeatureStore(RowStore):
         for an empty folder, a file that is not a feature shard, rows of different bases, or a split without rows.
         """
         reader = IndexReader(split, FEATURES, share)
-        for one in (folder, *also):
-            paths = sorted(one.glob("*.parquet"))
-            if not paths:
-                raise InputError(f"{one}: has no feature shards (*.parquet): run `hydra-heads distill` first")
-            for path in paths:
-                reader.add(path)
+        reader.add_folders((folder, *also), "feature shards")
         index = reader.build(folder)
         (kind,) = reader.kinds
         return cls(reader.blocks, index, *kind, cache_bytes)

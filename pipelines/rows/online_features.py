@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from hydra_core.base import Base
-from hydra_core.errors import InputError
 from hydra_core.training.packing import FeatureRow
 from pipelines.rows.row_index import IndexReader, RowStore
 from pipelines.rows.schemas import RESPONSES
@@ -25,12 +24,7 @@ class OnlineStore(RowStore):
     def open(cls, folder: Path, split: str, share: float = 1.0, also: Sequence[Path] = ()) -> OnlineStore:
         """Index the answers `folder/*.parquet`, and those of the folders `also`. Raises InputError as `FeatureStore.open`."""
         reader = IndexReader(split, RESPONSES, share)
-        for one in (folder, *also):
-            paths = sorted(one.glob("*.parquet"))
-            if not paths:
-                raise InputError(f"{one}: has no answers (*.parquet): run `hydra-heads distill` first")
-            for path in paths:
-                reader.add(path)
+        reader.add_folders((folder, *also), "answers")
         index = reader.build(folder)
         ((base, _, _),) = reader.kinds
         return cls(reader.blocks, index, base)

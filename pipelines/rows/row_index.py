@@ -127,6 +127,15 @@ class IndexReader:
         self._known: set[str] = set()
         self._tokens = tempfile.TemporaryFile()  # the index maps it, and closes it with the mapping  # noqa: SIM115
 
+    def add_folders(self, folders: Sequence[Path], what: str) -> None:
+        """Read all shards of the folders, in order. Raises InputError as `add`, and for a folder without shards, of `what`."""
+        for folder in folders:
+            paths = sorted(folder.glob("*.parquet"))
+            if not paths:
+                raise InputError(f"{folder}: has no {what} (*.parquet): run `hydra-heads distill` first")
+            for path in paths:
+                self.add(path)
+
     def add(self, path: Path) -> None:
         """Read one shard. Raises InputError for a file that is not a shard, or a row that cannot be trained on."""
         try:

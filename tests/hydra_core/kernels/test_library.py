@@ -171,7 +171,7 @@ exit 0
 
 HERE = (ops.instructions(), ops.amx_available())
 """What this processor's kernels are made of, and whether they use AMX tiles."""
-NARROWER = {"avx512": 2, "avx2": 1, "": 0}
+WIDTHS = {"avx512": 2, "avx2": 1, "": 0}
 FORM_TESTS = ("tests/hydra_core/kernels/test_matmul.py", "tests/hydra_core/kernels/test_library.py",
               "tests/hydra_core/base/test_int4.py", "tests/hydra_core/base/test_linear.py",
               "tests/hydra_core/heads/test_heads.py", "tests/hydra_core/sampling")
@@ -184,7 +184,7 @@ def test_kernels_of_other_processors(word: str, wanted: tuple[str, bool], tmp_pa
                                      monkeypatch: pytest.MonkeyPatch) -> None:
     """The forms that this processor would not take: two processes that start together compile one once, and it is put through
     the same tests in a process of its own. The last form is compiled everywhere, and tested where it is not the usual one."""
-    if word != "avx" and (wanted == HERE or NARROWER[wanted[0]] > NARROWER[HERE[0]]):
+    if word != "avx" and (wanted == HERE or WIDTHS[wanted[0]] > WIDTHS[HERE[0]]):
         pytest.skip("this processor takes this form anyway, or a narrower one")
     monkeypatch.setenv(library.LIMIT, word)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +27,7 @@ from pipelines.train.stage import run_train
 from tests.mlflow_server import Link, MlflowServer, mlflow_server
 from tests.pipelines.synthetic import write_distilled
 from tests.pipelines.train.test_stage import curve_of, make_config, saved_steps
+from tests.processes import until
 
 pytestmark = pytest.mark.slow
 
@@ -62,13 +63,6 @@ def points(server: MlflowServer, run_id: str, metric: str) -> list[tuple[int, fl
 
 def artifacts(server: MlflowServer, run_id: str, path: str | None = None) -> set[str]:
     return {one.path for one in MlflowClient(server.address).list_artifacts(run_id, path)}
-
-
-def until(holds: Callable[[], Any], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def log_everything(run: Any, folder: Path) -> None:

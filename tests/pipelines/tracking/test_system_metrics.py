@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
 
 from pipelines.config import RunConfig, load_config
 from pipelines.tracking import Tracker, system_metrics, worker_system_metrics
+from tests.processes import until
 
 CPU = "system/cpu_utilization_percentage"
 
@@ -26,13 +26,6 @@ def config(storage: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
 
 def steps(uri: str, run_id: str) -> list[int]:
     return [point.step for point in MlflowClient(uri).get_metric_history(run_id, CPU)]
-
-
-def until(holds: Callable[[], Any], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def test_the_driver_s_machine_and_then_a_worker_s(config: RunConfig) -> None:
