@@ -89,5 +89,5 @@ def test_stderr_of_a_run_that_goes_well_holds_our_lines_alone(words: list[str], 
         assert lines[0].startswith("generate: ") and OURS.match(lines[-1]) and len(lines) <= 6, done.stderr  # and the answer
     else:
         # the cluster's own messages are of the machine: little memory, a full disk, a start that takes more than 30 s
-        of_the_machine = re.compile(r"\(raylet\)|replicas that have taken more than \d+s|Use `ray status`")
+        of_the_machine = re.compile(r"\(raylet\)|replicas that have taken more than \d+s|Use `ray status`|slow __init__")
         assert [line for line in lines if not OURS.match(line) and not of_the_machine.search(line)] == []
