@@ -17,7 +17,8 @@ from pipelines.bench.stage import run_bench
 from pipelines.config import RunConfig, load_config
 from pipelines.distill.stage import run_distill
 from pipelines.promote.stage import run_promote
-from pipelines.runtime.artifacts import CLAIM, MANIFEST, RunPaths, StageResult, damaged, remove_content
+from pipelines.quickstart.first_answers import show_first_answers
+from pipelines.runtime.artifacts import CLAIM, MANIFEST, RunPaths, StageResult, damaged, read_manifest, remove_content
 from pipelines.runtime.console import say
 from pipelines.runtime.files import remove_file
 from pipelines.runtime.lock import only_run
@@ -36,7 +37,8 @@ CHAIN: tuple[tuple[str, Callable[[RunConfig], StageResult]], ...] = (
 
 
 def run_quickstart(config: RunConfig) -> StageResult:
-    """Run every stage, except those whose manifest says that the same work is finished.
+    """Run every stage, except those whose manifest says that the same work is finished. Before the first one, a few questions are
+    answered with the bundled heads, if there are any for this base.
 
     Raises InputError at once for what a later stage would lack: MLflow, a compiler, CPUs, the port, the speed of single requests;
     and if another quickstart of this name works now.
@@ -56,6 +58,8 @@ def _run(config: RunConfig) -> StageResult:
     with ensure_ray(config):
         if not whole:
             _check_cluster(config)
+            if read_manifest(RunPaths.of(config).stage("distill")) is None:
+                show_first_answers(config)
         try:
             results, seconds = _run_chain(config)
         except BaseException:

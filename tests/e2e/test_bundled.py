@@ -17,6 +17,7 @@ from hydra_core.decoding.configuration import ANY_FORMAT
 from hydra_core.proposers import AdaptiveDrafter
 from jobs.runner import run
 from pipelines.config import load_config
+from pipelines.quickstart import first_answers
 from tests.e2e.test_smollm2 import QUESTIONS
 
 FOLDERS = sorted(path.parent for path in FOLDER.glob("*/configuration.json"))
@@ -63,3 +64,18 @@ def test_a_first_answer_without_training_anything(tmp_path: Path, monkeypatch: p
     assert run("generate", ["Count from one to twenty in words.", "max_new_tokens=60"]) == 0
     found = json.loads(capfd.readouterr().out)
     assert "smollm2_135m" in found["model"] and found["answers"][0]["tokens_per_step"] > 1.2
+
+
+@pytest.mark.slow
+def test_a_quickstart_shows_what_they_bring_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(first_answers, "NEW_TOKENS", 32)
+    threads = torch.get_num_threads()
+    config = load_config(None, {"storage": str(tmp_path), "base.dtype": "fp32", "bench.threads": threads + 1})
+    answers = first_answers.show_first_answers(config)
+    assert [one.question for one in answers] == list(first_answers.QUESTIONS) and torch.get_num_threads() == threads
+    assert all(one.plain.token_ids == one.drafted.token_ids for one in answers)
+    assert sum(len(one.drafted.token_ids) - 1 for one in answers) > 1.2 * sum(one.drafted.steps for one in answers)
+    told = capsys.readouterr().err
+    assert all(f'"{question}"' in told for question in first_answers.QUESTIONS)
+    assert "plain tokens/s" in told and "bundled tokens/s" in told and "differ" not in told

@@ -108,8 +108,11 @@ def test_a_chain_that_fails_does_not_go_on_running(local_ray: None, tiny_base_di
     def bad(config: RunConfig) -> StageResult:
         raise RuntimeError("before its run was started")
 
+    shown: list[RunConfig] = []
+    monkeypatch.setattr(quickstart, "show_first_answers", shown.append)
     monkeypatch.setattr(quickstart, "CHAIN", (("distill", good), ("train", bad)))
     with pytest.raises(RuntimeError, match="before its run"):
         quickstart.run_quickstart(config)
+    assert shown == [config]
     tracker = Tracker.open(config)
     assert MlflowClient(tracker.uri).get_run(tracker.parent()).info.status == "FAILED"

@@ -26,15 +26,35 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+class PostgreSQL:
+    """A server with an empty database, which a test may stop and start again."""
+
+    def __init__(self, commands: Path, folder: Path, user: list[str]) -> None:
+        self.port, self._commands, self._folder, self._user = free_port(), commands, folder, user
+        self.address = f"postgresql+psycopg2://tests@127.0.0.1:{self.port}/postgres"
+        self._run("initdb", "-U", "tests", "--auth=trust", "--no-sync")
+
+    def start(self) -> None:
+        options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={self._folder} -c fsync=off"
+        self._run("pg_ctl", "-w", "-t", str(int(SERVER_SECONDS)), "-l", str(self._folder / "log"), "-o", options, "start")
+
+    def stop(self) -> None:
+        """End it at once, with every connection."""
+        self._run("pg_ctl", "-m", "immediate", "stop")
+
+    def _run(self, command: str, *words: str) -> None:
+        subprocess.run([*self._user, str(self._commands / command), "-D", str(self._folder / "data"), *words], check=True,
+                       capture_output=True, timeout=SERVER_SECONDS)
+
+
 @pytest.fixture(scope="session")
-def postgresql() -> Iterator[str]:
-    """The address of an empty database of a PostgreSQL server of this session's own."""
+def postgresql_server() -> Iterator[PostgreSQL]:
+    """A PostgreSQL server of this session's own."""
     pytest.importorskip("psycopg2")
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))
     if not found:
         pytest.skip("PostgreSQL is not installed here")
-    commands, user = found[-1].parent, []
-    folder = Path(tempfile.mkdtemp(prefix="hydra-postgresql-"))
+    folder, user = Path(tempfile.mkdtemp(prefix="hydra-postgresql-")), []
     if os.getuid() == 0:  # PostgreSQL refuses to run as root
         try:
             owner = pwd.getpwnam("postgres")
@@ -42,17 +62,19 @@ def postgresql() -> Iterator[str]:
             pytest.skip("there is no user `postgres` here, and PostgreSQL refuses to run as root")
         os.chown(folder, owner.pw_uid, owner.pw_gid)
         user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
-    data, port = folder / "data", free_port()
-    run = lambda *words: subprocess.run([*user, *words], check=True, capture_output=True, timeout=SERVER_SECONDS)  # noqa: E731
-    run(str(commands / "initdb"), "-D", str(data), "-U", "tests", "--auth=trust", "--no-sync")
-    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
-    run(str(commands / "pg_ctl"), "-D", str(data), "-w", "-t", str(int(SERVER_SECONDS)), "-l", str(folder / "log"), "-o", options,
-        "start")
+    server = PostgreSQL(found[-1].parent, folder, user)
+    server.start()
     try:
-        yield f"postgresql+psycopg2://tests@127.0.0.1:{port}/postgres"
+        yield server
     finally:
-        run(str(commands / "pg_ctl"), "-D", str(data), "-m", "immediate", "stop")
+        server.stop()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def postgresql(postgresql_server: PostgreSQL) -> str:
+    """The address of its database."""
+    return postgresql_server.address
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -62,14 +84,14 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def mlflow_server() -> Iterator[Callable[[str], str]]:
-    """Starts MLflow's own server on a store, and gives its address."""
+def mlflow_server(tmp_path: Path) -> Iterator[Callable[[str], str]]:
+    """Starts MLflow's own server on a store, and gives its address. Artifacts lie below `tmp_path`."""
     started: list[subprocess.Popen[bytes]] = []
 
     def start(uri: str) -> str:
         port = free_port()
-        started.append(subprocess.Popen([sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--port",
-                                         str(port), "--workers", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--port", str(port), "--workers", "1"]
+        started.append(subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
         address = f"http://127.0.0.1:{port}"
         deadline = time.monotonic() + SERVER_SECONDS
         while not _answers(f"{address}/health"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,8 +24,10 @@ from pipelines.tracking import spool as module
 from pipelines.tracking.client import AwayError
 from pipelines.tracking.spool import Spool, _folders, send_unsent, unsent_folder
 from pipelines.train.stage import run_train
-from tests.mlflow_server import Link, MlflowServer, mlflow_server
+from tests.mlflow_server import Link, MlflowServer
+from tests.mlflow_server import mlflow_server as running_mlflow_server
 from tests.pipelines.synthetic import write_distilled
+from tests.pipelines.tracking.conftest import PostgreSQL
 from tests.pipelines.train.test_stage import curve_of, make_config, saved_steps
 from tests.processes import until
 
@@ -34,7 +36,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
-    with mlflow_server(tmp_path_factory.mktemp("mlflow")) as found:
+    with running_mlflow_server(tmp_path_factory.mktemp("mlflow")) as found:
         yield found
 
 
@@ -108,6 +110,32 @@ def test_a_server_that_comes_back_has_it_all_in_a_while(server: MlflowServer, li
     run.end()
     check_everything(server, run.run_id)
     assert not unsent_folder(config).exists() and tracker.parent()
+
+
+def test_a_database_that_stops_behind_a_server(postgresql_server: PostgreSQL, mlflow_server: Callable[[str], str],
+                                               config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    """MLflow answers meanwhile, that it cannot."""
+    address = mlflow_server(postgresql_server.address)
+    tracker = Tracker.open(config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": address})}))
+    run = tracker.start("train")
+    run.log_metrics({"loss": 9.0}, 0)
+    postgresql_server.stop()
+    try:
+        run.log_curve([(step, {"loss": 9.0 - step}) for step in range(1, 4)], [1e9 + step for step in range(3)])
+        run.set_tags({"hydra_heads.note": "kept"})
+        run.log_text("text", "notes/a.md")
+        (folder,) = kept(config)
+        assert "the work goes on, and what it would log is kept in" in capsys.readouterr().err
+    finally:
+        postgresql_server.start()
+    until(lambda: not folder.exists(), 120)
+    run.end()
+    client = MlflowClient(address)
+    found = client.get_run(run.run_id)
+    assert sorted((one.step, one.value) for one in client.get_metric_history(run.run_id, "loss")) == [
+        (step, 9.0 - step) for step in range(4)]
+    assert found.data.tags["hydra_heads.note"] == "kept" and found.info.status == "FINISHED"
+    assert [one.path for one in client.list_artifacts(run.run_id, "notes")] == ["notes/a.md"]
 
 
 def test_a_server_that_stays_away_gets_it_from_the_next_command(server: MlflowServer, link: Link, config: RunConfig,
