@@ -236,8 +236,7 @@ class Engine:
             outputs += prefill_step(self.batch)
         if not self.scheduler.decoding:
             return outputs
-        # where drafts of some sequences are dropped, their failure says nothing about the drafter
-        before, whole = self.times, all(sequence.speculates for sequence in self.scheduler.decoding)
+        before, kept = self.times, [sequence.speculates for sequence in self.scheduler.decoding]
         with phase("draft"):
             proposal = self._propose()
         with phase("verify"):
@@ -247,8 +246,8 @@ class Engine:
         with phase("commit"):
             clipped = self._commit(proposal, hidden, accepted)
         with phase("commit"):
-            if whole:
-                self.proposer.feedback(accepted, self.times - before)
+            if any(kept):  # what is dropped says nothing about the drafter
+                self.proposer.feedback(accepted, self.times - before, None if all(kept) else kept)
             outputs += emit(self.batch, 0, clipped, accepted.logprobs)
         return outputs
 

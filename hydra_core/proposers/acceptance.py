@@ -34,6 +34,9 @@ PRIOR_TRIALS = 12.0
 """Number of trials that the prior of a kind counts for."""
 REQUEST_TRIALS = 6.0
 """Number of trials that the prior of a sequence's own ratio counts for."""
+MOST_TRIALS, MOST_REQUEST_TRIALS = 2000.0, 300.0
+"""Trials that an estimate, and a sequence's own ratio, remember: the weight of earlier ones fades, so that what drafts are worth
+is learned again when texts or heads change."""
 
 
 class AcceptanceEstimator:
@@ -99,7 +102,16 @@ class AcceptanceEstimator:
         self.expected[:batch] += (expected * tried).sum(-1)
         self.trials += np.bincount(kinds[tried], minlength=len(self.trials))
         self.hits += np.bincount(kinds[accepted], minlength=len(self.hits))
+        _forget(self.hits, self.trials, MOST_TRIALS)
+        _forget(self.accepted, self.expected, MOST_REQUEST_TRIALS)
         self._values = self.hits / self.trials
+
+
+def _forget(hits: Floats, trials: Floats, most: float) -> None:
+    """Let estimates of more than `most` trials stand for so many, with the same ratio."""
+    share = np.minimum(most / trials, 1.0)
+    hits *= share
+    trials *= share
 
 
 def match_class(matched: int) -> int:

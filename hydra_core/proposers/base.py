@@ -102,10 +102,11 @@ class Proposer(Protocol):
         """
         ...
 
-    def feedback(self, accepted: Accepted, times: StepTimes) -> None:
+    def feedback(self, accepted: Accepted, times: StepTimes, kept: Sequence[bool] | None = None) -> None:
         """What was accepted of the latest proposal, and the time of its step so far, commit included.
 
-        It comes before any row moves. It is left out where the engine dropped a part of the drafts.
+        It comes before any row moves. `kept`: [B], false for sequences whose drafts the engine dropped, of which only the roots
+        were verified; None: it dropped none.
         """
         ...
 

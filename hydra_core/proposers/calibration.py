@@ -15,7 +15,7 @@ from dataclasses import dataclass
 CORRELATION = 0.6
 """Correlation of the two factors' changes."""
 INITIAL_DEVIATION, DRIFT, NOISE = 0.5, 0.02, 0.1
-"""Deviations: of a factor after one step, of its change from one step to the next, and of a step's time."""
+"""Deviations: of a factor before any step, of its change from one step to the next, and of a step's time."""
 LARGEST_SURPRISE = 0.5
 """A step whose time differs from the prediction by more than this share counts as one that differs by this share."""
 APART = 4.0
@@ -35,9 +35,9 @@ class Factors:
     variances: tuple[float, float, float]
 
     @classmethod
-    def from_step(cls, ratio: float) -> Factors:
-        """After one step that took `ratio` times as long as predicted."""
-        return cls(ratio, ratio, _variances(INITIAL_DEVIATION * ratio))
+    def uncertain(cls, factor: float) -> Factors:
+        """Before any step: both about `factor`."""
+        return cls(factor, factor, _variances(INITIAL_DEVIATION * factor))
 
 
 class CostCalibrator:
@@ -60,14 +60,13 @@ class CostCalibrator:
         return self._latest if self._drafting is None else self._drafting
 
     def update(self, batch: int, plain: float, nodes: float, measured: float) -> None:
-        """A step predicted to take `plain` seconds and `nodes` more took `measured` seconds."""
-        key = batch.bit_length()
-        found = self._factors.get(key)
-        if found is None:
-            self._factors[key] = Factors.from_step(measured / (plain + nodes))
-        else:
-            _correct(found, nodes / plain, measured / plain)
-        self._latest = self._factors[key].plain
+        """A step predicted to take `plain` seconds and `nodes` more took `measured` seconds.
+
+        The first step of a batch size counts like any other: what it sets up is not what later ones take.
+        """
+        found = self._factors.setdefault(batch.bit_length(), Factors.uncertain(self._latest))
+        _correct(found, nodes / plain, measured / plain)
+        self._latest = found.plain
 
     def update_drafting(self, predicted: float, measured: float) -> None:
         """Drafting with heads, predicted to take `predicted` seconds, took `measured` seconds.
@@ -93,9 +92,11 @@ def _correct(factors: Factors, share: float, measured: float) -> None:
     factors.nodes += RETURN * (factors.plain - factors.nodes)
     expected = factors.plain + factors.nodes * share
     surprise = min(max(measured - expected, -LARGEST_SURPRISE * expected), LARGEST_SURPRISE * expected)
+    usual = surprise == measured - expected
     plain_gain, nodes_gain = first + both * share, both + second * share
     spread = plain_gain + nodes_gain * share + (NOISE * expected) ** 2
     factors.plain = max(factors.plain + plain_gain / spread * surprise, 0.1 * factors.plain)
     factors.nodes = min(max(factors.nodes + nodes_gain / spread * surprise, factors.plain / APART), factors.plain * APART)
-    factors.variances = (first - plain_gain * plain_gain / spread, second - nodes_gain * nodes_gain / spread,
-                         both - plain_gain * nodes_gain / spread)
+    seen = 1 / spread if usual else 0.0  # what is cut short makes nothing more certain
+    factors.variances = (first - plain_gain * plain_gain * seen, second - nodes_gain * nodes_gain * seen,
+                         both - plain_gain * nodes_gain * seen)

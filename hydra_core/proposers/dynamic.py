@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ SLOPE_NODES = 8
 DEEPER_SHARE = 0.6
 """Share of the accepted paths that one more head is assumed to lengthen, when it is decided whether to run it."""
 RETRY_STEPS = 24
-"""After this many steps without heads they are tried again."""
+"""After this many steps without heads in one situation they are tried there again."""
 GAIN_WEIGHT = 0.1
 """Weight of a new step in the moving average of what heads gain."""
 COPIED_EDGES = (1.05, 1.5, 2.0, 3.0, 4.5)
@@ -57,10 +57,10 @@ def most_nodes(drafter: AdaptiveDrafter) -> int:
 
 @dataclass(frozen=True)
 class PredictedCost:
-    """What the cost table predicts for a step of `batch` sequences, in seconds: of a plain step, what its nodes add, and
+    """What the cost table predicts for a step of sequences at `positions`, in seconds: of a plain step, what its nodes add, and
     drafting with heads (0 without heads)."""
 
-    batch: int
+    positions: Sequence[int]
     plain: float
     nodes: float
     drafting: float
@@ -90,7 +90,7 @@ class DynamicTreeProposer(PlainProposer):
         self._seconds: dict[tuple[int, int], Floats] = {}        # by batch size and rounded context
         self._head_gains: dict[tuple[int, int], float] = {}      # by situation, see `_update_head_gain`
         self._to_plain: dict[int, float] = {}   # by rounded batch size: share of the way to the next plain step
-        self._steps_without_heads = 0
+        self._without_heads: dict[tuple[int, int], int] = {}     # steps since the latest one with heads, by situation
         self._latest: tuple[DynamicTrees, PredictedCost] | None = None
 
     @property
@@ -133,15 +133,24 @@ class DynamicTreeProposer(PlainProposer):
         if self.drafter.heads is not None:
             self.inputs.move(source, target)
 
-    def feedback(self, accepted: Accepted, times: StepTimes) -> None:
+    def feedback(self, accepted: Accepted, times: StepTimes, kept: Sequence[bool] | None = None) -> None:
         if self._latest is None:
             return
         drafted, cost = self._latest
+        if kept is not None:
+            drafted, cost = self._without_dropped(drafted, cost, np.array(kept))
         if drafted.kinds.shape[1] > 1:
             self._learn_acceptance(drafted, accepted)
-        self.calibrator.update(cost.batch, cost.plain, cost.nodes, times.verify + times.accept + times.commit)
+        self.calibrator.update(len(cost.positions), cost.plain, cost.nodes, times.verify + times.accept + times.commit)
         if cost.drafting > 0:
             self.calibrator.update_drafting(cost.drafting, times.draft)
+
+    def _without_dropped(self, drafted: DynamicTrees, cost: PredictedCost, kept: Bools) -> tuple[DynamicTrees, PredictedCost]:
+        """The step as it was: of sequences that `kept` [B] leaves out only the roots were verified."""
+        kinds = np.where(kept[:, None], drafted.kinds, -1)
+        nodes = cost.nodes if not self.ragged else self._predict(cost.positions, (drafted.tokens >= 0) & (
+            kept[:, None] | (np.arange(kinds.shape[1]) == 0)), cost.drafting).nodes
+        return replace(drafted, kinds=kinds), replace(cost, nodes=nodes)
 
     def _learn_acceptance(self, drafted: DynamicTrees, accepted: Accepted) -> None:
         kinds = drafted.kinds
@@ -161,15 +170,16 @@ class DynamicTreeProposer(PlainProposer):
         copied = self._copied(batch)
         candidates = roots_alone if copied is None else merge_copied(roots_alone, copied, self.acceptance, sampled)
         selection = self._select(candidates, positions, self.drafter.costs.draft_seconds(batch, 0))
-        if self.drafter.heads is not None and self._heads_pay(batch, selection):
+        where = _situation(batch, selection)
+        if self.drafter.heads is not None and self._heads_pay(where):
             without = selection
             candidates, drafting = self._expand(self.drafter.heads, roots_alone, positions, samplers, sampled, without.gain)
             if copied is not None:
                 candidates = merge_copied(candidates, copied, self.acceptance, sampled)
             selection = self._select(candidates, positions, drafting)
-            self._update_head_gain(batch, without, selection)
+            self._update_head_gain(where, selection.gain / without.gain)
         else:
-            self._steps_without_heads += 1
+            self._without_heads[where] = self._without_heads.get(where, 0) + 1
         return self._proposal(candidates, selection, positions, drafting)
 
     def _plain_selection(self, positions: Sequence[int]) -> NodeSelection:
@@ -181,7 +191,7 @@ class DynamicTreeProposer(PlainProposer):
                   drafting: float) -> Proposal:
         """The selected nodes; what `feedback` needs to know of the step is kept."""
         drafted = prune(candidates, selection)
-        self._latest = drafted, self._predict(positions, selection, drafting)
+        self._latest = drafted, self._predict(positions, selection.kept, drafting)
         size = len(positions).bit_length()
         if drafted.trees.size == 1:
             self._to_plain[size] = 0.0
@@ -284,10 +294,11 @@ class DynamicTreeProposer(PlainProposer):
         corrected: Floats = plain * seconds[0] + nodes * (seconds - seconds[0])
         return corrected
 
-    def _predict(self, positions: Sequence[int], selection: NodeSelection, drafting: float) -> PredictedCost:
-        seconds, kept = self._verify_seconds(positions), selection.kept.sum(1)
-        most = int(kept.sum()) - len(kept) if self.ragged else int(kept.max()) - 1
-        return PredictedCost(len(positions), float(seconds[0]), float(seconds[most] - seconds[0]), drafting)
+    def _predict(self, positions: Sequence[int], verified: Bools, drafting: float) -> PredictedCost:
+        """`verified`: [B, M], the nodes of each sequence that are verified, its root among them."""
+        seconds, counts = self._verify_seconds(positions), verified.sum(1)
+        most = int(counts.sum()) - len(counts) if self.ragged else int(counts.max()) - 1
+        return PredictedCost(positions, float(seconds[0]), float(seconds[most] - seconds[0]), drafting)
 
     def _verify_seconds(self, positions: Sequence[int]) -> Floats:
         """Seconds of the base's part of a step at `positions`: by nodes per sequence; for a ragged base by nodes of all
@@ -311,10 +322,9 @@ class DynamicTreeProposer(PlainProposer):
         each = more / (least + np.arange(len(more)))
         return max(float(each.min(initial=np.inf)), 0.0) / (1 if self.ragged else len(positions))
 
-    def _heads_pay(self, batch: int, without: NodeSelection) -> bool:
-        """Whether heads were faster than copied text alone in situations like this one; from time to time they are tried."""
-        gain = self._head_gains.get(_situation(batch, without), INITIAL_GAIN)
-        return self._steps_without_heads >= RETRY_STEPS or gain > 1
+    def _heads_pay(self, where: tuple[int, int]) -> bool:
+        """Whether heads were faster than copied text alone in the situation `where`; from time to time they are tried there."""
+        return self._without_heads.get(where, 0) >= RETRY_STEPS or self._head_gains.get(where, INITIAL_GAIN) > 1
 
     def _context(self, positions: Sequence[int]) -> int:
         """Mean committed tokens per sequence, rounded to a power of two and at least the context of the cost table: few
@@ -322,12 +332,11 @@ class DynamicTreeProposer(PlainProposer):
         mean = sum(positions) / len(positions)
         return max(1 << round(math.log2(max(mean, 1))), self.drafter.costs.context)
 
-    def _update_head_gain(self, batch: int, without: NodeSelection, selection: NodeSelection) -> None:
-        """Expected tokens per second with heads over those without, a moving average for each situation."""
-        where = _situation(batch, without)
+    def _update_head_gain(self, where: tuple[int, int], gain: float) -> None:
+        """`gain`: expected tokens per second with heads over those without; of each situation a moving average is kept."""
         before = self._head_gains.get(where, INITIAL_GAIN)
-        self._head_gains[where] = before + GAIN_WEIGHT * (selection.gain / without.gain - before)
-        self._steps_without_heads = 0
+        self._head_gains[where] = before + GAIN_WEIGHT * (gain - before)
+        self._without_heads[where] = 0
 
 
 def _situation(batch: int, copied: NodeSelection) -> tuple[int, int]:

@@ -34,7 +34,7 @@ class PlainProposer:
     def commit(self, rows: tuple[int, int], hidden: Tensor, counts: Tensor, tokens: Sequence[Sequence[int]] = ()) -> None:
         """Nothing to remember."""
 
-    def feedback(self, accepted: Accepted, times: StepTimes) -> None:
+    def feedback(self, accepted: Accepted, times: StepTimes, kept: Sequence[bool] | None = None) -> None:
         """Nothing to learn."""
 
     def move(self, source: int, target: int) -> None:
