@@ -142,7 +142,7 @@ def test_heads_that_are_always_wrong_are_asked_less_and_less(tiny_base: Base, tr
         return [int((proposal.tokens >= 0).sum()) - 1 for _, proposal in proposals]
 
     wrong, right = sizes(random_heads(tiny_base, "hydra")), sizes(trained["hydra"])
-    assert sum(wrong[:10]) > 10 > sum(wrong[-100:])
+    assert sum(wrong[:10]) > 5 and sum(wrong[-100:]) < 10
     assert sum(right[:10]) > 10 and sum(right[-50:]) > 50
 
 

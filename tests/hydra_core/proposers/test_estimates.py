@@ -172,15 +172,15 @@ def test_copied_chains_go_into_the_tree_of_the_heads() -> None:
 
 
 def test_step_times_are_learned_by_a_kalman_filter() -> None:
-    """Two factors with matrices: prediction, surprise that is cut off, gain, and the limits between the two factors."""
+    """Two factors with matrices: prediction, surprise that is cut off, gain, and the limits between the two factors. A surprise
+    that is cut off makes nothing more certain."""
     dice, made = random.Random(4), CostCalibrator()
     c = calibration
-    for plain, nodes, measured in ((0.02, 0.0, 0.05), (0.02, 0.01, 0.05)):
-        made.update(4, plain, nodes, measured)
-    state = np.array([2.5, 2.5])
+    state = np.array([1.0, 1.0])
     one = np.array([[1.0, c.CORRELATION], [c.CORRELATION, 1.0]])
-    spread = one * (c.INITIAL_DEVIATION * 2.5) ** 2
-    plain, nodes, measured = 0.02, 0.01, 0.05
+    spread = one * c.INITIAL_DEVIATION ** 2
+    plain, nodes, measured = 0.02, 0.0, 0.05
+    made.update(4, plain, nodes, measured)
     for number in range(400):
         spread = spread + one * (c.DRIFT * state[0]) ** 2
         state[1] += c.RETURN * (state[0] - state[1])
@@ -193,7 +193,8 @@ def test_step_times_are_learned_by_a_kalman_filter() -> None:
         state = state + gain * surprise
         state[0] = max(state[0], 0.1 * before[0])
         state[1] = np.clip(state[1], state[0] / c.APART, state[0] * c.APART)
-        spread = spread - np.outer(gain, gain) * total
+        if abs(measured / plain - expected) <= c.LARGEST_SURPRISE * expected:
+            spread = spread - np.outer(gain, gain) * total
         assert made.factors(4) == pytest.approx(tuple(state), rel=1e-9), number
         plain, nodes = dice.uniform(0.01, 0.05), dice.choice((0.0, 0.005, 0.1))
         measured = (plain * dice.choice((1.0, 1.2, 4.0)) + nodes * dice.choice((0.2, 1.0, 6.0))) * dice.uniform(0.8, 1.3)
@@ -216,8 +217,12 @@ def test_drafting_times_are_learned_by_a_kalman_filter() -> None:
 
 def test_batches_of_one_power_of_two_learn_together() -> None:
     made: Any = CostCalibrator()
-    made.update(4, 1.0, 1.0, 6.0)
-    assert [made.factors(batch) for batch in (4, 5, 7)] == [(3.0, 3.0)] * 3
-    made.update(8, 1.0, 0.0, 2.0)
-    assert made.factors(15) == (2.0, 2.0) and made.factors(4) == (3.0, 3.0)
-    assert made.factors(100) == (2.0, 2.0) and made.drafting == 2.0  # the latest that was learned
+    for _ in range(12):
+        made.update(4, 1.0, 1.0, 6.0)
+    learned = made.factors(4)
+    assert learned == pytest.approx((3.0, 3.0), rel=0.02) and made.factors(5) == made.factors(7) == learned
+    for _ in range(12):
+        made.update(8, 1.0, 0.0, 2.0)
+    latest = made.factors(15)
+    assert latest[0] == pytest.approx(2.0, rel=0.02) and made.factors(4) == learned
+    assert made.factors(100) == (latest[0], latest[0]) and made.drafting == latest[0]  # the latest that was learned
