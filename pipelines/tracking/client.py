@@ -24,6 +24,7 @@ from pipelines.runtime.reachability import why_silent, why_unreachable
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdout is for results
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # one for each small file that is read
 for _noisy, _level in (("alembic", logging.WARNING), ("mlflow.tracking", logging.WARNING),
                        ("mlflow.store.db.utils", logging.CRITICAL)):  # it logs a traceback of what it raises as well

@@ -110,6 +110,8 @@ def test_a_server_that_comes_back_has_it_all_in_a_while(server: MlflowServer, li
     run.end()
     check_everything(server, run.run_id)
     assert not unsent_folder(config).exists() and tracker.parent()
+    tracker.end_parent("FINISHED")
+    assert capsys.readouterr().out == "", "stdout is for results"
 
 
 def test_a_database_that_stops_behind_a_server(postgresql_server: PostgreSQL, mlflow_server: Callable[[str], str],
