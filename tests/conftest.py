@@ -3,10 +3,9 @@
 Whole files are shared out among two processes or more (pytest-xdist, `--dist loadfile`): a module-scoped fixture is made once,
 and tests of one file never run at the same time. Each process has a Ray, an MLflow and temporary folders of its own.
 
-Short tests come first, then files with slow tests: the whole chain before all, the others in another order each time, and last
-those with tests marked `drawn`, which take minutes. A run takes two of such tests of a file, and begins none after
-`DRAWING_MINUTES`, and no slow test after `SLOW_MINUTES`, which only a slow machine reaches: what one run leaves out another one
-takes. HYDRA_TEST_ALL=1 takes all.
+Short tests come first, then files with slow tests: the whole chain before all, the others in another order each time. Of tests
+marked `drawn`, which take minutes, a run takes two of a file, and begins none after `DRAWING_MINUTES`, and no slow test after
+`SLOW_MINUTES`, so that it ends within 35 minutes: what one run leaves out another one takes. HYDRA_TEST_ALL=1 takes all.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
 STARTED = time.monotonic()
-DRAWING_MINUTES, SLOW_MINUTES = 25.0, 55.0
+DRAWING_MINUTES, SLOW_MINUTES = 20.0, 26.0
 """Minutes from the start of a run after which none of the tests that are drawn begins, and no slow test at all."""
 DRAWN_AT_ONCE = 2
 """Most such tests of one file in a run."""
@@ -56,13 +55,13 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What uses Ray is slow. Short files come first, then the whole chain, then slow files, then those with drawn tests."""
+    """What uses Ray is slow. Short files come first, then the whole chain, then the other slow files."""
     for item in items:
         if "local_ray" in getattr(item, "fixturenames", ()):
             item.add_marker("slow")
-    slow, drawn = ({item.path for item in items if item.get_closest_marker(marker)} for marker in ("slow", "drawn"))
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
     order = _draw().sample(sorted(slow), len(slow))  # each process makes the same one
-    places = {path: (path in drawn, "e2e" not in path.parts, place) for place, path in enumerate(order)}
+    places = {path: ("e2e" not in path.parts, place) for place, path in enumerate(order)}
     items.sort(key=lambda item: (item.path in slow, places.get(item.path, ())))
 
 
