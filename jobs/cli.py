@@ -1,5 +1,5 @@
-"""`hydra-heads STAGE ...`, which is the same as `python -m jobs.STAGE ...`, `hydra-heads config` and
-`hydra-heads cluster`."""
+"""`hydra-heads STAGE ...`, which is the same as `python -m jobs.STAGE ...`, `hydra-heads config`, `hydra-heads cluster` and
+`hydra-heads import`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from importlib import metadata
 
 from hydra_core.errors import InputError
 from jobs.cluster import main as cluster
+from jobs.import_heads import main as import_heads
 from jobs.runner import STAGES, read_config, run
 from jobs.usage import command_help
 from pipelines.config import RunConfig, nearest, reference_page, to_yaml
@@ -27,8 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return print_config(arguments[1:])
     if arguments[0] == "cluster":
         return cluster(arguments[1:])
+    if arguments[0] == "import":
+        return import_heads(arguments[1:])
     if arguments[0] not in STAGES:
-        near = nearest(arguments[0], [*STAGES, "config", "cluster"])
+        near = nearest(arguments[0], [*STAGES, "config", "cluster", "import"])
         hint = f"did you mean {near}? " if near else ""
         print(f"error: {arguments[0]!r} is not a stage: {hint}choose one of {', '.join(STAGES)}", file=sys.stderr)
         return 2

@@ -21,6 +21,7 @@ def command_help() -> str:
             f"  {'config':<{width}}  print the resolved settings; `config --describe`: the reference of every setting; "
             "`config --sizes`: what bases of 1B, 8B and 70B take\n"
             f"  {'cluster':<{width}}  print or write manifests for Kubernetes and Ray's cluster launcher\n"
+            f"  {'import':<{width}}  make a heads folder of published Hydra, Hydra++ or Medusa heads\n"
             f"  {'--version':<{width}}  print the version\n\n"
             "Examples:\n"
             "  hydra-heads quickstart\n"

@@ -60,6 +60,6 @@ def teacher_forced_loss(heads: HeadDrafter, ids: torch.Tensor, hidden: torch.Ten
     for i in range(heads.num_heads):
         count = length - 2 - i
         path = torch.stack([embedded[1 + j:1 + j + count] for j in range(i + 1)], dim=1)
-        logits = heads.draft_logits(heads.head_hidden(i, features[:count], path))
+        logits = heads.head_logits(i, heads.head_hidden(i, features[:count], path))
         loss = loss + F.cross_entropy(logits, ids[2 + i:2 + i + count])
     return loss

@@ -1,4 +1,5 @@
-"""What Medusa, Hydra and Hydra++ share: MLP heads with the base's width as output, followed by rows of the base's vocabulary.
+"""What Medusa, Hydra and Hydra++ share: MLP heads with the base's width as output, followed by rows of the base's vocabulary, or
+by rows of their own.
 
 Letters: B rows, T positions, K heads, D width, Vd draft vocabulary. Head i at position t predicts x_{t+2+i}.
 """
@@ -17,6 +18,7 @@ from hydra_core.base.native import native_head
 from hydra_core.base.vocabulary import BaseVocabulary, VocabHead
 from hydra_core.heads.config import HeadsConfig
 from hydra_core.heads.draft_vocab import DraftVocab
+from hydra_core.heads.own_rows import OwnRows
 from hydra_core.kernels import ops
 
 
@@ -26,12 +28,12 @@ class ResBlock(nn.Module):
     W starts at zero, so a square block starts as the identity (Medusa, arXiv 2401.10774).
     """
 
-    def __init__(self, width_in: int, width: int) -> None:
+    def __init__(self, width_in: int, width: int, skip_bias: bool = False) -> None:
         super().__init__()
         self.inner = PackableLinear(width_in, width)
         nn.init.zeros_(self.inner.weight)
         nn.init.zeros_(self.inner.bias)
-        self.skip = PackableLinear(width_in, width, bias=False) if width_in != width else None
+        self.skip = PackableLinear(width_in, width, bias=skip_bias) if width_in != width else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width_in] to [..., width]."""
@@ -49,12 +51,12 @@ class GatedBlock(nn.Module):
     W3 starts at zero, and a wider input is projected, as in `ResBlock`.
     """
 
-    def __init__(self, width_in: int, width: int) -> None:
+    def __init__(self, width_in: int, width: int, skip_bias: bool = False) -> None:
         super().__init__()
         self.gate_up = PackableLinear(width_in, 2 * width, bias=False)
         self.down = PackableLinear(width, width, bias=False)
         nn.init.zeros_(self.down.weight)
-        self.skip = PackableLinear(width_in, width, bias=False) if width_in != width else None
+        self.skip = PackableLinear(width_in, width, bias=skip_bias) if width_in != width else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width_in] to [..., width]."""
@@ -69,12 +71,14 @@ class GatedBlock(nn.Module):
 
 
 def _side_by_side(layer: PackableLinear, skip: PackableLinear | None) -> FrozenLinear:
-    """Two layers of the same input as one; only the first may have a bias."""
+    """Two layers of the same input as one; where only one has a bias, the other's is zero."""
     if skip is None:
         return layer.frozen()
     weight = torch.cat((layer.weight, skip.weight)).detach()
-    bias = None if layer.bias is None else F.pad(layer.bias.detach(), (0, len(skip.weight)))
-    return FrozenLinear.for_drafts(weight, bias)
+    if layer.bias is None and skip.bias is None:
+        return FrozenLinear.for_drafts(weight, None)
+    biases: list[Tensor] = [part.weight.new_zeros(len(part.weight)) if part.bias is None else part.bias for part in (layer, skip)]
+    return FrozenLinear.for_drafts(weight, torch.cat(biases).detach())
 
 
 class MlpHead(Packable):
@@ -84,7 +88,8 @@ class MlpHead(Packable):
         super().__init__()
         width, self.eps = vocabulary.width, vocabulary.norm_eps
         block = GatedBlock if config.mlp == "gated" else ResBlock
-        self.blocks = nn.ModuleList(block(width_in if i == 0 else width, width) for i in range(config.num_blocks))
+        self.blocks = nn.ModuleList(block(width_in if i == 0 else width, width, config.skip_bias)
+                                    for i in range(config.num_blocks))
         self.norm = nn.RMSNorm(width, eps=self.eps) if config.final_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
         if isinstance(self.norm, nn.RMSNorm):
@@ -127,7 +132,8 @@ class MlpHead(Packable):
 class HeadDrafter(Packable):
     """A set of draft heads over a frozen base.
 
-    Only trained tensors are parameters; embedding and vocabulary rows belong to the base and are not saved. Subclasses define
+    Only trained tensors are parameters; embedding and vocabulary rows belong to the base and are not saved, but for rows that
+    the heads have of their own (`config.own_rows`), which are there for the whole vocabulary. Subclasses define
     what a head reads (`head_width`, `head_hidden`) and what replaces the hidden state (`features`).
     """
 
@@ -139,6 +145,7 @@ class HeadDrafter(Packable):
         self.rows = vocabulary.head.restrict(draft_vocab.ids.to(vocabulary.head.weight.device))
         made = 1 if config.recurrent else config.num_heads
         self.heads = nn.ModuleList(MlpHead(self.head_width(i), vocabulary, config) for i in range(made))
+        self.own_rows = nn.ModuleList(OwnRows(vocabulary.head) for _ in range(made) if config.own_rows)
 
     @property
     def num_heads(self) -> int:
@@ -154,6 +161,12 @@ class HeadDrafter(Packable):
         assert isinstance(head, MlpHead)
         return head
 
+    def _own(self, i: int) -> OwnRows | None:
+        """The vocabulary rows of head `i`, or None where it ends in the base's."""
+        rows = self.own_rows[i] if self.config.own_rows else None
+        assert rows is None or isinstance(rows, OwnRows)
+        return rows
+
     def bytes_read(self, depth: int) -> int:
         """Bytes that drafting with the first `depth` heads reads: their matrices, and the vocabulary rows once per head."""
         made = min(depth, len(self.heads))
@@ -162,8 +175,10 @@ class HeadDrafter(Packable):
 
     def pack(self) -> None:
         """Pack the weights for decoding where this machine has a faster layout; further training undoes it."""
-        self._packed = rows = self.rows.for_drafting()
+        self._packed = None if self.config.own_rows else self.rows.for_drafting()
         for i in range(len(self.heads)):
+            own = self._own(i)
+            rows = self._packed if own is None else own.pack(self.draft_vocab)
             self._head(i).pack(None if self.config.recurrent else rows)
 
     def with_draft_vocab(self, draft_vocab: DraftVocab) -> HeadDrafter:
@@ -209,9 +224,18 @@ class HeadDrafter(Packable):
         raise NotImplementedError
 
     def draft_logits(self, hidden: Tensor) -> Tensor:
-        """Logits over the draft vocabulary [..., Vd] float32 from a head's output [..., D]."""
+        """Logits over the draft vocabulary [..., Vd] float32 from states of the base, or the output of heads without rows of
+        their own, [..., D]."""
         rows = self.rows if self._packed is None or torch.is_grad_enabled() else self._packed
         return rows(hidden)
+
+    def head_logits(self, i: int, hidden: Tensor) -> Tensor:
+        """Logits over the draft vocabulary [..., Vd] float32 from the output [..., D] of head `i`."""
+        own = self._own(i)
+        if own is None:
+            return self.draft_logits(hidden)
+        logits: Tensor = own(hidden, self.draft_vocab)
+        return logits
 
     def candidate_logits(self, i: int, features: Tensor, path: Tensor) -> Tensor:
         """While decoding: logits [B, W, Vd] float32 of head `i` after W paths per sequence.
@@ -221,7 +245,7 @@ class HeadDrafter(Packable):
         if (compiled := self._head(i).compiled) is not None:
             logits: Tensor = compiled.logits(features, self._path_read(path))
             return logits
-        return self.draft_logits(self.head_hidden(i, features[:, None].expand(-1, path.shape[1], -1), path))
+        return self.head_logits(i, self.head_hidden(i, features[:, None].expand(-1, path.shape[1], -1), path))
 
     def candidates(self, i: int, features: Tensor, path: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The `count` most probable tokens by these logits, or all there are, best first: indices [B, W, count] int64 into the

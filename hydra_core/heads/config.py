@@ -38,11 +38,17 @@ class HeadsConfig(BaseModel):
     recurrent: bool = Field(
         False, description="hydra and hydra++: one head for all depths, which reads its own output at the token before "
                            "in place of the hidden state, instead of a head per depth")
+    skip_bias: bool = Field(False, description="where a block's input is wider than its output, its projection has a bias (as "
+                                               "published by Hydra)")
+    own_rows: bool = Field(False, description="each head ends in vocabulary rows and a bias of its own (as published by Medusa "
+                                              "and Hydra): of imported heads alone, which are not trained further")
 
     @model_validator(mode="after")
     def _check_recurrent(self) -> HeadsConfig:
         if self.recurrent and not self.sequential:
             raise ValueError(f"recurrent heads read the tokens drafted before them, which kind={self.kind} does not")
+        if self.recurrent and self.own_rows:
+            raise ValueError("recurrent heads are one head, which has no vocabulary rows of its own (own_rows)")
         return self
 
     @model_validator(mode="before")

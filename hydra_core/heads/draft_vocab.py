@@ -58,6 +58,11 @@ class DraftVocab:
             index[self.ids] = torch.arange(len(self.ids))
         return index
 
+    @cached_property
+    def whole(self) -> bool:
+        """Whether it is the whole vocabulary in its own order, so that ids are indices."""
+        return len(self) == self.size and torch.equal(self.ids.cpu(), torch.arange(self.size))
+
     def coverage(self, counts: Tensor) -> float:
         """Share of the counted tokens that are in the draft vocabulary; 0 when nothing is counted."""
         total = int(counts.sum())

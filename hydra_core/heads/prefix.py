@@ -41,12 +41,12 @@ class PrefixLayer(Packable):
         nn.init.zeros_(self.down.weight)
         theta = (getattr(config, "rope_parameters", None) or {}).get("rope_theta") or 10000.0
         steps = torch.arange(0, self.head_width, 2, dtype=torch.float32, device="cpu") / self.head_width
-        self._frequencies = 1.0 / theta ** steps
+        self.frequencies = 1.0 / theta ** steps
         self._rotary: Rotary | None = None
 
     def _rotary_like(self, like: Tensor) -> Rotary:
         if self._rotary is None or self._rotary.dtype != like.dtype or self._rotary.cos.device != like.device:
-            self._rotary = Rotary(self._frequencies.to(like.device), 1.0, like.dtype)
+            self._rotary = Rotary(self.frequencies.to(like.device), 1.0, like.dtype)
         return self._rotary
 
     @property

@@ -39,11 +39,13 @@ class HeadTraining(nn.Module):
     """Wraps a drafter so that one call is one batch; its parameters are the drafter's.
 
     `plain`: the reference losses, to compare with: the base's softmax is computed again for every head, and all logits are
-    kept.
+    kept. Raises ValueError for heads with vocabulary rows of their own, to which these losses bring no gradient.
     """
 
     def __init__(self, drafter: HeadDrafter, vocabulary: BaseVocabulary, plain: bool = False) -> None:
         super().__init__()
+        if drafter.config.own_rows:
+            raise ValueError("heads with vocabulary rows of their own (own_rows) are not trained")
         self.drafter = drafter
         self.vocabulary = vocabulary
         self.plain = plain

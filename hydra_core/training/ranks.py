@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -61,6 +63,6 @@ def rank_tuples(drafter: HeadDrafter, features: Tensor, embedded: Tensor, index:
         path = embedded[here[:, None] + torch.arange(1, head + 2, device=at.device)]
         hidden = drafter.head_hidden(head, features[here], path)
         ranks = torch.full_like(at, MISS)
-        ranks[inside] = ranks_of(hidden, drafter.draft_logits, index[here + 2 + head])
+        ranks[inside] = ranks_of(hidden, partial(drafter.head_logits, head), index[here + 2 + head])
         columns.append(ranks)
     return RankRows(torch.stack(columns, 1).cpu(), tuple(int(count) for count in counts))

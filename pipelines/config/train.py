@@ -107,6 +107,9 @@ class TrainSection(Section):
             raise ValueError(f"train.start: {unknown[0]!r} is none of train.drafters: {', '.join(self.drafters)}")
         if self.plain_losses and any(heads.mask_lost for heads in self.drafters.values()):
             raise ValueError("train.plain_losses knows no mask_lost: turn one of them off")
+        if own := [name for name, heads in self.drafters.items() if heads.own_rows]:
+            raise ValueError(f"train.drafters.{own[0]}.own_rows: only imported heads have vocabulary rows of their own, and "
+                             "those are not trained further: leave it false")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"train.betas={list(self.betas)}: each must be at least 0 and below 1")
         if self.ema and self.zero_stage == 3:

@@ -17,7 +17,8 @@ from pipelines.rows.schemas import content_id
 from pipelines.runtime.artifacts import input_digest
 from pipelines.tracking.lookup import bundled_heads
 
-SHAPE = ("kind", "num_heads", "num_blocks", "mlp", "final_norm", "normalise_embeddings", "recurrent")
+SHAPE = ("kind", "num_heads", "num_blocks", "mlp", "final_norm", "normalise_embeddings", "recurrent", "skip_bias",
+         "own_rows")
 """Settings that must be the same in both: they decide the shapes of the weights. The others do not."""
 
 

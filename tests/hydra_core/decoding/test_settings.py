@@ -145,7 +145,8 @@ OF_TRAINING = {"loss", "hybrid_decay", "head_decay", "mask_lost"}
 def test_every_field_of_the_heads_architecture(tiny_base: Base) -> None:
     """Each changes the tensors of the heads, or what they answer."""
     changed: dict[str, Any] = {"kind": "hydra++", "num_heads": 2, "num_blocks": 2, "draft_vocab_size": 40, "dropout": 0.5,
-                               "normalise_embeddings": False, "final_norm": False, "mlp": "gated", "recurrent": True}
+                               "normalise_embeddings": False, "final_norm": False, "mlp": "gated", "recurrent": True,
+                               "skip_bias": True, "own_rows": True}
     missing = HeadsConfig.model_fields.keys() - changed.keys() - OF_TRAINING
     assert not missing, f"say here how a change of {missing} shows"
 

@@ -29,6 +29,8 @@ PUBLISHED: dict[str, object] = {"num_blocks": 4, "dropout": 0.2, "normalise_embe
 FIELDS: dict[str, dict[str, object]] = {
     "default": {}, "gated": {"mlp": "gated"}, "raw embeddings": {"normalise_embeddings": False},
     "no norm": {"final_norm": False}, "as published": PUBLISHED,
+    "bias of the skip": {"skip_bias": True, "num_blocks": 2}, "rows of its own": {"own_rows": True},
+    "published in full": {**PUBLISHED, "skip_bias": True, "own_rows": True},
     "gated without norm": {"mlp": "gated", "num_blocks": 3, "final_norm": False, "normalise_embeddings": False}}
 KINDS = ("medusa", "hydra", "hydra++")
 RECURRENT: dict[str, dict[str, object]] = {
@@ -36,7 +38,8 @@ RECURRENT: dict[str, dict[str, object]] = {
 """For the kinds that read tokens."""
 MADE = [(kind, name) for kind in KINDS for name in (*FIELDS, *(RECURRENT if kind != "medusa" else ()))]
 FIELDS |= RECURRENT
-NEW = ("recurrent", "mlp", "normalise_embeddings", "final_norm", "hybrid_decay", "head_decay", "mask_lost")
+NEW = ("recurrent", "mlp", "normalise_embeddings", "final_norm", "hybrid_decay", "head_decay", "mask_lost", "skip_bias",
+       "own_rows")
 
 
 def test_one_head_for_every_depth_is_fed_with_what_it_made(tiny_base: Base) -> None:

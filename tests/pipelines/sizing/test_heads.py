@@ -17,7 +17,8 @@ from pipelines.sizing.heads import heads_of_model, heads_shape
 from tests.trained import random_heads
 
 CASES: list[dict[str, Any]] = [{"kind": "medusa"}, {"kind": "hydra", "mlp": "gated", "final_norm": False},
-                               {"kind": "hydra", "recurrent": True}, {"kind": "hydra++", "draft_vocab_size": 100}]
+                               {"kind": "hydra", "recurrent": True}, {"kind": "hydra++", "draft_vocab_size": 100},
+                               {"kind": "hydra", "own_rows": True, "skip_bias": True}]
 
 
 @pytest.mark.parametrize("fields", CASES, ids=str)
