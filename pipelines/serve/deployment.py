@@ -61,7 +61,8 @@ def build(args: AppArgs, environments: dict[str, Any] | None = None, restored: b
     front = serve.deployment(Ingress).options(
         name="Ingress", max_ongoing_requests=args.room * most + bodies_at_once(args) + SPARE_REQUESTS,
         max_queued_requests=SPARE_REQUESTS, backpressure_config=outer, user_config=keys,
-        ray_actor_options=options("Ingress", num_cpus=0.1), graceful_shutdown_timeout_s=args.drain_seconds, logging_config=LOGS)
+        ray_actor_options=options("Ingress", num_cpus=0),  # replicas may reserve every CPU that there is
+        graceful_shutdown_timeout_s=args.drain_seconds, logging_config=LOGS)
     version = _version(fixed)
     return _fixed(front, version).bind(_fixed(server, version).bind(fixed), fixed)
 

@@ -73,7 +73,7 @@ def check_a_mistake(cluster: Cluster, run: list[str]) -> None:
 def check_endpoint(cluster: Cluster, run: list[str], prompts: str, base: Base) -> None:
     """Two replicas on two machines, a proxy on each: every address that is said answers the client, and so does a batch."""
     job = cluster.submit("serve", *run, "serve.host=0.0.0.0", f"serve.port={PORT}", "serve.replicas=2",
-                         "serve.workers={cpus: 1.5, threads: 1}")
+                         "serve.workers={cpus: 2, threads: 1}")
     until(lambda: "metrics for" in cluster.log(job) or cluster.status(job) == "FAILED", 300, pause=3.0)
     log = cluster.log(job)
     (url,) = re.findall(r"answers at (http://[0-9.:]+)", log)

@@ -177,6 +177,7 @@ def test_an_update_keeps_what_else_makes_a_version(args: AppArgs) -> None:
     front = build(args, environments, restored=True)._bound_deployment
     server = front.init_args[0]._bound_deployment
     assert front.ray_actor_options["runtime_env"] == environments["Ingress"]
+    assert front.ray_actor_options["num_cpus"] == 0, "replicas may reserve every CPU"
     assert server.ray_actor_options["runtime_env"] == environments["DecodeServer"]
     assert server.user_config == heads_of(args, restored=True) != heads_of(args)
 
