@@ -30,8 +30,9 @@ from hydra_core.errors import InputError
 from hydra_core.heads import HeadDrafter
 from hydra_core.proposers.base import Accepted, Proposal, Proposer, StepTimes
 from hydra_core.proposers.plain import PlainProposer
-from hydra_core.proposers.registry import lookahead_slots, open_proposer
+from hydra_core.proposers.registry import answers_kept, lookahead_slots, open_proposer
 from hydra_core.proposers.settings import Drafter
+from hydra_core.proposers.suffix_index import SuffixIndex
 from hydra_core.sampling.request import Request
 from hydra_core.tree.batch import chain
 from hydra_core.tree.draft_tree import PLAIN, TreeSet, default_trees
@@ -41,11 +42,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Drafting:
-    """A drafter with its trees, and the proposer that `Engine.prepare` made of them for one engine."""
+    """A drafter with its trees, and the proposer that `Engine.prepare` made of them for one engine; `answers`: the finished
+    answers that it looks into, None: none."""
 
     drafter: Drafter | None
     trees: TreeSet
     proposer: Proposer
+    answers: SuffixIndex | None = None
 
 
 class Engine:
@@ -56,8 +59,9 @@ class Engine:
     `context_limit`: tokens of prompt and answer together, at most the base's own limit; `shared_noise`: drafters rank
     candidates with the noise of the coming draw (False only shows what that gains); `graphs`: replay steps as CUDA graphs
     (None: where possible); `draft_slots`: room for draft nodes that every sequence gets at least, so that a later drafter of
-    `change` may have larger trees. All memory is allocated here and none later, except for the recording of graphs. Not
-    thread-safe: one thread drives it.
+    `change` may have larger trees. All memory is allocated here and none later, except for the recording of graphs and for
+    finished answers, which a drafter with `suffix` looks into: they stay while the drafter changes and after `reset`, up to its
+    `max_tokens`, until `forget_answers`. Not thread-safe: one thread drives it.
     Raises InputError for limits below 1, for trees that need more heads or candidates than the drafter has, for caches that
     do not fit the memory, and for `graphs=True` where graphs cannot be recorded.
     """
@@ -77,16 +81,28 @@ class Engine:
         check_memory(base, drafter, max_batch_size, slots, self.step_nodes)
         self.cache = base.allocate(max_batch_size, slots)
         self.clock = Clock()
-        self._start(Drafting(drafter, trees, self._open(drafter, trees)))
+        self.answers: SuffixIndex | None = None
+        self._start(self._open(drafter, trees))
 
-    def _open(self, drafter: Drafter | None, trees: TreeSet) -> Proposer:
-        return open_proposer(drafter, trees, self.max_batch_size, self.context_limit + self.draft_slots, self.shared_noise,
-                             self.base.device, self.graphs, self.base.ragged)
+    def _open(self, drafter: Drafter | None, trees: TreeSet) -> Drafting:
+        wanted, answers = answers_kept(drafter), self.answers
+        if not wanted:
+            answers = None
+        elif answers is None or answers.capacity != wanted:
+            answers = SuffixIndex(wanted)
+        slots = self.context_limit + self.draft_slots
+        return Drafting(drafter, trees, open_proposer(drafter, trees, self.max_batch_size, slots, self.shared_noise,
+                                                      self.base.device, self.graphs, self.base.ragged, answers), answers)
+
+    def forget_answers(self) -> None:
+        """Drop the finished answers that are kept for drafting, and give their memory back."""
+        if self.answers is not None:
+            self.answers.forget()
 
     def _start(self, drafting: Drafting) -> None:
         """Begin without sequences."""
         self.forward = step_forward(self.base, self.cache, self.draft_slots, self.graphs)
-        self.drafting, self.proposer = drafting, drafting.proposer
+        self._take(drafting)
         self.scheduler = Scheduler(self.max_batch_size, self.context_limit, self.base.supports_tree)
         self.batch = RunningBatch(self.base, self.scheduler, self.cache, self.proposer)
         self._interrupted = False
@@ -103,7 +119,7 @@ class Engine:
             raise InputError(f"trees: {nodes} nodes are more than the {self.draft_slots} that this engine has room for: "
                              "make a new one")
         check_memory(self.base, drafter, self.max_batch_size, slots, nodes, allocated=self.step_nodes)
-        return Drafting(drafter, trees, self._open(drafter, trees))
+        return self._open(drafter, trees)
 
     @torch.inference_mode()
     def change(self, drafting: Drafting) -> None:
@@ -111,9 +127,14 @@ class Engine:
         tokens; where the new heads need more of their past than is known, they are not drafted for any more."""
         for row, sequence in self.scheduler.rows:
             sequence.drafted_for = drafting.proposer.adopt(row, sequence.request.prompt_ids, sequence.tokens)
-        self.drafting = drafting
+        self._take(drafting)
         self.step_nodes = max(self.step_nodes, lookahead_slots(drafting.drafter, drafting.trees))
-        self.proposer = self.batch.proposer = drafting.proposer
+        self.batch.proposer = drafting.proposer
+
+    def _take(self, drafting: Drafting) -> None:
+        self.drafting, self.proposer = drafting, drafting.proposer
+        if drafting.answers is not None:
+            self.answers = drafting.answers
 
     def reset(self) -> None:
         """Forget all sequences, so that an engine whose step raised an exception can be used again. The KV cache stays; all
@@ -122,7 +143,7 @@ class Engine:
         self.batch.proposer = self.proposer = PlainProposer()  # so that its memory is free
         self.drafting = Drafting(drafter, trees, self.proposer)
         self.cache.clear_rows((0, self.max_batch_size))
-        self._start(Drafting(drafter, trees, self._open(drafter, trees)))
+        self._start(self._open(drafter, trees))
 
     @property
     def running(self) -> int:

@@ -64,6 +64,7 @@ def emit(batch: RunningBatch, first: int, clipped: list[Clipped], logprobs: list
 def finish(batch: RunningBatch, index: int, reason: FinishReason) -> Result:
     """End the decoding sequence of row `index`; another one may move into the row."""
     sequence, moves = batch.scheduler.remove_decoding(index)
+    batch.proposer.end(index)
     batch.move(moves)
     if batch.scheduler.prefill is not None:
         batch.prompt_hidden = batch.prompt_hidden.roll(1, dims=0)  # the last of the prefill batch becomes its first

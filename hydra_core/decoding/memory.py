@@ -23,6 +23,8 @@ GIB = 2.0 ** 30
 UNLIMITED = 2**62
 INDEXED_NGRAM_BYTES = 900
 """What an index keeps for an n-gram that it sees for the first time."""
+INDEXED_SUFFIX_BYTES = 300
+"""What a `SuffixIndex` keeps for a token after which all of its n-grams are new."""
 
 
 def cache_bytes(base: Base, drafter: Drafter | None, rows: int, slots: int) -> int:
@@ -39,11 +41,14 @@ def cache_bytes(base: Base, drafter: Drafter | None, rows: int, slots: int) -> i
 
 
 def index_bytes(drafter: Drafter | None, rows: int, slots: int) -> int:
-    """Rough bytes of host memory of the n-gram indexes of `rows` texts of `slots` tokens in which no n-gram repeats itself."""
+    """Rough bytes of host memory of the indexes of `rows` texts of `slots` tokens in which no n-gram repeats itself, and of the
+    finished answers that are kept."""
     ngram = drafter.ngram if isinstance(drafter, AdaptiveDrafter) else drafter
-    if not isinstance(ngram, NgramDrafter):
-        return 0
-    return rows * slots * (ngram.max_match - ngram.min_match + 1) * INDEXED_NGRAM_BYTES
+    suffix = drafter.suffix if isinstance(drafter, AdaptiveDrafter) else None
+    found = (rows * slots + suffix.max_tokens) * INDEXED_SUFFIX_BYTES if suffix else 0
+    if isinstance(ngram, NgramDrafter):
+        found += rows * slots * (ngram.max_match - ngram.min_match + 1) * INDEXED_NGRAM_BYTES
+    return found
 
 
 def workspace_bytes(base: Base, rows: int, slots: int, nodes: int) -> int:

@@ -2,6 +2,7 @@ from .base import Accepted, Proposal, Proposer, StepTimes
 from .ngram import Match, NgramDrafter, NgramIndex
 from .registry import lookahead_slots, open_proposer
 from .settings import AdaptiveDrafter, Drafter
+from .suffix import SuffixDrafter
 
 __all__ = ["Accepted", "AdaptiveDrafter", "Drafter", "Match", "NgramDrafter", "NgramIndex", "Proposal", "Proposer", "StepTimes",
-           "lookahead_slots", "open_proposer"]
+           "SuffixDrafter", "lookahead_slots", "open_proposer"]

@@ -30,6 +30,11 @@ SAMPLED_SHARE = 0.5
 """Factor on `COPIED_PRIOR` for sequences that draw their tokens."""
 DEEP = 4
 """Copied tokens from this depth on share one estimate."""
+SINGLE_SHARE = 2 / 3
+"""Share of a continuation that followed the only earlier occurrence: `COPIED_PRIOR` is for such ones."""
+STRENGTH_EDGES = (0.3, 0.6, 0.85)
+"""Classes of a share, where a head drafts the same token."""
+STRENGTHS = len(STRENGTH_EDGES) + 1
 PRIOR_TRIALS = 12.0
 """Number of trials that the prior of a kind counts for."""
 REQUEST_TRIALS = 6.0
@@ -43,17 +48,21 @@ class AcceptanceEstimator:
     """Learned acceptance by kind for `heads` depths, and a ratio for each of `rows`: how often the drafts of its sequence are
     accepted, relative to the estimates.
 
-    Kinds are numbered: drafts of head d by probability, copied tokens by depth and class of match, and copied tokens that a
-    head drafts too; each separately for greedy and for sampled sequences.
+    Kinds are numbered: drafts of head d by probability, copied tokens by depth and class of match, copied tokens that a head
+    drafts too, continuations of earlier answers by class of match and share, and those that a head drafts too; each separately
+    for greedy and for sampled sequences.
     """
 
     def __init__(self, heads: int, rows: int) -> None:
         self.heads = heads
-        self.edges = np.array(BIN_EDGES)
+        self.edges, self.strengths = np.array(BIN_EDGES), np.array(STRENGTH_EDGES)
         centres = (np.array((0.0, *BIN_EDGES)) + np.array((*BIN_EDGES, 1.0))) / 2
-        copied = np.array(COPIED_PRIOR)
+        copied, strengths = np.array(COPIED_PRIOR), (np.array((0.0, *STRENGTH_EDGES)) + np.array((*STRENGTH_EDGES, 1.0))) / 2
         both = 1 - (1 - copied[:, None]) * (1 - centres)
-        halves = [np.concatenate((np.tile(centres, heads), np.tile(share * copied, DEEP), both.ravel()))
+        frequent = copied[:, None] * np.minimum(centres / SINGLE_SHARE, 1)
+        agreed = 1 - (1 - strengths[:, None]) * (1 - centres)
+        halves = [np.concatenate((np.tile(centres, heads), np.tile(share * copied, DEEP), both.ravel(),
+                                  share * frequent.ravel(), agreed.ravel()))
                   for share in (1.0, SAMPLED_SHARE)]
         self.half = len(halves[0])
         prior = np.concatenate(halves)
@@ -86,6 +95,27 @@ class AcceptanceEstimator:
         own_bin = (head_kinds - sampled * self.half) % BINS
         kinds: Ints = sampled * self.half + self.heads * BINS + DEEP * MATCHES + matches * BINS + own_bin
         return kinds
+
+    def suffix_kinds(self, matches: Ints, shares: Floats, sampled: Bools) -> Ints:
+        """Kinds [B, M] int64 of continuations of earlier answers, by class of match and by share, both [B, M]."""
+        kinds: Ints = sampled[:, None] * self.half + self._suffix_start + matches * BINS + np.searchsorted(self.edges, shares)
+        return kinds
+
+    def suffix_agreed_kinds(self, head_kinds: Ints, shares: Floats, sampled: Bools) -> Ints:
+        """Kinds [B, M] int64 of continuations of earlier answers that a head drafts too, under `head_kinds` [B, M]."""
+        offset = sampled[:, None] * self.half
+        start = self._suffix_start + MATCHES * BINS
+        kinds: Ints = offset + start + np.searchsorted(self.strengths, shares) * BINS + (head_kinds - offset) % BINS
+        return kinds
+
+    def of_heads(self, kinds: Ints) -> Bools:
+        """Which of `kinds` are those of drafts of heads alone."""
+        found: Bools = (kinds >= 0) & (kinds % self.half < self.heads * BINS)
+        return found
+
+    @property
+    def _suffix_start(self) -> int:
+        return self.heads * BINS + DEEP * MATCHES + MATCHES * BINS
 
     def probabilities(self, kinds: Ints) -> Floats:
         """Probability [B, ...] that a node of `kinds` [B, ...] is accepted if its parent is, in rows 0 .. B - 1."""

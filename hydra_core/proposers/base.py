@@ -70,8 +70,8 @@ class Proposer(Protocol):
     """Drafts for the running sequences, and keeps what it needs to know of each.
 
     Sequences occupy rows 0 .. B - 1 without holes, the rows of the KV cache. Per step the engine calls `propose`, then
-    `commit`, then `feedback`; `admit` and `copy_prefix` when a prompt starts, `move` when a sequence ends. What a proposer
-    learns changes the speed only, never a token.
+    `commit`, then `feedback`; `admit` and `copy_prefix` when a prompt starts, `end` and `move` when a sequence ends. What a
+    proposer learns changes the speed only, never a token.
     """
 
     max_nodes: int
@@ -108,6 +108,10 @@ class Proposer(Protocol):
         It comes before any row moves. `kept`: [B], false for sequences whose drafts the engine dropped, of which only the roots
         were verified; None: it dropped none.
         """
+        ...
+
+    def end(self, row: int) -> None:
+        """The answer in `row` is finished, or cancelled; another sequence may take the row."""
         ...
 
     def move(self, source: int, target: int) -> None:

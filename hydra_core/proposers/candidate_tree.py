@@ -2,7 +2,8 @@
 
 The expansion phase of a dynamic tree (EAGLE-2, arXiv 2406.16858; OPT-Tree, arXiv 2406.17276): the probability of a node given
 its parent is learned (`AcceptanceEstimator`) and multiplied along the path, so no node is more probable than its parent.
-Copied chains and the candidates of heads go into the same tree, where the same token after the same parent is one node.
+Copied chains, continuations of earlier answers and the candidates of heads go into the same tree, where the same token after the
+same parent is one node.
 `node_budget` chooses which of the nodes are verified.
 
 NumPy on the host: these are hundreds of numbers, and an operation on them costs a quarter of what it does in PyTorch.
@@ -19,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hydra_core.proposers.acceptance import AcceptanceEstimator, Bools, Floats, Ints
+from hydra_core.proposers.suffix import SuffixTrees
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,54 @@ def merge_copied(trees: CandidateTrees, copied: CopiedChains, acceptance: Accept
     parents = np.concatenate((np.zeros_like(node_of[:, :1]), node_of[:, :-1]), 1)
     return trees.extended(np.where(fresh, copied.tokens, -1), parents, np.where(fresh, kinds, -1),
                           np.where(fresh, path, 0.0), length)
+
+
+def merge_suffix(trees: CandidateTrees, found: SuffixTrees, acceptance: AcceptanceEstimator, sampled: Bools) -> CandidateTrees:
+    """`trees` with continuations of earlier answers in them. A node that is there already becomes more probable, never less.
+
+    `sampled`: [B], sequences that draw their tokens.
+    """
+    rows, size = np.arange(len(found.tokens))[:, None], trees.tokens.shape[1]
+    node_of = _places(trees, found)                                                     # [B, M]
+    there, nodes = node_of < size, np.where(node_of < size, node_of, 0)
+    kinds = acceptance.suffix_kinds(found.matches, found.shares, sampled)
+    if there.any():
+        known = np.where(there, trees.kinds[rows, nodes], -1)
+        kinds = np.where(acceptance.of_heads(known), acceptance.suffix_agreed_kinds(known, found.shares, sampled), kinds)
+    before = np.where(there, trees.path_probs[rows, nodes], 0.0)
+    path = _paths(found.parents, acceptance.probabilities(kinds) * (found.tokens >= 0), before)
+    above = np.where(found.parents >= 0, node_of[rows, found.parents], 0)
+    if there.any():
+        target = np.where(there & (path > before), nodes, 0)  # the others are written to the root, which keeps its values
+        trees = replace(trees, kinds=_written(trees.kinds, rows, target, np.where(target > 0, kinds, trees.kinds[:, :1])),
+                        path_probs=_written(trees.path_probs, rows, target, np.where(target > 0, path, trees.path_probs[:, :1])))
+    fresh = ~there & (found.tokens >= 0)
+    return trees.extended(np.where(fresh, found.tokens, -1), above, np.where(fresh, kinds, -1), np.where(fresh, path, 0.0),
+                          found.depth)
+
+
+def _paths(parents: Ints, given_parent: Floats, least: Floats) -> Floats:
+    """Path probabilities [B, M] of candidates from those given their parent, none below `least`."""
+    found = []
+    for above, given, floors in zip(parents.tolist(), given_parent.tolist(), least.tolist(), strict=True):
+        row: list[float] = []
+        for parent, one, floor in zip(above, given, floors, strict=True):
+            row.append(max((row[parent] if parent >= 0 else 1.0) * one, floor))
+        found.append(row)
+    return np.array(found)
+
+
+def _places(trees: CandidateTrees, found: SuffixTrees) -> Ints:
+    """The node of each candidate, [B, M] int64: one of `trees`, or from their size on the place where it is added."""
+    size, places = trees.tokens.shape[1], []
+    for tokens, parents, known, above in zip(found.tokens.tolist(), found.parents.tolist(), trees.tokens.tolist(),
+                                             trees.parents.tolist(), strict=True):
+        nodes = {pair: node for node, pair in enumerate(zip(above, known, strict=True)) if pair[1] >= 0}
+        row: list[int] = []
+        for place, (token, parent) in enumerate(zip(tokens, parents, strict=True)):
+            row.append(nodes.get((row[parent] if parent >= 0 else 0, token), size + place))
+        places.append(row)
+    return np.array(places)
 
 
 def _written(into: NDArray[Any], rows: Ints, columns: Ints, values: NDArray[Any]) -> NDArray[Any]:

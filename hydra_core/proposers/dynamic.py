@@ -1,4 +1,5 @@
-"""Dynamic trees: each step decides whether to draft with copied text, heads, both or nothing, and how many nodes to verify."""
+"""Dynamic trees: each step decides whether to draft with copied text, earlier answers, heads, all or nothing, and how many
+nodes to verify."""
 
 from __future__ import annotations
 
@@ -14,12 +15,14 @@ from hydra_core.heads import HeadDrafter
 from hydra_core.proposers.acceptance import AcceptanceEstimator, Bools, Floats, Ints, match_class
 from hydra_core.proposers.base import Accepted, Proposal, StepTimes
 from hydra_core.proposers.calibration import CostCalibrator
-from hydra_core.proposers.candidate_tree import CandidateTrees, CopiedChains, merge_copied
+from hydra_core.proposers.candidate_tree import CandidateTrees, CopiedChains, merge_copied, merge_suffix
 from hydra_core.proposers.head_features import HeadFeatures
 from hydra_core.proposers.ngram import NgramIndex
 from hydra_core.proposers.node_budget import DynamicTrees, NodeSelection, prune, select_equal_budget, select_shared_budget
 from hydra_core.proposers.plain import PlainProposer
 from hydra_core.proposers.settings import AdaptiveDrafter
+from hydra_core.proposers.suffix import SuffixTexts, SuffixTrees
+from hydra_core.proposers.suffix_index import SuffixIndex
 from hydra_core.sampling.sampler import Sampler, rank_scores
 
 WIDTH = 6
@@ -51,7 +54,8 @@ def most_nodes(drafter: AdaptiveDrafter) -> int:
     """Nodes of the largest tree that can be drafted: as many as were timed, and no more than the drafter can fill."""
     limit = min(MOST_NODES, drafter.costs.most_nodes)
     if drafter.heads is None:
-        return min(limit, drafter.ngram.length + 1 if drafter.ngram else 1)
+        copied, earlier = drafter.ngram.length if drafter.ngram else 0, drafter.suffix.nodes if drafter.suffix else 0
+        return min(limit, 1 + copied + earlier)
     return limit
 
 
@@ -69,17 +73,18 @@ class PredictedCost:
 class DynamicTreeProposer(PlainProposer):
     """Trees of the nodes that make the most tokens per second, by learned acceptance and measured costs.
 
-    `rows`, `slots`: of the KV cache; `ragged`: see `Base.ragged`. Heads run on the base's device; what follows from their
-    candidates is decided on the host, in small arrays for which a GPU would only wait.
+    `rows`, `slots`: of the KV cache; `ragged`: see `Base.ragged`; `answers`: where finished answers are kept. Heads run on the
+    base's device; what follows from their candidates is decided on the host, in small arrays for which a GPU would only wait.
     """
 
     def __init__(self, drafter: AdaptiveDrafter, rows: int, slots: int, shared_noise: bool = True,
-                 device: torch.device | str = "cpu", ragged: bool = False) -> None:
+                 device: torch.device | str = "cpu", ragged: bool = False, answers: SuffixIndex | None = None) -> None:
         self.drafter, self.shared_noise, self.ragged = drafter, shared_noise, ragged
         self.max_nodes = most_nodes(drafter)
         heads = drafter.heads
         self.depths = heads.num_heads if heads is not None else 0
         self.indexes = [NgramIndex(drafter.ngram) for _ in range(rows)] if drafter.ngram else []
+        self.texts = SuffixTexts(drafter.suffix, rows, answers) if drafter.suffix else None
         self.device = torch.device(device) if heads is None else heads.weight.device
         if heads is not None:
             heads.pack()
@@ -106,13 +111,14 @@ class DynamicTreeProposer(PlainProposer):
         if self.drafter.ngram is not None:
             self.indexes[row] = NgramIndex(self.drafter.ngram)
             self.indexes[row].extend(prompt_ids)
+        if self.texts is not None:
+            self.texts.admit(row, prompt_ids)
         if self.drafter.heads is not None:
             self.inputs.clear(row)
 
     def adopt(self, row: int, prompt_ids: Sequence[int], tokens: Sequence[int]) -> bool:
         self.admit(row, prompt_ids)
-        if self.indexes:
-            self.indexes[row].extend(tokens)
+        self._extend(row, tokens)
         return self.drafter.heads is None or self.inputs.prefix is None
 
     def copy_prefix(self, source: int, target: int, count: int) -> None:
@@ -122,14 +128,25 @@ class DynamicTreeProposer(PlainProposer):
     def commit(self, rows: tuple[int, int], hidden: Tensor, counts: Tensor, tokens: Sequence[Sequence[int]] = ()) -> None:
         if self.drafter.heads is not None:
             self.inputs.commit(rows, hidden, counts)
+        for row, chosen in enumerate(tokens, start=rows[0]):
+            self._extend(row, chosen)
+
+    def _extend(self, row: int, tokens: Sequence[int]) -> None:
         if self.indexes:
-            for row, chosen in enumerate(tokens, start=rows[0]):
-                self.indexes[row].extend(chosen)
+            self.indexes[row].extend(tokens)
+        if self.texts is not None:
+            self.texts.extend(row, tokens)
+
+    def end(self, row: int) -> None:
+        if self.texts is not None:
+            self.texts.end(row)
 
     def move(self, source: int, target: int) -> None:
         self.acceptance.move(source, target)
         if self.indexes:
             self.indexes[target] = self.indexes[source]
+        if self.texts is not None:
+            self.texts.move(source, target)
         if self.drafter.heads is not None:
             self.inputs.move(source, target)
 
@@ -167,15 +184,14 @@ class DynamicTreeProposer(PlainProposer):
         batch, drafting, roots_alone = len(positions), 0.0, CandidateTrees.roots(roots.cpu().numpy())
         if self._to_plain.get(batch.bit_length(), 0.0) >= 1:
             return self._proposal(roots_alone, self._plain_selection(positions), positions, 0.0)
-        copied = self._copied(batch)
-        candidates = roots_alone if copied is None else merge_copied(roots_alone, copied, self.acceptance, sampled)
+        copied, earlier = self._copied(batch), self.texts.draft(batch, self.max_nodes - 1) if self.texts is not None else None
+        candidates = self._merged(roots_alone, copied, earlier, sampled)
         selection = self._select(candidates, positions, self.drafter.costs.draft_seconds(batch, 0))
         where = _situation(batch, selection)
         if self.drafter.heads is not None and self._heads_pay(where):
             without = selection
             candidates, drafting = self._expand(self.drafter.heads, roots_alone, positions, samplers, sampled, without.gain)
-            if copied is not None:
-                candidates = merge_copied(candidates, copied, self.acceptance, sampled)
+            candidates = self._merged(candidates, copied, earlier, sampled)
             selection = self._select(candidates, positions, drafting)
             self._update_head_gain(where, selection.gain / without.gain)
         else:
@@ -210,6 +226,13 @@ class DynamicTreeProposer(PlainProposer):
             return None
         tokens = np.array([match.tokens or (-1,) * length for match in found])
         return CopiedChains(tokens, np.array([match_class(match.matched) for match in found]))
+
+    def _merged(self, trees: CandidateTrees, copied: CopiedChains | None, earlier: SuffixTrees | None,
+                sampled: Bools) -> CandidateTrees:
+        """`trees` with what the text and earlier answers suggest."""
+        if copied is not None:
+            trees = merge_copied(trees, copied, self.acceptance, sampled)
+        return trees if earlier is None else merge_suffix(trees, earlier, self.acceptance, sampled)
 
     def _expand(self, heads: HeadDrafter, roots: CandidateTrees, positions: Sequence[int], samplers: Sequence[Sampler],
                 sampled: Bools, gain: float) -> tuple[CandidateTrees, float]:

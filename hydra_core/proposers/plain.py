@@ -37,5 +37,8 @@ class PlainProposer:
     def feedback(self, accepted: Accepted, times: StepTimes, kept: Sequence[bool] | None = None) -> None:
         """Nothing to learn."""
 
+    def end(self, row: int) -> None:
+        """Nothing to keep."""
+
     def move(self, source: int, target: int) -> None:
         """Nothing to move."""

@@ -59,7 +59,7 @@ MIXED = "mixed_input.txt"
 MADE_BY = "made_by.json"
 """Model and fingerprint of the first answer, of an endpoint that says no more of itself."""
 EXECUTION_FIELDS = {"concurrency", "rows_per_file", "max_error_share", "input", "output", "partition", "engine", "address",
-                    "key_variable", "row_seconds", "any_model"}
+                    "key_variable", "row_seconds", "any_model", "shared_answers"}
 """Settings that change no answer: a run that failed may continue with others. The input counts by its content."""
 
 
@@ -232,7 +232,8 @@ def _backend(config: RunConfig, serving: Serving,
         if section.engine == "embedded":
             check_workers("serve.workers", config.serve.workers, config.serve.replicas)
             check_every_node("batch.output", _folder(config), environment_options(config))
-            yield replace(settings, embedded=replace(args, max_queued=in_flight(config))), args.label
+            own = replace(args, max_queued=in_flight(config), shared_answers=section.shared_answers)
+            yield replace(settings, embedded=own), args.label
             return
         with _application(config, args, serving.digest) as (name, label):
             yield replace(settings, app_name=name), label
@@ -268,7 +269,7 @@ def _own_application(config: RunConfig, args: AppArgs, serving: ModelDigest) -> 
     for left in () if (instance := running_instance()) is None else instance.applications:
         if left.startswith(ours):
             serve.delete(left)
-    app = start_app(config, replace(args, app_name=name), route=None)
+    app = start_app(config, replace(args, app_name=name, shared_answers=config.batch.shared_answers), route=None)
     try:
         yield name
     finally:

@@ -234,6 +234,7 @@ def _measure(engine: Engine, requests: Sequence[Request], level: int) -> tuple[A
     """The figures of a `ConcurrencyRow`, after a warm-up."""
     engine.generate([replace(request, max_new_tokens=min(WARM_UP_TOKENS, request.max_new_tokens))
                      for request in requests[:level]])
+    engine.forget_answers()
     before = engine.times.steps
     seen = run_closed_loop(engine, requests, level)
     results = [seen.results[request.id] for request in requests]

@@ -21,6 +21,7 @@ from pipelines.bench.plan import (
     LOOKUP,
     NGRAM,
     PLAIN,
+    SUFFIX,
     SWEEP,
     TRANSFORMERS,
     contender,
@@ -73,9 +74,9 @@ def find_methods(config: RunConfig, heads: dict[str, str]) -> tuple[str, ...]:
     """The contenders, plain decoding first; the champion only if `bench.methods` names it. Raises InputError for a name in
     `bench.methods` that is none."""
     theirs, llama = ((), ()) if config.bench.temperature else ((TRANSFORMERS, LOOKUP), (LLAMA,))
-    known = (PLAIN, *theirs, NGRAM, *heads, *((COMBINED,) if own_heads(heads) else ()), *llama)
+    known = (PLAIN, *theirs, NGRAM, *heads, *((COMBINED,) if own_heads(heads) else ()), *llama, SUFFIX)
     asked = tuple(contender(method) if is_bundled(method.partition("@")[0]) else method for method in config.bench.methods)
-    asked = asked or tuple(method for method in known if method not in (LOOKUP, LLAMA))
+    asked = asked or tuple(method for method in known if method not in (LOOKUP, LLAMA, SUFFIX))
     for method in asked:
         if method not in (*known, CHAMPION) and split_sweep(method, heads)[0] not in heads:
             raise InputError(f"bench.methods: {method!r} is none of {', '.join(known)} (heads must be trained first), "
@@ -162,8 +163,10 @@ def fingerprints(config: RunConfig, heads: dict[str, str], champion: dict[str, A
 
 
 def _recorded_settings(section: BenchSection) -> dict[str, Any]:
-    """Without `champion`: what counts is which one took part."""
-    values = {name: value for name, value in recorded_settings(section).items() if name != "champion"}
+    """Without `champion`: what counts is which one took part; and without what is left at the default that all earlier versions
+    had."""
+    values = {name: value for name, value in recorded_settings(section).items()
+              if name != "champion" and (name, value) != ("shared_answers", 0)}
     return values | {"heads": EARLIER if values["heads"] == BUNDLED else values["heads"],
                      "methods": tuple(re.sub(rf"^{BUNDLED}(?=@|$)", EARLIER, method) for method in values["methods"])}
 

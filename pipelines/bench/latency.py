@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +84,16 @@ def measure_single(plan: BenchPlan, questions: list[Question]) -> None:
     contenders = make_contenders(plan, base, room)
     for run in contenders.values():
         run(questions[0].prompt_ids, min(WARM_UP_TOKENS, plan.max_new_tokens))
+    measured_round: int | None = None
     memory = PeakMemory(as_path(plan.memory_file), base.device)
     with Progress("bench", "questions", total=plan.rounds * len(questions),
                   done=plan.rounds * len(questions) - len(todo)) as progress:
         for number, place, question in todo:
+            if number != measured_round:  # else answers of one round would be drafts of the next
+                measured_round = number
+                for run in contenders.values():
+                    if isinstance(run, EngineContender):
+                        run.engine.forget_answers()
             shift = (place + number) % len(plan.methods)
             answers: list[tuple[int, ...]] = []
             for turn in turns_of(question):
@@ -151,7 +158,7 @@ def make_contenders(plan: BenchPlan, base: Base, room: int) -> dict[str, Contend
         else:
             drafter, trees = make_drafter(method, plan, base)
             engine = Engine(base, drafter, trees, max_batch_size=1, context_limit=room, shared_noise=plan.shared_noise)
-            made[method] = _engine(engine, plan.temperature, _fixed_step(plan, base, drafter, trees))
+            made[method] = EngineContender(engine, plan.temperature, _fixed_step(plan, base, drafter, trees))
     return made
 
 
@@ -166,17 +173,23 @@ def _fixed_step(plan: BenchPlan, base: Base, drafter: Drafter | None, trees: Tre
     return lambda context: costs.seconds(1, tree.size, tree.depth, context)
 
 
-def _engine(engine: Engine, temperature: float, fixed_step: Callable[[int], float] | None) -> Contender:
-    def run(prompt_ids: tuple[int, ...], max_new_tokens: int) -> Outcome:
+@dataclass(frozen=True)
+class EngineContender:
+    """Decodes with this project's engine. `fixed_step`: see `_fixed_step`."""
+
+    engine: Engine
+    temperature: float
+    fixed_step: Callable[[int], float] | None
+
+    def __call__(self, prompt_ids: tuple[int, ...], max_new_tokens: int) -> Outcome:
+        engine = self.engine
         synchronize(engine.base)
         before = engine.times
-        result = engine.generate([Request("bench", prompt_ids, max_new_tokens, temperature)])[0]
+        result = engine.generate([Request("bench", prompt_ids, max_new_tokens, self.temperature)])[0]
         spent = engine.times - before
         middle = len(prompt_ids) + len(result.token_ids) // 2
         return Outcome(token_ids=result.token_ids, steps=result.steps, drafted=result.drafted, accepted=result.accepted,
                        prefill_seconds=result.prefill_seconds, decode_seconds=result.decode_seconds,
                        accepted_lengths=result.accepted_lengths, draft_seconds=spent.draft, verify_seconds=spent.verify,
                        accept_seconds=spent.accept, commit_seconds=spent.commit,
-                       predicted_seconds=result.steps * fixed_step(middle) if fixed_step else spent.predicted)
-
-    return run
+                       predicted_seconds=result.steps * self.fixed_step(middle) if self.fixed_step else spent.predicted)

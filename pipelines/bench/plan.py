@@ -14,12 +14,13 @@ from hydra_core.bundled import BUNDLED, EARLIER
 from hydra_core.decoding import read_configuration
 from hydra_core.errors import InputError
 from hydra_core.heads.checkpoint import load_checkpoint
-from hydra_core.proposers import AdaptiveDrafter, Drafter, NgramDrafter
+from hydra_core.proposers import AdaptiveDrafter, Drafter, NgramDrafter, SuffixDrafter
 from hydra_core.sampling import Request
 from hydra_core.storage import as_path
 from hydra_core.tree import TreeSet
 from hydra_core.tree.costs import unmeasured_costs
 from pipelines.config import BaseSection
+from pipelines.config.bench import SHARED_ANSWERS
 from pipelines.profiling.cost_cache import machine_costs
 from pipelines.runtime.files import append_line
 from pipelines.serve.messages import AppArgs
@@ -27,6 +28,8 @@ from pipelines.serve.messages import AppArgs
 PLAIN, TRANSFORMERS, NGRAM = "plain", "transformers", "ngram"
 LOOKUP = "transformers-lookup"
 """transformers' own prompt lookup."""
+SUFFIX = "suffix"
+"""Drafts from the text and from the answers to earlier questions of the same round, without heads."""
 COMBINED = "combined"
 """The last of the run's heads together with n-gram drafts, in dynamic trees."""
 DYNAMIC_TREES = (COMBINED, BUNDLED)
@@ -35,6 +38,8 @@ CHAMPION = "@champion"
 """The configuration that the registry's alias stands for."""
 LLAMA = "llama.cpp"
 """On the base's own GGUF file, where llama-cpp-python is installed."""
+NO_CONFIGURATION = (SUFFIX,)
+"""Contenders that no configuration stands for: what they draft from is kept by an endpoint, whatever decodes there."""
 FOREIGN = (TRANSFORMERS, LOOKUP, LLAMA)
 """Contenders that are not this project's engine."""
 SWEEP = "sweep.json"
@@ -86,6 +91,7 @@ class BenchPlan:
     shared_noise: bool
     threads: int
     champion: str | None = None
+    shared_answers: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for a report."""
@@ -159,7 +165,7 @@ def make_drafter(method: str, plan: BenchPlan, base: Base, *, measured: bool = T
     if method == CHAMPION:
         return _champion_drafter(plan, base, measured)
     heads = None
-    if method != NGRAM:
+    if method not in (NGRAM, SUFFIX):
         name, nodes = split_sweep(method, plan.heads)
         folder = combined_heads(plan.heads) if method == COMBINED else plan.heads[name]
         loaded = load_checkpoint(as_path(folder), base.vocabulary, base.dtype)
@@ -167,7 +173,8 @@ def make_drafter(method: str, plan: BenchPlan, base: Base, *, measured: bool = T
             return loaded.drafter, loaded.trees if nodes is None else sweep_tree(loaded.folder, nodes)
         heads = loaded.drafter
     costs = machine_costs(base, Path(plan.cache), heads) if measured else unmeasured_costs()
-    return AdaptiveDrafter(heads, NgramDrafter(*plan.ngram), costs), None
+    ngram, tokens = NgramDrafter(*plan.ngram), plan.shared_answers or (SHARED_ANSWERS if method == SUFFIX else 0)
+    return AdaptiveDrafter(heads, ngram, costs, SuffixDrafter(max_tokens=tokens) if tokens else None), None
 
 
 def _champion_drafter(plan: BenchPlan, base: Base, measured: bool) -> tuple[Drafter | None, TreeSet | None]:

@@ -103,7 +103,13 @@ def _contender(method: str, plan: BenchPlan, base: Base, questions: list[Questio
         return batch_contender(plan, base)
     limit = room_for(base, max(plan.max_new_tokens, LIMITS[1]), questions)
     engine = Engine(base, *make_drafter(method, plan, base), max_batch_size=plan.max_batch_size, context_limit=limit)
-    return lambda requests: sum(len(result.token_ids) for result in engine.generate(requests))
+    return partial(_as_engine, engine)
+
+
+def _as_engine(engine: Engine, requests: list[Request]) -> int:
+    """The number of tokens; nothing is drafted from the answers of an earlier round."""
+    engine.forget_answers()
+    return sum(len(result.token_ids) for result in engine.generate(requests))
 
 
 def _batch_contenders(plan: BenchPlan, app: AppArgs, base: Base,
@@ -118,7 +124,7 @@ def _batch_contenders(plan: BenchPlan, app: AppArgs, base: Base,
     request_settings = RequestSettings("bench", plan.max_new_tokens, 0.0, 0, embedded=app)
     output = Output(tempfile.gettempdir(), "openai", app.label, 64)
     worker = BatchWorker(BatchSettings(output, request_settings, 2 * plan.max_batch_size))
-    return {ENGINE: lambda requests: sum(len(result.token_ids) for result in engine.generate(requests)),
+    return {ENGINE: partial(_as_engine, engine),
             BATCH_JOB: partial(_as_batch, worker)}
 
 

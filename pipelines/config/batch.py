@@ -32,6 +32,9 @@ class BatchSection(Section):
     seed: int = Field(0, description="of sampled answers")
     concurrency: int | None = Field(None, ge=1, description="requests in flight; default: twice what replicas decode together")
     rows_per_file: int = Field(64, ge=1, description="rows in an output file: the most work that a killed run loses")
+    shared_answers: int = Field(
+        0, ge=0, description="tokens of finished answers that each engine of this job's own keeps and drafts from for "
+                                 "its other rows, where trees are dynamic (n-gram, combined); 0: none")
     row_seconds: float = Field(600.0, gt=0, description="after which an attempt at a row counts as hung: it is made again, three "
                                                         "in all, and the row is an error then")
     any_model: bool = Field(False, description="take answers of several models from an `address` of another kind; else the job "

@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from pipelines.config.section import Section, Size
 
+SHARED_ANSWERS = 2**18
+"""Tokens of earlier answers that the contender `suffix` keeps by default."""
+
 
 class BenchSection(Section):
     """Measurement of every way of decoding, on the same prompts in one run."""
@@ -22,8 +25,11 @@ class BenchSection(Section):
     rounds: int = Field(1, ge=1, description="how often each question is timed")
     methods: tuple[str, ...] = Field(
         (), description="contenders besides plain; empty: transformers, ngram, every drafter found and combined. More: "
-                        "transformers-lookup; llama.cpp (a GGUF base, and llama-cpp-python); NAME@N, a drafter NAME with "
-                        "the best fixed tree of at most N nodes")
+                        "transformers-lookup; llama.cpp (a GGUF base, and llama-cpp-python); suffix, drafts from the text and "
+                        "from earlier answers; NAME@N, a drafter NAME with the best fixed tree of at most N nodes")
+    shared_answers: int = Field(
+        0, ge=0, description="tokens of earlier answers of the same round that ngram, combined and bundled draft from too, as "
+                             f"with serve.shared_answers; 0: none, and {SHARED_ANSWERS} for the contender `suffix`")
     champion: Literal["auto"] | bool = Field(
         "auto", description="time the registry's champion (promote.model_name, promote.alias) too, as the contender `@champion`: "
                             "auto: if it is of this base and is none of the other contenders, and single requests are timed; "

@@ -80,6 +80,10 @@ class ServeSection(Section):
     webhook_secret_file: str | None = Field(
         None, description="file with the secret of MLflow's webhook for model_version_alias.created, which is taken at "
                           "/registry/webhook and lets the endpoint look at once")
+    shared_answers: int = Field(
+        0, ge=0, description="tokens of finished answers that each replica keeps in memory and drafts from for all requests, "
+                             "where trees are dynamic (n-gram, combined): no answer changes, but how fast one comes then tells "
+                             "what others were answered; 0: none")
     record: RecordSection = RecordSection()
     update: bool = Field(False, description="make the running application decode with `model`, and end")
     workers: Workers = Workers(cpus=0.5, threads=2)

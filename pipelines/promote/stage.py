@@ -27,6 +27,7 @@ from pipelines.bench.plan import (
     DYNAMIC_TREES,
     FOREIGN,
     NGRAM,
+    NO_CONFIGURATION,
     PLAIN,
     combined_heads,
     contender,
@@ -229,6 +230,8 @@ def _read_report(path: Path) -> dict[str, Any]:
     report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     report["methods"] = {contender(name): figures for name, figures in report["methods"].items()}
     report["plan"]["heads"] = {contender(name): folder for name, folder in report["plan"]["heads"].items()}
+    if report["plan"].get("shared_answers"):
+        raise InputError(f"{path}: was measured with bench.shared_answers, which no configuration says: bench without it")
     return report
 
 
@@ -257,7 +260,7 @@ def _sizes(report: Mapping[str, Any]) -> dict[str, int | None]:
     plan = report["plan"]
     found: dict[str, int | None] = {}
     for name in report["methods"]:
-        if name in (PLAIN, NGRAM, *FOREIGN):
+        if name in (PLAIN, NGRAM, *FOREIGN, *NO_CONFIGURATION):
             found[name] = 0
         elif name == CHAMPION:
             found[name] = _bytes(as_path(plan["champion"]) / "heads") or 0  # it may have none

@@ -121,12 +121,12 @@ class AppArgs:
     `version`: of a registered model; `digest`: of the configuration's files, checked again where they are loaded;
     `max_replicas`: None keeps `replicas`; `api_key_digests`: sha256 in hex of the valid keys, none: no key is needed;
     `max_body_bytes`: of one request; `drain_seconds`: the time in which an application that is stopped may finish its answers;
-    `hung_seconds`: the time that one step may take before the replica counts as hung;
-    `request_seconds`: from a request's arrival to the end of its answer, None: no limit; `require_keys`: never run without a key;
-    `cors_origins`: origins of web pages that may ask, `*`: all; `owner`: Ray's id of the driver with which the application
-    ends, None: it stays until somebody deletes it; `follow`: the fields of `follower.Follow`, None: no registry is followed;
-    `webhook_secret`: with which MLflow signs its webhooks, None: none are taken; `record`: the fields of
-    `recorder.Recording`, None: no answer is recorded.
+    `hung_seconds`: the time that one step may take before the replica counts as hung; `request_seconds`: from a request's
+    arrival to the end of its answer, None: no limit; `require_keys`: never run without a key; `cors_origins`: origins of web
+    pages that may ask, `*`: all; `owner`: Ray's id of the driver with which the application ends, None: it stays until somebody
+    deletes it; `follow`: the fields of `follower.Follow`, None: no registry is followed; `webhook_secret`: with which MLflow
+    signs its webhooks, None: none are taken; `record`: the fields of `recorder.Recording`, None: no answer is recorded;
+    `shared_answers`: tokens of finished answers that each replica keeps and drafts from for everybody, 0: none.
     """
 
     base: dict[str, Any]
@@ -156,6 +156,7 @@ class AppArgs:
     follow: dict[str, Any] | None = field(default=None, repr=False)
     webhook_secret: str | None = field(default=None, repr=False)
     record: dict[str, Any] | None = None
+    shared_answers: int = 0
 
     @property
     def room(self) -> int:

@@ -59,7 +59,7 @@ def find_args(config: RunConfig) -> AppArgs:
                    max_body_bytes=section.max_body_bytes, api_key_digests=key_digests(section.api_keys_file),
                    drain_seconds=section.drain_seconds, hung_seconds=section.hung_seconds,
                    request_seconds=section.request_seconds,
-                   require_keys=section.require_keys, cors_origins=section.cors_origins)
+                   require_keys=section.require_keys, cors_origins=section.cors_origins, shared_answers=section.shared_answers)
 
 
 def check_args(args: AppArgs) -> AppArgs:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hydra_core.decoding.memory import INDEXED_NGRAM_BYTES, cache_bytes, workspace_bytes
+from hydra_core.decoding.memory import INDEXED_NGRAM_BYTES, INDEXED_SUFFIX_BYTES, cache_bytes, workspace_bytes
 from hydra_core.proposers.dynamic import MOST_NODES
 from pipelines.config import NgramSection
 from pipelines.sizing.amounts import Range
@@ -30,6 +30,11 @@ def engine_parts(base: BaseShape, heads: HeadsShape | None, rows: int, tokens: i
 def ngram_bytes(ngram: NgramSection, rows: int, slots: int) -> Range:
     """Memory of the n-gram indexes of `rows` texts of up to `slots` tokens."""
     return Range(0, rows * slots * (ngram.max_match - ngram.min_match + 1) * INDEXED_NGRAM_BYTES)
+
+
+def answers_bytes(shared: int, rows: int, slots: int) -> Range:
+    """Memory of `shared` tokens of finished answers, 0: they are not kept, and of the indexes of `rows` texts beside them."""
+    return Range(0, (shared + rows * slots) * INDEXED_SUFFIX_BYTES if shared else 0)
 
 
 def weights_on(base: BaseShape, gpu: bool) -> dict[str, Range]:

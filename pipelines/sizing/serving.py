@@ -12,7 +12,7 @@ from pipelines.runtime.dry_run import HELD_OUT
 from pipelines.sizing.amounts import Parts, Range, StageSize, time_text
 from pipelines.sizing.base import BaseShape
 from pipelines.sizing.distilling import DRAFTED, HOSTED, up_to
-from pipelines.sizing.engines import engine_parts, loading, ngram_bytes, weights_on
+from pipelines.sizing.engines import answers_bytes, engine_parts, loading, ngram_bytes, weights_on
 from pipelines.sizing.heads import HeadsShape, heads_of_model, heads_shape
 from pipelines.sizing.pace import Pace
 from pipelines.sizing.processes import cuda_context, process, sharing, starting
@@ -45,7 +45,9 @@ def serve_size(config: RunConfig, base: BaseShape, pace: Pace | None, why: str, 
     heads, note = heads_of_model(config, base, serve.model)
     rows = serve.max_batch_size
     placed = _placed(base, engine_parts(base, heads, rows, base.limit, slots=SLOTS), gpu,
-                     **({"n-gram indexes": ngram_bytes(config.ngram, rows, base.limit)} if heads else {}))
+                     **({"n-gram indexes": ngram_bytes(config.ngram, rows, base.limit)} if heads else {}),
+                     **({"earlier answers": answers_bytes(serve.shared_answers, rows, base.limit)}
+                        if heads and serve.shared_answers else {}))
     most = max(serve.replicas, serve.max_replicas or 0)
     notes = [text for text in (note, up_to(serve.replicas, most)) if text]
     if pace is not None:
@@ -94,7 +96,8 @@ def batch_size(config: RunConfig, base: BaseShape, pace: Pace | None, why: str, 
     if batch.address:
         return StageSize("batch", driver={"process": process(False)}, storage=storage,
                          by=f"{batch.address} decides how fast it answers", notes=note)
-    served = serve_size(config, base, pace, why, gpu)
+    own = config.serve.model_copy(update={"shared_answers": config.batch.shared_answers})  # of the job's own engines
+    served = serve_size(config.model_copy(update={"serve": own}), base, pace, why, gpu)
     flight = batch.concurrency or 2 * config.serve.max_batch_size * served.workers
     running = max(1, min(config.serve.max_batch_size, flight // served.workers))
     seconds = None

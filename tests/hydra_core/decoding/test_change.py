@@ -13,15 +13,15 @@ from hydra_core.decoding import Engine, Result, naive_generate
 from hydra_core.decoding.memory import cache_bytes, check_memory, workspace_bytes
 from hydra_core.errors import InputError
 from hydra_core.heads import HeadDrafter
-from hydra_core.proposers import AdaptiveDrafter, Drafter, NgramDrafter
+from hydra_core.proposers import AdaptiveDrafter, Drafter, NgramDrafter, SuffixDrafter
 from hydra_core.sampling import Request
 from hydra_core.tree import DraftTree, TreeSet, default_trees
 from tests.trained import overfit_heads, random_heads, random_prompts
 
 TREES = TreeSet({1: DraftTree(((0,), (1,), (0, 0), (0, 1), (0, 0, 0)))})
 PROMPTS = random_prompts(6, seed=1)
-NAMES = ("plain", "ngram", "medusa", "hydra", "hydra++", "adaptive")
-KEEP_DRAFTING = {"ngram", "medusa", "hydra"}
+NAMES = ("plain", "ngram", "medusa", "hydra", "hydra++", "adaptive", "answers")
+KEEP_DRAFTING = {"ngram", "medusa", "hydra", "answers"}
 """Those that need nothing of a sequence's past, or what can be made again."""
 
 
@@ -29,7 +29,8 @@ KEEP_DRAFTING = {"ngram", "medusa", "hydra"}
 def drafters(tiny_base: Base) -> dict[str, Drafter | None]:
     heads: dict[str, Drafter | None] = {kind: overfit_heads(tiny_base, kind, PROMPTS) for kind in ("medusa", "hydra", "hydra++")}
     adaptive = AdaptiveDrafter(heads["hydra++"], NgramDrafter(min_match=1))  # type: ignore[arg-type]
-    return heads | {"plain": None, "ngram": NgramDrafter(min_match=1), "adaptive": adaptive}
+    answers = AdaptiveDrafter(None, None, suffix=SuffixDrafter(max_tokens=500))
+    return heads | {"plain": None, "ngram": NgramDrafter(min_match=1), "adaptive": adaptive, "answers": answers}
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def test_who_is_drafted_for_after_a_change(make: Callable[[str], Engine], drafte
     engine.add(Request("new", PROMPTS[3], 40, stop_ids=()))
     finish(engine, results)
     drafted, accepted = (sum(getattr(results[f"old{i}"], name) for i in range(3)) for name in ("drafted", "accepted"))
-    if after == "ngram":
+    if after in ("ngram", "answers"):
         assert drafted > 0 and results["new"].drafted > 0
     elif after in KEEP_DRAFTING:
         assert accepted > 20 and all(results[f"old{i}"].steps < 39 for i in range(3)) and results["new"].accepted > 10

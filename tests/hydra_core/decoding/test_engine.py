@@ -17,14 +17,14 @@ from hydra_core.base import Base, load_base
 from hydra_core.decoding import Engine, Result, naive_generate
 from hydra_core.errors import InputError
 from hydra_core.heads import HeadDrafter
-from hydra_core.proposers import AdaptiveDrafter, NgramDrafter
+from hydra_core.proposers import AdaptiveDrafter, NgramDrafter, SuffixDrafter
 from hydra_core.sampling import Request, Sampler, Typical, choices
 from hydra_core.sampling.noise import gumbel, position_key
 from hydra_core.tree import PLAIN, DraftTree, TreeSet, default_trees
 from tests.trained import overfit_heads, random_heads, random_prompts
 
 BUSHY = DraftTree(((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 1, 0)))
-DRAFTERS = ("plain", "ngram", "medusa", "hydra", "hydra++", "adaptive")
+DRAFTERS = ("plain", "ngram", "medusa", "hydra", "hydra++", "adaptive", "answers")
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +46,9 @@ def make_engine(tiny_base: Base, trained: dict[str, HeadDrafter]) -> Callable[..
             return Engine(tiny_base, max_batch_size=max_batch_size, **changes)
         if name == "ngram":
             return Engine(tiny_base, NgramDrafter(min_match=1), max_batch_size=max_batch_size, **changes)
-        if name == "adaptive":
+        if name in ("adaptive", "answers"):
             heads = trained["hydra++"] if weights == "trained" else random_heads(tiny_base, "hydra++")
-            drafter = AdaptiveDrafter(heads, NgramDrafter(min_match=1))
+            drafter = AdaptiveDrafter(heads, NgramDrafter(min_match=1), suffix=SuffixDrafter() if name == "answers" else None)
             return Engine(tiny_base, drafter, max_batch_size=max_batch_size, **changes)
         heads = trained[name] if weights == "trained" else random_heads(tiny_base, name)
         return Engine(tiny_base, heads, TreeSet({1: tree}), max_batch_size=max_batch_size, **changes)

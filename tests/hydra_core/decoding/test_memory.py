@@ -12,7 +12,8 @@ from hydra_core.base import Base
 from hydra_core.decoding import Engine
 from hydra_core.decoding.memory import cache_bytes, check_memory, index_bytes, left_in_groups, workspace_bytes
 from hydra_core.errors import InputError
-from hydra_core.proposers import AdaptiveDrafter, NgramDrafter, NgramIndex
+from hydra_core.proposers import AdaptiveDrafter, NgramDrafter, NgramIndex, SuffixDrafter
+from hydra_core.proposers.suffix_index import SuffixIndex
 from tests.trained import random_heads
 
 
@@ -91,6 +92,21 @@ def test_an_index_takes_about_what_is_said() -> None:
     assert 0.6 * taken < index_bytes(drafter, 1, tokens) < 1.7 * taken
     assert index_bytes(AdaptiveDrafter(None, NgramDrafter(max_match=4)), 2, 100) == 1.5 * index_bytes(drafter, 2, 100)
     assert index_bytes(None, 4, 100) == 0
+
+
+def test_finished_answers_take_about_what_is_said() -> None:
+    tokens, generator = 4000, random.Random(3)
+    drafter = AdaptiveDrafter(None, None, suffix=SuffixDrafter(max_tokens=tokens))
+    tracemalloc.start()
+    index = SuffixIndex(tokens)
+    for _ in range(60):
+        index.extend([generator.randrange(30_000) for _ in range(100)])
+        index.end_piece()
+    taken = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert len(index) == tokens
+    assert 0.6 * taken < index_bytes(drafter, 0, 100) < 1.7 * taken
+    assert index_bytes(drafter, 2, 1000) == 1.5 * index_bytes(drafter, 0, 1000)
 
 
 def test_indexes_count_in_the_check(tiny_base: Base, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from hydra_core.base import Base, load_base
 from hydra_core.decoding import Engine
 from hydra_core.errors import InputError
 from hydra_core.heads import HeadDrafter, HeadsConfig, build_drafter
-from hydra_core.proposers import AdaptiveDrafter, NgramDrafter
+from hydra_core.proposers import AdaptiveDrafter, NgramDrafter, SuffixDrafter
 from hydra_core.proposers.ngram import KEPT_ENDS, Match, NgramIndex
 from hydra_core.sampling import Request, Typical
 from hydra_core.tree import DraftTree, TreeSet
@@ -123,12 +123,24 @@ def test_every_setting_of_dynamic_drafting(tiny_base: Base, heads: HeadDrafter) 
         assert with_it["drafts"] != plain["drafts"] or looked_up(other) != looked_up(ngram), f"ngram.{name} does nothing"
     both = AdaptiveDrafter(heads, ngram, CHEAP)
     dear = StepCosts({1: {1: 1.0, 32: 90.0}}, {1: {0: 0.0, 3: 0.05}})
-    others = {"heads": None, "ngram": None, "costs": dear}
+    others = {"heads": None, "ngram": None, "costs": dear, "suffix": SuffixDrafter()}
     assert others.keys() == {field.name for field in fields(AdaptiveDrafter)}
     plain = seen(both)
     for name, value in others.items():
         with_it = seen(replace(both, **{name: value}))
         assert with_it["drafts"] != plain["drafts"] and with_it["texts"] == plain["texts"], f"{name} does nothing"
+
+    def seen_twice(suffix: SuffixDrafter) -> dict[str, Any]:
+        engine = Engine(tiny_base, AdaptiveDrafter(None, None, CHEAP, suffix), max_batch_size=1)
+        return observed(engine, [greedy, replace(greedy, id="again")])
+
+    earlier = SuffixDrafter()
+    kept: dict[str, Any] = {"length": 2, "nodes": 3, "max_tokens": 0}
+    assert kept.keys() == {field.name for field in fields(SuffixDrafter)}
+    plain = seen_twice(earlier)
+    for name, value in kept.items():
+        with_it = seen_twice(replace(earlier, **{name: value}))
+        assert with_it["drafts"] != plain["drafts"] and with_it["texts"] == plain["texts"], f"suffix.{name} does nothing"
 
 
 def looked_up(drafter: NgramDrafter) -> Match:
