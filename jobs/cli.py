@@ -1,5 +1,5 @@
-"""`hydra-heads STAGE ...`, which is the same as `python -m jobs.STAGE ...`, `hydra-heads config`, `hydra-heads cluster` and
-`hydra-heads import`."""
+"""`hydra-heads STAGE ...`, which is the same as `python -m jobs.STAGE ...`, `hydra-heads config`, `hydra-heads cluster`,
+`hydra-heads import` and `hydra-heads export`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from importlib import metadata
 
 from hydra_core.errors import InputError
 from jobs.cluster import main as cluster
+from jobs.export import main as export
 from jobs.import_heads import main as import_heads
 from jobs.runner import STAGES, read_config, run
 from jobs.usage import command_help
@@ -30,8 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return cluster(arguments[1:])
     if arguments[0] == "import":
         return import_heads(arguments[1:])
+    if arguments[0] == "export":
+        return export(arguments[1:])
     if arguments[0] not in STAGES:
-        near = nearest(arguments[0], [*STAGES, "config", "cluster", "import"])
+        near = nearest(arguments[0], [*STAGES, "config", "cluster", "import", "export"])
         hint = f"did you mean {near}? " if near else ""
         print(f"error: {arguments[0]!r} is not a stage: {hint}choose one of {', '.join(STAGES)}", file=sys.stderr)
         return 2

@@ -22,6 +22,7 @@ def command_help() -> str:
             "`config --sizes`: what bases of 1B, 8B and 70B take\n"
             f"  {'cluster':<{width}}  print or write manifests for Kubernetes and Ray's cluster launcher\n"
             f"  {'import':<{width}}  make a heads folder of published Hydra, Hydra++ or Medusa heads\n"
+            f"  {'export':<{width}}  write heads as a folder that vLLM reads\n"
             f"  {'--version':<{width}}  print the version\n\n"
             "Examples:\n"
             "  hydra-heads quickstart\n"

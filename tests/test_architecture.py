@@ -26,10 +26,10 @@ SHARED = {
     "hydra_core.base": "errors files kernels tree",
     "hydra_core.sampling": "base errors kernels",
     "hydra_core.heads": "base errors files kernels storage tree",
-    "hydra_core.interop": "base errors files heads storage tree",
     "hydra_core.training": "base errors heads tree",
     "hydra_core.proposers": "base errors heads kernels sampling tree",
     "hydra_core.decoding": "base bundled errors files heads kernels proposers sampling storage tree",
+    "hydra_core.interop": "base decoding errors files heads storage tree",
     "pipelines.config": "",
     "pipelines.rows": "config runtime",
     "pipelines.runtime": "config",
@@ -62,7 +62,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *(path for folder in (*PACKAGES, "cluster", "tests")
                                for path in sorted((ROOT / folder).rglob("*.md")))]
 """README and every page that it leads to."""
-OTHER_COMMANDS = {"config", "cluster", "import", "STAGE"}
+OTHER_COMMANDS = {"config", "cluster", "import", "export", "STAGE"}
 """Words after `hydra-heads` on the pages that are no stage: other commands, and any stage's name."""
 
 

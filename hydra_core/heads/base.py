@@ -213,7 +213,11 @@ class HeadDrafter(Packable):
         table = self.vocabulary.embedding
         if self.config.normalise_embeddings and self._head(0).compiled is not None and ops.supports_embed_rms_norm(table):
             return ops.embed_rms_norm(table, tokens, self.norm_eps)
-        raw = F.embedding(tokens, table).to(self.weight.dtype)
+        return self.as_read(F.embedding(tokens, table))
+
+    def as_read(self, raw: Tensor) -> Tensor:
+        """Rows [..., D] of the base's embedding, of any float dtype, as `embed` gives them to the heads: [..., D]."""
+        raw = raw.to(self.weight.dtype)
         return F.rms_norm(raw, (raw.shape[-1],), eps=self.norm_eps) if self.config.normalise_embeddings else raw
 
     def head_hidden(self, i: int, features: Tensor, path: Tensor) -> Tensor:

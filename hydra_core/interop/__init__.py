@@ -1,4 +1,4 @@
-"""Heads in the formats of other projects."""
+"""Heads in the formats of other projects, and in other engines."""
 
 from lazy_loader import attach_stub
 

@@ -340,7 +340,8 @@ def test_config_prints_settings_and_their_reference(tmp_path: Path, capsys: pyte
 
 @pytest.mark.parametrize("words", [["--help"], ["bench", "--help"], ["quickstart", "--plan"], ["load", "--plan"],
                                    ["compare", "--plan"], ["config", "--describe"], ["train", "train.steps=1"], ["nonsense"],
-                                   ["cluster", "--help"], ["cluster", "platform", "storage=/mnt/shared/x"]], ids=" ".join)
+                                   ["cluster", "--help"], ["cluster", "platform", "storage=/mnt/shared/x"], ["export", "--help"],
+                                   ["export", "--to", "nowhere", "heads"]], ids=" ".join)
 def test_help_plans_and_mistakes_import_nothing_heavy(words: list[str], tmp_path: Path) -> None:
     code = ("import sys\nfrom jobs import cli\ntry:\n    cli.main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
             "print(','.join({name.split('.')[0] for name in sys.modules}))")
