@@ -226,7 +226,7 @@ def _compare_embedding(found: OfficialTensors, described: Described, vocabulary:
     copy = found.take_optional("input_embed_fn.weight", *vocabulary.embedding.shape)
     if copy is None:
         return _base_is_not_shown(described)
-    for theirs, ours in zip(copy.split(4096), vocabulary.embedding.split(4096), strict=True):
+    for theirs, ours in zip(torch.split(copy, 4096), torch.split(vocabulary.embedding, 4096), strict=True):
         if not torch.allclose(theirs.float(), ours.float().cpu(), rtol=CLOSE, atol=TINY):
             raise InputError(f"{found.path}: tensor input_embed_fn.weight: the embeddings of these heads' base are not "
                              f"those of base {vocabulary.identity.name}: config.json names {_made_for(described)}")
