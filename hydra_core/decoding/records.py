@@ -42,6 +42,11 @@ class Result:
         """Tokens after the first per base forward after prefill: 1 for plain decoding, 0 when no step was needed."""
         return (len(self.token_ids) - 1) / self.steps if self.steps else 0.0
 
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens after the first per second of decoding, 0 where none of it took time."""
+        return (len(self.token_ids) - 1) / self.decode_seconds if self.decode_seconds else 0.0
+
 
 @dataclass(frozen=True)
 class StepOutput:

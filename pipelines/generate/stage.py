@@ -62,8 +62,8 @@ def _answer(engine: Engine, request: Request) -> dict[str, Any]:
             result = output.result
     print(text.finish(), file=sys.stderr)
     figures = {"new_tokens": len(result.token_ids), "finish_reason": result.finish_reason, "steps": result.steps,
-               "tokens_per_step": round((len(result.token_ids) - 1) / result.steps, 3) if result.steps else None,
-               "tokens_per_second": round((len(result.token_ids) - 1) / result.decode_seconds, 1) if result.steps else None}
+               "tokens_per_step": round(result.tokens_per_step, 3) if result.steps else None,
+               "tokens_per_second": round(result.tokens_per_second, 1) if result.steps else None}
     print(f"-- {figures['new_tokens']} tokens in {figures['steps']} steps, {figures['tokens_per_second']} tokens/s",
           file=sys.stderr, flush=True)
     return {"text": text.sent, **figures}

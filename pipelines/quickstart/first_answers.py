@@ -93,13 +93,9 @@ def _show(base: Base, one: Answers) -> None:
 def _table(answers: Sequence[Answers], base: str) -> Table:
     rows = []
     for one in answers:
-        plain, drafted = _tokens_per_second(one.plain), _tokens_per_second(one.drafted)
+        plain, drafted = one.plain.tokens_per_second, one.drafted.tokens_per_second
         rows.append((textwrap.shorten(one.question, 40, placeholder=" ..."), f"{plain:.1f}", f"{drafted:.1f}",
                      f"{drafted / plain:.2f}x" if plain else "-", f"{one.drafted.tokens_per_step:.2f}",
                      "yes" if one.plain.token_ids == one.drafted.token_ids else "no"))
     return Table(("question", "plain tokens/s", f"{BUNDLED} tokens/s", "faster", "tokens/step", "same tokens"), rows,
                  f"{base}: plain decoding beside the heads that come with the package")
-
-
-def _tokens_per_second(result: Result) -> float:
-    return (len(result.token_ids) - 1) / result.decode_seconds if result.decode_seconds else 0.0
