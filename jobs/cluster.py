@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hydra_core.errors import InputError, StoppedError
+from hydra_core.errors import InputError
 from hydra_core.storage import as_path, is_remote
-from jobs.runner import OneLineParser, read_config
+from jobs.runner import OneLineParser, read_config, run_command
 from jobs.usage import section_details
 from pipelines.config import RunConfig
 from pipelines.manifests import PARTS, Heads, Target, cluster_files, part_text, write_files
@@ -25,7 +25,7 @@ EXAMPLES = """examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print or write the manifests; returns the exit code."""
-    try:
+    def work() -> None:
         arguments = _parser().parse_intermixed_args(argv)
         parts = [word for word in arguments.words if "=" not in word]
         if not parts and arguments.write is None:
@@ -38,13 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_files(files, Path(arguments.write))
             print(f"cluster: {len(files)} files below {arguments.write}", file=sys.stderr)
         print("---\n".join(texts), end="")
-        return 0
-    except (InputError, StoppedError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
-    except OSError as error:
-        print(f"error: cluster: cannot be written ({error.strerror})", file=sys.stderr)
-        return 1
+
+    return run_command("cluster", work)
 
 
 def find_heads(config: RunConfig) -> Heads | None:

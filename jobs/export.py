@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hydra_core.bundled import is_bundled
-from hydra_core.errors import InputError, StoppedError
+from hydra_core.errors import InputError
 from hydra_core.storage import scheme_of
-from jobs.runner import OneLineParser, read_config
+from jobs.runner import OneLineParser, read_config, run_command
 from pipelines.config import RunConfig
 from pipelines.runtime.artifacts import RunPaths
 
@@ -26,7 +26,7 @@ EXAMPLES = """examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the export and print the command that serves with it; returns the exit code."""
-    try:
+    def work() -> None:
         arguments = _parser().parse_intermixed_args(argv)
         if arguments.to not in ENGINES:
             raise InputError(f"export --to{f' {arguments.to}' if arguments.to else ''}: choose the engine: {', '.join(ENGINES)}")
@@ -41,13 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         kind = f"{export.kind} heads for {export.num_heads} tokens, {export.size / 1e6:.1f} MB"
         print(f"export: {kind} in {export.folder}; where vLLM runs, this project is installed too", file=sys.stderr)
         print(serve_command(export, base))
-        return 0
-    except (InputError, StoppedError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
-    except OSError as error:
-        print(f"error: export: {error.filename or 'the folder'} cannot be written ({error.strerror})", file=sys.stderr)
-        return 1
+
+    return run_command("export", work)
 
 
 def _export(config: RunConfig, heads: str, output: str) -> tuple[VllmExport, str]:

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hydra_core.errors import InputError, StoppedError
+from hydra_core.errors import InputError
 from hydra_core.storage import as_path, scheme_of
-from jobs.runner import OneLineParser, read_config
+from jobs.runner import OneLineParser, read_config, run_command
 from jobs.summary import summarise
 from pipelines.config import RunConfig
 from pipelines.runtime.artifacts import RunPaths, StageResult
@@ -26,7 +26,7 @@ What is imported, and what is not: jobs/README.md, "Heads of others".
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Import, and print one line of JSON, or a summary on a terminal; returns the exit code."""
-    try:
+    def work() -> None:
         arguments = _parser().parse_intermixed_args(argv)
         settings = [word for word in arguments.words if re.match(r"[\w.+-]+=", word)]
         places = [word for word in arguments.words if word not in settings]
@@ -37,13 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         source, output = (as_path(place) if scheme_of(place) else Path(place).expanduser().resolve() for place in places)
         result = _import(source, output, read_config("import", arguments.config, settings))
         print(summarise(result) if sys.stdout.isatty() and not arguments.json else f"{result.to_json()}\n", end="")
-        return 0
-    except (InputError, StoppedError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
-    except OSError as error:
-        print(f"error: import: cannot be written ({error.strerror})", file=sys.stderr)
-        return 1
+
+    return run_command("import", work)
 
 
 def _import(source: Path, output: Path, config: RunConfig) -> StageResult:

@@ -35,7 +35,7 @@ from pipelines.runtime.reachability import spare_loopback
 from pipelines.runtime.stores import check_stores
 from pipelines.runtime.user import complete_user
 
-__all__ = ["STAGES", "OneLineParser", "read_config", "run"]
+__all__ = ["STAGES", "OneLineParser", "read_config", "run", "run_command"]
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -88,6 +88,21 @@ def _run(stage: str, arguments: argparse.Namespace, wants_json: bool, emit: Call
     except Exception as error:
         cause = find_cause(error) or storage_fault(error, as_path(config.storage) if config else Path.cwd())
         return _told(cause or _unexpected(error, stage, config))
+
+
+def run_command(name: str, work: Callable[[], None]) -> int:
+    """Call `work`, a command that is no stage, and return its exit code; whatever it raises becomes one line on stderr."""
+    try:
+        work()
+        return 0
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 1
+    except OSError as error:
+        where = error.filename or "the output"
+        return _told(StoppedError(f"{name}: {where} cannot be read or written ({error.strerror or error})"))
+    except Exception as error:
+        return _told(find_cause(error) or _unexpected(error, name, None))
 
 
 def _plan_text(config: RunConfig, stage: str, as_json: bool) -> str:

@@ -76,18 +76,18 @@ def test_mistakes_are_one_line(words: list[str], tiny_base: Base, tmp_path: Path
 def test_what_cannot_be_written_is_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     words[1] = "/proc/nowhere"
     assert cli.main(["import", *words]) == 1
-    assert capsys.readouterr().err.startswith("error: import: cannot be written (")
+    assert re.fullmatch(r"error: import: /proc/\S+ cannot be read or written \(.+\)\n", capsys.readouterr().err)
 
 
 def test_the_commands_of_the_page_are_accepted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Those of jobs/README.md and of the help: two places and settings that exist."""
     seen = []
-    monkeypatch.setattr(import_heads, "_import", lambda source, output, config: seen.append((source, output, config)) or 1 / 0)
+    monkeypatch.setattr(import_heads, "_import", lambda source, output, config: seen.append((source, output, config)) or sys.exit())
     pages = (ROOT / "jobs" / "README.md").read_text(encoding="utf-8") + import_heads.EXAMPLES
     lines = re.findall(r"^ *hydra-heads import (\S.*)$", pages, re.MULTILINE)
     assert len(lines) >= 4
     for line in lines:
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(SystemExit):
             import_heads.main(shlex.split(line, comments=True))
         assert seen[-1][2].base.model == "lmsys/vicuna-7b-v1.3"
 

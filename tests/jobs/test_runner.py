@@ -9,6 +9,7 @@ import pty
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from ray.data.exceptions import UserCodeException
 from ray.exceptions import RayTaskError
 from ray.train import WorkerGroupError
 
-from hydra_core.errors import InputError
+from hydra_core.errors import InputError, StoppedError
 from jobs import cli, runner, summary
 from pipelines.config import RunConfig, list_settings, load_config, to_yaml
 from pipelines.runtime.artifacts import StageResult
@@ -117,6 +118,28 @@ def test_user_mistakes_exit_2_in_one_line(monkeypatch: pytest.MonkeyPatch, capfd
         assert runner.run("distill", arguments) == 2, arguments
         out, err = capfd.readouterr()
         assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and words in err, (arguments, err)
+
+
+def test_what_a_command_that_is_no_stage_raises_is_one_line(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+                                                            tmp_path: Path) -> None:
+    """`export`, `import` and `cluster` end as stages do."""
+    monkeypatch.setattr(runner.tempfile, "tempdir", str(tmp_path))
+
+    def raiser(error: BaseException) -> Callable[[], None]:
+        def work() -> None:
+            raise error
+        return work
+
+    for error, code, told in (
+            (InputError("one\ntwo"), 2, "error: one two"), (StoppedError("down"), 1, "error: down"),
+            (PermissionError(13, "Permission denied", "/x"), 1,
+             "error: export: /x cannot be read or written (Permission denied)"),
+            (RuntimeError("ours"), 1, rf"error: export: RuntimeError: ours: this is a fault of the program; its traceback is in "
+                                      rf"{tmp_path}/\S+"),
+            (KeyboardInterrupt(), 1, "export: interrupted")):
+        assert runner.run_command("export", raiser(error)) == code
+        assert re.fullmatch(re.escape(told) if "traceback" not in told else told, capfd.readouterr().err.rstrip("\n"))
+    assert runner.run_command("export", lambda: None) == 0 and capfd.readouterr().err == ""
 
 
 def test_other_faults_exit_1_in_one_line(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
