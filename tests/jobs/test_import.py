@@ -82,7 +82,7 @@ def test_what_cannot_be_written_is_one_line(words: list[str], capsys: pytest.Cap
 def test_the_commands_of_the_page_are_accepted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Those of jobs/README.md and of the help: two places and settings that exist."""
     seen = []
-    monkeypatch.setattr(import_heads, "_import", lambda source, output, config: seen.append((source, output, config)) or sys.exit())
+    monkeypatch.setattr(import_heads, "_import", lambda *given: seen.append(given) or sys.exit())
     pages = (ROOT / "jobs" / "README.md").read_text(encoding="utf-8") + import_heads.EXAMPLES
     lines = re.findall(r"^ *hydra-heads import (\S.*)$", pages, re.MULTILINE)
     assert len(lines) >= 4
