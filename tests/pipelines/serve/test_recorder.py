@@ -15,6 +15,7 @@ import pytest
 
 from hydra_core.decoding import Result
 from hydra_core.errors import InputError
+from hydra_core.storage import as_path
 from pipelines.config import load_config
 from pipelines.rows.prompt_reader import RowError
 from pipelines.rows.served_records import ServedRecord, prune, read_records, record_parts, write_records
@@ -36,7 +37,7 @@ def kept(folder: Path) -> list[ServedRecord]:
 class Recorded:
     """A recorder and the fates that it tells."""
 
-    def __init__(self, folder: Path, **changes: Any) -> None:
+    def __init__(self, folder: Path | str, **changes: Any) -> None:
         values: dict[str, Any] = dict(folder=str(folder), share=1.0, max_bytes=2**20, max_age_days=1.0, rows_per_file=2,
                                       seconds=60.0)
         self.fates: Counter[str] = Counter()
@@ -99,6 +100,32 @@ def test_a_folder_that_takes_nothing_is_one_line(tmp_path: Path, caplog: pytest.
     recorded.it.close()
     assert recorded.fates == {"not_writable": 3, "written": 1}
     assert ["dropped" in line.message for line in caplog.records] == [True, False] and "again" in caplog.records[1].message
+
+
+def test_records_in_an_object_store(s3: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Parts appear, the oldest go, and a bucket that is missing at first drops what was to be written, in one line."""
+    import s3fs
+
+    folder = as_path(f"{s3}/served")
+    recorded = Recorded(f"{s3}/served", rows_per_file=1)
+    for number in range(3):
+        recorded.it.offer(replace(RECORD, time=float(number)))
+    recorded.it.close()
+    assert sorted(record.time for record in kept(folder)) == [0, 1, 2] and recorded.fates == {"written": 3}
+    newest, size = record_parts(folder)[-1]
+    small = Recorded(f"{s3}/served", rows_per_file=1, max_bytes=2 * size + 10)
+    small.it.offer(RECORD)
+    small.it.close()
+    assert len(parts := record_parts(folder)) == 2 and parts[0][0] == newest
+    caplog.set_level("INFO", "ray.serve")
+    missing = Recorded(f"{s3}-later/served", rows_per_file=1)
+    missing.it.offer(RECORD)
+    until(lambda: missing.fates["not_writable"] == 1)
+    s3fs.S3FileSystem(use_listings_cache=False).mkdir(f"{s3}-later")
+    missing.it.offer(RECORD)
+    missing.it.close()
+    assert missing.fates == {"not_writable": 1, "written": 1} and kept(as_path(f"{s3}-later/served")) == [RECORD]
+    assert ["dropped" in line.message for line in caplog.records if line.name == "ray.serve"] == [True, False]
 
 
 def test_the_oldest_parts_go(tmp_path: Path) -> None:
