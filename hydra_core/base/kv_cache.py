@@ -74,6 +74,11 @@ class KVCache:
         """Bytes that a cache of these sizes takes."""
         return 2 * layers * rows * slots * heads * width * dtype.itemsize
 
+    def like(self, rows: int, slots: int) -> KVCache:
+        """An empty cache of other sizes for the same layers."""
+        layers, _, _, heads, width = self.keys.shape
+        return KVCache(layers, rows, slots, heads, width, self.dtype, self.keys.device)
+
     @property
     def dtype(self) -> torch.dtype:
         return self.keys.dtype

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hydra_core.base.kv_cache import KVCache
 from hydra_core.base.model import Base
+from hydra_core.decoding.prefix_cache import PrefixCache
 from hydra_core.decoding.scheduler import PrefillPrompt, RunningSequence, Scheduler
 from hydra_core.decoding.states import RecordedStates
 from hydra_core.proposers.base import Proposer
@@ -23,11 +24,12 @@ class RunningBatch:
     Decoding sequences have rows 0 .. D - 1, the P sequences whose prompts are prefilled have rows D .. D + P - 1. `roots`: [R]
     int64, the newest token of each decoding sequence: chosen, but not in the cache yet; `samplers`, `states`: by request id;
     `prompt_hidden`, `parked_hidden`: [P, width], the hidden state of the last token of each prompt that is prefilled or parked,
-    once it is computed.
+    once it is computed; `prefixes`: what is kept of finished sequences, None: nothing.
     """
 
-    def __init__(self, base: Base, scheduler: Scheduler, cache: KVCache, proposer: Proposer) -> None:
-        self.base, self.scheduler, self.cache, self.proposer = base, scheduler, cache, proposer
+    def __init__(self, base: Base, scheduler: Scheduler, cache: KVCache, proposer: Proposer,
+                 prefixes: PrefixCache | None = None) -> None:
+        self.base, self.scheduler, self.cache, self.proposer, self.prefixes = base, scheduler, cache, proposer, prefixes
         self.roots = torch.zeros(scheduler.max_batch_size, dtype=torch.int64, device=base.device)
         self.samplers: dict[str, Sampler] = {}
         self.states: dict[str, RecordedStates] = {}
@@ -65,6 +67,14 @@ class RunningBatch:
         """Whether the hidden state of its newest token is asked for and not known: it is not in the cache yet."""
         states = self.states.get(sequence.request.id)
         return states is not None and states.count < len(sequence.request.prompt_ids) + len(sequence.tokens)
+
+    def keep_prefix(self, row: int) -> None:
+        """Keep the keys and values of the decoding sequence in `row`, which ends."""
+        sequence = self.decoding[row]
+        if self.prefixes is None or not sequence.drafted_for:  # the proposer lacks its own
+            return
+        self.proposer.catch_up()
+        self.prefixes.keep(row, (*sequence.request.prompt_ids, *sequence.tokens)[:-1])  # the newest is not in the cache
 
     def move(self, moves: Sequence[tuple[int, int]]) -> None:
         """Carry out moves of rows (from, to), in order."""

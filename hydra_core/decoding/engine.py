@@ -22,6 +22,7 @@ from hydra_core.decoding.clock import Clock
 from hydra_core.decoding.finish import Clipped, clip_all, drop_cancelled, emit
 from hydra_core.decoding.memory import check_memory
 from hydra_core.decoding.prefill import prefill_step
+from hydra_core.decoding.prefix_cache import PrefixCache
 from hydra_core.decoding.records import Result, StepOutput
 from hydra_core.decoding.scheduler import RunningSequence, Scheduler
 from hydra_core.decoding.text import TextStream
@@ -43,12 +44,13 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Drafting:
     """A drafter with its trees, and the proposer that `Engine.prepare` made of them for one engine; `answers`: the finished
-    answers that it looks into, None: none."""
+    answers that it looks into, `prefixes`: what is kept of finished sequences; None: none."""
 
     drafter: Drafter | None
     trees: TreeSet
     proposer: Proposer
     answers: SuffixIndex | None = None
+    prefixes: PrefixCache | None = None
 
 
 class Engine:
@@ -61,27 +63,30 @@ class Engine:
     (None: where possible); `draft_slots`: room for draft nodes that every sequence gets at least, so that a later drafter of
     `change` may have larger trees. All memory is allocated here and none later, except for the recording of graphs and for
     finished answers, which a drafter with `suffix` looks into: they stay while the drafter changes and after `reset`, up to its
-    `max_tokens`, until `forget_answers`. Not thread-safe: one thread drives it.
+    `max_tokens`, until `forget_answers`; `prefix_cache`: tokens of finished sequences whose keys and values are kept, for prompts
+    that begin with them (a second turn, a common instruction), until `forget_prefixes`. Not thread-safe: one thread drives it.
     Raises InputError for limits below 1, for trees that need more heads or candidates than the drafter has, for caches that
     do not fit the memory, and for `graphs=True` where graphs cannot be recorded.
     """
 
     def __init__(self, base: Base, drafter: Drafter | None = None, trees: TreeSet | None = None, *,
                  max_batch_size: int = 8, context_limit: int | None = None, shared_noise: bool = True,
-                 graphs: bool | None = None, draft_slots: int = 0) -> None:
+                 graphs: bool | None = None, draft_slots: int = 0, prefix_cache: int = 0) -> None:
         for name, value in (("max_batch_size", max_batch_size), ("context_limit", context_limit)):
             if value is not None and value < 1:
                 raise InputError(f"{name}={value}: must be at least 1")
+        self.prefix_cache = prefix_cache if base.supports_tree else 0  # a recurrent state has no beginning to copy
         self.base, self.max_batch_size, self.shared_noise, self.graphs = base, max_batch_size, shared_noise, graphs
         self.context_limit = min(context_limit or base.context_limit, base.context_limit)
         drafter, trees = _usable(base, drafter, trees)
         self.step_nodes = lookahead_slots(drafter, trees)  # the most nodes of a row for whose steps there is memory
         self.draft_slots = max(self.step_nodes, draft_slots)
         slots = self.context_limit + self.draft_slots
-        check_memory(base, drafter, max_batch_size, slots, self.step_nodes)
+        check_memory(base, drafter, max_batch_size, slots, self.step_nodes, kept=self.prefix_cache)
         self.cache = base.allocate(max_batch_size, slots)
         self.clock = Clock()
         self.answers: SuffixIndex | None = None
+        self.prefixes: PrefixCache | None = None
         self._start(self._open(drafter, trees))
 
     def _open(self, drafter: Drafter | None, trees: TreeSet) -> Drafting:
@@ -91,8 +96,21 @@ class Engine:
         elif answers is None or answers.capacity != wanted:
             answers = SuffixIndex(wanted)
         slots = self.context_limit + self.draft_slots
-        return Drafting(drafter, trees, open_proposer(drafter, trees, self.max_batch_size, slots, self.shared_noise,
-                                                      self.base.device, self.graphs, self.base.ragged, answers), answers)
+        proposer = open_proposer(drafter, trees, self.max_batch_size, slots, self.shared_noise, self.base.device, self.graphs,
+                                 self.base.ragged, answers)
+        return Drafting(drafter, trees, proposer, answers, self._prefixes_for(proposer))
+
+    def _prefixes_for(self, proposer: Proposer) -> PrefixCache | None:
+        """What is kept of finished sequences goes on being known, unless the proposer has keys and values of its own for them."""
+        caches = [self.cache, *proposer.kv_caches]
+        if self.prefixes is not None:
+            return self.prefixes.for_caches(caches)
+        return PrefixCache(self.prefix_cache, caches) if self.prefix_cache else None
+
+    def forget_prefixes(self) -> None:
+        """Drop what is kept of finished sequences; the memory stays."""
+        if self.prefixes is not None:
+            self.prefixes.forget()
 
     def forget_answers(self) -> None:
         """Drop the finished answers that are kept for drafting, and give their memory back."""
@@ -103,8 +121,8 @@ class Engine:
         """Begin without sequences."""
         self.forward = step_forward(self.base, self.cache, self.draft_slots, self.graphs)
         self._take(drafting)
-        self.scheduler = Scheduler(self.max_batch_size, self.context_limit, self.base.supports_tree)
-        self.batch = RunningBatch(self.base, self.scheduler, self.cache, self.proposer)
+        self.scheduler = Scheduler(self.max_batch_size, self.context_limit, self.base.supports_tree, self._find_prefix)
+        self.batch = RunningBatch(self.base, self.scheduler, self.cache, self.proposer, self.prefixes)
         self._interrupted = False
 
     def prepare(self, drafter: Drafter | None = None, trees: TreeSet | None = None) -> Drafting:
@@ -129,10 +147,13 @@ class Engine:
             sequence.drafted_for = drafting.proposer.adopt(row, sequence.request.prompt_ids, sequence.tokens)
         self._take(drafting)
         self.step_nodes = max(self.step_nodes, lookahead_slots(drafting.drafter, drafting.trees))
-        self.batch.proposer = drafting.proposer
+        self.batch.proposer, self.batch.prefixes = drafting.proposer, drafting.prefixes
+
+    def _find_prefix(self, prompt_ids: Sequence[int]) -> tuple[int, ...]:
+        return self.prefixes.find(prompt_ids) if self.prefixes is not None else ()
 
     def _take(self, drafting: Drafting) -> None:
-        self.drafting, self.proposer = drafting, drafting.proposer
+        self.drafting, self.proposer, self.prefixes = drafting, drafting.proposer, drafting.prefixes
         if drafting.answers is not None:
             self.answers = drafting.answers
 
@@ -143,6 +164,7 @@ class Engine:
         self.batch.proposer = self.proposer = PlainProposer()  # so that its memory is free
         self.drafting = Drafting(drafter, trees, self.proposer)
         self.cache.clear_rows((0, self.max_batch_size))
+        self.forget_prefixes()  # the step may have ended while one was kept
         self._start(self._open(drafter, trees))
 
     @property

@@ -63,6 +63,7 @@ def emit(batch: RunningBatch, first: int, clipped: list[Clipped], logprobs: list
 
 def finish(batch: RunningBatch, index: int, reason: FinishReason) -> Result:
     """End the decoding sequence of row `index`; another one may move into the row."""
+    batch.keep_prefix(index)
     sequence, moves = batch.scheduler.remove_decoding(index)
     batch.proposer.end(index)
     batch.move(moves)
@@ -121,4 +122,4 @@ def _closed(batch: RunningBatch, sequence: RunningSequence, reason: FinishReason
     return Result(request.id, request.prompt_ids, tuple(sequence.tokens), reason, sum(lengths), sequence.drafted, accepted,
                   began - sequence.started, now - began,
                   tuple(sequence.logprobs) if request.logprobs is not None else None,
-                  request.lossy_typical is not None, lengths, hidden)
+                  request.lossy_typical is not None, lengths, hidden, sequence.cached_tokens)

@@ -27,13 +27,14 @@ INDEXED_SUFFIX_BYTES = 300
 """What a `SuffixIndex` keeps for a token after which all of its n-grams are new."""
 
 
-def cache_bytes(base: Base, drafter: Drafter | None, rows: int, slots: int) -> int:
+def cache_bytes(base: Base, drafter: Drafter | None, rows: int, slots: int, prefix_tokens: int = 0) -> int:
     """Bytes on the base's device that are kept for `rows` rows of `slots` slots: the base's keys and values, and for heads hidden
-    states and the keys and values of a prefix layer."""
+    states and the keys and values of a prefix layer. `prefix_tokens`: tokens of finished sequences that are kept besides."""
     heads = drafter.heads if isinstance(drafter, AdaptiveDrafter) else drafter
-    kept = base.decoder.cache_bytes(rows, slots)
+    kept = base.decoder.cache_bytes(rows, slots) + base.decoder.cache_bytes(1, prefix_tokens)
     if isinstance(heads, HeadDrafter):
         prefix = heads.prefix if isinstance(heads, HydraPlusPlus) else None
+        kept += prefix.cache_bytes(1, prefix_tokens) if prefix else 0
         states = 1 + (ROOM if prefix else 0)
         kept += rows * states * heads.weight.shape[0] * heads.weight.element_size()
         kept += prefix.cache_bytes(rows, slots + ROOM) if prefix else 0
@@ -118,13 +119,14 @@ GROUP_KINDS = (_GroupKind("", (".", "unified"), "memory.max", "memory.current", 
                _GroupKind("memory", ("memory",), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))
 
 
-def check_memory(base: Base, drafter: Drafter | None, rows: int, slots: int, nodes: int = 1, allocated: int = 0) -> None:
+def check_memory(base: Base, drafter: Drafter | None, rows: int, slots: int, nodes: int = 1, allocated: int = 0,
+                 kept: int = 0) -> None:
     """Log the memory of the caches and of a step with `nodes` nodes per sequence. `allocated`: the base's cache and the memory
-    of steps with so many nodes are there already; 0: nothing is.
+    of steps with so many nodes are there already; 0: nothing is; `kept`: tokens of finished sequences that will be kept.
 
     Raises InputError when it exceeds what is free.
     """
-    cached, temporary = cache_bytes(base, drafter, rows, slots), workspace_bytes(base, rows, slots, nodes)
+    cached, temporary = cache_bytes(base, drafter, rows, slots, kept), workspace_bytes(base, rows, slots, nodes)
     if allocated:
         cached -= cache_bytes(base, None, rows, slots)
         temporary = max(temporary - workspace_bytes(base, rows, slots, allocated), 0)

@@ -13,7 +13,7 @@ from hydra_core.decoding.finish import clip_all, emit
 from hydra_core.decoding.records import StepOutput
 from hydra_core.decoding.scheduler import PrefillBatch, PrefillPrompt, RunningSequence
 from hydra_core.decoding.text import TextStream
-from hydra_core.sampling.request import Request, TokenLogprob
+from hydra_core.sampling.request import TokenLogprob
 from hydra_core.sampling.sampler import Sampler, sample, token_logprob
 from hydra_core.tree.batch import chain
 
@@ -44,25 +44,29 @@ def prefill_step(batch: RunningBatch) -> list[StepOutput]:
 
 
 def _open(batch: RunningBatch, prompts: list[PrefillPrompt]) -> None:
-    """Give rows to new prompts; a prefix shared with a decoding sequence is copied instead of computed."""
+    """Give rows to new prompts; a prefix that is known already is copied instead of computed."""
     base, now = batch.base, time.perf_counter()
     for row, prompt in enumerate(prompts, start=len(batch.decoding)):
         batch.cache.clear_rows((row, row + 1))
         batch.proposer.admit(row, prompt.request.prompt_ids)
-        if prompt.prefix_length:
+        if prompt.prefix_blocks:
+            assert batch.prefixes is not None
+            batch.prefixes.restore(prompt.prefix_blocks, row)
+        elif prompt.prefix_length:
             batch.cache.copy_prefix(prompt.prefix_source, row, prompt.prefix_length)
             batch.proposer.copy_prefix(prompt.prefix_source, row, prompt.prefix_length)
         batch.samplers[prompt.request.id] = Sampler(prompt.request, base.vocab_size, base.device)
         batch.open_states(prompt)
-    sequences = [_sequence(base, prompt.request, now) for prompt in prompts]
+    sequences = [_sequence(base, prompt, now) for prompt in prompts]
     batch.scheduler.prefill = PrefillBatch(prompts, sequences)
     batch.prompt_hidden = torch.zeros(len(prompts), base.vocabulary.width, dtype=base.dtype, device=base.device)
 
 
-def _sequence(base: Base, request: Request, now: float) -> RunningSequence:
+def _sequence(base: Base, prompt: PrefillPrompt, now: float) -> RunningSequence:
+    request = prompt.request
     stops = base.stop_ids if request.stop_ids is None else request.stop_ids
     text = TextStream(base.decode, request.stop) if request.stop else None
-    return RunningSequence(request, frozenset(stops), text, now)
+    return RunningSequence(request, frozenset(stops), text, now, prompt.prefix_length)
 
 
 def _compute_chunk(batch: RunningBatch, prefill: PrefillBatch, first: int, prompt_hidden: Tensor, width: int) -> Tensor:

@@ -20,7 +20,8 @@ class Result:
     from admission to the first token; `decode_seconds`: from then on, shared with the other sequences of the batch;
     `logprobs`: one per token, None when not requested; `lossy`: the request uses a mode that changes answers;
     `accepted_lengths`: number of steps that accepted 0, 1, 2, ... drafts, up to the most that occurred; `hidden`: the base's
-    hidden states of prompt and answer, [T, D] on the host, None when not requested or cancelled.
+    hidden states of prompt and answer, [T, D] on the host, None when not requested or cancelled; `cached_tokens`: tokens of the
+    prompt whose keys and values were copied from another sequence.
     """
 
     id: str
@@ -36,6 +37,7 @@ class Result:
     lossy: bool = False
     accepted_lengths: tuple[int, ...] = ()
     hidden: Tensor | None = field(default=None, compare=False, repr=False)
+    cached_tokens: int = field(default=0, compare=False)
 
     @property
     def tokens_per_step(self) -> float:

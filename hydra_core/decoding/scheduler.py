@@ -11,9 +11,10 @@ Rows have no holes: a sequence that ends is replaced by the last of its kind, an
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from hydra_core.decoding.prefix_cache import BLOCK
 from hydra_core.decoding.records import FinishReason
 from hydra_core.decoding.text import TextStream
 from hydra_core.sampling.request import Request, TokenLogprob
@@ -36,7 +37,8 @@ CHUNK = 512
 class RunningSequence:
     """A request in the batch, with its answer so far.
 
-    `started`, `first_token`: clock seconds of admission and of the first token; `drafted`: nodes verified;
+    `started`, `first_token`: clock seconds of admission and of the first token; `cached_tokens`: tokens of the prompt that were
+    copied, not computed; `drafted`: nodes verified;
     `accepted_lengths`: how many steps accepted each number of drafts; `drafted_for`: the proposer knows as much of its past as
     drafts need; `ending`: why the answer is complete, while one more step computes the hidden state of its last token.
     """
@@ -45,6 +47,7 @@ class RunningSequence:
     stop_ids: frozenset[int]
     text: TextStream | None
     started: float
+    cached_tokens: int = 0
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     first_token: float = 0.0
@@ -61,11 +64,13 @@ class RunningSequence:
 
 @dataclass(frozen=True)
 class PrefillPrompt:
-    """A prompt to prefill; its first `prefix_length` tokens are copied from decoding row `prefix_source`."""
+    """A prompt to prefill; its first `prefix_length` tokens are copied from decoding row `prefix_source`, or from the blocks
+    `prefix_blocks` of a `PrefixCache`."""
 
     request: Request
     prefix_length: int = 0
     prefix_source: int = -1
+    prefix_blocks: tuple[int, ...] = ()
 
     @property
     def remaining(self) -> int:
@@ -107,10 +112,13 @@ class PrefillBatch:
 class Scheduler:
     """The state above and the decisions about it.
 
-    `max_batch_size`: sequences that run at once; `context_limit`: tokens of one sequence; `supports_tree`: see `Decoder`.
+    `max_batch_size`: sequences that run at once; `context_limit`: tokens of one sequence; `supports_tree`: see `Decoder`;
+    `find_kept`: from a prompt to the blocks that a `PrefixCache` has of it.
     """
 
-    def __init__(self, max_batch_size: int, context_limit: int, supports_tree: bool = True) -> None:
+    def __init__(self, max_batch_size: int, context_limit: int, supports_tree: bool = True,
+                 find_kept: Callable[[Sequence[int]], tuple[int, ...]] = lambda prompt_ids: ()) -> None:
+        self.find_kept = find_kept
         self.max_batch_size, self.context_limit, self.supports_tree = max_batch_size, context_limit, supports_tree
         self.waiting: deque[Request] = deque()
         self.decoding: list[RunningSequence] = []
@@ -208,8 +216,8 @@ class Scheduler:
         return self.parked if self._parked_turn else self.prefill
 
     def _with_prefix(self, request: Request) -> PrefillPrompt:
-        """Find the decoding sequence that shares the longest prefix. The last token is never copied, since its hidden state
-        is needed."""
+        """Find the longest known prefix: of a decoding sequence, or kept of a finished one. The last token is never copied, since
+        its hidden state is needed."""
         best = PrefillPrompt(request)
         for row, sequence in enumerate(self.decoding):
             if not sequence.drafted_for:  # the proposer has nothing to copy
@@ -219,6 +227,8 @@ class Scheduler:
             shared = _common(request.prompt_ids[:-1], sequence.request.prompt_ids)
             if self.supports_tree and shared >= SHARED_TOKENS and shared > best.prefix_length:
                 best = PrefillPrompt(request, shared, row)
+        if not request.hidden_states and len(blocks := self.find_kept(request.prompt_ids)) * BLOCK > best.prefix_length:
+            best = PrefillPrompt(request, len(blocks) * BLOCK, prefix_blocks=blocks)
         return best
 
     def _fits(self, prompt: PrefillPrompt, taken: Sequence[PrefillPrompt]) -> bool:

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from hydra_core.base.kv_cache import KVCache
 from hydra_core.sampling.request import TokenLogprob
 from hydra_core.sampling.sampler import Sampler
 from hydra_core.tree.batch import TreeBatch
@@ -75,6 +76,15 @@ class Proposer(Protocol):
     """
 
     max_nodes: int
+
+    @property
+    def kv_caches(self) -> tuple[KVCache, ...]:
+        """Its own keys and values over the tokens of the base's cache, row by row, which `catch_up` completes."""
+        ...
+
+    def catch_up(self) -> None:
+        """Bring `kv_caches` to all committed tokens of every row."""
+        ...
 
     def admit(self, row: int, prompt_ids: Sequence[int]) -> None:
         """A new sequence takes `row`; nothing is kept of the one before."""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hydra_core.base.kv_cache import KVCache
 from hydra_core.heads import HeadDrafter
 from hydra_core.proposers.acceptance import AcceptanceEstimator, Bools, Floats, Ints, match_class
 from hydra_core.proposers.base import Accepted, Proposal, StepTimes
@@ -103,6 +104,14 @@ class DynamicTreeProposer(PlainProposer):
         """[R, D], what the heads read for each row, pending hidden states included."""
         self.inputs.catch_up()
         return self.inputs.features
+
+    @property
+    def kv_caches(self) -> tuple[KVCache, ...]:
+        return self.inputs.kv_caches if self.drafter.heads is not None else ()
+
+    def catch_up(self) -> None:
+        if self.drafter.heads is not None:
+            self.inputs.catch_up()
 
     # -- what is remembered of sequences -------------------------------------------------------------------------------
 

@@ -32,6 +32,11 @@ class HeadFeatures:
         self.most_pending = 0  # an upper bound of `counts` that the host knows without a question to the GPU
         self.recorded = recorded
 
+    @property
+    def kv_caches(self) -> tuple[KVCache, ...]:
+        """That of the prefix layer, where there is one; complete after `catch_up`."""
+        return (self.cache,) if self.cache is not None else ()
+
     def clear(self, row: int) -> None:
         """A new sequence takes `row`."""
         self.counts[row] = 0

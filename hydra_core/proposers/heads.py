@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hydra_core.base.graphs import Recorder
+from hydra_core.base.kv_cache import KVCache
 from hydra_core.heads import HeadDrafter
 from hydra_core.proposers.base import Proposal
 from hydra_core.proposers.head_features import HeadFeatures
@@ -40,6 +41,13 @@ class HeadProposer(PlainProposer):
         """[R, D], what the heads read for each row, pending hidden states included."""
         self.inputs.catch_up()
         return self.inputs.features
+
+    @property
+    def kv_caches(self) -> tuple[KVCache, ...]:
+        return self.inputs.kv_caches
+
+    def catch_up(self) -> None:
+        self.inputs.catch_up()
 
     def admit(self, row: int, prompt_ids: Sequence[int]) -> None:
         self.inputs.clear(row)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from hydra_core.base.kv_cache import KVCache
 from hydra_core.proposers.base import Accepted, Proposal, StepTimes
 from hydra_core.sampling.sampler import Sampler
 from hydra_core.tree.batch import chain
@@ -15,6 +16,14 @@ class PlainProposer:
     """Proposes the root alone. Proposers that remember less than the protocol offers inherit the rest from here."""
 
     max_nodes = 1
+
+    @property
+    def kv_caches(self) -> tuple[KVCache, ...]:
+        """None of its own."""
+        return ()
+
+    def catch_up(self) -> None:
+        """Nothing to read."""
 
     def admit(self, row: int, prompt_ids: Sequence[int]) -> None:
         """Nothing to remember."""

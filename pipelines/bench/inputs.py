@@ -166,7 +166,7 @@ def _recorded_settings(section: BenchSection) -> dict[str, Any]:
     """Without `champion`: what counts is which one took part; and without what is left at the default that all earlier versions
     had."""
     values = {name: value for name, value in recorded_settings(section).items()
-              if name != "champion" and (name, value) != ("shared_answers", 0)}
+              if name != "champion" and (name, value) not in (("shared_answers", 0), ("prefix_cache_tokens", 0))}
     return values | {"heads": EARLIER if values["heads"] == BUNDLED else values["heads"],
                      "methods": tuple(re.sub(rf"^{BUNDLED}(?=@|$)", EARLIER, method) for method in values["methods"])}
 

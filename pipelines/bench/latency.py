@@ -94,6 +94,7 @@ def measure_single(plan: BenchPlan, questions: list[Question]) -> None:
                 for run in contenders.values():
                     if isinstance(run, EngineContender):
                         run.engine.forget_answers()
+                        run.engine.forget_prefixes()
             shift = (place + number) % len(plan.methods)
             answers: list[tuple[int, ...]] = []
             for turn in turns_of(question):
@@ -157,7 +158,8 @@ def make_contenders(plan: BenchPlan, base: Base, room: int) -> dict[str, Contend
             made[method] = single_contender(plan, base, plan.ngram[2] if method == LOOKUP else None)
         else:
             drafter, trees = make_drafter(method, plan, base)
-            engine = Engine(base, drafter, trees, max_batch_size=1, context_limit=room, shared_noise=plan.shared_noise)
+            engine = Engine(base, drafter, trees, max_batch_size=1, context_limit=room, shared_noise=plan.shared_noise,
+                            prefix_cache=plan.prefix_cache_tokens)
             made[method] = EngineContender(engine, plan.temperature, _fixed_step(plan, base, drafter, trees))
     return made
 

@@ -92,6 +92,7 @@ class BenchPlan:
     threads: int
     champion: str | None = None
     shared_answers: int = 0
+    prefix_cache_tokens: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for a report."""

@@ -30,6 +30,9 @@ class BenchSection(Section):
     shared_answers: int = Field(
         0, ge=0, description="tokens of earlier answers of the same round that ngram, combined and bundled draft from too, as "
                              f"with serve.shared_answers; 0: none, and {SHARED_ANSWERS} for the contender `suffix`")
+    prefix_cache_tokens: int = Field(
+        0, ge=0, description="tokens of finished questions of the same round whose keys and values each contender of our engine "
+                             "keeps, as with serve.prefix_cache_tokens: a second turn begins sooner; 0: none")
     champion: Literal["auto"] | bool = Field(
         "auto", description="time the registry's champion (promote.model_name, promote.alias) too, as the contender `@champion`: "
                             "auto: if it is of this base and is none of the other contenders, and single requests are timed; "

@@ -84,6 +84,10 @@ class ServeSection(Section):
         0, ge=0, description="tokens of finished answers that each replica keeps in memory and drafts from for all requests, "
                              "where trees are dynamic (n-gram, combined): no answer changes, but how fast one comes then tells "
                              "what others were answered; 0: none")
+    prefix_cache_tokens: int = Field(
+        8192, ge=0, description="tokens of finished requests whose keys and values each replica keeps, so that a later turn or "
+                                  "a common instruction is not computed again; how soon an answer begins then tells whether "
+                                  "somebody asked a prompt that begins alike; 0: none")
     record: RecordSection = RecordSection()
     update: bool = Field(False, description="make the running application decode with `model`, and end")
     workers: Workers = Workers(cpus=0.5, threads=2)

@@ -27,6 +27,7 @@ def serve_config(target: Target, host: str, keys: bool) -> Json:
         "max_batch_size": serve.max_batch_size, "max_queued": serve.max_queued, "max_new_tokens": serve.max_new_tokens,
         "max_prompt_tokens": serve.max_prompt_tokens, "max_body_bytes": serve.max_body_bytes,
         "drain_seconds": serve.drain_seconds, "hung_seconds": serve.hung_seconds, "request_seconds": serve.request_seconds,
+        "shared_answers": serve.shared_answers, "prefix_cache_tokens": serve.prefix_cache_tokens,
         "replicas": serve.replicas, "max_replicas": serve.max_replicas, "cpus": serve.workers.cpus, "gpus": serve.workers.gpus,
         "threads": serve.workers.threads, "cors_origins": list(serve.cors_origins)}
     args |= _followed(target)

@@ -79,8 +79,8 @@ class Piece:
 @dataclass(frozen=True)
 class Answer:
     """A finished answer: choice `index`. `latency_seconds`: from arrival at the replica to the last token; `drafted`,
-    `accepted` and `accepted_lengths` as in `Result`; `tokens`: where log probabilities were requested; `system_fingerprint`: of
-    the model that made it, as `ModelDigest.fingerprint`."""
+    `accepted`, `accepted_lengths` and `cached_tokens` as in `Result`; `tokens`: where log probabilities were requested;
+    `system_fingerprint`: of the model that made it, as `ModelDigest.fingerprint`."""
 
     id: str
     text: str
@@ -95,6 +95,7 @@ class Answer:
     accepted_lengths: tuple[int, ...] = ()
     tokens: tuple[Token, ...] | None = None
     system_fingerprint: str | None = None
+    cached_tokens: int = 0
 
     @property
     def tokens_per_step(self) -> float:
@@ -126,7 +127,8 @@ class AppArgs:
     pages that may ask, `*`: all; `owner`: Ray's id of the driver with which the application ends, None: it stays until somebody
     deletes it; `follow`: the fields of `follower.Follow`, None: no registry is followed; `webhook_secret`: with which MLflow
     signs its webhooks, None: none are taken; `record`: the fields of `recorder.Recording`, None: no answer is recorded;
-    `shared_answers`: tokens of finished answers that each replica keeps and drafts from for everybody, 0: none.
+    `shared_answers`: tokens of finished answers that each replica keeps and drafts from for everybody, 0: none;
+    `prefix_cache_tokens`: as `prefix_cache` of `Engine`.
     """
 
     base: dict[str, Any]
@@ -157,6 +159,7 @@ class AppArgs:
     webhook_secret: str | None = field(default=None, repr=False)
     record: dict[str, Any] | None = None
     shared_answers: int = 0
+    prefix_cache_tokens: int = 0
 
     @property
     def room(self) -> int:

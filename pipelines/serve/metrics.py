@@ -18,6 +18,7 @@ WHOLE_SECONDS = [0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 3
 TOKENS = [1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0]
 COUNTERS = {
     "hydra_prompt_tokens": "tokens of answered prompts",
+    "hydra_cached_tokens": "of these, tokens that were known from other requests",
     "hydra_completion_tokens": "tokens answered, those of answers that were not finished too",
     "hydra_decoding_steps": "base forwards of finished answers, after the prompt",
     "hydra_drafted_tokens": "draft tokens verified",
@@ -98,7 +99,8 @@ class ReplicaMetrics:
 
     def answer(self, answer: Answer) -> None:
         self.finished.inc(tags={"reason": answer.finish_reason})
-        for name, value in (("prompt_tokens", answer.prompt_tokens), ("completion_tokens", len(answer.token_ids)),
+        for name, value in (("prompt_tokens", answer.prompt_tokens), ("cached_tokens", answer.cached_tokens),
+                            ("completion_tokens", len(answer.token_ids)),
                             ("decoding_steps", answer.steps), ("drafted_tokens", answer.drafted or 0),
                             ("accepted_tokens", answer.accepted)):
             if value:  # a counter raises for 0

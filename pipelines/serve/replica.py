@@ -321,11 +321,12 @@ def _answer(generation: Generation, index: int, text: str, result: Result, token
             seconds: float, made_by: str | None) -> Answer:
     return Answer(generation.id, text, result.token_ids, result.finish_reason, len(result.prompt_ids), result.steps,
                   result.drafted, result.accepted, seconds, index, result.accepted_lengths,
-                  tokens if generation.logprobs is not None else None, made_by)
+                  tokens if generation.logprobs is not None else None, made_by, result.cached_tokens)
 
 
 def log_fields(answer: Answer) -> dict[str, Any]:
     """The fields of an answer that are logged: never its text."""
     return {"answer_id": answer.id, "choice": answer.index, "finish_reason": answer.finish_reason,
-            "prompt_tokens": answer.prompt_tokens, "completion_tokens": len(answer.token_ids), "steps": answer.steps,
-            "accepted": answer.accepted, "seconds": round(answer.latency_seconds, 4)}
+            "prompt_tokens": answer.prompt_tokens, "cached_tokens": answer.cached_tokens,
+            "completion_tokens": len(answer.token_ids), "steps": answer.steps, "accepted": answer.accepted,
+            "seconds": round(answer.latency_seconds, 4)}

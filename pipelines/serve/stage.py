@@ -59,7 +59,8 @@ def find_args(config: RunConfig) -> AppArgs:
                    max_body_bytes=section.max_body_bytes, api_key_digests=key_digests(section.api_keys_file),
                    drain_seconds=section.drain_seconds, hung_seconds=section.hung_seconds,
                    request_seconds=section.request_seconds,
-                   require_keys=section.require_keys, cors_origins=section.cors_origins, shared_answers=section.shared_answers)
+                   require_keys=section.require_keys, cors_origins=section.cors_origins, shared_answers=section.shared_answers,
+                   prefix_cache_tokens=section.prefix_cache_tokens)
 
 
 def check_args(args: AppArgs) -> AppArgs:

@@ -84,4 +84,5 @@ def load_drafter(heads: Heads, base: Base, args: AppArgs, timing: bool = True) -
 
 def make_engine(base: Base, drafter: Drafter | None, trees: TreeSet | None, args: AppArgs) -> Engine:
     """A new engine, in which any drafter has room."""
-    return Engine(base, drafter, trees, max_batch_size=args.max_batch_size, draft_slots=DRAFT_SLOTS)
+    return Engine(base, drafter, trees, max_batch_size=args.max_batch_size, draft_slots=DRAFT_SLOTS,
+                  prefix_cache=args.prefix_cache_tokens)

@@ -13,14 +13,16 @@ GATHERED = 1.15
 """Of the weights, what loading keeps in memory besides, at most."""
 
 
-def engine_parts(base: BaseShape, heads: HeadsShape | None, rows: int, tokens: int, slots: int = 0) -> dict[str, Range]:
+def engine_parts(base: BaseShape, heads: HeadsShape | None, rows: int, tokens: int, slots: int = 0,
+                 kept: int = 0) -> dict[str, Range]:
     """Bytes of an engine for `rows` sequences of `tokens` tokens, without the base's weights: keys and values, a step, heads.
 
-    `slots`: room for draft nodes that every sequence gets at least; with heads it is that of the largest tree or more.
+    `slots`: room for draft nodes that every sequence gets at least; with heads it is that of the largest tree or more; `kept`:
+    tokens of finished sequences that are kept.
     """
     nodes = MOST_NODES if heads else 1
     planned, drafter, wide = base.planned(), heads.drafter if heads else None, tokens + max(nodes, slots)
-    parts = {"keys and values": Range.of(cache_bytes(planned, drafter, rows, wide)),
+    parts = {"keys and values": Range.of(cache_bytes(planned, drafter, rows, wide, kept)),
              "a step": Range(0, workspace_bytes(planned, rows, wide, nodes))}
     if heads:
         parts["heads"] = Range(heads.weight_bytes(base.item), 1.5 * heads.weight_bytes(base.item))  # with a 4-bit copy of some

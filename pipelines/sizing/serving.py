@@ -44,7 +44,7 @@ def serve_size(config: RunConfig, base: BaseShape, pace: Pace | None, why: str, 
     serve = config.serve
     heads, note = heads_of_model(config, base, serve.model)
     rows = serve.max_batch_size
-    placed = _placed(base, engine_parts(base, heads, rows, base.limit, slots=SLOTS), gpu,
+    placed = _placed(base, engine_parts(base, heads, rows, base.limit, slots=SLOTS, kept=serve.prefix_cache_tokens), gpu,
                      **({"n-gram indexes": ngram_bytes(config.ngram, rows, base.limit)} if heads else {}),
                      **({"earlier answers": answers_bytes(serve.shared_answers, rows, base.limit)}
                         if heads and serve.shared_answers else {}))

@@ -24,7 +24,9 @@ def usage(answers: Sequence[Answer], mode: str) -> dict[str, Any]:
     prompt, completion = answers[0].prompt_tokens, sum(len(answer.token_ids) for answer in answers)
     steps = sum(answer.steps for answer in answers)
     after_first = sum(len(answer.token_ids) - 1 for answer in answers if answer.steps)
+    cached = min(answer.cached_tokens for answer in answers)  # later choices copy the prompt of the first
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": cached},
             "speculative": {"mode": mode, "steps": steps, "drafted": sum(answer.drafted or 0 for answer in answers),
                             "accepted": sum(answer.accepted for answer in answers),
                             "tokens_per_step": round(after_first / steps, 4) if steps else 0.0}}

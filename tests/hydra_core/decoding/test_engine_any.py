@@ -101,6 +101,9 @@ def test_any_running_batch(tiny_base: Base, heads: dict[str, HeadDrafter], data:
         for name, sizes in (("BUSY_TOKENS", (5, 30, 512)), ("IDLE_TOKENS", (20, 4096)), ("CHUNK", (7, 512)),
                             ("SHARED_TOKENS", (4, 32))):
             patch.setattr(f"hydra_core.decoding.scheduler.{name}", data.draw(st.sampled_from(sizes)))
+        block = data.draw(st.sampled_from((3, 16)))
+        for module in ("scheduler", "prefix_cache"):
+            patch.setattr(f"hydra_core.decoding.{module}.BLOCK", block)
         patch.setattr("hydra_core.decoding.clock.time", Ticks())
         run_batch(tiny_base, heads, data)
 
@@ -112,7 +115,8 @@ def run_batch(tiny_base: Base, heads: dict[str, HeadDrafter], data: st.DataObjec
     if kind == "adaptive":
         drafter = data.draw(adaptive(heads))
     chosen = TreeSet({1: data.draw(trees()), 3: data.draw(trees())}) if kind in KINDS else None
-    engine = Engine(tiny_base, drafter, chosen, max_batch_size=batch, context_limit=80)
+    kept = data.draw(st.sampled_from((0, 30, 4096)))
+    engine = Engine(tiny_base, drafter, chosen, max_batch_size=batch, context_limit=80, prefix_cache=kept)
     waiting = data.draw(requests())
     everything, cancelled = {request.id: request for request in waiting}, set()
     streamed: dict[str, list[int]] = {name: [] for name in everything}

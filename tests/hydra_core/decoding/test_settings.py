@@ -88,7 +88,7 @@ def test_every_argument_of_the_engine(tiny_base: Base, heads: HeadDrafter, tmp_p
     changed: dict[str, Any] = {"base": other, "drafter": random_heads(tiny_base, "hydra"),
                                "trees": TreeSet({1: DraftTree(((0,),))}),
                                "max_batch_size": 2, "context_limit": 20, "shared_noise": False}
-    missing = {*inspect.signature(Engine).parameters} - changed.keys() - {"graphs", "draft_slots"}
+    missing = {*inspect.signature(Engine).parameters} - changed.keys() - {"graphs", "draft_slots", "prefix_cache"}
     assert not missing, f"say here how a change of {missing} shows"
     plain = observed(Engine(**usual), requests)
     assert plain == observed(Engine(**usual), requests) and plain["most"] == 3

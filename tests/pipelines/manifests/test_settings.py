@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from pipelines.manifests import Target
 from pipelines.manifests.files import PARTS, manifests, resources_of
 from pipelines.manifests.launcher import aws, machines
 from pipelines.serve.following import Follow
+from pipelines.serve.messages import AppArgs
 from pipelines.serve.recorder import Recording
 from tests.cluster.shipped import of_kind, values_of
 
@@ -179,6 +181,19 @@ def test_an_endpoint_that_follows_and_records() -> None:
     Follow(**args["follow"]), Recording(**args["record"])
     plain = yaml.safe_load(of_kind(made(), "RayService")[0]["spec"]["serveConfigV2"])["applications"][0]["args"]
     assert not {"follow", "record", "webhook_secret_file"} & set(plain)
+
+
+def test_the_endpoint_has_every_setting_that_a_command_would_start_it_with() -> None:
+    """A field of `AppArgs` that the manifest does not name would be left at its default there."""
+    found = made(**{"serve.shared_answers": 77, "serve.prefix_cache_tokens": 320, "serve.request_seconds": 9.0})
+    (resource,) = of_kind(found, "RayService")
+    args = yaml.safe_load(resource["spec"]["serveConfigV2"])["applications"][0]["args"]
+    elsewhere = {"version", "digest",  # of the heads: `user_config`
+                 "api_key_digests",  # of the file of `api_keys_file`
+                 "owner",  # none: the application outlives every command
+                 "follow", "webhook_secret", "record"}  # where they are asked for
+    assert {one.name for one in fields(AppArgs)} - args.keys() == elsewhere
+    assert (args["shared_answers"], args["prefix_cache_tokens"], args["request_seconds"]) == (77, 320, 9.0)
 
 
 def test_jobs_that_have_something_to_do() -> None:

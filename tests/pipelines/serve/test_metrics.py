@@ -78,10 +78,11 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Told:
 def test_what_an_answer_adds(told: Told) -> None:
     """The figures of its usage, each in its own series."""
     replica = metrics.ReplicaMetrics()
-    replica.answer(Answer("a", "text", (5, 6, 7, 8, 9, 4, 3), "stop", 11, 3, 10, 3, 0.5, accepted_lengths=(1, 1, 1)))
+    replica.answer(Answer("a", "text", (5, 6, 7, 8, 9, 4, 3), "stop", 11, 3, 10, 3, 0.5, accepted_lengths=(1, 1, 1),
+                          cached_tokens=6))
     assert told.values == {
         ("hydra_answers", "stop"): [1], ("hydra_prompt_tokens",): [11], ("hydra_completion_tokens",): [7],
-        ("hydra_decoding_steps",): [3],
+        ("hydra_cached_tokens",): [6], ("hydra_decoding_steps",): [3],
         ("hydra_drafted_tokens",): [10], ("hydra_accepted_tokens",): [3], ("hydra_tokens_per_step",): [2.0],
         ("hydra_steps_by_accepted_depth", "1"): [2], ("hydra_steps_by_accepted_depth", "2"): [1]}
     told.values.clear()

@@ -133,3 +133,23 @@ def test_time_before_the_replica_counts(server: DecodeServer, monkeypatch: pytes
     assert isinstance(asyncio.run(server.generate(replace(GENERATION, arrived=time.time() + 50, seconds=40.0))), Answer)
     assert first[0] >= 100 and 0 <= first[1] < 40  # a front whose clock is ahead waits no negative time
 
+
+
+def test_a_later_turn_says_how_much_of_it_was_known(args: AppArgs) -> None:
+    """With `prefix_cache_tokens`; without, nothing is kept."""
+    async def ask(server: DecodeServer) -> list[Answer]:
+        await server.reconfigure(heads_of(args))
+        first = await server.generate(replace(GENERATION, temperature=0.0, prompt_ids=list(range(5, 45)), max_new_tokens=30))
+        assert isinstance(first, Answer)
+        said = [*range(5, 45), *first.token_ids, 7]
+        second = await server.generate(replace(GENERATION, id="h", temperature=0.0, prompt_ids=said, max_new_tokens=5))
+        assert isinstance(second, Answer)
+        return [first, second]
+
+    for tokens, known in ((200, 64), (0, 0)):  # 40 + 30 tokens less the last one, in blocks of 16
+        server = DecodeServer(replace(args, prefix_cache_tokens=tokens))
+        first, second = asyncio.run(ask(server))
+        assert server.engine_loop is not None
+        server.engine_loop.close()
+        assert (first.cached_tokens, second.cached_tokens) == (0, known if len(first.token_ids) == 30 else second.cached_tokens)
+        assert (second.cached_tokens > 0) == (tokens > 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -43,11 +44,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_usage_counts_the_prompt_once_and_every_answer() -> None:
     assert usage([FIRST, SECOND], "lossy-typical") == {
-        "prompt_tokens": 11, "completion_tokens": 9, "total_tokens": 20,
+        "prompt_tokens": 11, "completion_tokens": 9, "total_tokens": 20, "prompt_tokens_details": {"cached_tokens": 0},
         "speculative": {"mode": "lossy-typical", "steps": 3, "drafted": 6, "accepted": 3, "tokens_per_step": 2.3333}}
     assert usage([SHORT], "off") == {
-        "prompt_tokens": 11, "completion_tokens": 1, "total_tokens": 12,
+        "prompt_tokens": 11, "completion_tokens": 1, "total_tokens": 12, "prompt_tokens_details": {"cached_tokens": 0},
         "speculative": {"mode": "off", "steps": 0, "drafted": 0, "accepted": 0, "tokens_per_step": 0.0}}
+    known = [replace(FIRST, cached_tokens=4), replace(SECOND, cached_tokens=10)]  # the second copies from the first
+    assert usage(known, "off")["prompt_tokens_details"] == {"cached_tokens": 4}
     assert usage([FIRST, SHORT], "off")["speculative"]["tokens_per_step"] == 2.0  # an answer without steps counts in neither
 
 
