@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from hydra_core.base.kv_cache import KVCache
 
-BLOCK = 16
+BLOCK = 8
 """Tokens of a block: what is known of a prompt is known in whole blocks."""
 ROOT = -1
 """The block before the first one."""

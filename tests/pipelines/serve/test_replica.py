@@ -146,7 +146,7 @@ def test_a_later_turn_says_how_much_of_it_was_known(args: AppArgs) -> None:
         assert isinstance(second, Answer)
         return [first, second]
 
-    for tokens, known in ((200, 64), (0, 0)):  # 40 + 30 tokens less the last one, in blocks of 16
+    for tokens, known in ((200, 64), (0, 0)):  # 40 + 30 tokens less the last one, in blocks of 8
         server = DecodeServer(replace(args, prefix_cache_tokens=tokens))
         first, second = asyncio.run(ask(server))
         assert server.engine_loop is not None
