@@ -152,7 +152,8 @@ def _record(config: RunConfig, bench: Bench, decision: Decision, present: Presen
         tags = _tags(config, bench, decision, target, figures)
         figures["version"] = promote_version(config, run, "configuration", tags, present.number)
         record_champion(run, decision.winner, figures["version"], decision.why,
-                        {name: figures[name] for name in ("tokens_per_step", "speed_vs_plain")})
+                        {name: figures[name] for name in ("tokens_per_step", "speed_vs_plain")},
+                        (bench.manifest["result"]["run_id"], bench_label(config)))
     outputs = {"configuration": str(target), "model": alias_uri(config), "decision": str(pages[1])}
     files = [path for path in target.rglob("*") if path.is_file()]
     return stage.finish(StageResult(STAGE, run.run_id, outputs, figures), [*files, *pages])

@@ -43,9 +43,11 @@ from mlflow.entities import (  # noqa: E402
 )
 from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.tracking import MlflowClient  # noqa: E402
+from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS  # noqa: E402
 from mlflow.utils.time import get_current_time_millis  # noqa: E402
 
-__all__ = ["AwayError", "Dataset", "DatasetInput", "InputTag", "LoggedModelInput", "LoggedModelOutput", "Metric", "MlflowClient",
+__all__ = ["MLFLOW_MODEL_VERSIONS", "AwayError", "Dataset", "DatasetInput", "InputTag", "LoggedModelInput", "LoggedModelOutput",
+           "Metric", "MlflowClient",
            "MlflowException", "Param", "RunTag", "ViewType", "as_default", "get_current_time_millis", "open_client", "why_dead"]
 TABLES_SECONDS, BUSY_SECONDS = 120.0, 30.0
 """Longest wait for another process that makes the tables of an SQLite file, and for one that writes to it."""

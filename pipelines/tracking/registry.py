@@ -17,7 +17,7 @@ from pipelines.runtime.faults import first_line, storage_fault
 from pipelines.runtime.files import atomic_folder, write_text
 from pipelines.runtime.provenance import provenance, without_credentials
 from pipelines.tracking.address import registry_uri, tracking_uri
-from pipelines.tracking.client import MlflowClient, MlflowException, as_default, is_refusal, open_client
+from pipelines.tracking.client import MLFLOW_MODEL_VERSIONS, MlflowClient, MlflowException, as_default, is_refusal, open_client
 from pipelines.tracking.models import CONFIGURATION, MODEL_TAG, PREFIX, open_model
 from pipelines.tracking.runs import Run
 
@@ -58,20 +58,36 @@ def register(config: RunConfig, name: str, run: Run, artifact_path: str, alias: 
         source = str(run.client.get_logged_model(model.model_id).artifact_location)
     with as_default(tracking_uri(config)):
         version = client.create_model_version(name, source=source, run_id=run.run_id, tags=facts, model_id=model.model_id)
+        if source == model.uri:  # what `mlflow.register_model` writes too, so that the model's page names the version
+            run.client.set_logged_model_tags(model.model_id, {
+                MLFLOW_MODEL_VERSIONS: json.dumps([{"name": name, "version": str(version.version)}])})
     if alias is not None:
         client.set_registered_model_alias(name, alias, version.version)
     return int(version.version)
 
 
-def record_champion(run: Run, champion: str, version: int, why: str, figures: Mapping[str, float | None]) -> None:
-    """Write what MLflow shows of a promotion: the run's description, and champion and figures of the chain, where those of its
-    last bench may be of a contender that was not promoted."""
+def record_champion(run: Run, champion: str, version: int, why: str, figures: Mapping[str, float | None],
+                    bench: tuple[str, str] | None = None) -> None:
+    """Write what MLflow shows of a promotion: the run's description, champion and figures of the chain, where those of its
+    last bench may be of a contender that was not promoted, and the figures of the version's model on the questions that it was
+    chosen by. `bench`: the run of that bench, and the name of its questions."""
     known = {name: value for name, value in figures.items() if value is not None}
+    model_id = run.client.get_run(run.run_id).data.tags.get(MODEL_TAG)
+    if model_id is not None and bench is not None and (data := _questions_of(run, *bench)) is not None:
+        run.log_model_metrics(model_id, known, *data)
     run.log_metrics(known)
     run.describe(f"{champion} is champion: version {version}", f"{why}\n")
-    model_id = run.client.get_run(run.run_id).data.tags.get(MODEL_TAG)
     run.log_headline(known, {"champion": f"{champion} (version {version})", "champion_version": str(version)},
                      model_id=model_id)
+
+
+def _questions_of(run: Run, bench_run: str, name: str) -> tuple[str, str] | None:
+    """Name and digest of the questions of a bench, one of its inputs; None where this server does not know it."""
+    try:
+        inputs = run.client.get_run(bench_run).inputs.dataset_inputs
+    except MlflowException:
+        return None
+    return next(((one.dataset.name, one.dataset.digest) for one in inputs if one.dataset.name == name), None)
 
 
 def registry_client(config: RunConfig) -> MlflowClient:

@@ -101,6 +101,12 @@ def test_the_champion_takes_part_and_heads_that_do_not_draft_never_win(
     promoted = run_promote(config)
     assert (promoted.figures["champion"], promoted.figures["version"]) == ("plain", 1)
     assert "hydra (drafts nothing that is accepted)" in promoted.figures["why"]
+    client = MlflowClient(Tracker.open(config).uri)
+    model = client.get_logged_model(client.get_model_version("hydra-heads", "1").source.removeprefix("models:/"))
+    inputs = client.get_run(str(first.run_id)).inputs.dataset_inputs
+    (questions,) = [one for one in inputs if one.dataset.name == "questions"]
+    assert {(one.key, one.value, one.dataset_name, one.dataset_digest) for one in model.metrics} == {
+        (name, 1.0, questions.dataset.name, questions.dataset.digest) for name in ("tokens_per_step", "speed_vs_plain")}
     assert run_bench(config).skipped and run_promote(config).skipped  # the champion is its own plain decoding
 
     theirs = overfit_heads(tiny_base, "hydra", [question.prompt_ids for question in load_questions(config)[0]])

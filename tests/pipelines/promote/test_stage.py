@@ -176,18 +176,18 @@ def test_mistakes_leave_no_claim(tiny_base_dir: Path, storage: Path) -> None:
 
 
 @pytest.mark.parametrize("shown", [True, False])
-def test_a_lossy_base_is_judged_in_its_own_format(tiny_base_dir: Path, storage: Path, shown: bool) -> None:
-    """Its answers are not those of the base that it was made from, but its own: drafts may not change those."""
-    config = config_for(storage, tiny_base_dir, base__dtype="int4-lossy")
+def test_a_base_that_does_not_fit_in_fp32_is_judged_in_its_own_format(tiny_base_dir: Path, storage: Path, shown: bool) -> None:
+    """A contender whose answers were not checked there does not win, whatever was shown in fp32."""
+    config = config_for(storage, tiny_base_dir, base__dtype="bf16")
     folder = benched(config, ngram=1.5)
     report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    report["proof"] = {"format": "int4-lossy", "why": "it is quantised lossily"}
+    report["proof"] = {"format": "bf16", "why": "it does not fit in fp32"}
     if shown:
-        report["methods"]["ngram"] |= {"fp32": None, "naive": {"int4-lossy": FIGURES["fp32"]}}
+        report["methods"]["ngram"] |= {"fp32": None, "naive": {"bf16": FIGURES["fp32"]}}
     write_text(folder / "report.json", json.dumps(report))
     promoted = run_promote(config)
     assert promoted.figures["champion"] == ("ngram" if shown else "plain")
-    assert read_configuration(Path(promoted.outputs["configuration"])).base.weight_format == "int4-lossy"
+    assert read_configuration(Path(promoted.outputs["configuration"])).base.weight_format == "bf16"
 
 
 def test_a_report_without_plain(tiny_base_dir: Path, storage: Path) -> None:

@@ -46,6 +46,8 @@ def test_models_of_a_chain(storage: Path, tiny_base: Base, tiny_base_dir: Path, 
     version = client.get_model_version_by_alias("hydra-heads", "champion")
     assert version.source.startswith(PREFIX) and version.tags["base_digest"] == tiny_base.identity.digest
     assert version.tags["drafter"] == "hydra" and version.tags["hardware"] and version.tags["previous_champion"] == "none"
+    model = client.get_logged_model(version.source.removeprefix(PREFIX))
+    assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": "hydra-heads", "version": "1"}]
     assert best[0].tags["mlflow.user"] and best[0].tags["mlflow.source.name"] == "hydra-heads train"
     chain = client.get_run(Tracker.open(config).parent())
     assert chain.data.tags["champion"] == "hydra (version 1)" and chain.data.metrics["speed_vs_plain"] == 1.8
