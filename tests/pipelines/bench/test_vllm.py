@@ -135,6 +135,7 @@ def test_refused_before_any_work(tiny_base_dir: Path, heads: dict[str, str], tmp
         (r"does not read base\.dtype=int4", ("vllm",), {"base__dtype": "int4"}),
         (r"a drafter with 'eagle3' in its path", ("vllm", "vllm+hydra"), {"name": "my-eagle3"}),
         (r"bench\.methods: vllm: .*python has no vLLM: pip install 'hydra-heads\[vllm\]'", ("vllm",), {"about": {"vllm": False}}),
+        (r"bench\.methods: vllm\+hydra: .*has no vLLM", ("vllm", "vllm+hydra"), {"about": {"vllm": False, "plugin": False}}),
         (r"vllm\+hydra: .* has vLLM and not this project", ("vllm", "vllm+hydra"), {"about": {"plugin": False}}),
         (r"bench\.vllm_python=/no/such/python: is no Python", ("vllm",), {"bench__vllm_python": "/no/such/python"}),
         (r"bench\.vllm_python=/bin/false: is no Python .*\(ends with 1\)", ("vllm",), {"bench__vllm_python": "/bin/false"})]
@@ -157,7 +158,9 @@ def test_the_stage_refuses_before_it_makes_a_folder(tiny_base_dir: Path, heads: 
 def test_what_a_python_has(seen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_environment(None).vllm and find_environment(sys.executable).prefix == sys.prefix
     monkeypatch.delenv("PYTHONPATH")
-    assert find_environment(None).vllm == (importlib.util.find_spec("vllm") is not None)
+    if importlib.util.find_spec("vllm") is None:
+        with pytest.raises(InputError, match=r"bench\.methods: vllm: .* has no vLLM"):
+            find_environment(None)
 
 
 def test_cores_and_openmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +197,7 @@ def test_rows_of_single_requests_in_turn(seen: Path, tiny_base_dir: Path, heads:
             wanted.append(following(wanted[-1] if wanted else prompt[-1]))
         assert list(row.token_ids) == wanted and row.prefill_seconds > 0 and row.decode_seconds > 0
         if row.method == "vllm":
-            assert (row.steps, row.drafted, row.accepted_lengths) == (len(wanted) - 1, 0, ())
+            assert (row.steps, row.drafted, row.accepted_lengths) == (len(wanted) - 1, 0, (len(wanted) - 1,))
         else:
             assert sum(row.accepted_lengths) == row.steps < len(wanted) - 1 and row.drafted > row.accepted > 0
             assert row.accepted == sum(place * count for place, count in enumerate(row.accepted_lengths))
@@ -301,9 +304,9 @@ def test_no_process_is_left(seen: Path, tiny_base_dir: Path, tiny_base: Base, tm
 
 def test_figures_of_a_single_answer_by_hand() -> None:
     """Three steps after the first token: 2, 0 and 1 drafts accepted, of which the last found no room."""
-    found = outcome_of({"tokens": [[5, 6, 7, 8, 9, 10]], "sent": [0.5], "seconds": 9.0, "drafted": 6, "accepted": [2, 1],
+    found = outcome_of({"tokens": [[5, 6, 7, 8, 9, 10]], "sent": [0.5], "seconds": 9.0, "drafted": 9, "accepted": [2, 1, 0],
                         "events": [[1.5, [[0, 1]]], [2.0, [[0, 3]]], [3.0, [[0, 1]]], [3.5, [[0, 1]]]]})
-    assert (found.steps, found.drafted, found.accepted, found.accepted_lengths) == (3, 6, 3, (1, 1, 1))
+    assert (found.steps, found.drafted, found.accepted, found.accepted_lengths) == (3, 9, 3, (1, 1, 1))
     assert (found.prefill_seconds, found.decode_seconds) == (1.0, 2.0)
 
 
