@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 
 from hydra_core.base import Base
 from hydra_core.decoding import compare, naive_generate
@@ -34,6 +35,8 @@ from pipelines.bench.vllm_contender import VllmPool, outcome_of
 from pipelines.bench.vllm_setup import check_vllm, find_environment, vllm_environment
 from pipelines.compare.paired import paired_results
 from pipelines.config import RunConfig, load_config
+from pipelines.promote.stage import run_promote
+from pipelines.tracking import Tracker
 from tests.conftest import ROOT
 from tests.tiny import save_tiny
 from tests.trained import overfit_heads, random_heads, random_prompts
@@ -308,6 +311,31 @@ def test_figures_of_a_single_answer_by_hand() -> None:
                         "events": [[1.5, [[0, 1]]], [2.0, [[0, 3]]], [3.0, [[0, 1]]], [3.5, [[0, 1]]]]})
     assert (found.steps, found.drafted, found.accepted, found.accepted_lengths) == (3, 9, 3, (1, 1, 1))
     assert (found.prefill_seconds, found.decode_seconds) == (1.0, 2.0)
+
+
+@pytest.mark.slow
+def test_the_stage_reports_and_promotes_none_of_them(local_ray: None, tiny_base_dir: Path, heads: dict[str, str],
+                                                     tmp_path: Path) -> None:
+    """With the stand-in, in a Ray worker: they are the fastest there, and stand in the report, its figures and the comparison."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={STAND_IN}:{ROOT} exec {sys.executable} "$@"\n', encoding="utf-8")
+    python.chmod(0o755)
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("x", "yes", "zero")), encoding="utf-8")
+    config = config_for(tiny_base_dir, tmp_path, bench__prompts=str(prompts), bench__heads=heads["hydra"], bench__champion=False,
+                        bench__methods=["vllm+ngram", "vllm+hydra@2"], bench__vllm_python=str(python),
+                        bench__identity_prompts=2, bench__concurrency=[2], bench__concurrency_requests=4)
+    result = run_bench(config)
+    methods = result.figures["methods"]
+    assert list(methods) == ["plain", "vllm", "vllm+ngram", "vllm+hydra@2"]
+    assert methods["vllm+hydra@2"]["fp32"]["identical"] == 4 and methods["vllm+hydra@2"]["vs_vllm"]["questions"] == 3
+    told = Path(result.outputs["report"]).with_name("report.md").read_text(encoding="utf-8")
+    assert told.count("| vs vllm |") == 2 and told.count("| vllm+hydra@2 |") == 3  # alone, its steps, two in flight
+    assert (tmp_path / "runs" / "default" / "bench" / "vllm" / "hydra-float32" / "model.safetensors").is_file()
+    tracker = Tracker.open(config)
+    assert MlflowClient(tracker.uri).get_run(tracker.parent()).data.tags["fastest"] == "plain"  # of this project's
+    assert run_promote(config).figures["champion"] == "plain"
+    assert run_bench(config).skipped
 
 
 # -- vLLM itself -------------------------------------------------------------------------------------------------------
