@@ -12,9 +12,11 @@ from hydra_core.errors import InputError
 from hydra_core.storage import check_scheme, scheme_of, without_keys
 from pipelines.config import RunConfig, load_config
 
-PATH_FIELDS = ("prompts.path", "distill.heads", "bench.prompts", "bench.heads", "batch.input", "batch.output", "load.prompts",
-               "compare.output", "serve.model", "generate.model", "serve.api_keys_file", "serve.webhook_secret_file",
-               "loop.standing", "serve.tls_keyfile", "serve.tls_certfile", "base.model")
+PATH_FIELDS = ("prompts.path", "distill.heads", "bench.prompts", "bench.heads", "bench.vllm_python", "batch.input",
+               "batch.output", "load.prompts", "compare.output", "serve.model", "generate.model", "serve.api_keys_file",
+               "serve.webhook_secret_file", "loop.standing", "serve.tls_keyfile", "serve.tls_certfile", "base.model")
+LINKS = ("bench.vllm_python",)
+"""Of these, those that stay links: the Python of an environment is one to another Python."""
 WORDS = {"serve.model": ("plain", BUNDLED, EARLIER), "generate.model": ("plain", BUNDLED, EARLIER),
          "bench.heads": (BUNDLED, EARLIER), "distill.heads": (BUNDLED, EARLIER), "train.start": (BUNDLED, EARLIER)}
 """Values of such a setting that are no path."""
@@ -75,7 +77,8 @@ def _absolute(dotted: str, value: str) -> str:
     if inside_submitted_job():
         raise InputError(f"{dotted}={value}: is a relative path, which has no meaning inside a submitted job: make it absolute")
     try:
-        return str(Path(value).expanduser().resolve())
+        path = Path(value).expanduser()
+        return os.path.abspath(path) if dotted in LINKS else str(path.resolve())
     except RuntimeError:
         raise InputError(f"{dotted}={value}: no such home folder: give an absolute path") from None
 

@@ -25,6 +25,7 @@ from hypothesis import HealthCheck, settings
 
 from hydra_core.base import Base, load_base
 from tests.tiny import save_tiny
+from tests.vllm_environment import Missing, find_vllm_python
 
 if TYPE_CHECKING:
     from moto.server import ThreadedMotoServer
@@ -140,6 +141,15 @@ def local_ray(worker_env: dict[str, str]) -> Iterator[None]:
                  runtime_env={"env_vars": worker_env})
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def vllm_python() -> str:
+    """A Python with vLLM and this project. Where there is none, an environment is made once, which takes minutes."""
+    try:
+        return find_vllm_python()
+    except Missing as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

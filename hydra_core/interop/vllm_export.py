@@ -17,6 +17,7 @@ from hydra_core.errors import InputError
 from hydra_core.files import atomic_folder
 from hydra_core.heads.base import HeadDrafter
 from hydra_core.heads.checkpoint import load_checkpoint
+from hydra_core.heads.config import HeadsConfig
 from hydra_core.interop.vllm_format import BIAS, IDS, KEY, ROWS, ExportedHeads
 from hydra_core.storage import scheme_of
 
@@ -51,12 +52,8 @@ def export_to_vllm(heads: str | Path, vocabulary: BaseVocabulary, output: str | 
             raise InputError(f"{found}: has no heads ({configuration.drafter}); vLLM has an n-gram lookup")
         found = configuration.heads
     drafter = load_checkpoint(found, vocabulary).drafter
-    if drafter.config.prefix_layer:
-        raise InputError(f"{found}: kind={drafter.config.kind}: its prefix layer needs a KV cache, which vLLM gives to no "
-                         "drafter of this method: export medusa or hydra heads")
-    if drafter.config.own_rows:
-        raise InputError(f"{found}: its heads end in vocabulary rows of their own, which the plug-in does not run: train "
-                         "medusa or hydra heads here")
+    if (fault := why_not_in_vllm(drafter.config)) is not None:
+        raise InputError(f"{found}: {fault}")
     tensors, dtype = exported_tensors(drafter), vocabulary.head.weight.dtype
     about = ExportedHeads(drafter.config.model_copy(update={"draft_vocab_size": len(drafter.draft_vocab)}),
                           {"name": vocabulary.identity.name, "digest": vocabulary.identity.digest}, vocabulary.size,
@@ -67,6 +64,21 @@ def export_to_vllm(heads: str | Path, vocabulary: BaseVocabulary, output: str | 
         (temporary / "config.json").write_text(text, encoding="utf-8")
     size = sum(tensor.nbytes for tensor in tensors.values())
     return VllmExport(output, drafter.config.kind, drafter.config.num_heads, dtype, size)
+
+
+def why_not_in_vllm(heads: HeadsConfig) -> str | None:
+    """Why the plug-in does not run such heads, and what to do; None where it does."""
+    if heads.prefix_layer:
+        return (f"kind={heads.kind}: its prefix layer needs a KV cache, which vLLM gives to no drafter of this method: export "
+                "medusa or hydra heads")
+    if heads.own_rows:
+        return "its heads end in vocabulary rows of their own, which the plug-in does not run: train medusa or hydra heads here"
+    return None
+
+
+def taken_word(folder: str | Path) -> str | None:
+    """The word in a drafter's path by which vLLM takes it for another kind, if there is one."""
+    return next((word for word in TAKEN if word in str(folder).lower()), None)
 
 
 def exported_tensors(drafter: HeadDrafter) -> dict[str, Tensor]:
@@ -94,7 +106,7 @@ def _checked(asked: str) -> Path:
     if scheme_of(asked):
         raise InputError(f"{asked}: vLLM reads drafters from a folder of its machine: name one, and copy it where it is needed")
     output = Path(asked).expanduser().absolute()
-    if word := next((word for word in TAKEN if word in str(output).lower()), None):
+    if word := taken_word(output):
         raise InputError(f"{output}: vLLM takes a drafter with {word!r} in its path for another kind: name another folder")
     if not output.exists():
         return output

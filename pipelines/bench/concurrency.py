@@ -26,16 +26,19 @@ from hydra_core.sampling import Request
 from hydra_core.storage import as_path
 from hydra_core.tree import TreeSet
 from pipelines.bench.plan import (
-    FOREIGN,
     PLAIN,
     BenchPlan,
     Question,
     append_row,
+    is_foreign,
     make_drafter,
     read_lines,
+    reference_of,
     requests_for,
     room_for,
 )
+from pipelines.bench.vllm_contender import VllmPool
+from pipelines.config.bench import VLLM, is_vllm
 from pipelines.runtime.console import say
 
 WARM_UP_TOKENS = 8
@@ -72,13 +75,23 @@ class ClientTimes:
 
     `first_token`: for each request, from sending it to the end of the step that produced its first token; `between`: for each
     later token, the time since the token before it. k tokens that one step produces, dt after the previous ones, count as
-    k times dt / k. Tokens of the same step as the first one have no time of their own and are left out.
+    k times dt / k. Tokens of the same step as the first one have no time of their own and are left out. `latest`: when each
+    request got its latest token.
     """
 
     results: dict[str, Result] = field(default_factory=dict)
     seconds: float = 0.0
     first_token: list[float] = field(default_factory=list)
     between: list[float] = field(default_factory=list)
+    latest: dict[str, float] = field(default_factory=dict)
+
+    def add(self, name: str, tokens: int, sent: float, now: float) -> None:
+        """A step that ended at `now` gave `tokens` to the request `name`, which was sent at `sent`."""
+        if name in self.latest:
+            self.between += [(now - self.latest[name]) / tokens] * tokens
+        else:
+            self.first_token.append(now - sent)
+        self.latest[name] = now
 
 
 def read_concurrency(path: Path) -> list[ConcurrencyRow]:
@@ -92,25 +105,29 @@ def check_concurrency(plan: BenchPlan, questions: Sequence[Question]) -> None:
     if not _todo(plan):
         return
     base = plan.base.load(plan.cache)
-    for method in _methods(plan):
+    for method in _own(plan):
         _engine(method, max(plan.concurrency), make_drafter(method, plan, base, measured=False), plan, base, questions)
         _free_memory(base)
 
 
-def measure_concurrency(plan: BenchPlan, questions: Sequence[Question]) -> None:
+def measure_concurrency(plan: BenchPlan, questions: Sequence[Question], vllm: VllmPool | None = None) -> None:
     """Every contender at every level, in turn; what the file already holds is not measured again.
 
-    One engine exists at a time, since a high level may leave no memory for a second one. Each starts without acceptance
-    statistics.
+    One engine of this process exists at a time, since a high level may leave no memory for a second one. Each starts without
+    acceptance statistics.
     """
     if not (todo := _todo(plan)):
         return
     base = plan.base.load(plan.cache)
-    drafters = {method: make_drafter(method, plan, base) for method in _methods(plan)}
+    drafters = {method: make_drafter(method, plan, base) for method in _own(plan)}
     for number, level, method in todo:
         requests = make_requests(questions, plan.concurrency_requests or _default_requests(level), plan)
-        row = ConcurrencyRow(number, level, method, *_measure(_engine(method, level, drafters[method], plan, base, questions),
-                                                       requests, level))
+        if is_vllm(method):
+            assert vllm is not None
+            figures = _measure_vllm(vllm, method, base, requests, level)
+        else:
+            figures = _measure(_engine(method, level, drafters[method], plan, base, questions), requests, level)
+        row = ConcurrencyRow(number, level, method, *figures)
         _free_memory(base)
         append_row(as_path(plan.concurrency_file), row)
         say("bench", f"concurrency {level}, {method}: {row.tokens / row.seconds:.0f} tokens/s")
@@ -133,7 +150,6 @@ def run_closed_loop(engine: Engine, requests: Sequence[Request], level: int,
     """
     source, seen = iter(requests), ClientTimes()
     sent: dict[str, float] = {}
-    latest: dict[str, float] = {}
     began = clock()
     while True:
         while len(sent) - len(seen.results) < level and (request := next(source, None)) is not None:
@@ -148,11 +164,7 @@ def run_closed_loop(engine: Engine, requests: Sequence[Request], level: int,
             if output.result is not None:
                 seen.results[output.id] = output.result
         for name, tokens in new.items():
-            if name in latest:
-                seen.between += [(now - latest[name]) / tokens] * tokens
-            else:
-                seen.first_token.append(now - sent[name])
-            latest[name] = now
+            seen.add(name, tokens, sent[name], now)
     seen.seconds = clock() - began
     return seen
 
@@ -161,16 +173,20 @@ def summarise_concurrency(rows: Sequence[ConcurrencyRow]) -> dict[str, Any]:
     """Level -> method -> figures.
 
     `tokens_per_second`: all rounds pooled; `speed_vs_plain`: its ratio to plain's at the same level in the same round, as the
-    median over rounds, with their `range`; `*_ms`: percentiles of each round, median over rounds; `rows_running`: sequences in
-    an average step; `tokens_per_step`: for one sequence; `identical`: share of answers with the same token ids as plain's.
+    median over rounds, with their `range`; `speed_vs_vllm`: likewise, where vLLM was measured; `*_ms`: percentiles of each
+    round, median over rounds; `rows_running`: sequences in an average step; `tokens_per_step`: for one sequence; `identical`:
+    share of answers with the same token ids as those of `reference_of`.
     """
-    plain = {(row.round, row.level): row for row in rows if row.method == PLAIN}
+    found = {(row.round, row.level, row.method): row for row in rows}
     figures: dict[str, Any] = {}
     for level, method in dict.fromkeys((row.level, row.method) for row in sorted(rows, key=lambda row: row.level)):
         own = [row for row in rows if (row.level, row.method) == (level, method)]
-        pairs = [(row, plain[row.round, level]) for row in own if (row.round, level) in plain]
-        ratios = [(row.tokens / row.seconds) / (other.tokens / other.seconds) for row, other in pairs]
-        equal = [one == another for row, other in pairs for one, another in zip(row.answers, other.answers, strict=True)]
+        pairs = {name: [(row, found[row.round, level, name]) for row in own if (row.round, level, name) in found]
+                 for name in {PLAIN, VLLM, reference_of(method)}}
+        ratios, vs_vllm = ([(row.tokens / row.seconds) / (other.tokens / other.seconds) for row, other in pairs[name]]
+                           for name in (PLAIN, VLLM))
+        equal = [one == another for row, other in pairs[reference_of(method)]
+                 for one, another in zip(row.answers, other.answers, strict=True)]
         steps, row_steps = (sum(getattr(row, name) for row in own) for name in ("steps", "row_steps"))
         later = sum(row.tokens - len(row.answers) for row in own)
         figures.setdefault(str(level), {})[method] = {
@@ -178,6 +194,7 @@ def summarise_concurrency(rows: Sequence[ConcurrencyRow]) -> dict[str, Any]:
             "tokens_per_second": round(sum(row.tokens for row in own) / sum(row.seconds for row in own), 1),
             "speed_vs_plain": round(float(np.median(ratios)), 3) if ratios else None,
             "range": [round(min(ratios), 3), round(max(ratios), 3)] if ratios else None,
+            **({"speed_vs_vllm": round(float(np.median(vs_vllm)), 3)} if vs_vllm else {}),
             **_milliseconds("first_token", [row.first_token for row in own]),
             **_milliseconds("between_tokens", [row.between for row in own if row.between]),
             "rows_running": round(row_steps / steps, 2) if steps else None,
@@ -194,9 +211,14 @@ def _milliseconds(name: str, rounds: Sequence[tuple[float, float]]) -> dict[str,
 
 # -- parts of a measurement --------------------------------------------------------------------------------------------
 
-def _methods(plan: BenchPlan) -> tuple[str, ...]:
+def _own(plan: BenchPlan) -> tuple[str, ...]:
     """Contenders that use the engine."""
-    return tuple(method for method in plan.methods if method not in FOREIGN)
+    return tuple(method for method in plan.methods if not is_foreign(method))
+
+
+def _methods(plan: BenchPlan) -> tuple[str, ...]:
+    """Contenders that take several requests at once: those of the engine, and vLLM's."""
+    return tuple(method for method in plan.methods if not is_foreign(method) or is_vllm(method))
 
 
 def _todo(plan: BenchPlan) -> list[tuple[int, int, str]]:
@@ -240,7 +262,26 @@ def _measure(engine: Engine, requests: Sequence[Request], level: int) -> tuple[A
     results = [seen.results[request.id] for request in requests]
     return (sum(len(result.token_ids) for result in results), seen.seconds, engine.times.steps - before,
             sum(result.steps for result in results), _percentiles(seen.first_token), _percentiles(seen.between),
-            tuple(hashlib.sha256(str(result.token_ids).encode()).hexdigest()[:16] for result in results))
+            tuple(_digest(result.token_ids) for result in results))
+
+
+def _measure_vllm(vllm: VllmPool, method: str, base: Base, requests: Sequence[Request], level: int) -> tuple[Any, ...]:
+    """The same for vLLM, from the times that its process took."""
+    vllm.answer(method, base, [replace(request, max_new_tokens=min(WARM_UP_TOKENS, request.max_new_tokens))
+                               for request in requests[:level]], level)
+    answer, seen, steps, row_steps = vllm.answer(method, base, requests, level), ClientTimes(), 0, 0
+    for now, new in answer["events"]:
+        later = sum(str(number) in seen.latest for number, _ in new)
+        steps, row_steps = steps + bool(later), row_steps + later
+        for number, tokens in new:
+            seen.add(str(number), tokens, answer["sent"][number], now)
+    return (sum(map(len, answer["tokens"])), answer["seconds"], steps, row_steps, _percentiles(seen.first_token),
+            _percentiles(seen.between), tuple(_digest(tokens) for tokens in answer["tokens"]))
+
+
+def _digest(tokens: Sequence[int]) -> str:
+    """Of an answer's token ids."""
+    return hashlib.sha256(str(tuple(tokens)).encode()).hexdigest()[:16]
 
 
 def _percentiles(times: Sequence[float]) -> tuple[float, float] | None:

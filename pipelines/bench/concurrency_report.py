@@ -16,7 +16,10 @@ COLUMNS = ("concurrency", "method", "tokens/s", "vs plain", "range over rounds",
 
 def concurrency_table(load: dict[str, Any]) -> Table:
     """The figures of `summarise_concurrency`, level by level, the fastest method first; no rows where it was not measured."""
-    return Table(COLUMNS, [(level, method, f"{f['tokens_per_second']:.0f}", _cell(f["speed_vs_plain"], 2, "x"),
+    theirs = any("speed_vs_vllm" in f for methods in load.values() for f in methods.values())
+    columns = (*COLUMNS[:4], *(["vs vllm"] if theirs else []), *COLUMNS[4:])
+    return Table(columns, [(level, method, f"{f['tokens_per_second']:.0f}", _cell(f["speed_vs_plain"], 2, "x"),
+                            *([_cell(f.get("speed_vs_vllm"), 2, "x")] if theirs else []),
                             "-" if f["range"] is None else f"{f['range'][0]:.2f} - {f['range'][1]:.2f}",
                             *(f"{_cell(f[f'{name}_p50_ms'], 1)} / {_cell(f[f'{name}_p99_ms'], 1)}"
                               for name in ("first_token", "between_tokens")),

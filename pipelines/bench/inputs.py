@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,14 @@ from pipelines.bench.plan import (
     SWEEP,
     TRANSFORMERS,
     contender,
+    drafts_in_vllm,
     own_heads,
     split_sweep,
     sweep_tree,
 )
+from pipelines.bench.vllm_setup import check_vllm
 from pipelines.config import BenchSection, RunConfig
+from pipelines.config.bench import VLLM, is_vllm
 from pipelines.runtime.artifacts import (
     RunPaths,
     file_digest,
@@ -73,15 +77,27 @@ def find_heads(config: RunConfig) -> dict[str, str]:
 def find_methods(config: RunConfig, heads: dict[str, str]) -> tuple[str, ...]:
     """The contenders, plain decoding first; the champion only if `bench.methods` names it. Raises InputError for a name in
     `bench.methods` that is none."""
-    theirs, llama = ((), ()) if config.bench.temperature else ((TRANSFORMERS, LOOKUP), (LLAMA,))
-    known = (PLAIN, *theirs, NGRAM, *heads, *((COMBINED,) if own_heads(heads) else ()), *llama, SUFFIX)
+    theirs, others = ((), ()) if config.bench.temperature else ((TRANSFORMERS, LOOKUP), (LLAMA, VLLM))
+    in_vllm = tuple(f"{VLLM}+{name}" for name in (NGRAM, *heads)) if others else ()
+    known = (PLAIN, *theirs, NGRAM, *heads, *((COMBINED,) if own_heads(heads) else ()), *others, *in_vllm, SUFFIX)
     asked = tuple(contender(method) if is_bundled(method.partition("@")[0]) else method for method in config.bench.methods)
-    asked = asked or tuple(method for method in known if method not in (LOOKUP, LLAMA, SUFFIX))
+    asked = asked or tuple(method for method in known if method not in (LOOKUP, *others, *in_vllm, SUFFIX))
     for method in asked:
-        if method not in (*known, CHAMPION) and split_sweep(method, heads)[0] not in heads:
+        if method not in (*known, CHAMPION) and _without_number(method, heads) not in (*heads, *in_vllm):
             raise InputError(f"bench.methods: {method!r} is none of {', '.join(known)} (heads must be trained first), "
-                             "nor NAME@N of a trained drafter NAME and a number of nodes N")
+                             "nor NAME@N of a trained drafter NAME and a number N, of nodes or in vLLM of drafted tokens")
+    first = next((place for place, method in enumerate(asked) if is_vllm(method)), None)
+    if first is not None:  # what drafts there is compared with it
+        asked = (*asked[:first], VLLM, *asked[first:])
     return tuple(dict.fromkeys((PLAIN, *asked)))
+
+
+def _without_number(method: str, heads: Mapping[str, str]) -> str:
+    """NAME of a contender `NAME@N`, with N at least 1; else the contender."""
+    if not is_vllm(method):
+        return split_sweep(method, heads)[0]
+    name, count = drafts_in_vllm(method, heads)
+    return f"{VLLM}+{name}" if name and count else method
 
 
 def with_champion(config: RunConfig, heads: dict[str, str],
@@ -94,13 +110,19 @@ def with_champion(config: RunConfig, heads: dict[str, str],
 
 
 def check_contenders(config: RunConfig, methods: tuple[str, ...], heads: dict[str, str]) -> None:
-    """Raise InputError, before anything runs, unless llama.cpp is installed where it is asked for and every checkpoint loads
-    on this base."""
+    """Raise InputError, before anything runs, unless llama.cpp and vLLM can run where they are asked for and every checkpoint
+    loads on this base."""
     if LLAMA in methods:
         check_llama(config.base.model)
-    for name, nodes in (split_sweep(method, heads) for method in methods):
+    for name, nodes in (split_sweep(method, heads) for method in methods if not is_vllm(method)):
         if nodes is not None:
             sweep_tree(as_path(heads[name]), nodes)
+    check_heads(config, heads)
+    check_vllm(config, methods, heads)
+
+
+def check_heads(config: RunConfig, heads: Mapping[str, str]) -> None:
+    """Raise InputError unless every checkpoint loads on this base."""
     if not heads:
         return
     vocabulary = load_vocabulary(config.base.model, dtype=config.base.dtype, cache=RunPaths.of(config).cache)
@@ -162,11 +184,15 @@ def fingerprints(config: RunConfig, heads: dict[str, str], champion: dict[str, A
     return {bench_fingerprint(config, heads, device, digest) for device in (None, config.base.device)}
 
 
+LATER = (("shared_answers", 0), ("prefix_cache_tokens", 0), ("vllm_python", None), ("vllm_settings", {}))
+"""Settings that came later, with the value that all benches before them had."""
+
+
 def _recorded_settings(section: BenchSection) -> dict[str, Any]:
     """Without `champion`: what counts is which one took part; and without what is left at the default that all earlier versions
     had."""
     values = {name: value for name, value in recorded_settings(section).items()
-              if name != "champion" and (name, value) not in (("shared_answers", 0), ("prefix_cache_tokens", 0))}
+              if name != "champion" and (name, value) not in LATER}
     return values | {"heads": EARLIER if values["heads"] == BUNDLED else values["heads"],
                      "methods": tuple(re.sub(rf"^{BUNDLED}(?=@|$)", EARLIER, method) for method in values["methods"])}
 

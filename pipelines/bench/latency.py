@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,9 @@ from hydra_core.tree import TreeSet
 from pipelines.bench.concurrency import check_concurrency, measure_concurrency
 from pipelines.bench.hf_transformers import single_contender, synchronize
 from pipelines.bench.llama_cpp import llama_contender
-from pipelines.bench.losslessness import check_differences, check_losslessness
+from pipelines.bench.losslessness import check_differences, check_losslessness, check_vllm_losslessness
 from pipelines.bench.memory import PeakMemory
 from pipelines.bench.plan import (
-    FOREIGN,
     LLAMA,
     LOOKUP,
     PLAIN,
@@ -34,11 +34,14 @@ from pipelines.bench.plan import (
     Question,
     Row,
     append_row,
+    is_foreign,
     make_drafter,
     read_rows,
 )
 from pipelines.bench.questions import prompt_of, room_for_turns, turns_of
 from pipelines.bench.throughput import measure_batches
+from pipelines.bench.vllm_contender import VllmPool
+from pipelines.config.bench import is_vllm
 from pipelines.profiling.cost_cache import fingerprint_of_machine, machine_costs
 from pipelines.runtime.console import Progress, say
 from pipelines.runtime.files import write_text
@@ -57,19 +60,21 @@ def measure(plan: BenchPlan, questions: list[Question]) -> None:
     speak()
     torch.set_num_threads(plan.threads)
     check_concurrency(plan, questions)
-    if plan.single:
-        measure_single(plan, questions)
-    check_differences(plan, questions, read_rows(as_path(plan.rows_file)))
-    check_losslessness(plan, questions)
-    measure_batches(plan, questions)
-    measure_concurrency(plan, questions)
+    with VllmPool(plan, questions) as vllm:
+        if plan.single:
+            measure_single(plan, questions, vllm)
+        check_differences(plan, questions, read_rows(as_path(plan.rows_file)))
+        check_losslessness(plan, questions)
+        check_vllm_losslessness(plan, questions)
+        measure_batches(plan, questions, vllm)
+        measure_concurrency(plan, questions, vllm)
 
 
-def measure_single(plan: BenchPlan, questions: list[Question]) -> None:
+def measure_single(plan: BenchPlan, questions: list[Question], vllm: VllmPool | None = None) -> None:
     """One request at a time: question by question, turn by turn, every contender on the same context.
 
     Rows that the file already holds are not measured again; the context of a later turn is built from plain's answers there.
-    Rows of another machine are measured again.
+    Rows of another machine are measured again. `vllm`: where the plan has contenders of vLLM.
     """
     path = as_path(plan.rows_file)
     done = _measured(path)
@@ -81,7 +86,7 @@ def measure_single(plan: BenchPlan, questions: list[Question]) -> None:
         todo = _missing(plan, questions, done)
     base = plan.base.load(plan.cache)
     room = room_for_turns(base, plan.max_new_tokens, questions)
-    contenders = make_contenders(plan, base, room)
+    contenders = make_contenders(plan, base, room, vllm)
     for run in contenders.values():
         run(questions[0].prompt_ids, min(WARM_UP_TOKENS, plan.max_new_tokens))
     measured_round: int | None = None
@@ -148,13 +153,16 @@ def _drop_rows_of_another_machine(path: Path, machine: dict[str, Any]) -> bool:
 
 # -- contenders --------------------------------------------------------------------------------------------------------
 
-def make_contenders(plan: BenchPlan, base: Base, room: int) -> dict[str, Contender]:
-    """Every contender of the plan, with caches for `room` tokens of prompt and answer."""
+def make_contenders(plan: BenchPlan, base: Base, room: int, vllm: VllmPool | None = None) -> dict[str, Contender]:
+    """Every contender of the plan, with caches for `room` tokens of prompt and answer. `vllm`: where the plan has vLLM's."""
     made: dict[str, Contender] = {}
     for method in plan.methods:
         if method == LLAMA:
             made[method] = llama_contender(plan, base, room)
-        elif method in FOREIGN:
+        elif is_vllm(method):
+            assert vllm is not None
+            made[method] = partial(vllm.alone, method, base)
+        elif is_foreign(method):
             made[method] = single_contender(plan, base, plan.ngram[2] if method == LOOKUP else None)
         else:
             drafter, trees = make_drafter(method, plan, base)

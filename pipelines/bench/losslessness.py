@@ -21,19 +21,22 @@ from hydra_core.decoding.memory import free_bytes
 from hydra_core.sampling import Request
 from hydra_core.storage import as_path
 from pipelines.bench.plan import (
-    FOREIGN,
     PLAIN,
     BenchPlan,
     Question,
     Row,
     append_row,
+    is_foreign,
     read_lines,
+    reference_of,
     requests_for,
     room_for,
     split_sweep,
 )
 from pipelines.bench.plan import make_drafter as drafter_of
 from pipelines.bench.questions import prompt_of
+from pipelines.bench.vllm_contender import VllmPool
+from pipelines.config.bench import VLLM, is_vllm
 from pipelines.runtime.console import say
 from pipelines.runtime.files import write_text
 from pipelines.sizing.base import shape_of
@@ -50,8 +53,8 @@ class LosslessnessRow:
     """The verdict on one answer.
 
     `dtype`: the weight format; `rows`: size of the batch in which the answer was decoded and compared with the naive loop, 0
-    for a timed answer, which is compared with plain's; `index`, `gap`: position of the first difference, and its size in
-    logits; `turn`: of the question, from 0.
+    for a timed answer, which is compared with plain's; what drafts in vLLM is compared with vLLM's own plain answers in both
+    cases; `index`, `gap`: position of the first difference, and its size in logits; `turn`: of the question, from 0.
     """
 
     question: str
@@ -69,24 +72,25 @@ def read_losslessness(path: Path) -> list[LosslessnessRow]:
 
 
 def check_differences(plan: BenchPlan, questions: list[Question], rows: list[Row]) -> None:
-    """Give a verdict on every timed answer that differs from plain decoding's in the run's weight format; once where several
-    rounds differ."""
+    """Give a verdict on every timed answer that differs from plain decoding's, or vLLM's (`reference_of`), in the run's weight
+    format; once where several rounds differ."""
     if plan.temperature:
         return
     path = as_path(plan.losslessness_file)
     done = {(row.question, row.turn, row.method) for row in read_losslessness(path)
             if row.dtype == plan.base.dtype and row.rows == 0}
     asked = {question.id: question for question in questions}
-    plain = {(row.round, row.question, row.turn): row.token_ids for row in rows if row.method == PLAIN}
+    known = {(row.method, row.round, row.question, row.turn): row.token_ids for row in rows if row.method in (PLAIN, VLLM)}
     bases: tuple[Base, Base | None] | None = None
     for row in rows:
         key = (row.question, row.turn, row.method)
-        if row.method == PLAIN or key in done or row.token_ids == plain[row.round, row.question, row.turn]:
+        reference = known[reference_of(row.method), row.round, row.question, row.turn]
+        if key in done or row.token_ids == reference:
             continue
         base, exact = bases = bases or (plan.base.load(plan.cache), _exact(plan, plan.base.dtype))
-        before = [plain[row.round, row.question, turn] for turn in range(row.turn)]
+        before = [known[PLAIN, row.round, row.question, turn] for turn in range(row.turn)]
         prompt = prompt_of(asked[row.question], before, base, base.context_limit)
-        found = compare(base, prompt, plain[row.round, row.question, row.turn], row.token_ids, exact)
+        found = compare(base, prompt, reference, row.token_ids, exact)
         append_row(path, LosslessnessRow(row.question, row.method, plan.base.dtype, 0, found.verdict, found.index, found.gap,
                                      row.turn))
         done.add(key)
@@ -95,13 +99,24 @@ def check_differences(plan: BenchPlan, questions: list[Question], rows: list[Row
 def check_losslessness(plan: BenchPlan, questions: list[Question]) -> None:
     """Compare each engine contender with the naive loop: greedy, in every format of the plan, alone and in a batch with
     staggered arrivals. Where losslessness is shown in the base's own format, that one is taken in place of fp32."""
+    for dtype in _formats(plan):
+        _check_format(plan, questions, dtype)
+
+
+def check_vllm_losslessness(plan: BenchPlan, questions: list[Question]) -> None:
+    """Compare what drafts in vLLM with vLLM alone, in the same formats, alone and in a batch. One vLLM is there at a time."""
+    for dtype in _formats(plan):
+        _check_vllm_format(plan, questions, dtype)
+
+
+def _formats(plan: BenchPlan) -> tuple[str, ...]:
+    """Weight formats in which losslessness is checked; none where it is not."""
     if not plan.identity_prompts:
-        return
+        return ()
     proof, own = proof_of(plan), plan.base.dtype
     alone = proof["format"] == own and (quantisation(plan.base.model, cache=Path(plan.cache)) or own == LOSSY)
     formats = (own,) if alone else tuple(proof["format"] if dtype == "fp32" else dtype for dtype in plan.identity_formats)
-    for dtype in dict.fromkeys(formats):
-        _check_format(plan, questions, dtype)
+    return tuple(dict.fromkeys(formats))
 
 
 def proof_of(plan: BenchPlan) -> dict[str, str]:
@@ -143,12 +158,10 @@ def _why_own_format(plan: BenchPlan) -> str | None:
 
 def _check_format(plan: BenchPlan, questions: list[Question], dtype: str) -> None:
     path = as_path(plan.losslessness_file)
-    done = {(row.question, row.method, row.rows) for row in read_losslessness(path) if row.dtype == dtype and row.rows}
-    methods = [method for method in plan.methods if method not in FOREIGN and split_sweep(method, plan.heads)[1] is None]
-    batches = [1] + [plan.identity_batch] * (plan.identity_batch > 1)
+    done = _done(path, dtype)
+    methods = [method for method in plan.methods if not is_foreign(method) and split_sweep(method, plan.heads)[1] is None]
     chosen = questions[:plan.identity_prompts]
-    todo = [(method, rows) for rows in batches for method in methods
-            if any((question.id, method, rows) not in done for question in chosen)]
+    todo = _todo(plan, chosen, methods, done)
     if not todo:
         return
     base = plan.base.load(plan.cache, dtype=dtype)
@@ -172,6 +185,47 @@ def _check_format(plan: BenchPlan, questions: list[Question], dtype: str) -> Non
             append_row(path, LosslessnessRow(request_id, method, dtype, rows, found.verdict, found.index, found.gap))
         say("bench", f"{dtype} losslessness, {method}, batch of {rows}: {len(requests) - differing} of {len(requests)} answers "
                      "are identical")
+
+
+def _done(path: Path, dtype: str) -> set[tuple[str, str, int]]:
+    """Question, contender and batch of the verdicts in this format."""
+    return {(row.question, row.method, row.rows) for row in read_losslessness(path) if row.dtype == dtype and row.rows}
+
+
+def _todo(plan: BenchPlan, chosen: list[Question], methods: list[str],
+          done: set[tuple[str, str, int]]) -> list[tuple[str, int]]:
+    """Contenders and sizes of batches that lack a verdict."""
+    batches = [1] + [plan.identity_batch] * (plan.identity_batch > 1)
+    return [(method, rows) for rows in batches for method in methods
+            if any((question.id, method, rows) not in done for question in chosen)]
+
+
+def _check_vllm_format(plan: BenchPlan, questions: list[Question], dtype: str) -> None:
+    path = as_path(plan.losslessness_file)
+    done, chosen = _done(path, dtype), questions[:plan.identity_prompts]
+    todo = _todo(plan, chosen, [method for method in plan.methods if is_vllm(method) and method != VLLM], done)
+    if not todo or dtype == "int4":  # which vLLM does not read
+        return
+    base = plan.base.load(plan.cache, dtype=dtype)
+    requests = requests_for(chosen, plan.max_new_tokens)
+    answers: dict[tuple[str, int], list[tuple[int, ...]]] = {}
+    for method in dict.fromkeys((VLLM, *(method for method, _ in todo))):
+        with VllmPool(plan, questions, dtype) as vllm:
+            for rows in dict.fromkeys(rows for name, rows in todo if method in (VLLM, name)):
+                found = vllm.answer(method, base, requests, rows)["tokens"]
+                answers[method, rows] = [tuple(tokens) for tokens in found]
+    exact: Base | None = None
+    for method, rows in todo:
+        pairs = list(zip(requests, answers[VLLM, rows], answers[method, rows], strict=True))
+        for request, reference, answer in pairs:
+            if (request.id, method, rows) in done:
+                continue
+            if answer != reference:
+                exact = exact or _exact(plan, dtype)
+            verdict = compare(base, request.prompt_ids, reference, answer, exact)
+            append_row(path, LosslessnessRow(request.id, method, dtype, rows, verdict.verdict, verdict.index, verdict.gap))
+        same = sum(answer == reference for _, reference, answer in pairs)
+        say("bench", f"{dtype} losslessness, {method}, batch of {rows}: {same} of {len(requests)} answers are vLLM's own")
 
 
 def _answers(engine: Engine, requests: list[Request], rows: int) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -56,7 +56,7 @@ def memory_markdown(memory: dict[str, Any]) -> str:
     if not memory:
         return ""
     lines = [f"Peak resident memory: {memory['resident_peak_bytes'] / 2**30:.2f} GiB, for the one process and the one copy of "
-             "the base that all contenders share."]
+             "the base that all contenders share, vLLM's apart."]
     lines += [f"Peak GPU memory while {method} decoded, including what the others hold: {peak / 2**30:.2f} GiB."
               for method, peak in memory.get("cuda_peak_bytes", {}).items()]
     return "\n" + "\n\n".join(lines) + "\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from hydra_core.storage import as_path
 from hydra_core.tree import TreeSet
 from hydra_core.tree.costs import unmeasured_costs
 from pipelines.config import BaseSection
-from pipelines.config.bench import SHARED_ANSWERS
+from pipelines.config.bench import SHARED_ANSWERS, VLLM, is_vllm
 from pipelines.profiling.cost_cache import machine_costs
 from pipelines.runtime.files import append_line
 from pipelines.serve.messages import AppArgs
@@ -41,9 +41,11 @@ LLAMA = "llama.cpp"
 NO_CONFIGURATION = (SUFFIX,)
 """Contenders that no configuration stands for: what they draft from is kept by an endpoint, whatever decodes there."""
 FOREIGN = (TRANSFORMERS, LOOKUP, LLAMA)
-"""Contenders that are not this project's engine."""
+"""Contenders that are not this project's engine, besides vLLM's: see `is_foreign`."""
 SWEEP = "sweep.json"
 """Beside a checkpoint's `tree.json`: trees of other sizes, which the contenders `NAME@N` draft with."""
+LIMITS = (16, 400)
+"""The ragged workload of a batch draws each answer's maximum of new tokens between these."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,8 @@ class BenchPlan:
     champion: str | None = None
     shared_answers: int = 0
     prefix_cache_tokens: int = 0
+    vllm_python: str | None = None
+    vllm_settings: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for a report."""
@@ -157,6 +161,31 @@ def contender(name: str) -> str:
 def append_row(path: Path, row: Any) -> None:
     """Append a record as one line; it is on the disk when this returns."""
     append_line(path, json.dumps(asdict(row)).encode())
+
+
+def is_foreign(method: str) -> bool:
+    """Whether a contender is not this project's engine: it is timed and reported, and never promoted."""
+    return method in FOREIGN or is_vllm(method)
+
+
+def reference_of(method: str) -> str:
+    """The contender whose answers those of `method` should equal: vLLM's own plain decoding for what drafts in vLLM, whose
+    kernels sum in another order than ours, else plain."""
+    return VLLM if is_vllm(method) and method != VLLM else PLAIN
+
+
+def drafts_in_vllm(method: str, heads: Mapping[str, str]) -> tuple[str | None, int | None]:
+    """What the vLLM contender `method` drafts with, `ngram` or one of `heads`, None for vLLM alone; and for `vllm+NAME@N` the
+    most drafted tokens N."""
+    name = method.partition("+")[2]
+    before, found, count = name.rpartition("@")
+    return (before, int(count)) if found and name not in heads and count.isdecimal() else (name or None, None)
+
+
+def heads_name(method: str, heads: Mapping[str, str]) -> str | None:
+    """The heads that a contender drafts with, if it does with any of its own."""
+    name = drafts_in_vllm(method, heads)[0] if is_vllm(method) else split_sweep(method, heads)[0]
+    return name if name in heads else None
 
 
 def make_drafter(method: str, plan: BenchPlan, base: Base, *, measured: bool = True) -> tuple[Drafter | None, TreeSet | None]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from hydra_core.storage import as_path
 from pipelines.bench.concurrency_report import concurrency_metrics
-from pipelines.bench.plan import COMBINED, FOREIGN, BenchPlan, combined_heads, own_heads
+from pipelines.bench.plan import COMBINED, BenchPlan, combined_heads, is_foreign, own_heads
 from pipelines.bench.report import category_markdown, method_table, metrics_of
 from pipelines.bench.results import bench_label
 from pipelines.config import RunConfig
@@ -42,7 +42,7 @@ def fastest(figures: dict[str, Any]) -> str | None:
     """The contender of this project's engine that is fastest against plain decoding, or plain decoding itself; None where no
     single request was timed."""
     timed = {name: values["speed_vs_plain"] for name, values in figures.items()
-             if values["speed_vs_plain"] and values["tokens_per_step"] and name not in FOREIGN}
+             if values["speed_vs_plain"] and values["tokens_per_step"] and not is_foreign(name)}
     return max(timed, key=lambda name: timed[name], default=None)
 
 

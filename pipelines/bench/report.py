@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from pipelines.bench.losslessness import LosslessnessRow
-from pipelines.bench.plan import PLAIN, TRANSFORMERS, BenchPlan, Row
+from pipelines.bench.plan import PLAIN, TRANSFORMERS, BenchPlan, Row, reference_of
 from pipelines.bench.step_breakdown import by_speed, step_figures
+from pipelines.config.bench import VLLM
 from pipelines.runtime.tables import Table
 
 RESAMPLES = 2000
@@ -23,14 +24,15 @@ def summarise(rows: list[Row], identity: list[LosslessnessRow], champion: str | 
     `spread`: 95 % interval of `speed_vs_plain` over resampled questions (bootstrap); `questions`: how many they are;
     `questions_faster`: those with more tokens/s than plain's; `speed_at_plain_steps`: the speed against plain that the steps
     taken explain, see `_at_plain_steps`; `vs_champion`: the same figures against `champion`, the contender that is the
-    registry's champion, without one None. `identical`: share of answers, of all
+    registry's champion, without one None; `vs_vllm`: the same against vLLM alone. `identical`: share of answers, of all
     turns, with the same token ids as plain's; `differing`: the verdicts on the others; `fp32`: verdicts against the naive
-    loop, `naive`: the same in every format that was checked; `categories`: tokens per step and ratios of each. And the
-    figures of `step_figures`.
+    loop, `naive`: the same in every format that was checked; what drafts in vLLM is compared with vLLM alone in all three;
+    `categories`: tokens per step and ratios of each. And the figures of `step_figures`.
     """
     methods = list(dict.fromkeys(row.method for row in (*rows, *identity)))
     by = {method: [row for row in rows if row.method == method] for method in methods}
-    plain_answers = {(row.round, row.question, row.turn): row.token_ids for row in by.get(PLAIN, [])}
+    answers = {(row.method, row.round, row.question, row.turn): row.token_ids
+               for name in (PLAIN, VLLM) for row in by.get(name, [])}
     figures = {}
     for method in methods:
         own = by[method]
@@ -47,10 +49,11 @@ def summarise(rows: list[Row], identity: list[LosslessnessRow], champion: str | 
             **_questions(own, by.get(PLAIN, [])),
             "speed_at_plain_steps": _at_plain_steps(own, by.get(PLAIN, [])),
             "vs_champion": _against(own, by[champion]) if champion in by else None,
+            **({"vs_vllm": _against(own, by[VLLM])} if VLLM in by else {}),
             "rounds": [_ratio([row for row in own if row.round == number],
                               [row for row in by.get(PLAIN, []) if row.round == number])
                        for number in sorted({row.round for row in own})],
-            "identical": _round(_share(plain_answers.get((row.round, row.question, row.turn)) == row.token_ids
+            "identical": _round(_share(answers.get((reference_of(method), row.round, row.question, row.turn)) == row.token_ids
                                        for row in own)),
             **step_figures(own),
             "differing": _verdicts([row for row in identity if row.rows == 0], method),
@@ -116,9 +119,9 @@ def _questions(rows: list[Row], against: list[Row]) -> dict[str, int]:
     return {"questions": len(shared), "questions_faster": sum(ours[question] > theirs[question] for question in shared)}
 
 
-def _against(rows: list[Row], champion: list[Row]) -> dict[str, Any]:
-    """Speed against the champion: ratio, 95 % interval over resampled questions, and how many questions were faster."""
-    return {"speed": _ratio(rows, champion), "spread": _spread(rows, champion), **_questions(rows, champion)}
+def _against(rows: list[Row], other: list[Row]) -> dict[str, Any]:
+    """Speed against another contender: ratio, 95 % interval over resampled questions, and how many questions were faster."""
+    return {"speed": _ratio(rows, other), "spread": _spread(rows, other), **_questions(rows, other)}
 
 
 def _at_plain_steps(rows: list[Row], plain: list[Row]) -> float | None:
@@ -166,6 +169,8 @@ def _round(value: float | None, digits: int = 3) -> float | None:
     return None if value is None else round(value, digits)
 
 
+AGAINST = {"vs champion": "vs_champion", "vs vllm": "vs_vllm"}
+"""Column -> figures of `_against`, where they are there."""
 COLUMNS = ("method", "tokens/step", "vs plain", "95 % interval", "decode only", "vs transformers", "identical (bf16)")
 
 
@@ -181,12 +186,12 @@ def method_table(figures: dict[str, Any], title: str, dtype: str) -> Table:
     ordered = [(name, figures[name]) for name in by_speed(figures)]
     own = not any(f["fp32"] for f in figures.values()) and any(dtype in f["naive"] for f in figures.values())
     proof = dtype if own else "fp32"
-    compared = any(f.get("vs_champion") for f in figures.values())
+    compared = {label: key for label, key in AGAINST.items() if any(f.get(key) for f in figures.values())}
     columns = [column.replace("bf16", dtype) for column in COLUMNS]
-    return Table([*columns[:4], *(["vs champion"] if compared else []), *columns[4:], f"{proof} lossless"],
+    return Table([*columns[:4], *compared, *columns[4:], f"{proof} lossless"],
                  [(name, _cell(f["tokens_per_step"], 2), _cell(f["speed_vs_plain"], 2, "x"),
                    "-" if f["spread"] is None else f"{f['spread'][0]:.2f} - {f['spread'][1]:.2f}",
-                   *([_champion_cell(f["vs_champion"])] if compared else []),
+                   *(_against_cell(f.get(key)) for key in compared.values()),
                    _cell(f["decode_speed_vs_plain"], 2, "x"), _cell(f["speed_vs_transformers"], 2, "x"),
                    _identical_cell(f), _losslessness_cell(f["naive"].get(dtype) if own else f["fp32"])) for name, f in ordered],
                  title)
@@ -196,8 +201,10 @@ def _cell(value: float | None, digits: int, unit: str = "") -> str:
     return "-" if value is None else f"{value:.{digits}f}{unit}"
 
 
-def _champion_cell(found: dict[str, Any]) -> str:
-    """Speed against the champion and its 95 % interval."""
+def _against_cell(found: dict[str, Any] | None) -> str:
+    """Speed against another contender and its 95 % interval."""
+    if found is None:
+        return "-"
     spread = found["spread"]
     return _cell(found["speed"], 2, "x") + (f" ({spread[0]:.2f} - {spread[1]:.2f})" if spread else "")
 

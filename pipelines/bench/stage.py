@@ -30,7 +30,7 @@ from pipelines.bench.inputs import (
 from pipelines.bench.latency import measure
 from pipelines.bench.losslessness import PROOF, read_losslessness, read_proof
 from pipelines.bench.memory import memory_markdown, read_memory
-from pipelines.bench.plan import CHAMPION, COMBINED, BenchPlan, Question, read_rows, split_sweep
+from pipelines.bench.plan import CHAMPION, COMBINED, BenchPlan, Question, heads_name, read_rows
 from pipelines.bench.plots import draw
 from pipelines.bench.questions import load_questions
 from pipelines.bench.recorded import record_bench
@@ -66,7 +66,7 @@ def run_bench(config: RunConfig) -> StageResult:
     """
     known = find_heads(config)
     methods, champion = with_champion(config, known, find_methods(config, known))
-    asked = {split_sweep(method, known)[0] for method in methods}
+    asked = {heads_name(method, known) for method in methods}
     heads = known if COMBINED in methods else {name: folder for name, folder in known.items() if name in asked}
     tracker = Tracker.open(config)
     timed = champion if champion is not None and champion.method == CHAMPION else None
@@ -138,7 +138,7 @@ def _plan(config: RunConfig, folder: Path, methods: tuple[str, ...], heads: dict
         batch_limits=bench.batch_limits, batch_app=resolve_args(config) if bench.batch_job else None,
         concurrency=bench.concurrency, concurrency_requests=bench.concurrency_requests, temperature=bench.temperature,
         shared_noise=bench.shared_noise, threads=bench.threads, shared_answers=bench.shared_answers,
-        prefix_cache_tokens=bench.prefix_cache_tokens)
+        prefix_cache_tokens=bench.prefix_cache_tokens, vllm_python=bench.vllm_python, vllm_settings=bench.vllm_settings)
 
 
 def _write_report(config: RunConfig, folder: Path, found: dict[str, Any], plan: BenchPlan) -> list[Path]:

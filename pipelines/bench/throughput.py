@@ -21,6 +21,7 @@ from pipelines.batch.worker import BatchSettings, BatchWorker
 from pipelines.batch.writer import BATCH, Output, deduplicate
 from pipelines.bench.hf_transformers import batch_contender
 from pipelines.bench.plan import (
+    LIMITS,
     LLAMA,
     LOOKUP,
     TRANSFORMERS,
@@ -32,14 +33,14 @@ from pipelines.bench.plan import (
     requests_for,
     room_for,
 )
+from pipelines.bench.vllm_contender import VllmPool
+from pipelines.config.bench import is_vllm
 from pipelines.profiling.cost_cache import machine_costs
 from pipelines.runtime.console import say
 from pipelines.serve.messages import AppArgs
 
 ENGINE, BATCH_JOB = "engine", "batch"
 """The engine of `batch` called directly, and the `batch` job itself: rows from and to files, one engine in the process."""
-LIMITS = (16, 400)
-"""The ragged workload draws each answer's maximum of new tokens between these."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def read_batches(path: Path) -> list[BatchRow]:
     return [BatchRow(**values) for values in read_lines(path)]
 
 
-def measure_batches(plan: BenchPlan, questions: list[Question]) -> None:
+def measure_batches(plan: BenchPlan, questions: list[Question], vllm: VllmPool | None = None) -> None:
     """Every contender on both workloads, in turn; what the file already holds is not measured again."""
     chosen, methods = questions[:plan.batch_prompts], tuple(method for method in plan.methods if method not in (LOOKUP, LLAMA))
     if not chosen:
@@ -71,7 +72,7 @@ def measure_batches(plan: BenchPlan, questions: list[Question]) -> None:
     if not todo:
         return
     base = plan.base.load(plan.cache)
-    contenders = {method: _contender(method, plan, base, chosen) for method in methods}
+    contenders = {method: _contender(method, plan, base, chosen, vllm) for method in methods}
     contenders |= {} if plan.batch_app is None else _batch_contenders(plan, plan.batch_app, base, chosen)
     for run in contenders.values():
         run(requests_for(chosen[:plan.max_batch_size], 4))
@@ -98,9 +99,13 @@ def _turned(methods: tuple[str, ...], number: int) -> tuple[str, ...]:
     return methods[shift:] + methods[:shift]
 
 
-def _contender(method: str, plan: BenchPlan, base: Base, questions: list[Question]) -> Callable[[list[Request]], int]:
+def _contender(method: str, plan: BenchPlan, base: Base, questions: list[Question],
+               vllm: VllmPool | None) -> Callable[[list[Request]], int]:
     if method == TRANSFORMERS:
         return batch_contender(plan, base)
+    if is_vllm(method):
+        assert vllm is not None
+        return partial(vllm.batch, method, base)
     limit = room_for(base, max(plan.max_new_tokens, LIMITS[1]), questions)
     engine = Engine(base, *make_drafter(method, plan, base), max_batch_size=plan.max_batch_size, context_limit=limit)
     return partial(_as_engine, engine)

@@ -10,7 +10,7 @@ import html
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pipelines.bench.plan import FOREIGN, PLAIN
+from pipelines.bench.plan import PLAIN, is_foreign
 from pipelines.compare.paired import SPEED
 from pipelines.compare.records import Comparison, Curve, Interval, MethodResult, MethodRow
 
@@ -139,7 +139,7 @@ def _categories(comparison: Comparison, field: str, what: str) -> Figure | None:
 
     figure = _figure(380, "", what)
     for place, label in enumerate(comparison.labels):
-        own = [(row.method, one) for row in comparison.methods if row.method != PLAIN and row.method not in FOREIGN
+        own = [(row.method, one) for row in comparison.methods if row.method != PLAIN and not is_foreign(row.method)
                and (one := row.results[place]) is not None and one.categories and len(one.categories) > 1]
         if not own:
             continue

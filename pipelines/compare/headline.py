@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipelines.bench.plan import FOREIGN, PLAIN
+from pipelines.bench.plan import PLAIN, is_foreign
 from pipelines.compare.paired import SPEED, paired_name
 from pipelines.compare.records import ComparedRun, FigureTable, MethodRow, PairedResult
 
@@ -34,7 +34,7 @@ def headline(stage: str, runs: Sequence[ComparedRun], methods: Sequence[MethodRo
 def fastest_contender(methods: Sequence[MethodRow], place: int) -> str | None:
     """The fastest contender of one bench that is this project's own and drafts."""
     speeds = {row.method: result.speed_vs_plain for row in methods
-              if row.method != PLAIN and row.method not in FOREIGN and (result := row.results[place]) and result.speed_vs_plain}
+              if row.method != PLAIN and not is_foreign(row.method) and (result := row.results[place]) and result.speed_vs_plain}
     return max(speeds, key=lambda name: speeds[name] or 0.0, default=None)
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from pipelines.bench.plan import FOREIGN, PLAIN, Row
+from pipelines.bench.plan import PLAIN, Row, is_foreign
 from pipelines.compare.records import PairedResult
 
 RESAMPLES = 10000
@@ -28,7 +28,7 @@ def paired_results(first: str, second: str, rows: tuple[Sequence[Row], Sequence[
 
     `first`, `second`: labels; `rows`: of each bench. The p-values are not adjusted yet, see `adjusted`.
     """
-    names = [dict.fromkeys(row.method for row in own if row.method != PLAIN and row.method not in FOREIGN) for own in rows]
+    names = [dict.fromkeys(row.method for row in own if row.method != PLAIN and not is_foreign(row.method)) for own in rows]
     pairs = [(name, name) for name in names[0] if name in names[1]]
     one, other = fastest
     if one is not None and other is not None and one != other and one in names[0] and other in names[1]:

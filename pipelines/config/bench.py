@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -10,6 +10,13 @@ from pipelines.config.section import Section, Size
 
 SHARED_ANSWERS = 2**18
 """Tokens of earlier answers that the contender `suffix` keeps by default."""
+VLLM = "vllm"
+"""vLLM without drafts; `vllm+NAME` drafts there with its own n-gram lookup (NAME `ngram`) or with heads."""
+
+
+def is_vllm(method: str) -> bool:
+    """Whether a contender of `bench` is vLLM."""
+    return method == VLLM or method.startswith(f"{VLLM}+")
 
 
 class BenchSection(Section):
@@ -26,7 +33,12 @@ class BenchSection(Section):
     methods: tuple[str, ...] = Field(
         (), description="contenders besides plain; empty: transformers, ngram, every drafter found and combined. More: "
                         "transformers-lookup; llama.cpp (a GGUF base, and llama-cpp-python); suffix, drafts from the text and "
-                        "from earlier answers; NAME@N, a drafter NAME with the best fixed tree of at most N nodes")
+                        "from earlier answers; NAME@N, a drafter NAME with the best fixed tree of at most N nodes; vllm, "
+                        "vllm+ngram and vllm+NAME, in a process of its own; vllm+NAME@N: at most N drafted tokens")
+    vllm_python: str | None = Field(None, description="path of the Python that runs vLLM, of an environment that has it and this "
+                                                      "project; default: the one that runs the stage")
+    vllm_settings: dict[str, Any] = Field(
+        {}, description="further arguments of vLLM's `LLM`, as {enforce_eager: true} or {tensor_parallel_size: 2}")
     shared_answers: int = Field(
         0, ge=0, description="tokens of earlier answers of the same round that ngram, combined and bundled draft from too, as "
                              f"with serve.shared_answers; 0: none, and {SHARED_ANSWERS} for the contender `suffix`")
@@ -53,9 +65,10 @@ class BenchSection(Section):
         (), description="levels of closed-loop load, in requests in flight, as [1,4,16,64]; empty: not measured")
     concurrency_requests: int = Field(
         0, ge=0, description="requests sent at each level; 0: four times the level, and at least 16")
-    temperature: float = Field(0.0, ge=0, description="sampling temperature; above 0 transformers is left out")
+    temperature: float = Field(0.0, ge=0, description="sampling temperature; above 0 transformers and vLLM are left "
+                                                         "out")
     shared_noise: bool = Field(True, description="rank drafts with the same noise as the draws: more of them are accepted")
-    threads: int = Field(2, ge=1, description="torch threads")
+    threads: int = Field(2, ge=1, description="torch threads, and cores of vLLM on a CPU")
 
     @model_validator(mode="after")
     def _concurrency_is_reached(self) -> BenchSection:

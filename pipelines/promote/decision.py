@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hydra_core.errors import InputError
-from pipelines.bench.plan import FOREIGN, NO_CONFIGURATION, PLAIN
+from pipelines.bench.plan import NO_CONFIGURATION, PLAIN, is_foreign
 from pipelines.config import PromoteSection
 from pipelines.promote.gates import GAIN, LOSSLESS, OVER_CHAMPION, Judgement, judge, judgement
 
@@ -67,7 +67,7 @@ def decide(methods: Mapping[str, Any], settings: PromoteSection, *, proof: str =
         methods = {name: {**figures, "vs_champion": None} for name, figures in methods.items()}
     judged = {name: judge(name, figures, settings, proof, (sizes or {}).get(name),
                           "is the champion" if champion and name == champion.method else unasked)
-              for name, figures in methods.items() if name not in (PLAIN, *FOREIGN, *NO_CONFIGURATION)}
+              for name, figures in methods.items() if name not in (PLAIN, *NO_CONFIGURATION) and not is_foreign(name)}
     rows = tuple(sorted((*judged.values(), judgement(PLAIN, methods[PLAIN])), key=lambda one: -(one.speed_vs_plain or 0.0)))
     sure = {name: one for name, one in judged.items() if one.speed_vs_plain and one.holds(GAIN, OVER_CHAMPION)}
     note = _note(judged, sure)

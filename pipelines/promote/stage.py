@@ -25,12 +25,12 @@ from pipelines.bench.plan import (
     CHAMPION,
     COMBINED,
     DYNAMIC_TREES,
-    FOREIGN,
     NGRAM,
     NO_CONFIGURATION,
     PLAIN,
     combined_heads,
     contender,
+    is_foreign,
     read_rows,
     split_sweep,
 )
@@ -261,7 +261,7 @@ def _sizes(report: Mapping[str, Any]) -> dict[str, int | None]:
     plan = report["plan"]
     found: dict[str, int | None] = {}
     for name in report["methods"]:
-        if name in (PLAIN, NGRAM, *FOREIGN, *NO_CONFIGURATION):
+        if name in (PLAIN, NGRAM, *NO_CONFIGURATION) or is_foreign(name):
             found[name] = 0
         elif name == CHAMPION:
             found[name] = _bytes(as_path(plan["champion"]) / "heads") or 0  # it may have none

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipelines.config import RunConfig
+from pipelines.config.bench import VLLM, is_vllm
 from pipelines.config.serve import PLAIN
 from pipelines.profiling.cost_cache import groups_to_time
 from pipelines.runtime.dry_run import HELD_OUT
@@ -24,6 +25,8 @@ TEXT_BYTES, TOKEN_TEXT = (150, 900), (2.0, 6.0)
 """Of a row of answers of `batch`, and of a token in it."""
 FOREIGN = Range(1.0, 6.0)
 """Seconds of transformers' own loop, in those of plain decoding."""
+VLLM_PROCESS = Range(0.7e9, 1.5e9)
+"""Bytes of a process of vLLM without the base: libraries, and what it computes with."""
 SPEED_CONTEXT = 1024
 """Tokens of context at which an endpoint's speed is told."""
 CHUNKS = 2
@@ -179,14 +182,18 @@ def bench_size(config: RunConfig, base: BaseShape, pace: Pace | None, why: str, 
         questions = bench.limit or (lines_of(Path(bench.prompts))[0] or HELD_OUT if bench.prompts else HELD_OUT)
         turns = bench.turns if bench.prompts else 1
         tokens = questions * bench.rounds * bench.max_new_tokens
-        contenders = len(bench.methods) or 2 + len(shapes)
+        contenders = len(bench.methods) or 2 + len(shapes)  # vLLM's among them
         step = pace.step(base, 1, slots / 2)
         timed = Range((1 + contenders / DRAFTED) * step.low * ANSWER_SHARE, (1 + contenders) * turns * step.high) * tokens
         foreign = FOREIGN.times(Range(ANSWER_SHARE * step.low, turns * step.high)) * tokens
         checked = Range(step.low, 3 * step.high) * (bench.identity_prompts * bench.max_new_tokens * (contenders + 1))
         seconds = (timed if bench.single else Range.of(0)) + (foreign if not bench.methods else Range.of(0)) + checked
         seconds += starting(base.weight_bytes()) * 3  # its parts load the base for themselves
-    return StageSize("bench", 1, *_placed(base, parts, gpu), seconds=seconds, by=pace.by if pace else why)
+    vllm = len(dict.fromkeys((*([VLLM] if any(map(is_vllm, bench.methods)) else []), *filter(is_vllm, bench.methods))))
+    if vllm:
+        parts["vLLM: weights and keys and values"] = Range.of(vllm * (base.weight_bytes() + base.kv_bytes * rows * slots))
+    more = {"vLLM's processes": VLLM_PROCESS * vllm} if vllm else {}
+    return StageSize("bench", 1, *_placed(base, parts, gpu, **more), seconds=seconds, by=pace.by if pace else why)
 
 
 def _drafters(config: RunConfig, base: BaseShape) -> list[HeadsShape]:

@@ -5,8 +5,7 @@
 A job: `model`, `dtype`, `prompts` (lists of token ids), `heads` (an exported folder, or null), `count` (drafted tokens), `more`
 and `speculative` (settings of vLLM) and `runs`, each with `max_tokens`, `temperature`, `together` (how many requests at once;
 without it all) and `prompts` of its own where it has some. Each run becomes
-`{"tokens": [...], "drafts": n, "accepted": [by position], "seconds": [of each batch]}`. Without ANSWERS.json the process stays:
-runs come as lines on stdin, and each answer goes as a line that begins with `MARK` to stdout.
+`{"tokens": [...], "drafts": n, "accepted": [by position], "seconds": [of each batch]}`.
 """
 
 from __future__ import annotations
@@ -26,17 +25,19 @@ ROOT = Path(__file__).resolve().parents[3]
 SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING",
             "TOKENIZERS_PARALLELISM": "false"}
 SECONDS = 400
-MARK = "answer: "
 
 
-def answer(job: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
-    """What the job's runs gave, and in `log` of the first what vLLM wrote; raises AssertionError with its last lines."""
+def answer(job: dict[str, Any], folder: Path, python: str = sys.executable) -> list[dict[str, Any]]:
+    """What the job's runs gave in `python`, and in `log` of the first what vLLM wrote; raises AssertionError with its last
+    lines."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-    words = [sys.executable, "-m", "tests.hydra_core.interop.vllm_answers", str(folder / "job.json"), str(folder / "out.json")]
+    words = [python, "-m", "tests.hydra_core.interop.vllm_answers", str(folder / "job.json"), str(folder / "out.json")]
+    openmp = Path(python).parent.parent / "lib" / "libiomp5.so"  # without it vLLM's drafting is slow on a CPU
+    preload = {"LD_PRELOAD": str(openmp)} if openmp.exists() else {}
     with open(folder / "log.txt", "w+", encoding="utf-8") as log:
         process = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
-                                   env={**os.environ, **SETTINGS})
+                                   env={**os.environ, **SETTINGS, **preload})
         try:
             code = process.wait(SECONDS)
         except subprocess.TimeoutExpired:
@@ -53,7 +54,7 @@ def answer(job: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
 
 
 def main(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Start vLLM, then answer the job's runs, or those on stdin, one after another."""
+    """Start vLLM, then answer the job's runs, one after another."""
     from vllm import LLM, SamplingParams
 
     settings: dict[str, Any] = dict(model=job["model"], dtype=job["dtype"], enforce_eager=True, disable_log_stats=False, seed=0,
@@ -62,7 +63,7 @@ def main(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
         settings["speculative_config"] = {"method": "medusa", "model": job["heads"], "num_speculative_tokens": job["count"],
                                           **job.get("speculative", {})}
     llm = LLM(**settings)
-    for run in job["runs"] if "runs" in job else map(json.loads, sys.stdin):
+    for run in job["runs"]:
         yield one_run(llm, run.get("prompts") or job["prompts"], run, SamplingParams)
 
 
@@ -92,9 +93,5 @@ def counters(llm: Any) -> tuple[int, list[int]]:
 
 
 if __name__ == "__main__":
-    answers = main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
-    if len(sys.argv) > 2:
-        Path(sys.argv[2]).write_text(json.dumps(list(answers)), encoding="utf-8")
-    else:
-        for found in answers:
-            print(f"{MARK}{json.dumps(found)}", flush=True)
+    answers = list(main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
+    Path(sys.argv[2]).write_text(json.dumps(answers), encoding="utf-8")

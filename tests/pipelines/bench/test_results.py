@@ -166,7 +166,7 @@ def test_a_bench_of_an_earlier_version_is_found(tiny_base_dir: Path, tiny_base: 
     names = {"max_batch_size": "running_batch", "concurrency": "load", "concurrency_requests": "load_requests"}
     settings = {names.get(name, name): value for name, value in config.bench.model_dump().items()}
     settings["methods"] = ("ngram", "shipped")
-    for later in ("champion", "shared_answers", "prefix_cache_tokens"):  # came later, and change nothing here
+    for later in ("champion", "shared_answers", "prefix_cache_tokens", "vllm_python", "vllm_settings"):  # change nothing here
         settings.pop(later)
     upstream = {"base": resolve_base(str(tiny_base_dir), storage / "cache").digest,
                 "prompts": file_digest(Path(str(config.bench.prompts)))}

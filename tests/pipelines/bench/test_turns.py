@@ -84,7 +84,7 @@ def test_every_contender_on_plains_context(tiny_base_dir: Path, tiny_base: Base,
     seen: list[tuple[str, tuple[int, ...]]] = []
     make = bench_run.make_contenders
 
-    def contenders(plan: BenchPlan, base: Base, room: int) -> dict[str, Callable[[tuple[int, ...], int], Outcome]]:
+    def contenders(plan: BenchPlan, base: Base, room: int, _: object) -> dict[str, Callable[[tuple[int, ...], int], Outcome]]:
         plain = make(replace(plan, methods=("plain",)), base, room)["plain"]
 
         def noted(method: str, prompt_ids: tuple[int, ...], limit: int) -> Outcome:

@@ -66,7 +66,7 @@ def test_the_least_gain(speed: float | None, gain: float, winner: str) -> None:
 
 
 def test_others_do_not_compete_and_plain_decoding_must_be_there() -> None:
-    others = {name: figures(99.0) for name in FOREIGN}
+    others = {name: figures(99.0) for name in (*FOREIGN, "vllm", "vllm+ngram", "vllm+hydra@2")}
     found = choose_winner({PLAIN: figures(1.0), **others}, 1.0)
     assert FOREIGN and found == (PLAIN, "no lossless contender is faster than 1x plain decoding")
     assert choose_winner({PLAIN: figures(7.0), "slow": figures(1.1)}, 1.0)[0] == "slow"
