@@ -16,7 +16,7 @@ ANY = "NAME"
 """Stands in a dotted name for the name that the user gives, as in `train.drafters.NAME.kind`."""
 NEAR = 0.6
 """Least score, of at most 1.5, at which two names count as near."""
-TYPES = {int: "integer", float: "number", str: "text", bool: "true or false"}
+TYPES: dict[Any, str] = {int: "integer", float: "number", str: "text", bool: "true or false", Any: "any value"}
 BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 

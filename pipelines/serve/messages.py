@@ -126,7 +126,8 @@ class AppArgs:
     pages that may ask, `*`: all; `owner`: Ray's id of the driver with which the application ends, None: it stays until somebody
     deletes it; `follow`: the fields of `follower.Follow`, None: no registry is followed; `webhook_secret`: with which MLflow
     signs its webhooks, None: none are taken; `record`: the fields of `recorder.Recording`, None: no answer is recorded;
-    `shared_answers`: tokens of finished answers that each replica keeps and drafts from for everybody, 0: none.
+    `shared_answers`: tokens of finished answers that each replica keeps and drafts from for everybody, 0: none; `vllm`: the
+    fields of `interop.VllmSettings`, with which vLLM decodes, None: our own engine does.
     """
 
     base: dict[str, Any]
@@ -157,6 +158,7 @@ class AppArgs:
     webhook_secret: str | None = field(default=None, repr=False)
     record: dict[str, Any] | None = None
     shared_answers: int = 0
+    vllm: dict[str, Any] | None = None
 
     @property
     def room(self) -> int:

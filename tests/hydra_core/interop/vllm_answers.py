@@ -29,11 +29,12 @@ SECONDS = 400
 MARK = "answer: "
 
 
-def answer(job: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
-    """What the job's runs gave, and in `log` of the first what vLLM wrote; raises AssertionError with its last lines."""
+def answer(job: dict[str, Any], folder: Path, module: str = "tests.hydra_core.interop.vllm_answers") -> list[dict[str, Any]]:
+    """What the job's runs gave, and in `log` of the first what vLLM wrote; raises AssertionError with its last lines. `module`:
+    the program, this one or another one that takes the same two files."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-    words = [sys.executable, "-m", "tests.hydra_core.interop.vllm_answers", str(folder / "job.json"), str(folder / "out.json")]
+    words = [sys.executable, "-m", module, str(folder / "job.json"), str(folder / "out.json")]
     with open(folder / "log.txt", "w+", encoding="utf-8") as log:
         process = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
                                    env={**os.environ, **SETTINGS})
