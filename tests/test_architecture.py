@@ -29,7 +29,7 @@ SHARED = {
     "hydra_core.training": "base errors heads tree",
     "hydra_core.proposers": "base errors heads kernels sampling tree",
     "hydra_core.decoding": "base bundled errors files heads kernels proposers sampling storage tree",
-    "hydra_core.interop": "base decoding errors files heads storage tree",
+    "hydra_core.interop": "base decoding errors files heads sampling storage tree",
     "pipelines.config": "",
     "pipelines.rows": "config runtime",
     "pipelines.runtime": "config",

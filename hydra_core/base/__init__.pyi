@@ -1,9 +1,10 @@
 from .embedded import EMBEDDED_BASE
 from .kv_cache import AttentionMetadata, KVCache
-from .load import context_limit, formats_of, hidden_width, load_base, load_vocabulary, pick_device, quantisation
+from .load import context_limit, formats_of, hidden_width, load_base, load_vocabulary, load_weightless, pick_device, quantisation
 from .model import Base
 from .resolve import resolve_base
 from .text import encode_prompt, load_tokenizer, user_turn_opening
+from .text_base import TextBase, WeightlessBase
 from .vocabulary import BaseIdentity, BaseVocabulary, VocabHead
 
 __all__ = [
@@ -13,7 +14,9 @@ __all__ = [
            "BaseIdentity",
            "BaseVocabulary",
            "KVCache",
+           "TextBase",
            "VocabHead",
+           "WeightlessBase",
            "context_limit",
            "encode_prompt",
            "formats_of",
@@ -21,6 +24,7 @@ __all__ = [
            "load_base",
            "load_tokenizer",
            "load_vocabulary",
+           "load_weightless",
            "pick_device",
            "quantisation",
            "resolve_base",

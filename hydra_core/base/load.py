@@ -24,6 +24,7 @@ from hydra_core.base.q4_1 import Q4Matrix
 from hydra_core.base.resolve import ResolvedBase, default_cache, resolve_base, weight_files
 from hydra_core.base.sequential import SequentialDecoder
 from hydra_core.base.text import load_tokenizer
+from hydra_core.base.text_base import WeightlessBase
 from hydra_core.base.vocabulary import BaseIdentity, BaseVocabulary, VocabHead
 from hydra_core.errors import InputError
 
@@ -106,17 +107,28 @@ def quantisation(model: str, *, cache: Path) -> str | None:
     return quantised_by(_read_config(resolve_base(model, cache), model))
 
 
+def load_weightless(model: str, *, dtype: str = "bf16", cache: Path, context_limit: int | None = None) -> WeightlessBase:
+    """The base without its weights: tokenizer, end-of-turn ids, limits and identity, as `load_base` gives them.
+
+    Raises InputError for a model that cannot be found.
+    """
+    resolved = resolve_base(model, cache)
+    config, tokenizer = _read_config(resolved, model), load_tokenizer(resolved.folder)
+    with _checked(model):
+        stops = _collect_stops(_generation(resolved), config, tokenizer)
+    return WeightlessBase(resolved.folder, BaseIdentity(resolved.name, resolved.digest, dtype), tokenizer, stops,
+                          int(config.vocab_size), _context_limit(config, context_limit, model))
+
+
 def load_vocabulary(model: str, *, dtype: str = "bf16", device: str = "cpu", cache: Path) -> BaseVocabulary:
     """Load only the embedding, the vocabulary projection and the final norm, which are all that a trainer needs of the base.
 
     Raises InputError for a model that cannot be found or loaded.
     """
-    from transformers import GenerationConfig
-
     resolved = resolve_base(model, cache)
     config = _read_config(resolved, model)
     target, kind = pick_device(device), compute_dtype(dtype)
-    around, generation = look_around(resolved.folder), None
+    around = look_around(resolved.folder)
     with _checked(model):
         files = _tensor_files(resolved.folder)
         if quantised_by(config) is None:
@@ -128,8 +140,7 @@ def load_vocabulary(model: str, *, dtype: str = "bf16", device: str = "cpu", cac
         else:
             weight = _read(files, (around.head, *HEADS), model)
             bias = _read(files, ("lm_head.bias",), model) if any(name.endswith("lm_head.bias") for name in files) else None
-        if (resolved.folder / "generation_config.json").exists():
-            generation = GenerationConfig.from_pretrained(resolved.folder)
+        generation = _generation(resolved)
     embedding = embedding.to(target, kind)
     weight = embedding if config.tie_word_embeddings else weight.to(target, kind)
     head = VocabHead(weight, None if bias is None else bias.to(target, kind), around.scale, around.softcap)
@@ -137,6 +148,14 @@ def load_vocabulary(model: str, *, dtype: str = "bf16", device: str = "cpu", cac
     stops = _collect_stops(generation, config, load_tokenizer(resolved.folder))
     norm = _norm_weight(None if norm is None else norm.to(target, kind), embedding, around)
     return BaseVocabulary(identity, config, stops, embedding, norm, _norm_eps(config), head)
+
+
+def _generation(resolved: ResolvedBase) -> Any:
+    """The model's generation settings, None where its folder has none."""
+    from transformers import GenerationConfig
+
+    has = (resolved.folder / "generation_config.json").exists()
+    return GenerationConfig.from_pretrained(resolved.folder) if has else None
 
 
 def context_limit(model: str, *, cache: Path, asked: int | None = None) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hydra_core.base.kv_cache import AttentionMetadata, KVCache
-from hydra_core.base.text import encode_prompt
+from hydra_core.base.text_base import TextBase
 from hydra_core.base.vocabulary import BaseIdentity, BaseVocabulary
 from hydra_core.tree.batch import TreeBatch, chain
 
@@ -39,7 +39,7 @@ class Decoder(Protocol):
         ...
 
 
-class Base:
+class Base(TextBase):
     """A frozen causal language model with its tokenizer; see `load.load_base`."""
 
     def __init__(self, vocabulary: BaseVocabulary, decoder: Decoder, tokenizer: Any, context_limit: int,
@@ -49,7 +49,6 @@ class Base:
 
     @property
     def identity(self) -> BaseIdentity:
-        """Name, digest and weight format of this base; checkpoints of heads and results record it."""
         return self.vocabulary.identity
 
     @property
@@ -59,12 +58,10 @@ class Base:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Token ids that end an answer, unless a request names others."""
         return self.vocabulary.stop_ids
 
     @property
     def vocab_size(self) -> int:
-        """V, the number of logits."""
         return self.vocabulary.size
 
     @property
@@ -129,12 +126,3 @@ class Base:
         cache = self.allocate(len(sequences), longest)
         hidden = self.prefill(sequences, cache, (0, len(sequences)))
         return [hidden[row, :len(sequence)] for row, sequence in enumerate(sequences)]
-
-    def encode_prompt(self, prompt: str | None = None, messages: list[dict[str, Any]] | None = None) -> list[int]:
-        """As `text.encode_prompt`, with the base's own tokenizer."""
-        return encode_prompt(self.tokenizer, prompt, messages)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids, without special tokens."""
-        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
-        return text

@@ -6,10 +6,8 @@ Prompts are computed in `prefill`, sequences end in `finish`, `scheduler` decide
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +21,9 @@ from hydra_core.decoding.finish import Clipped, clip_all, drop_cancelled, emit
 from hydra_core.decoding.memory import check_memory
 from hydra_core.decoding.prefill import prefill_step
 from hydra_core.decoding.prefix_cache import PrefixCache
-from hydra_core.decoding.records import Result, StepOutput
-from hydra_core.decoding.scheduler import RunningSequence, Scheduler
-from hydra_core.decoding.text import TextStream
+from hydra_core.decoding.records import StepOutput
+from hydra_core.decoding.request_engine import RequestEngine
+from hydra_core.decoding.scheduler import IDLE_TOKENS, RunningSequence, Scheduler
 from hydra_core.decoding.verify import accept, accept_walking
 from hydra_core.errors import InputError
 from hydra_core.heads import HeadDrafter
@@ -53,7 +51,7 @@ class Drafting:
     prefixes: PrefixCache | None = None
 
 
-class Engine:
+class Engine(RequestEngine):
     """Decodes requests together. Its tokens are those of plain decoding, whatever runs in the same batch or drafts for it.
 
     `drafter`: heads, an `NgramDrafter`, an `AdaptiveDrafter` of both, or None for plain decoding; `trees`: the draft tree for
@@ -68,6 +66,8 @@ class Engine:
     Raises InputError for limits below 1, for trees that need more heads or candidates than the drafter has, for caches that
     do not fit the memory, and for `graphs=True` where graphs cannot be recorded.
     """
+
+    base: Base
 
     def __init__(self, base: Base, drafter: Drafter | None = None, trees: TreeSet | None = None, *,
                  max_batch_size: int = 8, context_limit: int | None = None, shared_noise: bool = True,
@@ -169,18 +169,27 @@ class Engine:
 
     @property
     def running(self) -> int:
-        """Sequences that decode or whose prompts are being computed."""
         return self.scheduler.running
 
     @property
     def waiting(self) -> int:
-        """Requests that are not in the batch yet."""
         return len(self.scheduler.waiting)
 
     @property
     def has_work(self) -> bool:
-        """Whether `step` has anything to do."""
         return self.scheduler.has_work
+
+    @property
+    def kv_use(self) -> float:
+        held = sum(len(sequence.request.prompt_ids) + len(sequence.tokens) for _, sequence in self.scheduler.rows)
+        return held / (self.max_batch_size * self.context_limit)
+
+    @property
+    def most_prompt_tokens(self) -> int:
+        return min(IDLE_TOKENS, self.context_limit) if self.base.supports_tree else self.context_limit
+
+    def unstarted(self) -> list[Request]:
+        return [request for request in tuple(self.scheduler.waiting) if request.id not in self.scheduler.cancelled]
 
     @property
     def times(self) -> StepTimes:
@@ -188,73 +197,24 @@ class Engine:
         return self.clock.read()
 
     def check(self, request: Request) -> None:
-        """Raise InputError when `request` cannot be decoded here, RuntimeError after an exception in `step`."""
         self._refuse_interrupted()
         request.check(self.base.vocab_size, self.context_limit, texts=self.base.tokenizer is not None)
         if request.id in self.scheduler.ids:
             raise InputError(f"request {request.id}: id: is already running")
 
     def add(self, request: Request) -> None:
-        """Queue a request; it joins the batch at a later step. Raises InputError as `check` does."""
         self.check(request)
         self.scheduler.add(request)
 
     def cancel(self, request_id: str) -> None:
-        """End a request at the next step. An unknown id is ignored, since the request may just have finished."""
         if request_id in self.scheduler.ids:
             self.scheduler.cancelled.add(request_id)
 
-    def generate(self, requests: Sequence[Request]) -> list[Result]:
-        """Decode all requests; results in the order given.
-
-        Raises InputError before any work when a request is bad or when two have the same id.
-        """
-        for request in requests:
-            self.check(request)
-        if twice := [name for name, count in Counter(request.id for request in requests).items() if count > 1]:
-            raise InputError(f"request {twice[0]}: id: is used by more than one request of the list")
-        results = {result.id: result for result in self.stream(requests)}
-        return [results[request.id] for request in requests]
-
-    def answer(self, prompts: Sequence[str], max_new_tokens: int = 256, **settings: Any) -> list[str]:
-        """Texts for prompts, in order; each prompt is one user turn where the base has a chat template.
-
-        `settings`: fields of `Request`. Samples are independent of each other, those of equal prompts too: prompt number i is
-        choice i of the seed. Raises InputError before any work when a prompt or a setting is bad.
-        """
-        requests = [
-            Request(str(number), tuple(self.base.encode_prompt(prompt)), max_new_tokens, **({"choice": number} | settings))
-            for number, prompt in enumerate(prompts)]
-        texts = []
-        for request, result in zip(requests, self.generate(requests), strict=True):
-            text = TextStream(self.base.decode, request.stop)
-            text.push(result.token_ids)
-            text.finish()
-            texts.append(text.sent)
-        return texts
-
-    def stream(self, requests: Iterable[Request]) -> Iterator[Result]:
-        """Results as they finish; requests are taken only as the batch has room.
-
-        When the iteration is abandoned, or a request is bad (InputError), its requests that still run are cancelled.
-        """
-        source, mine = iter(requests), set[str]()
-        try:
-            while True:
-                while self.running + self.waiting < self.max_batch_size and (request := next(source, None)) is not None:
-                    self.add(request)
-                    mine.add(request.id)
-                if not self.has_work:
-                    return
-                for output in self.step():
-                    if output.result is not None:
-                        mine.discard(output.id)
-                        yield output.result
-        finally:
-            for name in mine:
-                self.cancel(name)
-            if not self._interrupted:
-                self._drop_cancelled()
+    def forget(self, ids: Iterable[str]) -> None:
+        for name in ids:
+            self.cancel(name)
+        if not self._interrupted:
+            self._drop_cancelled()
 
     def step(self) -> list[StepOutput]:
         """Advance every decoding sequence by one verified tree, and the prompts that are prefilled by one chunk.

@@ -8,12 +8,15 @@ any other class both methods do what they did.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from hydra_core.errors import InputError
 
 TESTED = ((0, 32), (0, 33))
 """Versions of vLLM that the tests run: from the first, up to but without the second."""
@@ -112,3 +115,70 @@ def embedding_of(target: nn.Module, width: int) -> nn.Module:
         log.debug("hydra-heads: embeddings come from %s", name)
         return embedding
     raise RuntimeError(f"hydra-heads: {type(target).__name__} has no token embedding of width {width} that the heads could read")
+
+
+class StepCounts:
+    """What vLLM's scheduler counts of the drafts of a step, tokens `drafted` and `accepted`, and `kv_use`, the share of the key
+    and value slots in use after it. It belongs to one engine that `start_engine` has started."""
+
+    def __init__(self) -> None:
+        self.drafted = self.accepted = 0
+        self.kv_use = 0.0
+
+    def take(self) -> tuple[int, int]:
+        """Drafted and accepted tokens since the last call."""
+        found = self.drafted, self.accepted
+        self.drafted = self.accepted = 0
+        return found
+
+    def factory(self) -> Any:
+        """The class that vLLM calls after each step: it adds to these counts."""
+        from vllm.v1.metrics.loggers import StatLoggerBase
+
+        counts = self
+
+        class Logger(StatLoggerBase):  # type: ignore[misc]  # vLLM's class is not known where vLLM is missing
+            def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+                pass
+
+            def record(self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0) -> None:
+                if scheduler_stats is not None:
+                    counts.kv_use = scheduler_stats.kv_cache_usage
+                if (drafts := getattr(scheduler_stats, "spec_decoding_stats", None)) is not None:
+                    counts.drafted += drafts.num_draft_tokens
+                    counts.accepted += drafts.num_accepted_tokens
+
+            def log_engine_initialized(self) -> None:
+                pass
+
+        return Logger
+
+
+ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+"""Variables of vLLM's that are set unless somebody has: one process, which ends with the one that started it and takes its memory
+along, however that ends; nothing is sent to vLLM's makers; warnings are logged alone."""
+
+
+def start_engine(arguments: dict[str, Any], counts: StepCounts) -> Any:
+    """vLLM's `LLMEngine` with these `EngineArgs`, whose steps `counts` counts. Raises InputError for an argument that this vLLM
+    does not have, and whatever vLLM raises."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from vllm import EngineArgs, LLMEngine
+
+    if unknown := sorted(arguments.keys() - {field.name for field in fields(EngineArgs)}):
+        raise InputError(f"vllm.arguments.{unknown[0]}: this vLLM has no such engine argument")
+    return LLMEngine.from_engine_args(EngineArgs(**arguments), stat_loggers=[counts.factory()])
+
+
+def stop_engine(engine: Any) -> None:
+    """End an engine that `start_engine` has started, so that another one may start in this process."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()
+
+
+def most_prompt_tokens(engine: Any) -> int:
+    """Prompt tokens that a step of the engine computes at most."""
+    return int(engine.vllm_config.scheduler_config.max_num_batched_tokens)

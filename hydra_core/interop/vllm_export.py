@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -14,7 +16,7 @@ from torch import Tensor
 from hydra_core.base.vocabulary import BaseVocabulary
 from hydra_core.decoding.configuration import FILE, find_heads, read_configuration
 from hydra_core.errors import InputError
-from hydra_core.files import atomic_folder
+from hydra_core.files import atomic_folder, file_lock
 from hydra_core.heads.base import HeadDrafter
 from hydra_core.heads.checkpoint import load_checkpoint
 from hydra_core.heads.config import HeadsConfig
@@ -45,15 +47,7 @@ def export_to_vllm(heads: str | Path, vocabulary: BaseVocabulary, output: str | 
     an `output` that vLLM would not read or that holds something else.
     """
     output = _checked(str(output))
-    found = find_heads(heads, vocabulary.identity)
-    if (found / FILE).exists():
-        configuration = read_configuration(found)
-        if configuration.heads is None:
-            raise InputError(f"{found}: has no heads ({configuration.drafter}); vLLM has an n-gram lookup")
-        found = configuration.heads
-    drafter = load_checkpoint(found, vocabulary).drafter
-    if (fault := why_not_in_vllm(drafter.config)) is not None:
-        raise InputError(f"{found}: {fault}")
+    drafter = exportable(heads, vocabulary)
     tensors, dtype = exported_tensors(drafter), vocabulary.head.weight.dtype
     about = ExportedHeads(drafter.config.model_copy(update={"draft_vocab_size": len(drafter.draft_vocab)}),
                           {"name": vocabulary.identity.name, "digest": vocabulary.identity.digest}, vocabulary.size,
@@ -64,6 +58,55 @@ def export_to_vllm(heads: str | Path, vocabulary: BaseVocabulary, output: str | 
         (temporary / "config.json").write_text(text, encoding="utf-8")
     size = sum(tensor.nbytes for tensor in tensors.values())
     return VllmExport(output, drafter.config.kind, drafter.config.num_heads, dtype, size)
+
+
+def exportable(heads: str | Path, vocabulary: BaseVocabulary) -> HeadDrafter:
+    """The heads, as `export_to_vllm` takes them. Raises InputError for heads that cannot be read, belong to another base, or are
+    of a kind that the plug-in does not run."""
+    found = find_heads(heads, vocabulary.identity)
+    if (found / FILE).exists():
+        configuration = read_configuration(found)
+        if configuration.heads is None:
+            raise InputError(f"{found}: has no heads ({configuration.drafter}); vLLM has an n-gram lookup")
+        found = configuration.heads
+    drafter = load_checkpoint(found, vocabulary).drafter
+    if (fault := why_not_in_vllm(drafter.config)) is not None:
+        raise InputError(f"{found}: {fault}")
+    return drafter
+
+
+def export_once(heads: str | Path, vocabulary: BaseVocabulary, cache: Path) -> VllmExport:
+    """An export of `heads` in a folder of `cache` that is named after their content and the dtype: written by the first process
+    that asks for it, and whole for every other one. Raises InputError as `export_to_vllm` does."""
+    found = find_heads(heads, vocabulary.identity)
+    digest = hashlib.sha256(str(vocabulary.identity).encode())
+    for path in sorted(path for path in found.rglob("*") if path.is_file()):
+        digest.update(path.relative_to(found).as_posix().encode())
+        digest.update(path.read_bytes())
+    output = cache / "vllm-heads" / digest.hexdigest()[:16]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with file_lock(output.with_name(f".{output.name}.lock")):
+        return export_to_vllm(found, vocabulary, output) if not output.exists() else read_export(output)
+
+
+def read_export(folder: Path) -> VllmExport:
+    """What `export_to_vllm` has written to `folder`. Raises InputError for one of another schema."""
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    about = ExportedHeads.from_config(values.get(KEY))
+    return VllmExport(folder, about.heads.kind, about.heads.num_heads, getattr(torch, values["dtype"]),
+                      (folder / "model.safetensors").stat().st_size)
+
+
+def check_count(count: int | None, heads: int) -> None:
+    """Raise InputError for more drafted tokens than there are heads; `count` None: one for each."""
+    if count is not None and count > heads:
+        raise InputError(f"vllm.num_speculative_tokens={count}: there are {heads} heads, one for each token")
+
+
+def speculative_of(export: VllmExport, count: int | None = None) -> dict[str, Any]:
+    """vLLM's `speculative_config` for an export; `count`: drafted tokens. Raises InputError as `check_count` does."""
+    check_count(count, export.num_heads)
+    return {"method": "medusa", "model": str(export.folder), "num_speculative_tokens": count or export.num_heads}
 
 
 def why_not_in_vllm(heads: HeadsConfig) -> str | None:
@@ -95,9 +138,8 @@ def exported_tensors(drafter: HeadDrafter) -> dict[str, Tensor]:
 def serve_command(export: VllmExport, base: str) -> str:
     """The command that serves `base`, a folder or a hub id with or without `@revision`, with the exported heads."""
     name, _, revision = base.partition("@") if not Path(base).exists() else (base, "", "")
-    settings = {"method": "medusa", "model": str(export.folder), "num_speculative_tokens": export.num_heads}
     words = ["vllm", "serve", name, *(["--revision", revision] if revision else []),
-             "--dtype", str(export.dtype).removeprefix("torch."), "--speculative-config", json.dumps(settings)]
+             "--dtype", str(export.dtype).removeprefix("torch."), "--speculative-config", json.dumps(speculative_of(export))]
     return shlex.join(words)
 
 

@@ -45,6 +45,7 @@ from pipelines.runtime.lock import only_run
 from pipelines.runtime.ray_cluster import check_workers, ensure_ray, environment_options
 from pipelines.runtime.stores import check_every_node
 from pipelines.runtime.tables import Table
+from pipelines.runtime.vllm import check_sampling, check_temperature
 from pipelines.serve.instance import ask_replicas, running_instance
 from pipelines.serve.messages import AppArgs
 from pipelines.serve.model_identity import ModelDigest, model_digest
@@ -147,6 +148,11 @@ def _serving(config: RunConfig) -> Serving:
         found = ask_endpoint(config.batch.address, config.serve.app_name, api_key(config.batch.key_variable))
         return Serving(found.digest, None, found.names, ours=found.ours)
     args = find_args(config)
+    if args.vllm is not None and config.batch.shared_answers:
+        raise InputError("batch.shared_answers: vLLM drafts from no other answers: leave it out")
+    if args.vllm is not None:
+        check_temperature("batch.temperature", config.batch.temperature)
+        check_sampling(config, args.configuration is not None, "batch.temperature", config.batch.temperature)
     return Serving(model_digest(args), args, (config.serve.app_name,), ours=True)
 
 

@@ -16,6 +16,7 @@ from .section import Section, Size
 from .serve import RecordSection, ServeSection
 from .train import TrainSection, TrainWorkers
 from .tree import NgramSection, TreeSection
+from .vllm import VllmSection
 
 __all__ = [
            "STORAGE_VARIABLE",
@@ -47,6 +48,7 @@ __all__ = [
            "TrainWorkers",
            "TreeSection",
            "Variant",
+           "VllmSection",
            "Workers",
            "list_settings",
            "load_config",

@@ -14,7 +14,7 @@ from hydra_core.base.embedded import EMBEDDED_BASE
 from pipelines.config.section import Section
 
 if TYPE_CHECKING:
-    from hydra_core.base import Base
+    from hydra_core.base import Base, WeightlessBase
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +61,12 @@ class BaseSection(Section):
             log.warning("the base runs on a CPU: this worker reserves none of the GPUs here (workers.gpus)")
         wanted = {"dtype": self.dtype, "device": device, "context_limit": self.context_limit, "cache": Path(cache)}
         return load_base(self.model, **{**wanted, **changes})
+
+    def load_weightless(self, cache: Path | str) -> WeightlessBase:
+        """The base without its weights, for an engine that loads them itself. Raises InputError for one that cannot be found."""
+        from hydra_core.base import load_weightless
+
+        return load_weightless(self.model, dtype=self.dtype, cache=Path(cache), context_limit=self.context_limit)
 
 
 class Reserved(Section):

@@ -9,7 +9,7 @@ import logging
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, field_validator
@@ -33,6 +33,7 @@ from pipelines.config.section import HIDDEN, Section
 from pipelines.config.serve import ServeSection
 from pipelines.config.train import TrainSection
 from pipelines.config.tree import NgramSection, TreeSection
+from pipelines.config.vllm import VllmSection
 
 STORAGE_VARIABLE = "HYDRA_HEADS_STORAGE"
 log = logging.getLogger(__name__)
@@ -56,7 +57,11 @@ class RunConfig(Section):
         description="root folder of all outputs, the cache and the tracking database; absolute, or a URI (s3://, gs://, abfs://)",
         json_schema_extra={"default_text": f"~/.hydra-heads, or {STORAGE_VARIABLE}"})
     ray_address: str | None = Field(None, description="cluster to join; default: RAY_ADDRESS, else a local one is started")
+    engine: Literal["own", "vllm"] = Field(
+        "own", description="what runs the base where answers are written (distill, batch, serve): this project's engine, or vLLM "
+                           "(section vllm), for GPUs, for bases beyond one of them and for hundreds of requests at once")
     base: BaseSection = BaseSection()
+    vllm: VllmSection = VllmSection()
     prompts: PromptsSection = PromptsSection()
     distill: DistillSection = DistillSection()
     train: TrainSection = TrainSection()

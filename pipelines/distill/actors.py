@@ -13,15 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from hydra_core.base import Base, user_turn_opening
-from hydra_core.decoding import Engine, Result, load_heads
-from hydra_core.errors import InputError
+from hydra_core.base import Base, TextBase, load_vocabulary, user_turn_opening
+from hydra_core.decoding import Engine, RequestEngine, Result, load_heads
+from hydra_core.errors import InputError, StoppedError
+from hydra_core.interop import VllmEngine, VllmSettings, export_once, speculative_of
 from hydra_core.sampling import Request
 from pipelines.config import BaseSection
 from pipelines.distill.tasks import ANSWERED, rows_of
 from pipelines.profiling.cost_cache import machine_costs
 from pipelines.rows.schemas import content_id, is_in_share, split_of
 from pipelines.runtime.console import Progress
+from pipelines.runtime.faults import first_line
 from pipelines.runtime.logs import speak
 from pipelines.runtime.row_flow import Rows, in_order
 
@@ -42,7 +44,8 @@ class WorkerSettings:
     """What every actor of `distill` receives; plain values, since Ray serialises them.
 
     `features`: rows whose hidden states are stored, "all" or "held_out"; `check_share`: of these rows, those that are computed
-    a second time; `width`: of a hidden state; `starts`: texts that self-made prompts begin with.
+    a second time; `width`: of a hidden state; `starts`: texts that self-made prompts begin with; `vllm`: how vLLM runs the base,
+    None: our own engine does.
     """
 
     base: BaseSection
@@ -59,6 +62,7 @@ class WorkerSettings:
     width: int
     heads: str | None = None
     starts: tuple[str, ...] = ("",)
+    vllm: VllmSettings | None = None
 
     def load(self) -> Base:
         """Load the base in this process."""
@@ -67,40 +71,74 @@ class WorkerSettings:
         return self.base.load(self.cache)
 
 
+    def start_vllm(self) -> VllmEngine:
+        """Start vLLM in this process, with the heads where there are some."""
+        speak()
+        assert self.vllm is not None
+        cache, speculative = Path(self.cache), None
+        if self.heads:
+            vocabulary = load_vocabulary(self.base.model, dtype=self.base.dtype, cache=cache)
+            speculative = speculative_of(export_once(self.heads, vocabulary, cache), self.vllm.num_speculative_tokens)
+        texts = self.base.load_weightless(cache)
+        return VllmEngine(texts, self.vllm, max_batch_size=self.max_batch_size, speculative=speculative)
+
+
 class _Decoder:
-    """Decodes blocks of requests, with lines of progress on stderr."""
+    """Decodes blocks of requests, with lines of progress on stderr. `texts`: the base, without weights where vLLM has them."""
+
+    base: Base
+    texts: TextBase
+    vllm: VllmEngine | None = None
 
     def __init__(self, settings: WorkerSettings) -> None:
         self.settings = settings
-        self.base = settings.load()
+        if settings.vllm is not None:
+            self.vllm = settings.start_vllm()
+            self.texts = self.vllm.base
+            return
+        self.texts = self.base = settings.load()
         costs = partial(machine_costs, self.base, Path(settings.cache))
         self.drafter, self.trees = load_heads(settings.heads, self.base, costs) if settings.heads else (None, None)
 
-    def engine(self, requests: list[Request]) -> Engine:
-        """An engine whose batch is no larger than the number of requests, with a cache no longer than they can need."""
+    def engine(self, requests: list[Request]) -> RequestEngine:
+        """vLLM, or an engine whose batch is no larger than the number of requests, with a cache no longer than they can need."""
+        if self.vllm is not None:
+            return self.vllm
         longest = max(len(request.prompt_ids) + request.max_new_tokens for request in requests)
         rows = min(self.settings.max_batch_size, len(requests))
         limit = min(longest, self.base.context_limit)
         return Engine(self.base, self.drafter, self.trees, max_batch_size=rows, context_limit=limit)
 
     def decode(self, requests: Iterable[Request], what: str) -> Iterator[Result]:
-        """Results in the order in which they finish; `what`: their name in lines of progress."""
+        """Results in the order in which they finish; `what`: their name in lines of progress. Raises StoppedError where vLLM
+        fails."""
         wanted = list(requests)
         if not wanted:
             return
         engine, started, tokens = self.engine(wanted), time.perf_counter(), 0
         with Progress("distill", f"{what} of a block", len(wanted)) as progress:
-            for result in engine.stream(wanted):
+            for result in self._streamed(engine, wanted):
                 tokens += len(result.token_ids)
                 progress.advance(1, f"{tokens / (time.perf_counter() - started):.0f} tokens/s")
                 yield result
+
+    def _streamed(self, engine: RequestEngine, wanted: list[Request]) -> Iterator[Result]:
+        try:
+            yield from engine.stream(wanted)
+        except (InputError, GeneratorExit):
+            raise
+        except Exception as error:
+            if self.vllm is None:
+                raise
+            raise StoppedError(f"distill: vLLM failed ({first_line(error)}): run again; every row that was written is "
+                               "kept") from error
 
 
 class PromptMaker(_Decoder):
     """Samples user turns from the base itself, given SEEDS. Hands on `candidates`, and how many tries were `rejected`."""
 
     def __call__(self, given: Rows) -> Iterator[Rows]:
-        opening = tuple(user_turn_opening(self.base.tokenizer))
+        opening = tuple(user_turn_opening(self.texts.tokenizer))
         requests = [Request(str(index), opening + self._start(index), self.settings.max_new_tokens,
                             self.settings.temperature, index) for index in given.table["index"].to_pylist()]
         requests.sort(key=lambda request: -len(request.prompt_ids))
@@ -112,22 +150,23 @@ class PromptMaker(_Decoder):
     def _start(self, index: int) -> tuple[int, ...]:
         """The tokens that candidate `index` begins with."""
         start = self.settings.starts[index % len(self.settings.starts)]
-        return tuple(self.base.tokenizer(start, add_special_tokens=False).input_ids)
+        return tuple(self.texts.tokenizer(start, add_special_tokens=False).input_ids)
 
     def _row(self, result: Result) -> dict[str, Any] | None:
         """A prompt row, or None for a candidate that did not end, is too short, or is not text."""
         if result.finish_reason != "stop" or len(result.token_ids) <= SHORTEST_PROMPT:
             return None
-        text = self.base.decode(self._start(int(result.id)) + result.token_ids).strip()
+        text = self.texts.decode(self._start(int(result.id)) + result.token_ids).strip()
         if not text or "\ufffd" in text:
             return None
         prompt_id = content_id("chat", text)
         return {"prompt_id": prompt_id, "messages": None, "prompt": text, "source": f"self/{int(result.id):08d}",
-                "prompt_ids": self.base.encode_prompt(text), "split": split_of(prompt_id, self.settings.held_out)}
+                "prompt_ids": self.texts.encode_prompt(text), "split": split_of(prompt_id, self.settings.held_out)}
 
 
 class Answerer(_Decoder):
-    """Answers prompts; the hidden states of prompt and answer are those of the decoding itself.
+    """Answers prompts; the hidden states of prompt and answer are those of the decoding itself, but where vLLM answers: it keeps
+    them to itself, and a flow after its own computes them.
 
     Given TO_ANSWER it hands on `responses` and their `features` in turn, then `errors/answers`; given ANSWERED, whose hidden
     states were lost or not wanted before, it computes `features` by a forward over each row. A block that is answered again is
@@ -160,7 +199,7 @@ class Answerer(_Decoder):
 
     def _response(self, task: dict[str, Any], result: Result) -> Recorded:
         return {**task, "response_ids": list(result.token_ids), "finish_reason": result.finish_reason,
-                "base": str(self.base.identity)}, result.hidden
+                "base": str(self.texts.identity)}, result.hidden
 
     def checked(self, recorded: list[tuple[dict[str, Any], torch.Tensor]]) -> Rows:
         """Counts of rows that are computed a second time, by a forward over prompt and answer: hidden states `checked` and those
@@ -221,9 +260,12 @@ class Answerer(_Decoder):
         for row in rows:
             wanted = row["id"] not in stored and (self.settings.features == "all" or row["split"] == "held_out")
             request = Request(row["id"], tuple(row["prompt_ids"]), self.settings.max_new_tokens, row["temperature"],
-                              row["seed"], hidden_states=wanted)
+                              row["seed"], hidden_states=wanted and self.vllm is None)
             try:
-                request.check(self.base.vocab_size, self.base.context_limit)
+                if self.vllm is not None:
+                    self.vllm.check(request)
+                else:
+                    request.check(self.texts.vocab_size, self.texts.context_limit)
                 requests.append(request)
             except InputError as error:
                 errors.append({"id": row["id"], "stage": "distill", "message": str(error)})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from pipelines.runtime.console import Progress, say
 from pipelines.runtime.files import remove_tree
 from pipelines.runtime.ray_cluster import environment_options
 from pipelines.runtime.row_flow import Pool, run_flow
+from pipelines.runtime.vllm import VLLM, vllm_settings
 
 BLOCK_BATCHES = 8   # full batches in one block of work: the end of a block, where the batch is not full, costs little
 BLOCKS_EACH = 4     # blocks for each of several workers if there are enough rows: Ray Data assigns two at a time
@@ -52,12 +53,13 @@ class Standing:
     features: np.ndarray
 
 
-def worker_settings(config: RunConfig, max_new_tokens: int, temperature: float = 0.0) -> WorkerSettings:
-    """Settings of the actors; `temperature`: of self-made prompts."""
+def worker_settings(config: RunConfig, max_new_tokens: int, temperature: float = 0.0, decodes: bool = True) -> WorkerSettings:
+    """Settings of the actors; `temperature`: of self-made prompts; `decodes`: False where they compute hidden states alone."""
     distill, cache = config.distill, RunPaths.of(config).cache
     return WorkerSettings(config.base, str(cache), distill.workers.threads, distill.max_batch_size, distill.rows_per_file,
                           max_new_tokens, temperature, distill.held_out, distill.feature_dtype, distill.features,
-                          distill.check_share, hidden_width(config.base.model, cache=cache), distill.heads)
+                          distill.check_share, hidden_width(config.base.model, cache=cache), distill.heads if decodes else None,
+                          vllm=vllm_settings(config, "distill.workers", distill.workers) if decodes else None)
 
 
 def pool_of(config: RunConfig) -> Pool:
@@ -89,8 +91,13 @@ def answer_prompts(config: RunConfig, folder: Path, total: int | None = None) ->
         if attempt:
             say("distill", f"{total - now.responses - now.errors} answers and {now.lacking} hidden states were lost with a "
                            "worker: they are computed again")
-        counts += _flow(config, folder, now, total - now.responses)
-        now = _standing(config, folder)
+        missing = total - now.responses
+        if missing and config.engine == VLLM:  # vLLM and the base that computes hidden states do not share a worker's memory
+            counts += _flow(config, folder, replace(now, parts=[], lacking=0), missing)
+            now, missing = _standing(config, folder), 0
+        if missing or now.lacking:
+            counts += _flow(config, folder, now, missing)
+            now = _standing(config, folder)
     say("distill", f"answers {total} = {now.responses} ok + {now.errors} errors ({first.responses} from an earlier run), "
                    f"{now.tokens} tokens")
     check_counts("distill answers", total, now.responses, now.errors, 0, config.distill.max_error_share,
@@ -143,12 +150,13 @@ def _standing(config: RunConfig, folder: Path) -> Standing:
 
 def _flow(config: RunConfig, folder: Path, now: Standing, missing: int) -> Counter[str]:
     """One flow of what is not finished; returns its counts."""
-    remove_tree(folder / "errors" / "answers")  # failed answers are tried again
+    if missing:
+        remove_tree(folder / "errors" / "answers")  # failed answers are tried again
     distill = config.distill
     resolved = resolve_base(config.base.model, RunPaths.of(config).cache)
     reader = TaskReader(str(BaseIdentity(resolved.name, resolved.digest, config.base.dtype)),
-                        [distill.max_new_tokens, config.base.context_limit], distill.temperatures, distill.seed,
-                        block_rows(missing, distill), FEATURE_ROWS, stored_ids(folder / "responses", RESPONSES),
+                        [distill.max_new_tokens, config.base.context_limit, *engine_of(config)], distill.temperatures,
+                        distill.seed, block_rows(missing, distill), FEATURE_ROWS, stored_ids(folder / "responses", RESPONSES),
                         now.features, distill.features == "held_out")
     source = parts_to_read(ANSWERED, now.parts)
     if missing:
@@ -156,9 +164,19 @@ def _flow(config: RunConfig, folder: Path, now: Standing, missing: int) -> Count
     blocks = -(-missing // reader.block_rows) + -(-now.lacking // FEATURE_ROWS)
     what, counted = ("answers", ("responses", "errors/answers")) if missing else ("hidden states", ("features",))
     with Progress("distill", what, missing or now.lacking) as progress:
-        return run_flow(source, reader, Answerer, worker_settings(config, distill.max_new_tokens), PartWriter(folder),
-                        pool=pool_of(config).at_most(blocks), storage=folder,
+        # hidden states alone are computed by the base's own forward, whatever decodes
+        settings = worker_settings(config, distill.max_new_tokens, decodes=bool(missing))
+        return run_flow(source, reader, Answerer, settings, PartWriter(folder), storage=folder,
+                        pool=pool_of(config).at_most(blocks),
                         done=lambda counts: progress.advance(sum(counts.get(name, 0) for name in counted)))
+
+
+def engine_of(config: RunConfig) -> list[Any]:
+    """What an answer's id and the stage's fingerprint say of the engine: vLLM's answers are other ones where rounding decides,
+    and where tokens are drawn. Nothing for our own engine, whose answers have stood without it."""
+    if config.engine != VLLM:
+        return []
+    return [VLLM, *([config.vllm.arguments] if config.vllm.arguments else [])]
 
 
 def block_rows(rows: int, distill: DistillSection) -> int:

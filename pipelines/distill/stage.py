@@ -17,13 +17,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from hydra_core.base import context_limit, load_tokenizer, load_vocabulary, resolve_base, user_turn_opening
+from hydra_core.base import BaseVocabulary, context_limit, load_tokenizer, load_vocabulary, resolve_base, user_turn_opening
 from hydra_core.base.formats import LOSSY
 from hydra_core.decoding import check_heads
 from hydra_core.errors import InputError
+from hydra_core.interop import VllmSettings, check_count, exportable
 from hydra_core.storage import as_path
 from pipelines.config import RunConfig
-from pipelines.distill.answers import answer_prompts
+from pipelines.distill.answers import answer_prompts, engine_of
 from pipelines.distill.prompts import COUNTS, check_prompts, read_prompts, source_digest
 from pipelines.distill.self_made import make_prompts
 from pipelines.distill.served import check_served, read_served
@@ -44,6 +45,7 @@ from pipelines.runtime.lock import only_run
 from pipelines.runtime.ray_cluster import check_workers, ensure_ray
 from pipelines.runtime.tables import Table
 from pipelines.runtime.usage import Meter
+from pipelines.runtime.vllm import check_sampling, check_temperature, vllm_settings
 from pipelines.tracking import Run, Tracker, system_metrics
 
 SERVED = "served"
@@ -67,7 +69,8 @@ def _deciding_settings(config: RunConfig) -> dict[str, Any]:
     if not prompts["drop_patterns"]:
         del prompts["drop_patterns"]  # outputs from before this setting stay done
     return {"prompts": prompts, "distill": config.distill.model_dump(exclude=EXECUTION_FIELDS),
-            "base": config.base.model_dump(exclude={"device", "model"})}
+            "base": config.base.model_dump(exclude={"device", "model"}),
+            **({"engine": engine} if (engine := engine_of(config)) else {})}
 
 
 def run_distill(config: RunConfig) -> StageResult:
@@ -135,6 +138,20 @@ def _check_base(config: RunConfig) -> None:
     vocabulary = load_vocabulary(model, dtype=config.base.dtype, cache=cache)
     if config.distill.heads:
         check_heads(config.distill.heads, vocabulary)
+    if (vllm := vllm_settings(config, "distill.workers", config.distill.workers)) is not None:
+        _check_vllm(config, vocabulary, vllm)
+
+
+def _check_vllm(config: RunConfig, vocabulary: BaseVocabulary, vllm: VllmSettings) -> None:
+    """Raise InputError for heads and temperatures that vLLM cannot decode with."""
+    heads = config.distill.heads
+    if heads:
+        check_count(vllm.num_speculative_tokens, exportable(heads, vocabulary).num_heads)
+    made = config.prompts.source == "self" or config.prompts.self_made
+    named = [("distill.temperatures", value) for value in config.distill.temperatures]
+    for field, temperature in [*named, *([("prompts.temperature", config.prompts.temperature)] if made else [])]:
+        check_temperature(field, temperature)
+        check_sampling(config, bool(heads), field, temperature)
 
 
 def _lacks_features(config: RunConfig, done: StageResult) -> bool:

@@ -101,6 +101,9 @@ class Target:
     def check(self) -> Target:
         """This target. Raises InputError for settings that do not fit together."""
         config, cluster = self.config, self.config.cluster
+        if config.engine != "own":
+            raise InputError(f"engine={config.engine}: the images of these manifests hold no vLLM: leave it out here, and submit "
+                             "jobs with it from an image that does")
         if self.has_volume and not f"{config.storage}/".startswith(f"{cluster.mount.rstrip('/')}/"):
             raise InputError(f"storage={config.storage}: pods have a shared volume at cluster.mount={cluster.mount}: set "
                              f"storage={cluster.mount.rstrip('/')}/{APP}, or cluster.mount")

@@ -36,9 +36,17 @@ def _distill(config: RunConfig) -> list[str]:
     workers = f"{distill.workers.count}{f' to {distill.max_workers}' if distill.max_workers else ''} worker(s)"
     return [f"{count or 'all'} prompts {source} -> {folder / 'prompts'}",
             f"{most} (temperatures {temperatures}), at most {distill.max_new_tokens} tokens each, "
-            f"by {workers} -> {folder / 'responses'}",
+            f"by {workers}{_engine(config)} -> {folder / 'responses'}",
             f"hidden states of {'all' if distill.features == 'all' else 'held-out'} rows, {width} bytes x the base's width for "
             f"each token -> {folder / 'features'}"]
+
+
+def _engine(config: RunConfig) -> str:
+    """What runs the base where answers are written, if it is not our own engine."""
+    if config.engine == "own":
+        return ""
+    ranks = config.vllm.tensor_parallel_size
+    return f" in vLLM{f' (tensor parallel over {ranks})' if ranks else ''}"
 
 
 def _train(config: RunConfig) -> list[str]:
@@ -107,7 +115,7 @@ def _promote(config: RunConfig) -> list[str]:
 
 def _serve(config: RunConfig) -> list[str]:
     model = config.serve.model or f"models:/{config.promote.model_name}@{config.promote.alias}"
-    return [f"{model}, {config.serve.replicas} replica(s) of {config.serve.max_batch_size} sequences "
+    return [f"{model}, {config.serve.replicas} replica(s) of {config.serve.max_batch_size} sequences{_engine(config)} "
             f"-> http://{config.serve.host}:{config.serve.port}"]
 
 
@@ -119,8 +127,12 @@ def _generate(config: RunConfig) -> list[str]:
 def _batch(config: RunConfig) -> list[str]:
     batch = config.batch
     prompts = batch.source or "held-out prompts of this run"
-    return [f"{batch.limit or 'all'} of {prompts}, at most {batch.max_new_tokens} tokens each "
+    return [f"{batch.limit or 'all'} of {prompts}, at most {batch.max_new_tokens} tokens each{_batch_engine(config)} "
             f"-> {batch.target or RunPaths.of(config).stage('batch', batch.partition)} ({batch.format})"]
+
+
+def _batch_engine(config: RunConfig) -> str:
+    return f" by {config.batch.address}" if config.batch.address else _engine(config)
 
 
 def _load(config: RunConfig) -> list[str]:

@@ -12,9 +12,8 @@ from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from hydra_core.decoding import Engine, StepOutput
+from hydra_core.decoding import Engine, RequestEngine, StepOutput
 from hydra_core.decoding.engine import Drafting
-from hydra_core.decoding.scheduler import IDLE_TOKENS
 from hydra_core.errors import InputError
 from hydra_core.sampling import Request
 
@@ -77,13 +76,14 @@ class EngineLoop:
 
     When a step raises an exception, the requests in the batch fail with EngineFailed, and the engine is reset at once; those
     that wait for a place go on waiting. When that happens again within `RESTART_SECONDS`, when the reset engine does not decode
-    either, or when a step takes longer than `hung_seconds`, everything fails, `failure` is set, and the loop has ended.
+    either or a reset takes long, or when a step takes longer than `hung_seconds`, everything fails, `failure` is set, and the
+    loop has ended.
 
     `after_step`: called in that thread with the load, whenever it may have changed and every few seconds; `after_failure`: with
     whether the engine could be restarted; `clock`: monotonic seconds.
     """
 
-    def __init__(self, engine: Engine, after_step: Callable[[Load], None] | None = None,
+    def __init__(self, engine: RequestEngine, after_step: Callable[[Load], None] | None = None,
                  after_failure: Callable[[bool], None] | None = None, hung_seconds: float = HUNG_SECONDS,
                  clock: Callable[[], float] = time.monotonic) -> None:
         self.engine, self.hung_seconds = engine, hung_seconds
@@ -174,7 +174,7 @@ class EngineLoop:
         if self._after_failure is not None:
             self._after_failure(False)
         self._ended.set()
-        waiting = {request.id for request in tuple(self.engine.scheduler.waiting)}
+        waiting = {request.id for request in self.engine.unstarted()}
         self._fail(error, [name for name in self._outputs if name not in waiting])
         for outputs in self._outputs.values():
             outputs.put(EngineFailed(str(error), in_flight=False))
@@ -220,11 +220,12 @@ class EngineLoop:
         """Fail the requests in the batch, and go on with an engine that knows nothing of them."""
         now, before = self._clock(), self._failed_at
         self._failed_at = now
-        if self.failure is not None or (before is not None and now - before < RESTART_SECONDS):
+        again = before is not None and now - before < RESTART_SECONDS
+        if self.failure is not None or again or not self.engine.resets_in_place:
             self._end(error)
             return
         log.error("the engine failed and is restarted", exc_info=error)
-        waiting = [request for request in self.engine.scheduler.waiting if request.id not in self.engine.scheduler.cancelled]
+        waiting = self.engine.unstarted()
         left = {request.id for request in waiting}
         self._fail(error, [name for name in self._outputs if name not in left])
         try:
@@ -274,6 +275,7 @@ class EngineLoop:
                 swap.trial.step()
             if swap.trial.has_work or self.failure is not None:
                 return
+            assert isinstance(self.engine, Engine)  # no other one gives a `Drafting`
             self.engine.change(swap.drafting)
         except Exception as error:
             swap.done.set_exception(error)
@@ -282,19 +284,18 @@ class EngineLoop:
         self._swaps.remove(swap)
 
 
-def warm_up(engine: Engine) -> None:
+def warm_up(engine: RequestEngine) -> None:
     """Decode a few tokens, so that first use happens here: compilation, allocation, and any failure."""
     engine.generate([_few_tokens(engine)])
 
 
-def longest_step_seconds(engine: Engine, clock: Callable[[], float] = time.perf_counter) -> float:
+def longest_step_seconds(engine: RequestEngine, clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds that an honest step of a warm `engine` may take, from the time of a few short ones: a step that computes as many
     prompt tokens as one may, which takes minutes where a large base runs on a slow processor."""
     begun = clock()
     (result,) = engine.generate([_few_tokens(engine)])
     step = (clock() - begun) / max(1, result.steps)
-    tokens = min(IDLE_TOKENS, engine.context_limit) if engine.base.supports_tree else engine.context_limit
-    return tokens / SIDE_BY_SIDE * step
+    return engine.most_prompt_tokens / SIDE_BY_SIDE * step
 
 
 def trial_of(engine: Engine, drafting: Drafting) -> Engine:
@@ -307,11 +308,10 @@ def trial_of(engine: Engine, drafting: Drafting) -> Engine:
     return trial
 
 
-def _few_tokens(engine: Engine) -> Request:
+def _few_tokens(engine: RequestEngine) -> Request:
     return Request("warm-up", (engine.base.vocab_size - 1,), TRIAL_TOKENS, stop_ids=())
 
 
-def load_of(engine: Engine) -> Load:
+def load_of(engine: RequestEngine) -> Load:
     """How busy `engine` is. Call it from the thread that runs it."""
-    held = sum(len(sequence.request.prompt_ids) + len(sequence.tokens) for _, sequence in engine.scheduler.rows)
-    return Load(engine.running, engine.waiting, held / (engine.max_batch_size * engine.context_limit))
+    return Load(engine.running, engine.waiting, engine.kv_use)

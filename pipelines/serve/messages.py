@@ -128,7 +128,8 @@ class AppArgs:
     deletes it; `follow`: the fields of `follower.Follow`, None: no registry is followed; `webhook_secret`: with which MLflow
     signs its webhooks, None: none are taken; `record`: the fields of `recorder.Recording`, None: no answer is recorded;
     `shared_answers`: tokens of finished answers that each replica keeps and drafts from for everybody, 0: none;
-    `prefix_cache_tokens`: as `prefix_cache` of `Engine`.
+    `prefix_cache_tokens`: as `prefix_cache` of `Engine`; `vllm`: the fields of `interop.VllmSettings`, with which vLLM decodes,
+    None: our own engine does.
     """
 
     base: dict[str, Any]
@@ -160,6 +161,7 @@ class AppArgs:
     record: dict[str, Any] | None = None
     shared_answers: int = 0
     prefix_cache_tokens: int = 0
+    vllm: dict[str, Any] | None = None
 
     @property
     def room(self) -> int:

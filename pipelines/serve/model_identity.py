@@ -18,7 +18,7 @@ from pipelines.serve.messages import AppArgs
 class ModelDigest:
     """Identifies what decodes: applications with equal digests give equal answers.
 
-    `base`: the text of a `BaseIdentity`, weight format included; `configuration`: digest of the folder's files, or `plain`.
+    `base`: `base_text`, the weight format included; `configuration`: digest of the folder's files, or `plain`.
     """
 
     base: str
@@ -35,6 +35,14 @@ class ModelDigest:
         return f"base {self.base}, context {self.context_limit}, configuration {self.configuration[:12]}"
 
 
+def base_text(identity: BaseIdentity, args: AppArgs) -> str:
+    """The base as `ModelDigest` names it: vLLM's answers are other ones where rounding decides, and where tokens are drawn."""
+    if args.vllm is None:
+        return str(identity)
+    further = args.vllm["arguments"]
+    return f"{identity}:vllm{f':{content_id(further)[:10]}' if further else ''}"
+
+
 def base_part(fingerprint: str | None) -> str | None:
     """The part of a `ModelDigest.fingerprint` that stands for the base; None for one of another kind."""
     parts = (fingerprint or "").split("_")
@@ -45,7 +53,7 @@ def model_digest(args: AppArgs) -> ModelDigest:
     """The digest of an application of `args`; no weights are loaded. Raises InputError for a missing base or folder."""
     model, cache = args.base["model"], Path(args.cache)
     resolved = resolve_base(model, cache)
-    return ModelDigest(str(BaseIdentity(resolved.name, resolved.digest, args.base["dtype"])),
+    return ModelDigest(base_text(BaseIdentity(resolved.name, resolved.digest, args.base["dtype"]), args),
                    context_limit(model, cache=cache, asked=args.base["context_limit"]),
                    configuration_digest(args.configuration))
 

@@ -13,21 +13,20 @@ import torch
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
-from hydra_core.decoding import Engine, Result, StepOutput, TextStream
+from hydra_core.decoding import Engine, RequestEngine, Result, StepOutput, TextStream
 from hydra_core.errors import InputError
 from hydra_core.sampling import Request, TokenLogprob, Typical, choices
-from pipelines.config import BaseSection
 from pipelines.runtime.logs import speak
 from pipelines.serve.drift import interval_low
 from pipelines.serve.engine_loop import EngineFailed, EngineLoop, longest_step_seconds, trial_of, warm_up
 from pipelines.serve.messages import Answer, AppArgs, Generation, Piece, Refusal, Token, is_text
 from pipelines.serve.metrics import ReplicaMetrics, Unfinished
-from pipelines.serve.model_identity import ModelDigest
+from pipelines.serve.model_identity import ModelDigest, base_text
 from pipelines.serve.prompt_length import PromptLength, texts_of
 from pipelines.serve.recorder import Recorder, Recording, record_of
 from pipelines.serve.stream_merge import merged
 from pipelines.serve.token_texts import TokenTexts
-from pipelines.serve.user_config import Heads, load_drafter, make_engine
+from pipelines.serve.user_config import Heads, load_app_base, load_drafter, make_engine, start_vllm
 
 log = logging.getLogger("ray.serve")
 
@@ -39,7 +38,7 @@ class DecodeServer:
         speak()
         torch.set_num_threads(args.threads)
         self.args = args
-        self.base = BaseSection(**args.base).load(args.cache)
+        self.base = load_app_base(args)
         self.prompt_length = PromptLength(self.base.tokenizer, args.max_prompt_tokens or self.base.context_limit)
         self.metrics = ReplicaMetrics()
         self.recorder = None if args.record is None else Recorder(Recording(**args.record), self.base.decode,
@@ -72,17 +71,7 @@ class DecodeServer:
             if heads == self.heads:
                 self.rejected = self.rejected if heads.restored else None
                 return
-            drafter, trees, digest = await self._in_loader(load_drafter, heads, self.base, self.args, self.engine_loop is None)
-            if self.engine_loop is None:
-                engine = await self._in_loader(make_engine, self.base, drafter, trees, self.args)
-                await self._in_loader(warm_up, engine)
-                self.hung_seconds = max(self.args.hung_seconds, await self._in_loader(longest_step_seconds, engine))
-                self.engine_loop = self._loop_of(engine)
-            else:
-                engine = self.engine_loop.engine
-                drafting = await self._in_loader(engine.prepare, drafter, trees)
-                trial = await self._in_loader(trial_of, engine, drafting)
-                await asyncio.wrap_future(self.engine_loop.swap(drafting, trial))
+            digest = await (self._take_own(heads) if self.args.vllm is None else self._take_in_vllm(heads))
         except Exception as error:
             if self.engine_loop is None:
                 raise
@@ -93,10 +82,37 @@ class DecodeServer:
             log.error("heads rejected, the earlier ones stay", extra={"rejected": self.rejected})
             return
         self.heads, self.rejected = heads, None
-        self.serving = ModelDigest(str(self.base.identity), self.base.context_limit, digest)
+        self.serving = ModelDigest(base_text(self.base.identity, self.args), self.base.context_limit, digest)
         self.metrics.serves(heads.version)
         self.metrics.drift.expect(await self._in_loader(interval_low, heads.configuration))
         log.info("decoding with other heads", extra={"heads": asdict(heads)})
+
+    async def _take_own(self, heads: Heads) -> str:
+        """Decode with `heads` in our own engine; returns the digest of their files."""
+        drafter, trees, digest = await self._in_loader(load_drafter, heads, self.base, self.args, self.engine_loop is None)
+        if self.engine_loop is None:
+            await self._begin(await self._in_loader(make_engine, self.base, drafter, trees, self.args))
+        else:
+            engine = self.engine_loop.engine
+            assert isinstance(engine, Engine)
+            drafting = await self._in_loader(engine.prepare, drafter, trees)
+            trial = await self._in_loader(trial_of, engine, drafting)
+            await asyncio.wrap_future(self.engine_loop.swap(drafting, trial))
+        return digest
+
+    async def _take_in_vllm(self, heads: Heads) -> str:
+        """Decode with `heads` in vLLM; returns the digest of their files."""
+        if self.engine_loop is not None:
+            raise InputError("vLLM keeps the heads that it has started with: start the application again with others")
+        engine, digest = await self._in_loader(start_vllm, heads, self.base, self.args)
+        await self._begin(engine)
+        return str(digest)
+
+    async def _begin(self, engine: RequestEngine) -> None:
+        """Decode a few tokens with a new engine, then start its loop."""
+        await self._in_loader(warm_up, engine)
+        self.hung_seconds = max(self.args.hung_seconds, await self._in_loader(longest_step_seconds, engine))
+        self.engine_loop = self._loop_of(engine)
 
     async def _in_loader(self, work: Callable[..., Any], *given: Any) -> Any:
         """Do what takes long beside the answers, always in one thread: the allocator keeps some 70 MiB of each thread that has
@@ -108,7 +124,7 @@ class DecodeServer:
         """Whether the engine failed: nothing is answered any more."""
         return self.engine_loop is not None and self.engine_loop.failure is not None
 
-    def _loop_of(self, engine: Engine) -> EngineLoop:
+    def _loop_of(self, engine: RequestEngine) -> EngineLoop:
         return EngineLoop(engine, self.metrics.load, self.metrics.failed, self.hung_seconds)
 
     async def restart(self) -> None:

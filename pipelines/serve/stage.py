@@ -19,11 +19,13 @@ from ray import serve
 from hydra_core.base import load_vocabulary
 from hydra_core.decoding import check_heads
 from hydra_core.errors import InputError, StoppedError
+from hydra_core.interop import check_count, exportable
 from pipelines.config import RunConfig, ServeSection
 from pipelines.runtime.artifacts import RunPaths, StageResult
 from pipelines.runtime.console import say
 from pipelines.runtime.programs import stage_command
 from pipelines.runtime.ray_cluster import ensure_ray
+from pipelines.runtime.vllm import vllm_settings
 from pipelines.serve.api_keys import check_required, key_digests
 from pipelines.serve.deployment import build
 from pipelines.serve.following import Follow
@@ -33,7 +35,7 @@ from pipelines.serve.model_identity import configuration_digest, model_digest
 from pipelines.serve.owner import this_job
 from pipelines.serve.recorder import Recording
 from pipelines.serve.served_app import STAGE, ServedApp
-from pipelines.serve.user_config import heads_of
+from pipelines.serve.user_config import decodes_plainly, heads_of
 from pipelines.serve.webhook import read_secret
 from pipelines.tracking import Tracker
 from pipelines.tracking.lookup import find_model
@@ -49,27 +51,34 @@ log = logging.getLogger("ray.serve")
 def find_args(config: RunConfig) -> AppArgs:
     """The application that the settings describe, with `serve.model` resolved to a version and a folder. No tensor is read.
 
-    Raises InputError for a model that is not registered and for bad API keys.
+    Raises InputError for a model that is not registered, for bad API keys, and where vLLM is asked for and cannot run so.
     """
     section, model = config.serve, find_model(config, config.serve.model)
+    vllm = vllm_settings(config, "serve.workers", section.workers)
+    if vllm is not None and section.shared_answers:
+        raise InputError("serve.shared_answers: vLLM drafts from no other answers: leave it out")
     return AppArgs(config.base.model_dump(), str(RunPaths.of(config).cache), None if model.folder is None else str(model.folder),
-                   model.label, section.app_name, section.max_batch_size, section.max_queued, section.max_new_tokens,
+                   f"{model.label} in vLLM" if vllm else model.label, section.app_name, section.max_batch_size,
+                   section.max_queued, section.max_new_tokens,
                    section.replicas, section.workers.cpus, section.workers.gpus, section.workers.threads, model.version,
                    max_replicas=section.max_replicas, max_prompt_tokens=section.max_prompt_tokens,
                    max_body_bytes=section.max_body_bytes, api_key_digests=key_digests(section.api_keys_file),
                    drain_seconds=section.drain_seconds, hung_seconds=section.hung_seconds,
                    request_seconds=section.request_seconds,
                    require_keys=section.require_keys, cors_origins=section.cors_origins, shared_answers=section.shared_answers,
-                   prefix_cache_tokens=section.prefix_cache_tokens)
+                   prefix_cache_tokens=section.prefix_cache_tokens, vllm=None if vllm is None else asdict(vllm))
 
 
 def check_args(args: AppArgs) -> AppArgs:
-    """`args` with the digest of its configuration, after a check that it loads. Raises InputError for another base, and for heads
-    that do not load."""
+    """`args` with the digest of its configuration, after a check that it loads. Raises InputError for another base, for heads
+    that do not load, and for those that vLLM cannot run where it is to."""
     if args.configuration is None:
         return args
     digest = configuration_digest(args.configuration)
-    check_heads(args.configuration, load_vocabulary(args.base["model"], dtype=args.base["dtype"], cache=Path(args.cache)))
+    vocabulary = load_vocabulary(args.base["model"], dtype=args.base["dtype"], cache=Path(args.cache))
+    check_heads(args.configuration, vocabulary)
+    if args.vllm is not None and not decodes_plainly(args.configuration):
+        check_count(args.vllm["num_speculative_tokens"], exportable(args.configuration, vocabulary).num_heads)
     return replace(args, digest=digest)
 
 
@@ -85,6 +94,9 @@ def with_running_settings(config: RunConfig, args: AppArgs) -> AppArgs:
     """`args` with what an endpoint alone does, and not an application that a stage starts for itself: it follows the registry,
     takes webhooks and records answers. Raises InputError for a bad secret and for a hook that cannot be used."""
     follow, record = Follow.of(config), Recording.of(config)
+    if args.vllm is not None and follow is not None:
+        raise InputError(f"serve.model={config.serve.model or 'the champion'}: the endpoint would follow the registry, and vLLM "
+                         "keeps the heads that it has started with: set serve.follow_registry=0 and no webhook")
     return replace(args, follow=None if follow is None else asdict(follow), record=None if record is None else asdict(record),
                    webhook_secret=read_secret(config.serve.webhook_secret_file))
 

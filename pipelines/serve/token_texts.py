@@ -6,7 +6,7 @@ import re
 from functools import cache
 from typing import Any
 
-from hydra_core.base import Base
+from hydra_core.base import TextBase
 from pipelines.serve.messages import Token
 
 REPLACEMENT = "\ufffd"
@@ -17,7 +17,7 @@ BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 class TokenTexts:
     """The names of a base's tokens, each worked out once: with `top_logprobs` there are twenty at each position."""
 
-    def __init__(self, base: Base) -> None:
+    def __init__(self, base: TextBase) -> None:
         self.base = base
         self._known: dict[tuple[int, bool], tuple[str, bytes]] = {}
         self._letter: int | None = None

@@ -8,11 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hydra_core.base import Base
-from hydra_core.decoding import Engine, load_heads
+from hydra_core.base import Base, TextBase, WeightlessBase, load_vocabulary
+from hydra_core.decoding import Engine, load_heads, read_configuration
+from hydra_core.decoding.configuration import FILE
 from hydra_core.errors import InputError
+from hydra_core.interop import VllmEngine, VllmSettings, export_once, speculative_of
 from hydra_core.proposers import AdaptiveDrafter, Drafter, SuffixDrafter
+from hydra_core.storage import local_copy
 from hydra_core.tree import TreeSet
+from pipelines.config import BaseSection
+from pipelines.config.serve import PLAIN
 from pipelines.profiling.cost_cache import known_costs, machine_costs
 from pipelines.serve.messages import AppArgs
 from pipelines.serve.model_identity import configuration_digest
@@ -80,6 +85,30 @@ def load_drafter(heads: Heads, base: Base, args: AppArgs, timing: bool = True) -
     if heads.check_digest() != digest:
         raise InputError(f"{heads.configuration}: its files changed while they were loaded: promote again")
     return drafter, trees, digest
+
+
+def load_app_base(args: AppArgs) -> TextBase:
+    """The base of an application: a `Base`, or a `WeightlessBase` where vLLM loads the weights."""
+    section = BaseSection(**args.base)
+    return section.load(args.cache) if args.vllm is None else section.load_weightless(args.cache)
+
+
+def start_vllm(heads: Heads, base: WeightlessBase, args: AppArgs) -> tuple[VllmEngine, str]:
+    """vLLM with `heads`, exported where they are not yet, and the digest of the files that they were made from. Raises InputError
+    as `load_drafter` does, for heads that vLLM cannot run, and where it does not start."""
+    assert args.vllm is not None
+    settings, digest, speculative = VllmSettings(**args.vllm), heads.check_digest(), None
+    if heads.configuration is not None and not decodes_plainly(heads.configuration):
+        vocabulary = load_vocabulary(args.base["model"], dtype=args.base["dtype"], cache=Path(args.cache))
+        export = export_once(heads.configuration, vocabulary, Path(args.cache))
+        speculative = speculative_of(export, settings.num_speculative_tokens)
+    return VllmEngine(base, settings, max_batch_size=args.max_batch_size, speculative=speculative), digest
+
+
+def decodes_plainly(folder: str) -> bool:
+    """Whether `folder` holds a configuration without a drafter."""
+    found = local_copy(folder)
+    return (found / FILE).exists() and read_configuration(found).drafter == PLAIN
 
 
 def make_engine(base: Base, drafter: Drafter | None, trees: TreeSet | None, args: AppArgs) -> Engine:

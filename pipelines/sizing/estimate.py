@@ -18,6 +18,7 @@ from pipelines.sizing.report import WITHOUT_BASE, Plan
 from pipelines.sizing.rows import RowCounts, finished_rows, planned_rows
 from pipelines.sizing.serving import batch_size, bench_size, generate_size, load_size, serve_size, tree_size
 from pipelines.sizing.training import train_size
+from pipelines.sizing.vllm import in_vllm
 
 Decoding = Callable[[RunConfig, BaseShape, Pace | None, str, bool], StageSize]
 DECODING: dict[str, Decoding] = {"serve": serve_size, "batch": batch_size, "load": load_size, "generate": generate_size,
@@ -44,10 +45,10 @@ def stage_sizes(config: RunConfig, stage: str, base: BaseShape, around: Surround
     gpu = uses_gpu(config, stage, around)
     pace, why = pace_of(base, gpu, around.gpu, RunPaths.of(config).cache)
     if stage in DECODING:
-        return [DECODING[stage](config, base, pace, why, gpu)]
+        return [in_vllm(config, DECODING[stage](config, base, pace, why, gpu), base, gpu)]
     rows = planned_rows(config) if stage == "distill" else finished_rows(config) or planned_rows(config)
     if stage == "distill":
-        return [distill_size(config, base, rows, pace, why, gpu)]
+        return [in_vllm(config, distill_size(config, base, rows, pace, why, gpu), base, gpu)]
     nodes = around.nodes if around.memory is not None else config.train.workers.least
     if stage == "train":
         if config.train.dry_run:

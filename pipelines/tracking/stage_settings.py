@@ -20,6 +20,8 @@ SECTIONS = {
     "load": ("load", "serve"),
 }
 """Stage -> the sections that it reads; of any other stage its own section alone."""
+ANSWERING = ("distill", "serve", "batch", "load")
+"""Stages whose answers are written by what `engine` names."""
 OF_ALL_DRAFTERS = {"drafters", "only", "start"}
 """Settings of `train` that one drafter's run replaces by its own: `heads.*`, `train.start`."""
 CHAIN = {
@@ -42,6 +44,8 @@ def stage_settings(config: RunConfig, stage: str, part: str | None = None) -> di
             found["train"] = {name: value for name, value in found["train"].items() if name not in OF_ALL_DRAFTERS}
             found["train"]["start"] = config.train.start.get(str(part))
         found["heads"] = drafter.model_dump(mode="json")
+    if config.engine != "own" and stage in ANSWERING:
+        found |= {"engine": config.engine, "vllm": values["vllm"]}
     return _of_every_run(config) | found
 
 

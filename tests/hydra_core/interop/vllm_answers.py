@@ -27,12 +27,13 @@ SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_O
 SECONDS = 400
 
 
-def answer(job: dict[str, Any], folder: Path, python: str = sys.executable) -> list[dict[str, Any]]:
+def answer(job: dict[str, Any], folder: Path, python: str = sys.executable,
+           module: str = "tests.hydra_core.interop.vllm_answers") -> list[dict[str, Any]]:
     """What the job's runs gave in `python`, and in `log` of the first what vLLM wrote; raises AssertionError with its last
-    lines."""
+    lines. `module`: the program, this one or another one that takes the same two files."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-    words = [python, "-m", "tests.hydra_core.interop.vllm_answers", str(folder / "job.json"), str(folder / "out.json")]
+    words = [python, "-m", module, str(folder / "job.json"), str(folder / "out.json")]
     openmp = Path(python).parent.parent / "lib" / "libiomp5.so"  # without it vLLM's drafting is slow on a CPU
     preload = {"LD_PRELOAD": str(openmp)} if openmp.exists() else {}
     with open(folder / "log.txt", "w+", encoding="utf-8") as log:

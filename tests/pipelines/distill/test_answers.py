@@ -8,24 +8,25 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from hydra_core.base import Base
+from hydra_core.base import Base, BaseIdentity, resolve_base
 from hydra_core.decoding.states import RecordedStates
 from hydra_core.errors import InputError
 from hydra_core.heads.checkpoint import save_checkpoint
+from hydra_core.interop import VllmSettings
 from hydra_core.tree import DraftTree, TreeSet
 from pipelines.config import RunConfig, load_config
 from pipelines.distill import answers
 from pipelines.distill.answers import answer_prompts, most_workers
 from pipelines.distill.file_prompts import PART_ROWS
 from pipelines.distill.stage import answered, distill_fingerprint, distilled, run_distill
-from pipelines.distill.tasks import ANSWERED, TO_ANSWER, PartWriter, TaskReader, parts_to_read
+from pipelines.distill.tasks import ANSWERED, TO_ANSWER, PartWriter, TaskReader, parts_to_read, rows_of
 from pipelines.rows.parquet_parts import part_files, read_parts, write_part
 from pipelines.rows.row_ids import merged, row_digests
 from pipelines.rows.schemas import FEATURES, PROMPTS, RESPONSES, content_id, is_in_share
@@ -198,6 +199,44 @@ def test_the_largest_number_of_workers(tiny_base_dir: Path, storage: Path, monke
     assert [(pool.least, pool.most) for pool in pools] == [(1, 7)]
     with pytest.raises(InputError, match=r"distill\.max_workers=1 is fewer than distill\.workers\.count=2"):
         load_config(None, {"distill.workers.count": 2, "distill.max_workers": 1})
+
+
+def test_vllm_answers_in_a_flow_of_its_own(tiny_base_dir: Path, storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then actors without it compute hidden states, of rows that stood before too; error rows stay, and are tried again."""
+    settings, flows = VllmSettings(), list[tuple[set[str], Any, Any]]()
+
+    class Picky(IdleAnswerer):
+        """Refuses the answers to one prompt, and gives no hidden states where vLLM answers."""
+
+        def __call__(self, given: Rows) -> Iterator[Rows]:
+            rows, = [found for found in super().__call__(given) if found.name == ("features" if given.name == ANSWERED else
+                                                                                  "responses")]
+            bad = [{"id": row["id"], "stage": "distill", "message": "no"} for row in rows.table.to_pylist()
+                   if row["prompt_id"] == content_id("p", 1)]
+            yield rows if given.name == ANSWERED or not bad else rows_of("errors/answers", bad)
+
+    def flow(source: Any, read: Any, actor: Any, settings: Any, *given: Any, **_: Any) -> Counter[str]:
+        flows.append(({kind for table in source for kind in table["kind"].to_pylist()}, settings.vllm, settings.heads))
+        return in_this_process(source, read, actor, settings, *given)
+
+    monkeypatch.setattr(answers, "Answerer", Picky)
+    monkeypatch.setattr(answers, "run_flow", flow)
+    monkeypatch.setattr(answers, "vllm_settings", lambda *_: settings)
+    config, folder = small_run(storage, tiny_base_dir, 4)
+    distill = config.distill.model_copy(update={"heads": "H", "max_error_share": 0.5, "max_batch_size": 1})
+    config = config.model_copy(update={"engine": "vllm", "distill": distill})
+    monkeypatch.setattr(answers, "BLOCK_BATCHES", 1)
+    figures = answer_prompts(config, folder)
+    assert (figures["responses"], figures["errors"], figures["feature_rows"]) == (3, 1, 2)
+    assert flows == [({TO_ANSWER}, settings, "H"), ({ANSWERED}, None, None)]
+    ids = set(read_parts(folder / "responses", RESPONSES, ["id"])["id"].to_pylist())
+    digest = str(resolve_base(str(tiny_base_dir), storage / "cache").digest)
+    base = str(BaseIdentity(tiny_base_dir.name, digest, "fp32"))
+    seeds = {number: int(content_id(content_id("p", number), 0)[:8], 16) for number in (0, 2, 3)}
+    assert ids == {content_id(content_id("p", number), 0.0, seed, 0, base, [config.distill.max_new_tokens, None, "vllm"])
+                   for number, seed in seeds.items()}
+    shutil.rmtree(folder / "features")
+    assert answer_prompts(config, folder)["feature_rows"] == 2 and flows[2:] == flows[:2]
 
 
 @pytest.mark.slow

@@ -198,6 +198,7 @@ def test_a_slow_step_is_honest_where_the_prompt_is_long(tree: bool, tokens: int)
         return [SimpleNamespace(steps=3) for _ in requests]
 
     engine = SimpleNamespace(generate=generate, context_limit=9000, base=SimpleNamespace(supports_tree=tree, vocab_size=9))
+    engine.most_prompt_tokens = Engine.most_prompt_tokens.fget(engine)  # type: ignore[attr-defined]
     assert module.longest_step_seconds(engine, clock) == pytest.approx(tokens / 8 * 10)  # type: ignore[arg-type]
 
 
