@@ -67,13 +67,14 @@ def register(config: RunConfig, name: str, run: Run, artifact_path: str, alias: 
 
 
 def record_champion(run: Run, champion: str, version: int, why: str, figures: Mapping[str, float | None],
-                    bench: tuple[str, str] | None = None) -> None:
+                    bench: tuple[str | None, str] | None = None) -> None:
     """Write what MLflow shows of a promotion: the run's description, champion and figures of the chain, where those of its
     last bench may be of a contender that was not promoted, and the figures of the version's model on the questions that it was
     chosen by. `bench`: the run of that bench, and the name of its questions."""
     known = {name: value for name, value in figures.items() if value is not None}
     model_id = run.client.get_run(run.run_id).data.tags.get(MODEL_TAG)
-    if model_id is not None and bench is not None and (data := _questions_of(run, *bench)) is not None:
+    data = _questions_of(run, *bench) if bench is not None else None
+    if model_id is not None and data is not None:
         run.log_model_metrics(model_id, known, *data)
     run.log_metrics(known)
     run.describe(f"{champion} is champion: version {version}", f"{why}\n")
@@ -81,8 +82,10 @@ def record_champion(run: Run, champion: str, version: int, why: str, figures: Ma
                      model_id=model_id)
 
 
-def _questions_of(run: Run, bench_run: str, name: str) -> tuple[str, str] | None:
+def _questions_of(run: Run, bench_run: str | None, name: str) -> tuple[str, str] | None:
     """Name and digest of the questions of a bench, one of its inputs; None where this server does not know it."""
+    if bench_run is None:
+        return None
     try:
         inputs = run.client.get_run(bench_run).inputs.dataset_inputs
     except MlflowException:

@@ -191,7 +191,8 @@ def test_the_endpoint_has_every_setting_that_a_command_would_start_it_with() -> 
     elsewhere = {"version", "digest",  # of the heads: `user_config`
                  "api_key_digests",  # of the file of `api_keys_file`
                  "owner",  # none: the application outlives every command
-                 "follow", "webhook_secret", "record"}  # where they are asked for
+                 "follow", "webhook_secret", "record",  # where they are asked for
+                 "vllm"}  # refused in manifests
     assert {one.name for one in fields(AppArgs)} - args.keys() == elsewhere
     assert (args["shared_answers"], args["prefix_cache_tokens"], args["request_seconds"]) == (77, 320, 9.0)
 
