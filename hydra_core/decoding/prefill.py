@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hydra_core.base.model import Base
+from hydra_core.base.taps import last_of
 from hydra_core.decoding.batch import EMPTY, RunningBatch
 from hydra_core.decoding.finish import clip_all, emit
 from hydra_core.decoding.records import StepOutput
@@ -77,12 +78,13 @@ def _compute_chunk(batch: RunningBatch, prefill: PrefillBatch, first: int, promp
         ids[row, :len(piece)] = torch.tensor(piece)
     remaining = torch.tensor([prompt.remaining for prompt in prefill.prompts], device=base.device) - prefill.computed
     counts = remaining.clamp(0, width)
-    hidden = base.forward(ids.to(base.device), batch.cache, rows, chain(width), counts)
+    hidden = base.forward(ids.to(base.device), batch.cache, rows, chain(width), counts, batch.taps)
     batch.cache.lengths[rows[0]:rows[1]] += counts
     batch.proposer.commit(rows, hidden, counts)
     batch.record(prefill.sequences, hidden, counts)
     ends = (remaining > 0) & (remaining <= width)
     last = hidden[torch.arange(size, device=hidden.device), (remaining - 1).clamp(0, width - 1)]
+    last = last_of(last, base.vocabulary.width)
     prefill.computed += width
     return torch.where(ends[:, None], last, prompt_hidden)
 
@@ -102,7 +104,7 @@ def _close(batch: RunningBatch, prefill: PrefillBatch) -> list[StepOutput]:
         logprobs.append([] if count is None else [token_logprob(logits[index], token, count)])
     batch.scheduler.decoding += sequences
     batch.scheduler.prefill = None
-    no_hidden = batch.prompt_hidden[:, None][:, :0]
+    no_hidden = batch.prompt_hidden.new_empty(len(sequences), 0, (1 + len(batch.taps)) * batch.base.vocabulary.width)
     no_counts = torch.zeros(len(sequences), dtype=torch.int64, device=no_hidden.device)
     batch.prompt_hidden = EMPTY
     clipped = clip_all(batch, first, [[token] for token in tokens])

@@ -94,7 +94,7 @@ class PrefixLayer(Packable):
         their keys and values to the cache."""
         cos, sin = self._rotary_like(hidden).at(step.positions, step.kv_len)
         if self._packed is not None and is_native(real_tokens(hidden.shape, counts), hidden.dtype) and not step.fixed:
-            residual = run_natively(self._packed, hidden.float(), cache, step, cos, sin, counts)
+            residual, _ = run_natively(self._packed, hidden.float(), cache, step, cos, sin, counts)
             ended: Tensor = self.norm(residual.to(hidden.dtype))
             return ended
         qkv = self.qkv(self.input_norm(hidden))

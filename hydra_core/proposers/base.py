@@ -96,9 +96,10 @@ class Proposer(Protocol):
     def commit(self, rows: tuple[int, int], hidden: Tensor, counts: Tensor, tokens: Sequence[Sequence[int]] = ()) -> None:
         """Rows [start, stop) grow.
 
-        `hidden`: [B, M, D], the base's hidden states of the tokens that are now in the KV cache, the first `counts` [B] of
-        each row; `tokens`: for each row its newly chosen tokens, the last of which is the next root and not in the cache yet.
-        Chunks of a prompt come with hidden states alone, the first token of an answer with tokens alone (M = 0).
+        `hidden`: [B, M, D], the base's hidden states of the tokens that are now in the KV cache, the first `counts` [B] of each
+        row, or [B, M, (1 + T) * D] with the T taps that the drafter asks for behind them; `tokens`: for each row its newly
+        chosen tokens, the last of which is the next root and not in the cache yet. Chunks of a prompt come with hidden states
+        alone, the first token of an answer with tokens alone (M = 0).
         """
         ...
 

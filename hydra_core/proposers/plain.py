@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from hydra_core.proposers.base import Accepted, Proposal, StepTimes
+from hydra_core.proposers.base import Accepted, Proposal, Proposer, StepTimes
+from hydra_core.proposers.drafter import Context, DrafterKind
 from hydra_core.sampling.sampler import Sampler
 from hydra_core.tree.batch import chain
+from hydra_core.tree.draft_tree import TreeSet
 
 
 class PlainProposer:
@@ -42,3 +44,15 @@ class PlainProposer:
 
     def move(self, source: int, target: int) -> None:
         """Nothing to move."""
+
+
+class PlainKind(DrafterKind):
+    """No drafter: every step is a plain one."""
+
+    fixed_trees = True
+
+    def draft_slots(self, trees: TreeSet) -> int:
+        return 1
+
+    def open(self, context: Context) -> Proposer:
+        return PlainProposer()
