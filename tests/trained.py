@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
 
-from hydra_core.base import Base
+from hydra_core.base import Base, load_base
 from hydra_core.decoding import naive_generate
 from hydra_core.heads import DraftVocab, HeadDrafter, HeadsConfig, build_drafter
 from hydra_core.sampling import Request
@@ -63,3 +66,18 @@ def teacher_forced_loss(heads: HeadDrafter, ids: torch.Tensor, hidden: torch.Ten
         logits = heads.head_logits(i, heads.head_hidden(i, features[:count], path))
         loss = loss + F.cross_entropy(logits, ids[2 + i:2 + i + count])
     return loss
+
+
+def noisy_copy(folder: Path, target: Path, share: float = 0.05, seed: int = 0) -> Base:
+    """A draft model for the tiny base in `folder`: the base itself with noise of `share` of each matrix's size, so that it
+    agrees with it often and not always. Saved to `target`."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += share * weight.std() * torch.randn(weight.shape, generator=generator) if weight.ndim == 2 else 0
+    model.save_pretrained(target)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (folder / name).exists():
+            (target / name).write_bytes((folder / name).read_bytes())
+    return load_base(str(target), dtype="fp32", cache=target.parent / "cache")

@@ -148,12 +148,13 @@ class KVCache:
             stored_values[batch, metadata.slots] = values
         return stored_keys[:, :metadata.kv_len].transpose(1, 2), stored_values[:, :metadata.kv_len].transpose(1, 2)
 
-    def commit(self, rows: tuple[int, int], path: Tensor, counts: Tensor) -> None:
+    def commit(self, rows: tuple[int, int], path: Tensor, counts: Tensor, forest: bool = False) -> None:
         """Keep the accepted nodes of the last step: the first `counts` [B] of `path` [B, M] in each row, in order of depth.
 
         Their keys and values move to consecutive slots after the committed tokens, and the rows' lengths grow by `counts`.
+        `forest`: a path may begin at any node, not at node 0 alone.
         """
-        if path.shape[1] > 1:
+        if path.shape[1] > 1 or forest:
             self._gather(rows, path, counts)
         self.lengths[rows[0]:rows[1]] += counts
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from hydra_core.heads import HeadDrafter
 from hydra_core.proposers.base import Proposer
+from hydra_core.proposers.draft_model import DraftModel, DraftModelKind
 from hydra_core.proposers.drafter import Context, DrafterKind
 from hydra_core.proposers.dynamic_kind import CopyingKind, DynamicKind
 from hydra_core.proposers.heads import HeadKind
@@ -20,6 +21,7 @@ KINDS: dict[type, type[DrafterKind]] = {
     HeadDrafter: HeadKind,
     NgramDrafter: CopyingKind,
     AdaptiveDrafter: DynamicKind,
+    DraftModel: DraftModelKind,
 }
 """Class of a drafter -> what the engine asks of it. A kind is a file beside this one and a line here."""
 

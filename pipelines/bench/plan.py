@@ -11,7 +11,8 @@ from typing import Any
 
 from hydra_core.base import Base
 from hydra_core.bundled import BUNDLED, EARLIER
-from hydra_core.decoding import read_configuration
+from hydra_core.decoding import DraftModelSettings, open_draft_model, read_configuration
+from hydra_core.decoding.configuration import DRAFT_MODEL
 from hydra_core.errors import InputError
 from hydra_core.heads.checkpoint import load_checkpoint
 from hydra_core.proposers import AdaptiveDrafter, Drafter, NgramDrafter, SuffixDrafter
@@ -61,7 +62,7 @@ class BenchPlan:
     """Everything that the measuring task needs, as plain values, since Ray serialises it.
 
     `heads`: name -> checkpoint folder; `batch_app`: what `batch` would decode with, None: `batch` is not timed; `champion`: the
-    configuration folder of the contender `@champion`.
+    configuration folder of the contender `@champion`; `draft_model`: as `DraftModelSettings.of` takes it.
     """
 
     base: BaseSection
@@ -92,6 +93,7 @@ class BenchPlan:
     threads: int
     champion: str | None = None
     shared_answers: int = 0
+    draft_model: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for a report."""
@@ -164,6 +166,9 @@ def make_drafter(method: str, plan: BenchPlan, base: Base, *, measured: bool = T
         return None, None
     if method == CHAMPION:
         return _champion_drafter(plan, base, measured)
+    if method == DRAFT_MODEL:
+        assert plan.draft_model is not None
+        return open_draft_model(DraftModelSettings.of(plan.draft_model), base, Path(plan.cache)), None
     heads = None
     if method not in (NGRAM, SUFFIX):
         name, nodes = split_sweep(method, plan.heads)
@@ -181,6 +186,8 @@ def _champion_drafter(plan: BenchPlan, base: Base, measured: bool) -> tuple[Draf
     """As `load_configuration`, but in the format of `base`: losslessness is checked in others than the configuration's own."""
     assert plan.champion is not None
     configuration = read_configuration(as_path(plan.champion))
+    if configuration.draft_model is not None:
+        return open_draft_model(configuration.draft_model, base, Path(plan.cache)), None
     loaded = None if configuration.heads is None else load_checkpoint(configuration.heads, base.vocabulary, base.dtype)
     if loaded is not None and configuration.drafter == "heads":
         return loaded.drafter, loaded.trees

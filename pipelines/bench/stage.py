@@ -137,7 +137,8 @@ def _plan(config: RunConfig, folder: Path, methods: tuple[str, ...], heads: dict
         batch_prompts=bench.batch_prompts, max_batch_size=bench.max_batch_size,
         batch_limits=bench.batch_limits, batch_app=resolve_args(config) if bench.batch_job else None,
         concurrency=bench.concurrency, concurrency_requests=bench.concurrency_requests, temperature=bench.temperature,
-        shared_noise=bench.shared_noise, threads=bench.threads, shared_answers=bench.shared_answers)
+        shared_noise=bench.shared_noise, threads=bench.threads, shared_answers=bench.shared_answers,
+        draft_model=config.draft_model.values())
 
 
 def _write_report(config: RunConfig, folder: Path, found: dict[str, Any], plan: BenchPlan) -> list[Path]:

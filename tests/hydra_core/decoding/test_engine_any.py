@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hydra_core.base import Base
 from hydra_core.decoding import Engine, Result, naive_generate
 from hydra_core.heads import HeadDrafter
-from hydra_core.proposers import AdaptiveDrafter, Drafter, NgramDrafter
+from hydra_core.proposers import AdaptiveDrafter, Drafter, DraftModel, Growth, NgramDrafter
 from hydra_core.sampling import Request
 from hydra_core.tree import DraftTree, TreeSet
 from hydra_core.tree.costs import StepCosts
@@ -96,21 +96,24 @@ class Ticks:
 @settings(max_examples=500, deadline=None, derandomize=True, database=None,
           suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
-def test_any_running_batch(tiny_base: Base, heads: dict[str, HeadDrafter], data: st.DataObject) -> None:
+def test_any_running_batch(tiny_base: Base, heads: dict[str, HeadDrafter], tiny_draft: Base, data: st.DataObject) -> None:
     with pytest.MonkeyPatch.context() as patch:  # prompts that take several steps and share prefixes
         for name, sizes in (("BUSY_TOKENS", (5, 30, 512)), ("IDLE_TOKENS", (20, 4096)), ("CHUNK", (7, 512)),
                             ("SHARED_TOKENS", (4, 32))):
             patch.setattr(f"hydra_core.decoding.scheduler.{name}", data.draw(st.sampled_from(sizes)))
         patch.setattr("hydra_core.decoding.clock.time", Ticks())
-        run_batch(tiny_base, heads, data)
+        run_batch(tiny_base, heads, tiny_draft, data)
 
 
-def run_batch(tiny_base: Base, heads: dict[str, HeadDrafter], data: st.DataObject) -> None:
-    kind = data.draw(st.sampled_from(("plain", "ngram", *KINDS, "adaptive", "adaptive")))
+def run_batch(tiny_base: Base, heads: dict[str, HeadDrafter], draft: Base, data: st.DataObject) -> None:
+    kind = data.draw(st.sampled_from(("plain", "ngram", *KINDS, "adaptive", "adaptive", "draft model", "draft model")))
     batch = data.draw(st.integers(1, 4))
     drafter: Drafter | None = heads.get(kind) or (NgramDrafter(min_match=1) if kind == "ngram" else None)
     if kind == "adaptive":
         drafter = data.draw(adaptive(heads))
+    if kind == "draft model":
+        drafter = DraftModel(draft, Growth(*(data.draw(st.integers(1, most)) for most in (5, 3, 4, 9)),
+                                           floor=data.draw(st.sampled_from((0.0, 0.01)))))
     chosen = TreeSet({1: data.draw(trees()), 3: data.draw(trees())}) if kind in KINDS else None
     engine = Engine(tiny_base, drafter, chosen, max_batch_size=batch, context_limit=80)
     waiting = data.draw(requests())
