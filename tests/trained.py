@@ -41,7 +41,7 @@ def overfit_heads(base: Base, kind: str, prompts: list[tuple[int, ...]], tokens:
     for i, prompt in enumerate(prompts):
         answer = naive_generate(base, Request(str(i), prompt, tokens)).token_ids
         ids = torch.tensor(prompt + answer)
-        rows.append((ids, base.hidden_states([ids.tolist()])[0].clone()))
+        rows.append((ids, base.hidden_states([ids.tolist()], heads.taps)[0].clone()))
     optimizer = torch.optim.Adam(heads.parameters(), lr=1e-2)
     for step in range(steps):
         ids, hidden = rows[step % len(rows)]
@@ -57,13 +57,12 @@ def teacher_forced_loss(heads: HeadDrafter, ids: torch.Tensor, hidden: torch.Ten
     length = len(ids)
     positions = torch.arange(length)[None]
     mask = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
-    features = heads.features(hidden[None], positions, mask)[0]
-    embedded = heads.embed(ids)
+    outputs = heads.outputs(ids[None], hidden[None], positions, mask, torch.ones(1, length, dtype=torch.bool))
     loss = hidden.new_zeros(())
     for i in range(heads.num_heads):
         count = length - 2 - i
-        path = torch.stack([embedded[1 + j:1 + j + count] for j in range(i + 1)], dim=1)
-        logits = heads.head_logits(i, heads.head_hidden(i, features[:count], path))
+        at = torch.arange(count)
+        logits = heads.head_logits(i, outputs(i, at, at[:, None] + torch.arange(1, i + 2)))
         loss = loss + F.cross_entropy(logits, ids[2 + i:2 + i + count])
     return loss
 

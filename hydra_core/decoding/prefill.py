@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -47,6 +48,8 @@ def prefill_step(batch: RunningBatch) -> list[StepOutput]:
 def _open(batch: RunningBatch, prompts: list[PrefillPrompt]) -> None:
     """Give rows to new prompts; a prefix shared with a decoding sequence is copied instead of computed."""
     base, now = batch.base, time.perf_counter()
+    if batch.proposer.reads_next:
+        prompts = [replace(prompt, prefix_length=max(prompt.prefix_length - 1, 0)) for prompt in prompts]
     for row, prompt in enumerate(prompts, start=len(batch.decoding)):
         batch.cache.clear_rows((row, row + 1))
         batch.proposer.admit(row, prompt.request.prompt_ids)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +18,13 @@ from hydra_core.errors import InputError
 from hydra_core.files import atomic_folder
 from hydra_core.heads.base import HeadDrafter
 from hydra_core.heads.checkpoint import load_checkpoint
+from hydra_core.heads.eagle import Eagle
+from hydra_core.interop.eagle_export import check_eagle3, eagle3_config, eagle3_tensors
 from hydra_core.interop.vllm_format import BIAS, IDS, KEY, ROWS, ExportedHeads
 from hydra_core.storage import scheme_of
 
+EAGLE3 = "eagle3"
+"""The kind that is written in EAGLE-3's own layout, and vLLM's name of the method that runs it."""
 TAKEN = ("eagle-", "eagle3", "dflash", "dspark")
 """Words in a drafter's path by which vLLM (`SpeculativeConfig`) takes it for one of these, whatever its config.json says."""
 
@@ -43,7 +48,6 @@ def export_to_vllm(heads: str | Path, vocabulary: BaseVocabulary, output: str | 
     Raises InputError for heads that cannot be read or belong to another base, for kinds that the plug-in does not run, and for
     an `output` that vLLM would not read or that holds something else.
     """
-    output = _checked(str(output))
     found = find_heads(heads, vocabulary.identity)
     if (found / FILE).exists():
         configuration = read_configuration(found)
@@ -51,6 +55,9 @@ def export_to_vllm(heads: str | Path, vocabulary: BaseVocabulary, output: str | 
             raise InputError(f"{found}: has no heads ({configuration.drafter}); vLLM has an n-gram lookup")
         found = configuration.heads
     drafter = load_checkpoint(found, vocabulary).drafter
+    output = _checked(str(output), () if drafter.config.kind == EAGLE3 else TAKEN)
+    if isinstance(drafter, Eagle):
+        return _export_eagle3(drafter, vocabulary, output)
     if drafter.config.prefix_layer:
         raise InputError(f"{found}: kind={drafter.config.kind}: its prefix layer needs a KV cache, which vLLM gives to no "
                          "drafter of this method: export medusa or hydra heads")
@@ -69,6 +76,17 @@ def export_to_vllm(heads: str | Path, vocabulary: BaseVocabulary, output: str | 
     return VllmExport(output, drafter.config.kind, drafter.config.num_heads, dtype, size)
 
 
+def _export_eagle3(drafter: Eagle, vocabulary: BaseVocabulary, output: Path) -> VllmExport:
+    """An EAGLE-3 folder, which vLLM reads by itself."""
+    check_eagle3(drafter, vocabulary)
+    tensors, about = eagle3_tensors(drafter), eagle3_config(drafter, vocabulary)
+    with atomic_folder(output) as temporary:
+        save_file(tensors, temporary / "model.safetensors")
+        (temporary / "config.json").write_text(json.dumps(about, indent=2, sort_keys=True), encoding="utf-8")
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    return VllmExport(output, drafter.config.kind, drafter.config.num_heads, drafter.rows.weight.dtype, size)
+
+
 def exported_tensors(drafter: HeadDrafter) -> dict[str, Tensor]:
     """The heads' own tensors by their names, `ROWS` [Vd, D] and `BIAS` [Vd] of the vocabulary projection, all in its dtype, and
     `IDS` [Vd] int64. Scale and soft cap of the projection are left out: they do not move an argmax."""
@@ -83,18 +101,19 @@ def exported_tensors(drafter: HeadDrafter) -> dict[str, Tensor]:
 def serve_command(export: VllmExport, base: str) -> str:
     """The command that serves `base`, a folder or a hub id with or without `@revision`, with the exported heads."""
     name, _, revision = base.partition("@") if not Path(base).exists() else (base, "", "")
-    settings = {"method": "medusa", "model": str(export.folder), "num_speculative_tokens": export.num_heads}
+    method = EAGLE3 if export.kind == EAGLE3 else "medusa"
+    settings = {"method": method, "model": str(export.folder), "num_speculative_tokens": export.num_heads}
     words = ["vllm", "serve", name, *(["--revision", revision] if revision else []),
              "--dtype", str(export.dtype).removeprefix("torch."), "--speculative-config", json.dumps(settings)]
     return shlex.join(words)
 
 
-def _checked(asked: str) -> Path:
-    """The folder `asked` as an absolute path."""
+def _checked(asked: str, taken: Sequence[str]) -> Path:
+    """The folder `asked` as an absolute path, in which none of the words `taken` occurs."""
     if scheme_of(asked):
         raise InputError(f"{asked}: vLLM reads drafters from a folder of its machine: name one, and copy it where it is needed")
     output = Path(asked).expanduser().absolute()
-    if word := next((word for word in TAKEN if word in str(output).lower()), None):
+    if word := next((word for word in taken if word in str(output).lower()), None):
         raise InputError(f"{output}: vLLM takes a drafter with {word!r} in its path for another kind: name another folder")
     if not output.exists():
         return output

@@ -71,10 +71,12 @@ class Proposer(Protocol):
 
     Sequences occupy rows 0 .. B - 1 without holes, the rows of the KV cache. Per step the engine calls `propose`, then
     `commit`, then `feedback`; `admit` and `copy_prefix` when a prompt starts, `end` and `move` when a sequence ends. What a
-    proposer learns changes the speed only, never a token.
+    proposer learns changes the speed only, never a token. `reads_next`: what it keeps of a token depends on the token after it,
+    so that of a shared prefix the last token is computed again.
     """
 
     max_nodes: int
+    reads_next: bool
 
     def admit(self, row: int, prompt_ids: Sequence[int]) -> None:
         """A new sequence takes `row`; nothing is kept of the one before."""

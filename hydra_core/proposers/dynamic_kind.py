@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from hydra_core.base.model import Base
+from hydra_core.errors import InputError
 from hydra_core.heads.base import HeadDrafter
 from hydra_core.proposers.base import Proposer
 from hydra_core.proposers.drafter import Context, DrafterKind
@@ -28,6 +30,13 @@ class DynamicKind(DrafterKind):
     @property
     def heads(self) -> HeadDrafter | None:
         return self.drafter.heads
+
+    def check(self, base: Base) -> None:
+        """Raise InputError for heads that are no heads by depth, of which these trees are made."""
+        heads = self.drafter.heads
+        if heads is not None and heads.config.autoregressive:
+            raise InputError(f"{heads.config.kind} heads grow trees of their own: give them to the engine alone, without copied "
+                             "text")
 
     def draft_slots(self, trees: TreeSet) -> int:
         return most_nodes(self.drafter)

@@ -17,6 +17,7 @@ class PlainProposer:
     """Proposes the root alone. Proposers that remember less than the protocol offers inherit the rest from here."""
 
     max_nodes = 1
+    reads_next = False
 
     def admit(self, row: int, prompt_ids: Sequence[int]) -> None:
         """Nothing to remember."""

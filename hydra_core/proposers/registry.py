@@ -6,10 +6,12 @@ from types import NoneType
 from typing import Any
 
 from hydra_core.heads import HeadDrafter
+from hydra_core.heads.eagle import Eagle
 from hydra_core.proposers.base import Proposer
 from hydra_core.proposers.draft_model import DraftModel, DraftModelKind
 from hydra_core.proposers.drafter import Context, DrafterKind
 from hydra_core.proposers.dynamic_kind import CopyingKind, DynamicKind
+from hydra_core.proposers.eagle import EagleKind
 from hydra_core.proposers.heads import HeadKind
 from hydra_core.proposers.ngram import NgramDrafter
 from hydra_core.proposers.plain import PlainKind
@@ -19,6 +21,7 @@ from hydra_core.tree.draft_tree import TreeSet
 KINDS: dict[type, type[DrafterKind]] = {
     NoneType: PlainKind,
     HeadDrafter: HeadKind,
+    Eagle: EagleKind,
     NgramDrafter: CopyingKind,
     AdaptiveDrafter: DynamicKind,
     DraftModel: DraftModelKind,

@@ -15,6 +15,7 @@ from hydra_core.decoding import DraftModelSettings, open_draft_model, read_confi
 from hydra_core.decoding.configuration import DRAFT_MODEL
 from hydra_core.errors import InputError
 from hydra_core.heads.checkpoint import load_checkpoint
+from hydra_core.heads.config import EAGLE_KINDS
 from hydra_core.proposers import AdaptiveDrafter, Drafter, NgramDrafter, SuffixDrafter
 from hydra_core.sampling import Request
 from hydra_core.storage import as_path
@@ -202,8 +203,16 @@ def combined_heads(heads: Mapping[str, str]) -> str:
 
 
 def own_heads(heads: Mapping[str, str]) -> list[str]:
-    """Checkpoint folders of the run itself, without those of the package."""
-    return [folder for name, folder in heads.items() if name != BUNDLED]
+    """Checkpoint folders of the run itself whose heads can draft beside copied text, without those of the package."""
+    return [folder for name, folder in heads.items() if name != BUNDLED and not _autoregressive(as_path(folder))]
+
+
+def _autoregressive(folder: Path) -> bool:
+    """Whether the heads in `folder` grow trees of their own; False where that cannot be read."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))["heads"]["kind"] in EAGLE_KINDS
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def split_sweep(method: str, heads: Mapping[str, str]) -> tuple[str, int | None]:

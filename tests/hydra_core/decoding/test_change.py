@@ -20,14 +20,15 @@ from tests.trained import overfit_heads, random_heads, random_prompts
 
 TREES = TreeSet({1: DraftTree(((0,), (1,), (0, 0), (0, 1), (0, 0, 0)))})
 PROMPTS = random_prompts(6, seed=1)
-NAMES = ("plain", "ngram", "medusa", "hydra", "hydra++", "adaptive", "answers", "draft model")
+NAMES = ("plain", "ngram", "medusa", "hydra", "hydra++", "adaptive", "answers", "draft model", "eagle3")
 KEEP_DRAFTING = {"ngram", "medusa", "hydra", "answers", "draft model"}
 """Those that need nothing of a sequence's past, or what can be made again."""
 
 
 @pytest.fixture(scope="module")
 def drafters(tiny_base: Base, tiny_draft: Base) -> dict[str, Drafter | None]:
-    heads: dict[str, Drafter | None] = {kind: overfit_heads(tiny_base, kind, PROMPTS) for kind in ("medusa", "hydra", "hydra++")}
+    heads: dict[str, Drafter | None] = {kind: overfit_heads(tiny_base, kind, PROMPTS)
+                                          for kind in ("medusa", "hydra", "hydra++", "eagle3")}
     adaptive = AdaptiveDrafter(heads["hydra++"], NgramDrafter(min_match=1))  # type: ignore[arg-type]
     answers = AdaptiveDrafter(None, None, suffix=SuffixDrafter(max_tokens=500))
     return heads | {"plain": None, "ngram": NgramDrafter(min_match=1), "adaptive": adaptive, "answers": answers,
@@ -40,7 +41,7 @@ def make(tiny_base: Base, drafters: dict[str, Drafter | None]) -> Callable[[str]
 
 
 def trees_for(drafter: Drafter | None) -> TreeSet | None:
-    return TREES if isinstance(drafter, HeadDrafter) else None
+    return TREES if isinstance(drafter, HeadDrafter) and not drafter.config.autoregressive else None
 
 
 def ragged(count: int) -> list[Request]:

@@ -22,6 +22,7 @@ from hydra_core.tree.costs import StepCosts
 from tests.trained import overfit_heads, random_prompts
 
 KINDS = ("medusa", "hydra", "hydra++")
+GROWING = ("eagle", "eagle3")
 SETTINGS: tuple[dict[str, Any], ...] = (
     {}, {}, {"temperature": 0.8}, {"temperature": 1.1, "top_p": 0.9, "top_k": 30}, {"repetition_penalty": 1.3},
     {"temperature": 1.0, "frequency_penalty": 0.5, "min_p": 0.05}, {"temperature": 1.0, "choice": 2}, {"stop": ("a", "Z")})
@@ -29,7 +30,7 @@ SETTINGS: tuple[dict[str, Any], ...] = (
 
 @pytest.fixture(scope="module")
 def heads(tiny_base: Base) -> dict[str, HeadDrafter]:
-    return {kind: overfit_heads(tiny_base, kind, random_prompts(6, seed=1)) for kind in KINDS}
+    return {kind: overfit_heads(tiny_base, kind, random_prompts(6, seed=1)) for kind in (*KINDS, *GROWING)}
 
 
 @st.composite
@@ -106,7 +107,7 @@ def test_any_running_batch(tiny_base: Base, heads: dict[str, HeadDrafter], tiny_
 
 
 def run_batch(tiny_base: Base, heads: dict[str, HeadDrafter], draft: Base, data: st.DataObject) -> None:
-    kind = data.draw(st.sampled_from(("plain", "ngram", *KINDS, "adaptive", "adaptive", "draft model", "draft model")))
+    kind = data.draw(st.sampled_from(("plain", "ngram", *KINDS, "adaptive", "adaptive", "draft model", *GROWING)))
     batch = data.draw(st.integers(1, 4))
     drafter: Drafter | None = heads.get(kind) or (NgramDrafter(min_match=1) if kind == "ngram" else None)
     if kind == "adaptive":
