@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         export, base = _export(config, names[0], output)
         kind = f"{export.kind} heads for {export.num_heads} tokens, {export.size / 1e6:.1f} MB"
-        print(f"export: {kind} in {export.folder}; where vLLM runs, this project is installed too", file=sys.stderr)
+        needs = "vLLM reads it by itself" if export.kind == "eagle3" else "where vLLM runs, this project is installed too"
+        print(f"export: {kind} in {export.folder}; {needs}", file=sys.stderr)
         print(serve_command(export, base))
 
     return run_command("export", work)

@@ -42,7 +42,7 @@ class Stage:
 STAGES: dict[str, Stage] = {
     "quickstart": Stage(
         "the whole chain, small, on this machine: distill, train, tree, bench, promote, serve and batch",
-        ("base", "prompts", "distill", "train", "tree", "ngram", "bench", "promote", "serve", "batch"),
+        ("base", "prompts", "distill", "train", "tree", "ngram", "draft_model", "bench", "promote", "serve", "batch"),
         "hydra-heads quickstart", config=CONFIGS / "quickstart.yaml"),
     "distill": Stage(
         "prompts in; the base's own answers and hidden states out",
@@ -71,7 +71,7 @@ STAGES: dict[str, Stage] = {
         "hydra-heads tree base.model=/models/mine name=mine tree.curves=true"),
     "bench": Stage(
         "time plain decoding, transformers, n-gram lookup, every drafter and the champion on the same prompts",
-        ("base", "ngram", "bench", "serve.model", *MODEL),
+        ("base", "ngram", "draft_model", "bench", "serve.model", *MODEL),
         "hydra-heads bench base.model=/models/mine name=mine limit=48 max_new_tokens=128",
         short={"prompts": "bench.prompts", "heads": "bench.heads", "limit": "bench.limit",
                "max_new_tokens": "bench.max_new_tokens"}),
@@ -87,8 +87,8 @@ STAGES: dict[str, Stage] = {
                Flag("--rollback", "promote.rollback=true", "give the alias back to the champion before; again: further back"))),
     "loop": Stage(
         "train on what the endpoint has recorded, from the champion on, and promote what is better",
-        ("loop", "base", "prompts", "distill", "train", "tree", "ngram", "bench", "promote", "serve.model", "serve.app_name",
-         "serve.record"),
+        ("loop", "base", "prompts", "distill", "train", "tree", "ngram", "draft_model", "bench", "promote", "serve.model",
+         "serve.app_name", "serve.record"),
         "hydra-heads loop base.model=/models/mine name=mine loop.standing=/data/questions.jsonl"),
     "generate": Stage(
         "answer prompts in this process, with a champion or the bundled heads",

@@ -25,6 +25,7 @@ from hypothesis import HealthCheck, settings
 
 from hydra_core.base import Base, load_base
 from tests.tiny import save_tiny
+from tests.trained import noisy_copy
 from tests.vllm_environment import Missing, find_vllm_python
 
 if TYPE_CHECKING:
@@ -115,6 +116,12 @@ def tiny_base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_base(tiny_base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Base:
     return load_base(str(tiny_base_dir), dtype="fp32", cache=tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def tiny_draft(tiny_base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Base:
+    """A draft model that agrees with the tiny base often and not always."""
+    return noisy_copy(tiny_base_dir, tmp_path_factory.mktemp("tiny-draft") / "model")
 
 
 @pytest.fixture

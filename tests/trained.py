@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
 
-from hydra_core.base import Base
+from hydra_core.base import Base, load_base
 from hydra_core.decoding import naive_generate
 from hydra_core.heads import DraftVocab, HeadDrafter, HeadsConfig, build_drafter
 from hydra_core.sampling import Request
@@ -38,7 +41,7 @@ def overfit_heads(base: Base, kind: str, prompts: list[tuple[int, ...]], tokens:
     for i, prompt in enumerate(prompts):
         answer = naive_generate(base, Request(str(i), prompt, tokens)).token_ids
         ids = torch.tensor(prompt + answer)
-        rows.append((ids, base.hidden_states([ids.tolist()])[0].clone()))
+        rows.append((ids, base.hidden_states([ids.tolist()], heads.taps)[0].clone()))
     optimizer = torch.optim.Adam(heads.parameters(), lr=1e-2)
     for step in range(steps):
         ids, hidden = rows[step % len(rows)]
@@ -54,12 +57,26 @@ def teacher_forced_loss(heads: HeadDrafter, ids: torch.Tensor, hidden: torch.Ten
     length = len(ids)
     positions = torch.arange(length)[None]
     mask = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
-    features = heads.features(hidden[None], positions, mask)[0]
-    embedded = heads.embed(ids)
+    outputs = heads.outputs(ids[None], hidden[None], positions, mask, torch.ones(1, length, dtype=torch.bool))
     loss = hidden.new_zeros(())
     for i in range(heads.num_heads):
         count = length - 2 - i
-        path = torch.stack([embedded[1 + j:1 + j + count] for j in range(i + 1)], dim=1)
-        logits = heads.head_logits(i, heads.head_hidden(i, features[:count], path))
+        at = torch.arange(count)
+        logits = heads.head_logits(i, outputs(i, at, at[:, None] + torch.arange(1, i + 2)))
         loss = loss + F.cross_entropy(logits, ids[2 + i:2 + i + count])
     return loss
+
+
+def noisy_copy(folder: Path, target: Path, share: float = 0.05, seed: int = 0) -> Base:
+    """A draft model for the tiny base in `folder`: the base itself with noise of `share` of each matrix's size, so that it
+    agrees with it often and not always. Saved to `target`."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += share * weight.std() * torch.randn(weight.shape, generator=generator) if weight.ndim == 2 else 0
+    model.save_pretrained(target)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (folder / name).exists():
+            (target / name).write_bytes((folder / name).read_bytes())
+    return load_base(str(target), dtype="fp32", cache=target.parent / "cache")

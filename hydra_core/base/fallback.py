@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from hydra_core.base.config_values import CACHED_SHAPES, config_value, layers_differ, longrope_limit
 from hydra_core.base.kv_cache import AttentionMetadata, KVCache
 from hydra_core.base.probe import decoder_of
+from hydra_core.base.taps import with_taps
 
 ALIBI = ("bloom", "mpt")
 """Model types that derive positions from a two-dimensional attention mask."""
@@ -100,16 +102,16 @@ class TransformersDecoder:
     def cache_bytes(self, rows: int, slots: int) -> int:
         return KVCache.bytes_for(self.layers, rows, slots, self.kv_heads, self.head_width, self.embedding.dtype)
 
-    def __call__(self, ids: Tensor, cache: KVCache, metadata: AttentionMetadata, counts: Tensor | None = None) -> Tensor:
+    def __call__(self, ids: Tensor, cache: KVCache, metadata: AttentionMetadata, counts: Tensor | None = None,
+                 taps: Sequence[int] = ()) -> Tensor:
         """As `Decoder.__call__`."""
         layers: list[Any] = [_StepLayer(cache, layer, metadata) for layer in range(self.layers)]
         positions = metadata.positions
         if self.most_positions:  # draft nodes past the limit are never accepted; this keeps them inside a learned table
             positions = positions.clamp(max=self.most_positions - 1)
         output = self.model(input_ids=ids, attention_mask=self._masks(cache, metadata), position_ids=positions,
-                            past_key_values=Cache(layers=layers), use_cache=True)
-        hidden: Tensor = output.last_hidden_state
-        return hidden
+                            past_key_values=Cache(layers=layers), use_cache=True, output_hidden_states=bool(taps))
+        return with_taps(output.last_hidden_state, [output.hidden_states[tap] for tap in taps])
 
     def _masks(self, cache: KVCache, metadata: AttentionMetadata) -> Tensor | dict[str, Tensor]:
         """The additive masks for transformers. It uses four-dimensional masks unchanged; without them it would build its own."""

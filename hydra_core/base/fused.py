@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from hydra_core.base.layer import LayerWeights
 from hydra_core.base.linear import FrozenLinear
 from hydra_core.base.native import is_native, native_decoder, real_tokens, run_natively
 from hydra_core.base.q4_1 import Q4Matrix
+from hydra_core.base.taps import with_taps
 from hydra_core.kernels.triton import fused_add_rms_norm, reason_unavailable, rope_and_cache, silu_and_mul
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -90,33 +91,42 @@ class FusedDecoder:
         """Bytes of the layers' matrices that a step with one node reads."""
         return sum(matrix.bytes_read for layer in self.layers for matrix in (layer.qkv, layer.output, layer.gate_up, layer.down))
 
-    def __call__(self, ids: Tensor, cache: KVCache, metadata: AttentionMetadata, counts: Tensor | None = None) -> Tensor:
+    def __call__(self, ids: Tensor, cache: KVCache, metadata: AttentionMetadata, counts: Tensor | None = None,
+                 taps: Sequence[int] = ()) -> Tensor:
         """As `Decoder.__call__`."""
         width = self.embedding.shape[1]
         cos, sin = self.rotary.at(metadata.positions, metadata.kv_len)
         kind = self.embedding.dtype
         hidden = F.embedding(ids, self.embedding).to(self.residual_dtype)
         if self.native is not None and is_native(real_tokens(ids.shape, counts), kind) and not metadata.fixed:
-            hidden = run_natively(self.native, hidden, cache, metadata, cos, sin, counts)
+            hidden, tapped = run_natively(self.native, hidden, cache, metadata, cos, sin, counts, taps)
         elif self.kernels:
-            return self._by_kernels(hidden, cache, metadata, cos, sin)
+            return self._by_kernels(hidden, cache, metadata, cos, sin, taps)
         else:
+            entering = {}
             mask = grouped_mask(metadata.mask, self.heads // self.kv_heads)
             for index, layer in enumerate(self.layers):
+                if index in taps:
+                    entering[index] = hidden
                 normed = F.rms_norm(hidden, (width,), layer.input_norm, self.eps).to(kind)
                 mixed = cached_attention(layer.qkv(normed), self.heads, cache, index, metadata, cos, sin, mask, layer.head_norms)
                 hidden = hidden + layer.output(mixed)
                 normed = F.rms_norm(hidden, (width,), layer.mlp_norm, self.eps).to(kind)
                 gate, up = layer.gate_up(normed).chunk(2, dim=-1)
                 hidden = hidden + layer.down(F.silu(gate) * up)
-        return F.rms_norm(hidden, (width,), self.final_norm, self.eps).to(kind)
+            tapped = [entering[tap] for tap in taps]
+        return with_taps(F.rms_norm(hidden, (width,), self.final_norm, self.eps).to(kind), tapped)
 
-    def _by_kernels(self, hidden: Tensor, cache: KVCache, metadata: AttentionMetadata, cos: Tensor, sin: Tensor) -> Tensor:
+    def _by_kernels(self, hidden: Tensor, cache: KVCache, metadata: AttentionMetadata, cos: Tensor, sin: Tensor,
+                    taps: Sequence[int]) -> Tensor:
         """The layers and the final norm on a GPU; `hidden` [B, N, D] float32 is changed in place."""
         kind, (first, last), added = self.embedding.dtype, metadata.rows, None
+        entering: dict[int, Tensor] = {}
         mask = grouped_mask(metadata.mask, self.heads // self.kv_heads)
         for index, layer in enumerate(self.layers):
             normed = fused_add_rms_norm(hidden, added, layer.input_norm, self.eps, kind)
+            if index in taps:  # the norm has added the layer before
+                entering[index] = hidden.to(kind, copy=True)
             keys, values = cache.keys[index, first:last], cache.values[index, first:last]
             norms = layer.head_norms
             queries = rope_and_cache(layer.qkv(normed), cos, sin, metadata.slots, keys, values, self.heads,
@@ -125,7 +135,7 @@ class FusedDecoder:
             mixed = folded_attention(queries, seen_keys, seen_values, mask, metadata.slots.shape[1], self.head_width ** -0.5)
             normed = fused_add_rms_norm(hidden, layer.output(mixed), layer.mlp_norm, self.eps, kind)
             added = layer.down(silu_and_mul(layer.gate_up(normed)))
-        return fused_add_rms_norm(hidden, added, self.final_norm, self.eps, kind)
+        return with_taps(fused_add_rms_norm(hidden, added, self.final_norm, self.eps, kind), [entering[tap] for tap in taps])
 
 
 def _take_weights(layer: Any, name: str, codes: Mapping[str, Q4Matrix] | None, residual_dtype: torch.dtype) -> LayerWeights:

@@ -75,12 +75,12 @@ class GraphedForward:
 
     Every row in use, decoding or not, must have room for `nodes` past its committed tokens. There are at most as many
     recordings as rounded sizes within the cache; they share their memory, and a request allocates none. `recorder`: how a
-    step is recorded; see `CudaRecorder`.
+    step is recorded; see `CudaRecorder`; `taps`: as `Base.forward` takes them, the same for all recordings.
     """
 
-    def __init__(self, base: Base, cache: KVCache, nodes: int, recorder: Recorder) -> None:
+    def __init__(self, base: Base, cache: KVCache, nodes: int, recorder: Recorder, taps: Sequence[int] = ()) -> None:
         assert isinstance(base.decoder, FusedDecoder)
-        self.decoder, self.cache, self.nodes, self.recorder = base.decoder, cache, nodes, recorder
+        self.decoder, self.cache, self.nodes, self.recorder, self.taps = base.decoder, cache, nodes, recorder, tuple(taps)
         self.inputs: dict[tuple[int, int], StepInputs] = {}
         self.recorded: dict[tuple[int, int, int], Run] = {}
         self._tables: list[tuple[Tensor, Tensor]] = []
@@ -113,7 +113,8 @@ class GraphedForward:
         rows, nodes = inputs.ids.shape
 
         def forward() -> Tensor:
-            return self.decoder(inputs.ids, self.cache, self.cache.build_metadata((0, rows), inputs.trees, kv_len))
+            metadata = self.cache.build_metadata((0, rows), inputs.trees, kv_len)
+            return self.decoder(inputs.ids, self.cache, metadata, taps=self.taps)
 
         run = self.recorder(forward)
         # keep the tables alive: a longer cache of the same base replaces them, but this recording still reads them
@@ -153,8 +154,9 @@ def recorder_for(device: torch.device, graphs: bool | None = None) -> Recorder |
     return CudaRecorder(device) if device.type == "cuda" and graphs is not False else None
 
 
-def step_forward(base: Base, cache: KVCache, nodes: int, graphs: bool | None = None) -> StepForward:
-    """The forward of decoding steps over `cache`, with up to `nodes` nodes per row: recorded, or the plain one.
+def step_forward(base: Base, cache: KVCache, nodes: int, graphs: bool | None = None, taps: Sequence[int] = ()) -> StepForward:
+    """The forward of decoding steps over `cache`, with up to `nodes` nodes per row: recorded, or the plain one. `taps`: as
+    `Base.forward` takes them.
 
     `graphs`: None records steps where that is possible: on a CUDA device, with the fused decoder. Raises InputError when it is
     True elsewhere.
@@ -163,9 +165,9 @@ def step_forward(base: Base, cache: KVCache, nodes: int, graphs: bool | None = N
     if graphs and not able:
         raise InputError("graphs=True: only the fused decoder on a CUDA device can record steps: leave it unset")
     if able and (recorder := recorder_for(base.device, graphs)) is not None:
-        return GraphedForward(base, cache, nodes, recorder)
+        return GraphedForward(base, cache, nodes, recorder, taps)
 
     def forward(ids: Tensor, trees: TreeBatch, longest: int, counts: Tensor | None = None) -> Tensor:
-        return base.forward(ids, cache, (0, len(ids)), trees, counts)
+        return base.forward(ids, cache, (0, len(ids)), trees, counts, taps)
 
     return forward

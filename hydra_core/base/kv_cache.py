@@ -87,11 +87,13 @@ class KVCache:
     def nbytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
 
-    def build_metadata(self, rows: tuple[int, int], trees: TreeBatch, kv_len: int | None = None) -> AttentionMetadata:
+    def build_metadata(self, rows: tuple[int, int], trees: TreeBatch, kv_len: int | None = None,
+                       written: int = 0) -> AttentionMetadata:
         """Positions, slots and mask of a forward over `trees`, after the committed tokens of `rows`.
 
         `kv_len`: slots that attention reads, if the caller knows that they cover every row that matters. No value is then read
-        back from the device, and a row without room for the nodes writes them to its last slots.
+        back from the device, and a row without room for the nodes writes them to its last slots. `written`: so many nodes, the
+        first ones, are in the cache already; the forward is of the others.
         Raises ValueError when `kv_len` is None and a row has no room for the nodes.
         """
         lengths, nodes, fixed = self.lengths[rows[0]:rows[1]], trees.size, kv_len is not None
@@ -109,7 +111,9 @@ class KVCache:
             return AttentionMetadata(rows, positions, slots, kv_len, None)
         by_row = not (fixed or self.waits) and len(lengths) <= MAX_MASKS_BY_ROW
         mask = self._mask_by_row(lengths.tolist(), trees, kv_len) if by_row else self._mask(lengths, trees, kv_len)
-        return AttentionMetadata(rows, positions, slots, kv_len, mask, fixed)
+        if written:
+            positions, slots, mask = positions[:, written:], slots[:, written:], mask[:, :, written:].contiguous()
+        return AttentionMetadata(rows, positions, slots.contiguous(), kv_len, mask, fixed)
 
     def _mask(self, lengths: Tensor, trees: TreeBatch, kv_len: int) -> Tensor:
         """A node sees its row's committed slots and its ancestors: additive [B, 1, N, kv_len]."""
@@ -149,12 +153,13 @@ class KVCache:
             stored_values[batch, metadata.slots] = values
         return stored_keys[:, :metadata.kv_len].transpose(1, 2), stored_values[:, :metadata.kv_len].transpose(1, 2)
 
-    def commit(self, rows: tuple[int, int], path: Tensor, counts: Tensor) -> None:
+    def commit(self, rows: tuple[int, int], path: Tensor, counts: Tensor, forest: bool = False) -> None:
         """Keep the accepted nodes of the last step: the first `counts` [B] of `path` [B, M] in each row, in order of depth.
 
         Their keys and values move to consecutive slots after the committed tokens, and the rows' lengths grow by `counts`.
+        `forest`: a path may begin at any node, not at node 0 alone.
         """
-        if path.shape[1] > 1:
+        if path.shape[1] > 1 or forest:
             self._gather(rows, path, counts)
         self.lengths[rows[0]:rows[1]] += counts
 

@@ -30,11 +30,12 @@ class Decoder(Protocol):
 
     def cache_bytes(self, rows: int, slots: int) -> int: ...
 
-    def __call__(self, ids: Tensor, cache: Any, metadata: AttentionMetadata, counts: Tensor | None = None) -> Tensor:
+    def __call__(self, ids: Tensor, cache: Any, metadata: AttentionMetadata, counts: Tensor | None = None,
+                 taps: Sequence[int] = ()) -> Tensor:
         """Token ids [B, N] to hidden states after the final norm [B, N, D]; writes the nodes' keys and values to the cache.
 
         `counts`: [B], how many tokens of each row, the first ones, are real; None when all are. The hidden states of the others
-        have no meaning.
+        have no meaning. `taps`: layers whose input is wanted too, behind the hidden states, see `taps.py`.
         """
         ...
 
@@ -81,14 +82,16 @@ class Base(TextBase):
 
     @torch.inference_mode()
     def forward(self, ids: Tensor, cache: KVCache, rows: tuple[int, int], trees: TreeBatch,
-                counts: Tensor | None = None) -> Tensor:
-        """One forward of token ids [B, N] after the committed tokens of the cache's `rows`: hidden states [B, N, D].
+                counts: Tensor | None = None, taps: Sequence[int] = (), written: int = 0) -> Tensor:
+        """One forward of token ids [B, N] after the committed tokens of the cache's `rows`: hidden states [B, N, D], with
+        `taps` [B, N, (1 + T) * D], see `taps.py`.
 
         Node j of a row has the position length + depth(j); it sees the row's committed tokens, its ancestors and itself. The
         nodes' keys and values are written but not committed. `counts`: [B], how many tokens of each row, the first ones, are
-        real; None when all are. The hidden states of the others have no meaning.
+        real; None when all are. The hidden states of the others have no meaning. `written`: so many nodes of `trees`, the first
+        ones, are in the cache from earlier calls, and `ids` are the tokens of the others.
         """
-        return self.decoder(ids, cache, cache.build_metadata(rows, trees), counts)
+        return self.decoder(ids, cache, cache.build_metadata(rows, trees, written=written), counts, taps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] float32 of hidden states [..., D]."""
@@ -99,8 +102,9 @@ class Base(TextBase):
         return self.vocabulary.head.argmax(hidden)
 
     @torch.inference_mode()
-    def prefill(self, prompts: Sequence[Sequence[int]], cache: KVCache, rows: tuple[int, int]) -> Tensor:
-        """Compute whole prompts into the cache's `rows` and commit them: hidden states [B, T, D].
+    def prefill(self, prompts: Sequence[Sequence[int]], cache: KVCache, rows: tuple[int, int],
+                taps: Sequence[int] = ()) -> Tensor:
+        """Compute whole prompts into the cache's `rows` and commit them: hidden states [B, T, D], or with `taps` behind them.
 
         T is the length of the longest prompt; states past a prompt's end have no meaning. Long prompts are computed in chunks.
         """
@@ -116,13 +120,14 @@ class Base(TextBase):
         for start in range(0, longest, size):
             chunk = ids[:, start:start + size]
             real = (counts - start).clamp(0, chunk.shape[1])
-            pieces.append(self.forward(chunk, cache, rows, chain(chunk.shape[1]), real))
+            pieces.append(self.forward(chunk, cache, rows, chain(chunk.shape[1]), real, taps))
             cache.lengths[rows[0]:rows[1]] += real
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
-    def hidden_states(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Hidden states of whole sequences, teacher forced: a tensor [T, D] in the base's dtype for each."""
+    def hidden_states(self, sequences: Sequence[Sequence[int]], taps: Sequence[int] = ()) -> list[Tensor]:
+        """Hidden states of whole sequences, teacher forced: a tensor [T, D] in the base's dtype for each, with `taps` behind
+        it [T, (1 + len(taps)) * D]."""
         longest = max(len(sequence) for sequence in sequences)
         cache = self.allocate(len(sequences), longest)
-        hidden = self.prefill(sequences, cache, (0, len(sequences)))
+        hidden = self.prefill(sequences, cache, (0, len(sequences)), taps)
         return [hidden[row, :len(sequence)] for row, sequence in enumerate(sequences)]

@@ -52,19 +52,24 @@ def real_tokens(shape: Sequence[int], counts: Tensor | None) -> int:
 
 
 def run_natively(decoder: ops.NativeDecoder, hidden: Tensor, cache: KVCache, metadata: AttentionMetadata, cos: Tensor,
-                 sin: Tensor, counts: Tensor | None = None) -> Tensor:
-    """Run all layers of a `native_decoder` on `hidden` [B, N, D] float32, which may be overwritten; returns [B, N, D] float32.
+                 sin: Tensor, counts: Tensor | None = None, taps: Sequence[int] = ()) -> tuple[Tensor, list[Tensor]]:
+    """Run all layers of a `native_decoder` on `hidden` [B, N, D] float32, which may be overwritten; returns [B, N, D] float32,
+    and what enters each of the layers `taps`, as much each.
 
     `counts`: [B] int64, how many nodes of each row, the first ones, are real; None if all are. Nothing is computed or stored
     for the others, and their results are zero.
     """
     real = real_nodes(counts, hidden.shape[1])
-    given = (cache.keys, cache.values, metadata.rows[0], metadata.slots, metadata.kv_len, cos, sin, metadata.mask)
+    given = (cache.keys, cache.values, metadata.rows[0], metadata.slots, metadata.kv_len, cos, sin, metadata.mask,
+             None if real is None else counts)
+    lines = hidden if real is None else hidden[real]
+    tapped = lines.new_empty(len(taps), *lines.shape)
+    added = decoder.run_tapped(lines, *given, list(taps), tapped) if taps else decoder.run(lines, *given)
     if real is None:
-        return hidden + decoder.run(hidden, *given, None).view_as(hidden)
-    lines = hidden[real]
-    added = decoder.run(lines, *given, counts)
-    return hidden.zero_().masked_scatter_(real[..., None], lines + added)
+        return hidden + added.view_as(hidden), list(tapped)
+    places = real[..., None]
+    found = [torch.zeros_like(hidden).masked_scatter_(places, tap) for tap in tapped]
+    return hidden.zero_().masked_scatter_(places, lines + added), found
 
 
 def native_head(blocks: Sequence[Sequence[FrozenLinear]], widens: Sequence[bool], norm: Tensor | None, eps: float,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from hydra_core.base.kv_cache import AttentionMetadata
 from hydra_core.base.probe import decoder_of
+from hydra_core.base.taps import with_taps
 from hydra_core.tree.batch import TreeBatch
 
 
@@ -21,9 +23,9 @@ class SequentialCache:
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         self.rows, self.slots = rows, slots
 
-    def build_metadata(self, rows: tuple[int, int], trees: TreeBatch) -> AttentionMetadata:
+    def build_metadata(self, rows: tuple[int, int], trees: TreeBatch, written: int = 0) -> AttentionMetadata:
         """As `KVCache.build_metadata`, for chains only. Raises ValueError for a tree that branches."""
-        if trees.depth != trees.size - 1:
+        if trees.depth != trees.size - 1 or written:
             raise ValueError("a recurrent state cannot hold a tree")
         lengths = self.lengths[rows[0]:rows[1]]
         positions = lengths[:, None] + torch.arange(trees.size, device=lengths.device)
@@ -63,16 +65,18 @@ class SequentialDecoder:
         """0: transformers allocates while it runs, so the size is not known beforehand."""
         return 0
 
-    def __call__(self, ids: Tensor, cache: SequentialCache, metadata: AttentionMetadata, counts: Tensor | None = None) -> Tensor:
+    def __call__(self, ids: Tensor, cache: SequentialCache, metadata: AttentionMetadata, counts: Tensor | None = None,
+                 taps: Sequence[int] = ()) -> Tensor:
         """As `Decoder.__call__`. The first call for a row takes its whole prompt, each later call one token."""
         batch, width = ids.shape
         real = [width] * batch if counts is None else counts.tolist()
-        hidden = torch.zeros(batch, width, self.embedding.shape[1], dtype=self.embedding.dtype, device=ids.device)
+        hidden: Tensor = self.embedding.new_zeros(batch, width, (1 + len(taps)) * self.embedding.shape[1])
         for offset, count in enumerate(real):
             row = metadata.rows[0] + offset
             if count:
                 given = {self.argument: cache.states[row]} if cache.states[row] is not None else {}
-                output = self.model(input_ids=ids[offset:offset + 1, :count], use_cache=True, **given)
+                output = self.model(input_ids=ids[offset:offset + 1, :count], use_cache=True, output_hidden_states=bool(taps),
+                                    **given)
                 cache.states[row] = getattr(output, self.argument)
-                hidden[offset, :count] = output.last_hidden_state[0]
+                hidden[offset, :count] = with_taps(output.last_hidden_state, [output.hidden_states[tap] for tap in taps])[0]
         return hidden

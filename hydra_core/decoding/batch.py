@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hydra_core.base.kv_cache import KVCache
 from hydra_core.base.model import Base
+from hydra_core.base.taps import last_of
 from hydra_core.decoding.prefix_cache import PrefixCache
 from hydra_core.decoding.scheduler import PrefillPrompt, RunningSequence, Scheduler
 from hydra_core.decoding.states import RecordedStates
@@ -24,12 +25,14 @@ class RunningBatch:
     Decoding sequences have rows 0 .. D - 1, the P sequences whose prompts are prefilled have rows D .. D + P - 1. `roots`: [R]
     int64, the newest token of each decoding sequence: chosen, but not in the cache yet; `samplers`, `states`: by request id;
     `prompt_hidden`, `parked_hidden`: [P, width], the hidden state of the last token of each prompt that is prefilled or parked,
-    once it is computed; `prefixes`: what is kept of finished sequences, None: nothing.
+    once it is computed; `taps`: layers of the base that the proposer reads; `prefixes`: what is kept of finished sequences, None:
+    nothing.
     """
 
-    def __init__(self, base: Base, scheduler: Scheduler, cache: KVCache, proposer: Proposer,
+    def __init__(self, base: Base, scheduler: Scheduler, cache: KVCache, proposer: Proposer, taps: Sequence[int] = (),
                  prefixes: PrefixCache | None = None) -> None:
-        self.base, self.scheduler, self.cache, self.proposer, self.prefixes = base, scheduler, cache, proposer, prefixes
+        self.base, self.scheduler, self.cache, self.proposer, self.taps = base, scheduler, cache, proposer, tuple(taps)
+        self.prefixes = prefixes
         self.roots = torch.zeros(scheduler.max_batch_size, dtype=torch.int64, device=base.device)
         self.samplers: dict[str, Sampler] = {}
         self.states: dict[str, RecordedStates] = {}
@@ -56,10 +59,11 @@ class RunningBatch:
 
     def record(self, sequences: Sequence[RunningSequence], hidden: Tensor, counts: Tensor) -> None:
         """Keep hidden states [B, M, D] of tokens that are now in the cache, the first `counts` [B] of each of `sequences`, where
-        a request asks for them."""
+        a request asks for them; taps behind them are not kept."""
         if not self.states:
             return
-        for sequence, states, count in zip(sequences, hidden.cpu(), counts.tolist(), strict=True):
+        on_host = last_of(hidden, self.base.vocabulary.width).cpu()
+        for sequence, states, count in zip(sequences, on_host, counts.tolist(), strict=True):
             if (known := self.states.get(sequence.request.id)) is not None:
                 known.append(states[:count])
 
@@ -73,7 +77,7 @@ class RunningBatch:
         sequence = self.decoding[row]
         if self.prefixes is None or not sequence.drafted_for:  # the proposer lacks its own
             return
-        self.proposer.catch_up()
+        self.proposer.catch_up(row)
         self.prefixes.keep(row, (*sequence.request.prompt_ids, *sequence.tokens)[:-1])  # the newest is not in the cache
 
     def move(self, moves: Sequence[tuple[int, int]]) -> None:

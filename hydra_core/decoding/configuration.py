@@ -1,6 +1,7 @@
 """A decoding configuration as a folder: `promote` registers it and `serve` loads it.
 
-    FOLDER/configuration.json   schema version, drafter (plain, ngram, heads, combined), base identity, n-gram settings
+    FOLDER/configuration.json   schema version, drafter (plain, ngram, heads, combined, draft-model), base identity, n-gram
+                                settings, and for a draft model its name and the trees that it drafts
     FOLDER/heads/               a heads checkpoint, where the drafter has heads
 """
 
@@ -16,6 +17,7 @@ from typing import Literal
 from hydra_core.base.model import Base
 from hydra_core.base.vocabulary import BaseIdentity, BaseVocabulary
 from hydra_core.bundled import BUNDLED, bundled_configuration, is_bundled
+from hydra_core.decoding.draft_models import DraftModelSettings, find_draft_model, open_draft_model
 from hydra_core.errors import InputError
 from hydra_core.files import atomic_folder
 from hydra_core.heads import HeadDrafter
@@ -27,6 +29,7 @@ from hydra_core.tree.draft_tree import TreeSet
 
 SCHEMA_VERSION = 1
 WITH_HEADS = ("heads", "combined")
+DRAFT_MODEL = "draft-model"
 FILE = "configuration.json"
 ANY_FORMAT = "any"
 """Weight format of a configuration that was not measured in a particular one: it fits all formats of its base."""
@@ -37,13 +40,15 @@ Costs = Callable[[HeadDrafter | None], StepCosts]
 @dataclass(frozen=True)
 class DecodingConfiguration:
     """Drafter and settings. `name`: as in reports; `drafter`: heads decode with their fixed trees, combined drafts dynamic
-    trees from heads and copied text; `heads`: a checkpoint folder, for those two."""
+    trees from heads and copied text; `heads`: a checkpoint folder, for those two; `draft_model`: for a draft model, which stays
+    where it is."""
 
     name: str
-    drafter: Literal["plain", "ngram", "heads", "combined"]
+    drafter: Literal["plain", "ngram", "heads", "combined", "draft-model"]
     base: BaseIdentity
     ngram: NgramDrafter = field(default_factory=NgramDrafter)
     heads: Path | None = None
+    draft_model: DraftModelSettings | None = None
 
 
 def save_configuration(folder: Path, configuration: DecodingConfiguration) -> None:
@@ -52,6 +57,8 @@ def save_configuration(folder: Path, configuration: DecodingConfiguration) -> No
         raise InputError(f"{folder}: already exists")
     values = {"schema_version": SCHEMA_VERSION, "name": configuration.name, "drafter": configuration.drafter,
               "base": asdict(configuration.base), "ngram": asdict(configuration.ngram)}
+    if configuration.draft_model is not None:
+        values["draft_model"] = configuration.draft_model.to_json()
     with atomic_folder(folder) as temporary:
         if configuration.drafter in WITH_HEADS:
             assert configuration.heads is not None
@@ -67,14 +74,15 @@ def read_configuration(folder: Path) -> DecodingConfiguration:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values["schema_version"] != SCHEMA_VERSION:
             raise InputError(f"{path}: schema_version {values['schema_version']} is not {SCHEMA_VERSION}")
-        if values["drafter"] not in ("plain", "ngram", *WITH_HEADS):
-            raise InputError(f"{path}: drafter: {values['drafter']!r} is not plain, ngram, heads or combined")
+        if values["drafter"] not in ("plain", "ngram", *WITH_HEADS, DRAFT_MODEL):
+            raise InputError(f"{path}: drafter: {values['drafter']!r} is not plain, ngram, heads, combined or {DRAFT_MODEL}")
         heads = folder / "heads" if values["drafter"] in WITH_HEADS else None
+        model = DraftModelSettings.of(values["draft_model"]) if values["drafter"] == DRAFT_MODEL else None
         return DecodingConfiguration(values["name"], values["drafter"], BaseIdentity(**values["base"]),
-                                     NgramDrafter(**values["ngram"]), heads)
+                                     NgramDrafter(**values["ngram"]), heads, model)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}): name a configuration folder") from None
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: is not a decoding configuration ({error})") from None
 
 
@@ -96,7 +104,10 @@ def load_heads(folder: str | Path, base: Base,
 def check_heads(folder: str | Path, vocabulary: BaseVocabulary) -> None:
     """Raise InputError unless `load_heads` succeeds for the base of `vocabulary`; the base itself is not needed."""
     found = find_heads(folder, vocabulary.identity)
-    heads = _configuration_of(found, vocabulary.identity).heads if (found / FILE).exists() else found
+    configuration = _configuration_of(found, vocabulary.identity) if (found / FILE).exists() else None
+    if configuration is not None and configuration.draft_model is not None:
+        find_draft_model(configuration.draft_model)
+    heads = found if configuration is None else configuration.heads
     if heads is not None:
         load_checkpoint(heads, vocabulary)
 
@@ -130,6 +141,8 @@ def load_configuration(folder: Path, base: Base,
     configuration = _configuration_of(folder, base.identity)
     if configuration.drafter == "plain":
         return None, None
+    if configuration.draft_model is not None:
+        return open_draft_model(configuration.draft_model, base), None
     heads: HeadDrafter | None = None
     if configuration.heads is not None:
         loaded = load_checkpoint(configuration.heads, base.vocabulary, base.dtype)

@@ -15,6 +15,7 @@ from torch import Tensor
 from hydra_core.base.graphs import step_forward
 from hydra_core.base.kv_cache import real_nodes
 from hydra_core.base.model import Base
+from hydra_core.base.taps import check_taps, last_of
 from hydra_core.decoding.batch import RunningBatch
 from hydra_core.decoding.clock import Clock
 from hydra_core.decoding.finish import Clipped, clip_all, drop_cancelled, emit
@@ -26,27 +27,29 @@ from hydra_core.decoding.request_engine import RequestEngine
 from hydra_core.decoding.scheduler import IDLE_TOKENS, RunningSequence, Scheduler
 from hydra_core.decoding.verify import accept, accept_walking
 from hydra_core.errors import InputError
-from hydra_core.heads import HeadDrafter
 from hydra_core.proposers.base import Accepted, Proposal, Proposer, StepTimes
+from hydra_core.proposers.drafter import Context
 from hydra_core.proposers.plain import PlainProposer
-from hydra_core.proposers.registry import answers_kept, lookahead_slots, open_proposer
+from hydra_core.proposers.registry import kind_of
 from hydra_core.proposers.settings import Drafter
 from hydra_core.proposers.suffix_index import SuffixIndex
 from hydra_core.sampling.request import Request
 from hydra_core.tree.batch import chain
-from hydra_core.tree.draft_tree import PLAIN, TreeSet, default_trees
+from hydra_core.tree.draft_tree import TreeSet
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Drafting:
-    """A drafter with its trees, and the proposer that `Engine.prepare` made of them for one engine; `answers`: the finished
-    answers that it looks into, `prefixes`: what is kept of finished sequences; None: none."""
+    """A drafter with its trees, and the proposer that `Engine.prepare` made of them for one engine; `taps`: layers of the base
+    that it reads; `answers`: the finished answers that it looks into, `prefixes`: what is kept of finished sequences; None:
+    none."""
 
     drafter: Drafter | None
     trees: TreeSet
     proposer: Proposer
+    taps: tuple[int, ...] = ()
     answers: SuffixIndex | None = None
     prefixes: PrefixCache | None = None
 
@@ -54,15 +57,16 @@ class Drafting:
 class Engine(RequestEngine):
     """Decodes requests together. Its tokens are those of plain decoding, whatever runs in the same batch or drafts for it.
 
-    `drafter`: heads, an `NgramDrafter`, an `AdaptiveDrafter` of both, or None for plain decoding; `trees`: the draft tree for
-    each batch size, used by heads alone (default: `default_trees()`); `max_batch_size`: sequences that run at once;
-    `context_limit`: tokens of prompt and answer together, at most the base's own limit; `shared_noise`: drafters rank
-    candidates with the noise of the coming draw (False only shows what that gains); `graphs`: replay steps as CUDA graphs
-    (None: where possible); `draft_slots`: room for draft nodes that every sequence gets at least, so that a later drafter of
-    `change` may have larger trees. All memory is allocated here and none later, except for the recording of graphs and for
-    finished answers, which a drafter with `suffix` looks into: they stay while the drafter changes and after `reset`, up to its
-    `max_tokens`, until `forget_answers`; `prefix_cache`: tokens of finished sequences whose keys and values are kept, for prompts
-    that begin with them (a second turn, a common instruction), until `forget_prefixes`. Not thread-safe: one thread drives it.
+    `drafter`: heads, an `NgramDrafter`, an `AdaptiveDrafter` of both, any other of `Drafter`, or None for plain decoding;
+    `trees`: the draft tree for each batch size, used by heads alone (default: `default_trees()`); `max_batch_size`: sequences
+    that run at once; `context_limit`: tokens of prompt and answer together, at most the base's own limit; `shared_noise`:
+    drafters rank candidates with the noise of the coming draw (False only shows what that gains); `graphs`: replay steps as
+    CUDA graphs (None: where possible); `draft_slots`: room for draft nodes that every sequence gets at least, so that a later
+    drafter of `change` may have larger trees. All memory is allocated here and none later, except for the recording of graphs
+    and for finished answers, which a drafter with `suffix` looks into: they stay while the drafter changes and after `reset`,
+    up to its `max_tokens`, until `forget_answers`; `prefix_cache`: tokens of finished sequences whose keys and values are kept,
+    for prompts that begin with them (a second turn, a common instruction), until `forget_prefixes`. Not thread-safe: one thread
+    drives it.
     Raises InputError for limits below 1, for trees that need more heads or candidates than the drafter has, for caches that
     do not fit the memory, and for `graphs=True` where graphs cannot be recorded.
     """
@@ -79,7 +83,7 @@ class Engine(RequestEngine):
         self.base, self.max_batch_size, self.shared_noise, self.graphs = base, max_batch_size, shared_noise, graphs
         self.context_limit = min(context_limit or base.context_limit, base.context_limit)
         drafter, trees = _usable(base, drafter, trees)
-        self.step_nodes = lookahead_slots(drafter, trees)  # the most nodes of a row for whose steps there is memory
+        self.step_nodes = kind_of(drafter).draft_slots(trees)  # the most nodes of a row for whose steps there is memory
         self.draft_slots = max(self.step_nodes, draft_slots)
         slots = self.context_limit + self.draft_slots
         check_memory(base, drafter, max_batch_size, slots, self.step_nodes, kept=self.prefix_cache)
@@ -90,15 +94,16 @@ class Engine(RequestEngine):
         self._start(self._open(drafter, trees))
 
     def _open(self, drafter: Drafter | None, trees: TreeSet) -> Drafting:
-        wanted, answers = answers_kept(drafter), self.answers
+        kind, answers = kind_of(drafter), self.answers
+        wanted = kind.answers_kept
         if not wanted:
             answers = None
         elif answers is None or answers.capacity != wanted:
             answers = SuffixIndex(wanted)
-        slots = self.context_limit + self.draft_slots
-        proposer = open_proposer(drafter, trees, self.max_batch_size, slots, self.shared_noise, self.base.device, self.graphs,
-                                 self.base.ragged, answers)
-        return Drafting(drafter, trees, proposer, answers, self._prefixes_for(proposer))
+        context = Context(self.max_batch_size, self.context_limit + self.draft_slots, trees, self.shared_noise, self.base.device,
+                          self.graphs, self.base.ragged, answers, self.base.vocab_size)
+        proposer = kind.open(context)
+        return Drafting(drafter, trees, proposer, kind.taps, answers, self._prefixes_for(proposer))
 
     def _prefixes_for(self, proposer: Proposer) -> PrefixCache | None:
         """What is kept of finished sequences goes on being known, unless the proposer has keys and values of its own for them."""
@@ -119,10 +124,10 @@ class Engine(RequestEngine):
 
     def _start(self, drafting: Drafting) -> None:
         """Begin without sequences."""
-        self.forward = step_forward(self.base, self.cache, self.draft_slots, self.graphs)
+        self.forward = step_forward(self.base, self.cache, self.draft_slots, self.graphs, drafting.taps)
         self._take(drafting)
         self.scheduler = Scheduler(self.max_batch_size, self.context_limit, self.base.supports_tree, self._find_prefix)
-        self.batch = RunningBatch(self.base, self.scheduler, self.cache, self.proposer, self.prefixes)
+        self.batch = RunningBatch(self.base, self.scheduler, self.cache, self.proposer, drafting.taps, self.prefixes)
         self._interrupted = False
 
     def prepare(self, drafter: Drafter | None = None, trees: TreeSet | None = None) -> Drafting:
@@ -132,7 +137,7 @@ class Engine(RequestEngine):
         for trees with more nodes than `draft_slots`.
         """
         drafter, trees = _usable(self.base, drafter, trees)
-        nodes, slots = lookahead_slots(drafter, trees), self.context_limit + self.draft_slots
+        nodes, slots = kind_of(drafter).draft_slots(trees), self.context_limit + self.draft_slots
         if nodes > self.draft_slots:
             raise InputError(f"trees: {nodes} nodes are more than the {self.draft_slots} that this engine has room for: "
                              "make a new one")
@@ -145,9 +150,11 @@ class Engine(RequestEngine):
         tokens; where the new heads need more of their past than is known, they are not drafted for any more."""
         for row, sequence in self.scheduler.rows:
             sequence.drafted_for = drafting.proposer.adopt(row, sequence.request.prompt_ids, sequence.tokens)
+        if drafting.taps != self.drafting.taps:
+            self.forward = step_forward(self.base, self.cache, self.draft_slots, self.graphs, drafting.taps)
         self._take(drafting)
-        self.step_nodes = max(self.step_nodes, lookahead_slots(drafting.drafter, drafting.trees))
-        self.batch.proposer, self.batch.prefixes = drafting.proposer, drafting.prefixes
+        self.step_nodes = max(self.step_nodes, kind_of(drafting.drafter).draft_slots(drafting.trees))
+        self.batch.proposer, self.batch.taps, self.batch.prefixes = drafting.proposer, drafting.taps, drafting.prefixes
 
     def _find_prefix(self, prompt_ids: Sequence[int]) -> tuple[int, ...]:
         return self.prefixes.find(prompt_ids) if self.prefixes is not None else ()
@@ -162,7 +169,7 @@ class Engine(RequestEngine):
         else that the step may have left half done is made anew, and what drafts taught is forgotten."""
         drafter, trees = self.drafting.drafter, self.drafting.trees
         self.batch.proposer = self.proposer = PlainProposer()  # so that its memory is free
-        self.drafting = Drafting(drafter, trees, self.proposer)
+        self.drafting = Drafting(drafter, trees, self.proposer, self.drafting.taps)
         self.cache.clear_rows((0, self.max_batch_size))
         self.forget_prefixes()  # the step may have ended while one was kept
         self._start(self._open(drafter, trees))
@@ -267,15 +274,16 @@ class Engine(RequestEngine):
     def _verify(self, proposal: Proposal) -> tuple[Tensor, Tensor, Tensor | None]:
         """One base forward over the nodes.
 
-        Returns hidden states [B, N, D]; the argmax tokens [M] int64 where all sequences choose by them alone, else logits
-        [M, V] float32; and which nodes those M are, [B, N] bool, None for all.
+        Returns hidden states [B, N, D], with the drafter's taps behind them; the argmax tokens [M] int64 where all sequences
+        choose by them alone, else logits [M, V] float32; and which nodes those M are, [B, N] bool, None for all.
         """
         sequences, tokens = self.scheduler.decoding, proposal.tokens
         # a device computes empty nodes too, and would have to be asked for the counts
         counts = (tokens >= 0).sum(-1) if self.base.ragged else None
         real = real_nodes(counts, tokens.shape[1])
         hidden = self.forward(tokens.clamp(min=0), proposal.trees, max(_root_positions(sequences)), counts)
-        flat = hidden.flatten(0, 1) if real is None else hidden[real]
+        last = last_of(hidden, self.base.vocabulary.width)
+        flat = last.flatten(0, 1) if real is None else last[real]
         if all(sampler.simple for sampler in self.batch.samplers_of(sequences)):
             return hidden, self.base.argmax(flat), real
         return hidden, self.base.logits(flat), real
@@ -318,23 +326,15 @@ class Engine(RequestEngine):
 
 
 def _usable(base: Base, drafter: Drafter | None, trees: TreeSet | None) -> tuple[Drafter | None, TreeSet]:
-    """The drafter that `base` can use, with its trees. Raises InputError for trees that do not fit the heads."""
+    """The drafter that `base` can use, with its trees. Raises InputError for a drafter or trees that do not fit."""
     if drafter is not None and not base.supports_tree:
         log.warning("the base keeps a state that cannot be rolled back: it decodes plainly, without the drafter")
         drafter = None
-    if not isinstance(drafter, HeadDrafter):
-        return drafter, TreeSet({1: PLAIN})
-    trees = trees or default_trees(drafter.num_heads)
-    _check_trees(trees, drafter)
-    return drafter, trees
-
-
-def _check_trees(trees: TreeSet, drafter: HeadDrafter) -> None:
-    if trees.max_depth > drafter.num_heads:
-        raise InputError(f"trees: depth {trees.max_depth} needs more than the drafter's {drafter.num_heads} heads")
-    highest = max((rank for tree in trees.trees.values() for path in tree.paths for rank in path), default=0)
-    if highest >= len(drafter.draft_vocab):
-        raise InputError(f"trees: rank {highest} needs more than the {len(drafter.draft_vocab)} tokens that may be drafted")
+    kind = kind_of(drafter)
+    kind.check(base)
+    if kind.taps:
+        check_taps(kind.taps, base.vocabulary.config.num_hidden_layers)
+    return drafter, kind.trees(trees)
 
 
 def _root_positions(sequences: Sequence[RunningSequence]) -> list[int]:

@@ -13,43 +13,24 @@ from hydra_core.base.config_values import config_value
 from hydra_core.base.model import Base
 from hydra_core.decoding.scheduler import CHUNK, IDLE_TOKENS
 from hydra_core.errors import InputError
-from hydra_core.heads import HeadDrafter
-from hydra_core.heads.hydra_plus import HydraPlusPlus
-from hydra_core.proposers import AdaptiveDrafter, Drafter, NgramDrafter
-from hydra_core.proposers.head_features import ROOM
+from hydra_core.proposers import Drafter, kind_of
 
 log = logging.getLogger(__name__)
 GIB = 2.0 ** 30
 UNLIMITED = 2**62
-INDEXED_NGRAM_BYTES = 900
-"""What an index keeps for an n-gram that it sees for the first time."""
-INDEXED_SUFFIX_BYTES = 300
-"""What a `SuffixIndex` keeps for a token after which all of its n-grams are new."""
 
 
 def cache_bytes(base: Base, drafter: Drafter | None, rows: int, slots: int, prefix_tokens: int = 0) -> int:
-    """Bytes on the base's device that are kept for `rows` rows of `slots` slots: the base's keys and values, and for heads hidden
-    states and the keys and values of a prefix layer. `prefix_tokens`: tokens of finished sequences that are kept besides."""
-    heads = drafter.heads if isinstance(drafter, AdaptiveDrafter) else drafter
-    kept = base.decoder.cache_bytes(rows, slots) + base.decoder.cache_bytes(1, prefix_tokens)
-    if isinstance(heads, HeadDrafter):
-        prefix = heads.prefix if isinstance(heads, HydraPlusPlus) else None
-        kept += prefix.cache_bytes(1, prefix_tokens) if prefix else 0
-        states = 1 + (ROOM if prefix else 0)
-        kept += rows * states * heads.weight.shape[0] * heads.weight.element_size()
-        kept += prefix.cache_bytes(rows, slots + ROOM) if prefix else 0
-    return kept
+    """Bytes on the base's device that are kept for `rows` rows of `slots` slots: the base's keys and values, and what the drafter
+    keeps. `prefix_tokens`: tokens of finished sequences whose keys and values are kept besides."""
+    kind, decoder = kind_of(drafter), base.decoder
+    kept = decoder.cache_bytes(1, prefix_tokens) + kind.kept_bytes(prefix_tokens)
+    return decoder.cache_bytes(rows, slots) + kind.device_bytes(rows, slots) + kept
 
 
 def index_bytes(drafter: Drafter | None, rows: int, slots: int) -> int:
-    """Rough bytes of host memory of the indexes of `rows` texts of `slots` tokens in which no n-gram repeats itself, and of the
-    finished answers that are kept."""
-    ngram = drafter.ngram if isinstance(drafter, AdaptiveDrafter) else drafter
-    suffix = drafter.suffix if isinstance(drafter, AdaptiveDrafter) else None
-    found = (rows * slots + suffix.max_tokens) * INDEXED_SUFFIX_BYTES if suffix else 0
-    if isinstance(ngram, NgramDrafter):
-        found += rows * slots * (ngram.max_match - ngram.min_match + 1) * INDEXED_NGRAM_BYTES
-    return found
+    """Rough bytes of host memory that the drafter's indexes of `rows` texts of `slots` tokens take at most."""
+    return kind_of(drafter).host_bytes(rows, slots)
 
 
 def workspace_bytes(base: Base, rows: int, slots: int, nodes: int) -> int:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from hydra_core.base.model import Base
+from hydra_core.base.taps import last_of
 from hydra_core.decoding.batch import EMPTY, RunningBatch
 from hydra_core.decoding.finish import clip_all, emit
 from hydra_core.decoding.records import StepOutput
@@ -46,12 +48,15 @@ def prefill_step(batch: RunningBatch) -> list[StepOutput]:
 def _open(batch: RunningBatch, prompts: list[PrefillPrompt]) -> None:
     """Give rows to new prompts; a prefix that is known already is copied instead of computed."""
     base, now = batch.base, time.perf_counter()
+    if batch.proposer.reads_next:
+        prompts = [replace(prompt, prefix_length=max(prompt.prefix_length - 1, 0)) for prompt in prompts]
     for row, prompt in enumerate(prompts, start=len(batch.decoding)):
         batch.cache.clear_rows((row, row + 1))
         batch.proposer.admit(row, prompt.request.prompt_ids)
         if prompt.prefix_blocks:
             assert batch.prefixes is not None
-            batch.prefixes.restore(prompt.prefix_blocks, row)
+            batch.prefixes.restore(prompt.prefix_blocks, row, prompt.prefix_length)
+            batch.proposer.restored(row, prompt.prefix_length)
         elif prompt.prefix_length:
             batch.cache.copy_prefix(prompt.prefix_source, row, prompt.prefix_length)
             batch.proposer.copy_prefix(prompt.prefix_source, row, prompt.prefix_length)
@@ -81,12 +86,13 @@ def _compute_chunk(batch: RunningBatch, prefill: PrefillBatch, first: int, promp
         ids[row, :len(piece)] = torch.tensor(piece)
     remaining = torch.tensor([prompt.remaining for prompt in prefill.prompts], device=base.device) - prefill.computed
     counts = remaining.clamp(0, width)
-    hidden = base.forward(ids.to(base.device), batch.cache, rows, chain(width), counts)
+    hidden = base.forward(ids.to(base.device), batch.cache, rows, chain(width), counts, batch.taps)
     batch.cache.lengths[rows[0]:rows[1]] += counts
     batch.proposer.commit(rows, hidden, counts)
     batch.record(prefill.sequences, hidden, counts)
     ends = (remaining > 0) & (remaining <= width)
     last = hidden[torch.arange(size, device=hidden.device), (remaining - 1).clamp(0, width - 1)]
+    last = last_of(last, base.vocabulary.width)
     prefill.computed += width
     return torch.where(ends[:, None], last, prompt_hidden)
 
@@ -106,7 +112,7 @@ def _close(batch: RunningBatch, prefill: PrefillBatch) -> list[StepOutput]:
         logprobs.append([] if count is None else [token_logprob(logits[index], token, count)])
     batch.scheduler.decoding += sequences
     batch.scheduler.prefill = None
-    no_hidden = batch.prompt_hidden[:, None][:, :0]
+    no_hidden = batch.prompt_hidden.new_empty(len(sequences), 0, (1 + len(batch.taps)) * batch.base.vocabulary.width)
     no_counts = torch.zeros(len(sequences), dtype=torch.int64, device=no_hidden.device)
     batch.prompt_hidden = EMPTY
     clipped = clip_all(batch, first, [[token] for token in tokens])

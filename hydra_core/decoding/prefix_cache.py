@@ -62,12 +62,11 @@ class PrefixCache:
             before = block
         return tuple(found)
 
-    def restore(self, blocks: Sequence[int], row: int) -> None:
-        """Write `blocks` of `find` to the beginning of row `row` of every cache, whose length becomes theirs."""
+    def restore(self, blocks: Sequence[int], row: int, count: int) -> None:
+        """Write the first `count` tokens of `blocks` of `find` to the beginning of row `row` of every cache."""
         for cache, pool in zip(self.caches, self.pools, strict=True):
-            count = len(blocks) * BLOCK
             for store, kept in ((cache.keys, pool.keys), (cache.values, pool.values)):
-                store[:, row, :count] = kept[:, list(blocks)].flatten(1, 2)
+                store[:, row, :count] = kept[:, list(blocks)].flatten(1, 2)[:, :count]
             cache.lengths[row] = count
         self._touch(blocks)
 

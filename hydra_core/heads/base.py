@@ -7,7 +7,8 @@ Letters: B rows, T positions, K heads, D width, Vd draft vocabulary. Head i at p
 from __future__ import annotations
 
 import copy
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from hydra_core.base.linear import FrozenLinear, Packable, PackableLinear, draft_bytes, packable
 from hydra_core.base.native import native_head
+from hydra_core.base.taps import last_of
 from hydra_core.base.vocabulary import BaseVocabulary, VocabHead
 from hydra_core.heads.config import HeadsConfig
 from hydra_core.heads.draft_vocab import DraftVocab
@@ -129,13 +131,24 @@ class MlpHead(Packable):
         return None if torch.is_grad_enabled() else self._packed
 
 
+class HeadOutputs(Protocol):
+    """The outputs of heads on a batch."""
+
+    def __call__(self, head: int, features: Tensor, path: Tensor) -> Tensor:
+        """[n, D] of head `head` at flat positions `features` [n], given the tokens at `path` [n, head + 1], flat indices too."""
+        ...
+
+
 class HeadDrafter(Packable):
     """A set of draft heads over a frozen base.
 
     Only trained tensors are parameters; embedding and vocabulary rows belong to the base and are not saved, but for rows that
     the heads have of their own (`config.own_rows`), which are there for the whole vocabulary. Subclasses define
-    what a head reads (`head_width`, `head_hidden`) and what replaces the hidden state (`features`).
+    what a head reads (`head_width`, `head_hidden`) and what replaces the hidden state (`features`), or all of that at once
+    (`outputs`). `taps`: layers of the base whose inputs are read too.
     """
+
+    taps: tuple[int, ...] = ()
 
     def __init__(self, config: HeadsConfig, vocabulary: BaseVocabulary, draft_vocab: DraftVocab) -> None:
         super().__init__()
@@ -143,7 +156,7 @@ class HeadDrafter(Packable):
         self.vocabulary = vocabulary
         self.norm_eps = vocabulary.norm_eps
         self.rows = vocabulary.head.restrict(draft_vocab.ids.to(vocabulary.head.weight.device))
-        made = 1 if config.recurrent else config.num_heads
+        made = 0 if config.autoregressive else 1 if config.recurrent else config.num_heads
         self.heads = nn.ModuleList(MlpHead(self.head_width(i), vocabulary, config) for i in range(made))
         self.own_rows = nn.ModuleList(OwnRows(vocabulary.head) for _ in range(made) if config.own_rows)
 
@@ -220,6 +233,15 @@ class HeadDrafter(Packable):
         raw = raw.to(self.weight.dtype)
         return F.rms_norm(raw, (raw.shape[-1],), eps=self.norm_eps) if self.config.normalise_embeddings else raw
 
+    def outputs(self, token_ids: Tensor, hidden: Tensor, positions: Tensor, mask: Tensor, wanted: Tensor) -> HeadOutputs:
+        """What the heads give on a batch, teacher-forced.
+
+        `token_ids`: [B, T] int64; `hidden`: [B, T, D], or wider with the taps that the drafter reads; `positions`, `mask`,
+        `wanted`: as `features` takes them.
+        """
+        features = self.features(last_of(hidden, self.vocabulary.width), positions, mask, wanted)
+        return _HeadOutputs(self, features.flatten(0, 1), self.embed(token_ids.flatten()))
+
     def head_hidden(self, i: int, features: Tensor, path: Tensor) -> Tensor:
         """Output of head `i`: [..., D].
 
@@ -264,3 +286,15 @@ class HeadDrafter(Packable):
     def _path_read(self, path: Tensor) -> Tensor:
         """The part of a path that a head reads: nothing where it reads the hidden state alone."""
         return path if self.config.sequential else path[:, :, :0]
+
+
+@dataclass(frozen=True)
+class _HeadOutputs:
+    """`features`, `embedded`: [n, D] of the flat tokens; features have a meaning only where heads read them."""
+
+    drafter: HeadDrafter
+    features: Tensor
+    embedded: Tensor
+
+    def __call__(self, head: int, features: Tensor, path: Tensor) -> Tensor:
+        return self.drafter.head_hidden(head, self.features[features], self.embedded[path])

@@ -94,7 +94,7 @@ class PrefixLayer(Packable):
         their keys and values to the cache."""
         cos, sin = self._rotary_like(hidden).at(step.positions, step.kv_len)
         if self._packed is not None and is_native(real_tokens(hidden.shape, counts), hidden.dtype) and not step.fixed:
-            residual = run_natively(self._packed, hidden.float(), cache, step, cos, sin, counts)
+            residual, _ = run_natively(self._packed, hidden.float(), cache, step, cos, sin, counts)
             ended: Tensor = self.norm(residual.to(hidden.dtype))
             return ended
         qkv = self.qkv(self.input_norm(hidden))
@@ -102,10 +102,15 @@ class PrefixLayer(Packable):
         return self._finish(hidden, cached_attention(qkv, self.query_heads, cache, 0, step, cos, sin, mask))
 
     def _finish(self, hidden: Tensor, mixed: Tensor) -> Tensor:
+        ended: Tensor = self.norm(self._added(hidden, mixed))
+        return ended
+
+    def _added(self, hidden: Tensor, mixed: Tensor) -> Tensor:
+        """The residual stream [..., D] after attention's output `mixed` and the MLP."""
         hidden = hidden + self.output(mixed)
         gate, up = self.gate_up(self.mlp_norm(hidden)).chunk(2, dim=-1)
-        ended: Tensor = self.norm(hidden + self.down(F.silu(gate) * up))
-        return ended
+        added: Tensor = hidden + self.down(F.silu(gate) * up)
+        return added
 
     def cache_bytes(self, rows: int, slots: int) -> int:
         """Bytes that `allocate` takes."""

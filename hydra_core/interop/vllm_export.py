@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,13 @@ from hydra_core.files import atomic_folder, file_lock
 from hydra_core.heads.base import HeadDrafter
 from hydra_core.heads.checkpoint import load_checkpoint
 from hydra_core.heads.config import HeadsConfig
+from hydra_core.heads.eagle import Eagle
+from hydra_core.interop.eagle_export import check_eagle3, eagle3_config, eagle3_tensors
 from hydra_core.interop.vllm_format import BIAS, IDS, KEY, ROWS, ExportedHeads
 from hydra_core.storage import scheme_of
 
+EAGLE3 = "eagle3"
+"""The kind that is written in EAGLE-3's own layout, and vLLM's name of the method that runs it."""
 TAKEN = ("eagle-", "eagle3", "dflash", "dspark")
 """Words in a drafter's path by which vLLM (`SpeculativeConfig`) takes it for one of these, whatever its config.json says."""
 
@@ -46,8 +51,10 @@ def export_to_vllm(heads: str | Path, vocabulary: BaseVocabulary, output: str | 
     Raises InputError for heads that cannot be read or belong to another base, for kinds that the plug-in does not run, and for
     an `output` that vLLM would not read or that holds something else.
     """
-    output = _checked(str(output))
     drafter = exportable(heads, vocabulary)
+    output = _checked(str(output), () if drafter.config.kind == EAGLE3 else TAKEN)
+    if isinstance(drafter, Eagle):
+        return _export_eagle3(drafter, vocabulary, output)
     tensors, dtype = exported_tensors(drafter), vocabulary.head.weight.dtype
     about = ExportedHeads(drafter.config.model_copy(update={"draft_vocab_size": len(drafter.draft_vocab)}),
                           {"name": vocabulary.identity.name, "digest": vocabulary.identity.digest}, vocabulary.size,
@@ -58,6 +65,17 @@ def export_to_vllm(heads: str | Path, vocabulary: BaseVocabulary, output: str | 
         (temporary / "config.json").write_text(text, encoding="utf-8")
     size = sum(tensor.nbytes for tensor in tensors.values())
     return VllmExport(output, drafter.config.kind, drafter.config.num_heads, dtype, size)
+
+
+def _export_eagle3(drafter: Eagle, vocabulary: BaseVocabulary, output: Path) -> VllmExport:
+    """An EAGLE-3 folder, which vLLM reads by itself."""
+    check_eagle3(drafter, vocabulary)
+    tensors, about = eagle3_tensors(drafter), eagle3_config(drafter, vocabulary)
+    with atomic_folder(output) as temporary:
+        save_file(tensors, temporary / "model.safetensors")
+        (temporary / "config.json").write_text(json.dumps(about, indent=2, sort_keys=True), encoding="utf-8")
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    return VllmExport(output, drafter.config.kind, drafter.config.num_heads, drafter.rows.weight.dtype, size)
 
 
 def exportable(heads: str | Path, vocabulary: BaseVocabulary) -> HeadDrafter:
@@ -79,6 +97,8 @@ def export_once(heads: str | Path, vocabulary: BaseVocabulary, cache: Path) -> V
     """An export of `heads` in a folder of `cache` that is named after their content and the dtype: written by the first process
     that asks for it, and whole for every other one. Raises InputError as `export_to_vllm` does."""
     found = find_heads(heads, vocabulary.identity)
+    if exportable(heads, vocabulary).config.kind == EAGLE3:
+        raise InputError(f"{found}: {EAGLE3} heads were not tried with engine=vllm: export them, and give vLLM itself the folder")
     digest = hashlib.sha256(str(vocabulary.identity).encode())
     for path in sorted(path for path in found.rglob("*") if path.is_file()):
         digest.update(path.relative_to(found).as_posix().encode())
@@ -106,7 +126,8 @@ def check_count(count: int | None, heads: int) -> None:
 def speculative_of(export: VllmExport, count: int | None = None) -> dict[str, Any]:
     """vLLM's `speculative_config` for an export; `count`: drafted tokens. Raises InputError as `check_count` does."""
     check_count(count, export.num_heads)
-    return {"method": "medusa", "model": str(export.folder), "num_speculative_tokens": count or export.num_heads}
+    method = EAGLE3 if export.kind == EAGLE3 else "medusa"
+    return {"method": method, "model": str(export.folder), "num_speculative_tokens": count or export.num_heads}
 
 
 def why_not_in_vllm(heads: HeadsConfig) -> str | None:
@@ -143,12 +164,12 @@ def serve_command(export: VllmExport, base: str) -> str:
     return shlex.join(words)
 
 
-def _checked(asked: str) -> Path:
-    """The folder `asked` as an absolute path."""
+def _checked(asked: str, taken: Sequence[str]) -> Path:
+    """The folder `asked` as an absolute path, in which none of the words `taken` occurs."""
     if scheme_of(asked):
         raise InputError(f"{asked}: vLLM reads drafters from a folder of its machine: name one, and copy it where it is needed")
     output = Path(asked).expanduser().absolute()
-    if word := taken_word(output):
+    if word := next((word for word in taken if word in str(output).lower()), None):
         raise InputError(f"{output}: vLLM takes a drafter with {word!r} in its path for another kind: name another folder")
     if not output.exists():
         return output

@@ -55,15 +55,22 @@ struct Decoder : torch::CustomClassHolder {
   // yet added to the residual: the final norm adds it.
   Tensor run(Tensor residual, Tensor keys, Tensor values, int64_t first, Tensor slots, int64_t kv_len, Tensor cos, Tensor sin,
              Maybe mask, Maybe counts) const {
+    return run_tapped(residual, keys, values, first, slots, kv_len, cos, sin, mask, counts, {}, {});
+  }
+
+  // `run` that copies what enters the layers `taps` to `tapped` [taps, M, D] float32.
+  Tensor run_tapped(Tensor residual, Tensor keys, Tensor values, int64_t first, Tensor slots, int64_t kv_len, Tensor cos,
+                    Tensor sin, Maybe mask, Maybe counts, std::vector<int64_t> taps, Maybe tapped) const {
     const RaggedBatch lines(slots.size(0), slots.size(1), counts);
     return keys.scalar_type() == at::kBFloat16
-        ? run_typed<at::BFloat16>(residual, lines, keys, values, first, slots, kv_len, cos, sin, mask)
-        : run_typed<float>(residual, lines, keys, values, first, slots, kv_len, cos, sin, mask);
+        ? run_typed<at::BFloat16>(residual, lines, keys, values, first, slots, kv_len, cos, sin, mask, taps, tapped)
+        : run_typed<float>(residual, lines, keys, values, first, slots, kv_len, cos, sin, mask, taps, tapped);
   }
 
   template <typename T>
   Tensor run_typed(const Tensor& residual, const RaggedBatch& lines, const Tensor& keys, const Tensor& values, int64_t first,
-                   const Tensor& slots, int64_t kv_len, const Tensor& cos, const Tensor& sin, const Maybe& mask) const {
+                   const Tensor& slots, int64_t kv_len, const Tensor& cos, const Tensor& sin, const Maybe& mask,
+                   const std::vector<int64_t>& taps, const Maybe& tapped) const {
     const int64_t batch = slots.size(0), nodes = slots.size(1), hidden_width = residual.size(-1), groups = heads / kv_heads;
     TORCH_CHECK(residual.numel() == lines.total * hidden_width, residual.numel() / hidden_width, " lines of ", lines.total);
     // PyTorch's attention takes equally many queries of every sequence: there each has room for N, the last ones unused
@@ -76,6 +83,8 @@ struct Decoder : torch::CustomClassHolder {
     for (size_t index = 0; index < layers.size(); ++index) {
       const Layer& layer = layers[index];
       norm<T>(residual, added, layer.input_norm, normed, lines.total, hidden_width);
+      for (size_t tap = 0; tap < taps.size(); ++tap)  // the norm has added the layer before to the residual
+        if (taps[tap] == static_cast<int64_t>(index)) tapped->select(0, tap).copy_(residual);
       Tensor stored_keys = keys[index].narrow(0, first, batch), stored_values = values[index].narrow(0, first, batch);
       rope_and_cache<T>(layer, layer.qkv(normed), lines, places, cos, sin, slots, queries, stored_keys, stored_values);
       added = layer.output(attend<T>(queries, lines, stored_keys, stored_values, kv_len, slots, folded_mask));

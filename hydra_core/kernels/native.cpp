@@ -58,5 +58,6 @@ TORCH_LIBRARY(hydra_heads, library) {
   library.class_<native::Decoder>("Decoder")
       .def(torch::init<int64_t, int64_t, int64_t, double, double>())
       .def("add", &native::Decoder::add)
-      .def("run", &native::Decoder::run);
+      .def("run", &native::Decoder::run)
+      .def("run_tapped", &native::Decoder::run_tapped);
 }

@@ -135,6 +135,10 @@ class NativeDecoder(Protocol):
         """Run all layers. `residual` [M, D] float32 is changed in place; returns the last layer's output [M, D], which the
         caller adds to it."""
 
+    def run_tapped(self, residual: Tensor, keys: Tensor, values: Tensor, first: int, slots: Tensor, kv_len: int, cos: Tensor,
+                   sin: Tensor, mask: Tensor | None, counts: Tensor | None, taps: Sequence[int], tapped: Tensor) -> Tensor:
+        """`run` that writes what enters the layers `taps` to `tapped` [len(taps), M, D] float32."""
+
 
 class NativeHead(Protocol):
     """A draft head in C++; see `DraftHead` in `draft_head.h`."""

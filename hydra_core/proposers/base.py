@@ -72,18 +72,24 @@ class Proposer(Protocol):
 
     Sequences occupy rows 0 .. B - 1 without holes, the rows of the KV cache. Per step the engine calls `propose`, then
     `commit`, then `feedback`; `admit` and `copy_prefix` when a prompt starts, `end` and `move` when a sequence ends. What a
-    proposer learns changes the speed only, never a token.
+    proposer learns changes the speed only, never a token. `reads_next`: what it keeps of a token depends on the token after it,
+    so that of a shared prefix the last token is computed again.
     """
 
     max_nodes: int
+    reads_next: bool
 
     @property
     def kv_caches(self) -> tuple[KVCache, ...]:
         """Its own keys and values over the tokens of the base's cache, row by row, which `catch_up` completes."""
         ...
 
-    def catch_up(self) -> None:
-        """Bring `kv_caches` to all committed tokens of every row."""
+    def catch_up(self, row: int) -> None:
+        """Bring `kv_caches` to all committed tokens of `row`."""
+        ...
+
+    def restored(self, row: int, count: int) -> None:
+        """A prompt's first `count` tokens are in `row` of the base's cache and of `kv_caches`, and are not computed."""
         ...
 
     def admit(self, row: int, prompt_ids: Sequence[int]) -> None:
@@ -106,9 +112,10 @@ class Proposer(Protocol):
     def commit(self, rows: tuple[int, int], hidden: Tensor, counts: Tensor, tokens: Sequence[Sequence[int]] = ()) -> None:
         """Rows [start, stop) grow.
 
-        `hidden`: [B, M, D], the base's hidden states of the tokens that are now in the KV cache, the first `counts` [B] of
-        each row; `tokens`: for each row its newly chosen tokens, the last of which is the next root and not in the cache yet.
-        Chunks of a prompt come with hidden states alone, the first token of an answer with tokens alone (M = 0).
+        `hidden`: [B, M, D], the base's hidden states of the tokens that are now in the KV cache, the first `counts` [B] of each
+        row, or [B, M, (1 + T) * D] with the T taps that the drafter asks for behind them; `tokens`: for each row its newly
+        chosen tokens, the last of which is the next root and not in the cache yet. Chunks of a prompt come with hidden states
+        alone, the first token of an answer with tokens alone (M = 0).
         """
         ...
 

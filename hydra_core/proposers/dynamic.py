@@ -109,7 +109,7 @@ class DynamicTreeProposer(PlainProposer):
     def kv_caches(self) -> tuple[KVCache, ...]:
         return self.inputs.kv_caches if self.drafter.heads is not None else ()
 
-    def catch_up(self) -> None:
+    def catch_up(self, row: int) -> None:
         if self.drafter.heads is not None:
             self.inputs.catch_up()
 

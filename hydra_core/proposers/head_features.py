@@ -15,6 +15,19 @@ ROOM = 64
 """Hidden states of a row that may be pending; longer input is read at once."""
 
 
+def feature_bytes(drafter: HeadDrafter, rows: int, slots: int) -> int:
+    """Bytes that `HeadFeatures` keeps for `rows` rows and `slots` slots of the base's KV cache."""
+    prefix = drafter.prefix if isinstance(drafter, HydraPlusPlus) else None
+    states = 1 + (ROOM if prefix else 0)
+    kept = rows * states * drafter.weight.shape[0] * drafter.weight.element_size()
+    return kept + (prefix.cache_bytes(rows, slots + ROOM) if prefix else 0)
+
+
+def kept_feature_bytes(drafter: HeadDrafter, tokens: int) -> int:
+    """Bytes of the keys and values of `HeadFeatures` of `tokens` tokens."""
+    return drafter.prefix.cache_bytes(1, tokens) if isinstance(drafter, HydraPlusPlus) else 0
+
+
 class HeadFeatures:
     """What heads read at each row's last committed position: `features` [R, D], up to date after `catch_up`.
 

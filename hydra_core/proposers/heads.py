@@ -8,15 +8,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hydra_core.base.graphs import Recorder
+from hydra_core.base.graphs import Recorder, recorder_for
 from hydra_core.base.kv_cache import KVCache
+from hydra_core.errors import InputError
 from hydra_core.heads import HeadDrafter
-from hydra_core.proposers.base import Proposal
-from hydra_core.proposers.head_features import HeadFeatures
+from hydra_core.proposers.base import Proposal, Proposer
+from hydra_core.proposers.drafter import Context, DrafterKind
+from hydra_core.proposers.head_features import HeadFeatures, feature_bytes, kept_feature_bytes
 from hydra_core.proposers.plain import PlainProposer
 from hydra_core.proposers.recorded import RecordedDrafts
 from hydra_core.sampling.sampler import Sampler, rank_scores
-from hydra_core.tree.draft_tree import DraftTree, TreeLevel, TreeSet
+from hydra_core.tree.draft_tree import DraftTree, TreeLevel, TreeSet, default_trees
 
 
 class HeadProposer(PlainProposer):
@@ -46,7 +48,7 @@ class HeadProposer(PlainProposer):
     def kv_caches(self) -> tuple[KVCache, ...]:
         return self.inputs.kv_caches
 
-    def catch_up(self) -> None:
+    def catch_up(self, row: int) -> None:
         self.inputs.catch_up()
 
     def admit(self, row: int, prompt_ids: Sequence[int]) -> None:
@@ -113,3 +115,37 @@ class HeadProposer(PlainProposer):
         logits = self.drafter.candidate_logits(depth, features, path)
         scores = rank_scores(logits, [position + depth + 1 for position in positions], noisy, self.draft_ids)
         return self.draft_ids[scores.topk(min(level.width, scores.shape[-1]), dim=-1).indices]
+
+
+class HeadKind(DrafterKind):
+    """A `HeadDrafter` given alone: its heads fill fixed trees."""
+
+    drafter: HeadDrafter
+    fixed_trees = True
+
+    @property
+    def heads(self) -> HeadDrafter:
+        return self.drafter
+
+    def trees(self, asked: TreeSet | None) -> TreeSet:
+        trees, heads = asked or default_trees(self.drafter.num_heads), self.drafter.num_heads
+        if trees.max_depth > heads:
+            raise InputError(f"trees: depth {trees.max_depth} needs more than the drafter's {heads} heads")
+        highest = max((rank for tree in trees.trees.values() for path in tree.paths for rank in path), default=0)
+        if highest >= len(self.drafter.draft_vocab):
+            drafted = len(self.drafter.draft_vocab)
+            raise InputError(f"trees: rank {highest} needs more than the {drafted} tokens that may be drafted")
+        return trees
+
+    def draft_slots(self, trees: TreeSet) -> int:
+        return max(trees.max_nodes, trees.max_depth + 1)
+
+    def device_bytes(self, rows: int, slots: int) -> int:
+        return feature_bytes(self.drafter, rows, slots)
+
+    def kept_bytes(self, tokens: int) -> int:
+        return kept_feature_bytes(self.drafter, tokens)
+
+    def open(self, context: Context) -> Proposer:
+        recorder = recorder_for(torch.device(context.device), context.graphs)
+        return HeadProposer(self.drafter, context.trees, context.rows, context.slots, context.shared_noise, recorder)

@@ -7,23 +7,29 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from hydra_core.base.kv_cache import KVCache
-from hydra_core.proposers.base import Accepted, Proposal, StepTimes
+from hydra_core.proposers.base import Accepted, Proposal, Proposer, StepTimes
+from hydra_core.proposers.drafter import Context, DrafterKind
 from hydra_core.sampling.sampler import Sampler
 from hydra_core.tree.batch import chain
+from hydra_core.tree.draft_tree import TreeSet
 
 
 class PlainProposer:
     """Proposes the root alone. Proposers that remember less than the protocol offers inherit the rest from here."""
 
     max_nodes = 1
+    reads_next = False
 
     @property
     def kv_caches(self) -> tuple[KVCache, ...]:
         """None of its own."""
         return ()
 
-    def catch_up(self) -> None:
+    def catch_up(self, row: int) -> None:
         """Nothing to read."""
+
+    def restored(self, row: int, count: int) -> None:
+        """Nothing to note."""
 
     def admit(self, row: int, prompt_ids: Sequence[int]) -> None:
         """Nothing to remember."""
@@ -51,3 +57,15 @@ class PlainProposer:
 
     def move(self, source: int, target: int) -> None:
         """Nothing to move."""
+
+
+class PlainKind(DrafterKind):
+    """No drafter: every step is a plain one."""
+
+    fixed_trees = True
+
+    def draft_slots(self, trees: TreeSet) -> int:
+        return 1
+
+    def open(self, context: Context) -> Proposer:
+        return PlainProposer()

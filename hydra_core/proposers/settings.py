@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from hydra_core.heads.base import HeadDrafter
+from hydra_core.proposers.draft_model import DraftModel
 from hydra_core.proposers.ngram import NgramDrafter
 from hydra_core.proposers.suffix import SuffixDrafter
 from hydra_core.tree.costs import StepCosts, unmeasured_costs
@@ -24,4 +25,4 @@ class AdaptiveDrafter:
     suffix: SuffixDrafter | None = None
 
 
-Drafter = HeadDrafter | NgramDrafter | AdaptiveDrafter
+Drafter = HeadDrafter | NgramDrafter | AdaptiveDrafter | DraftModel

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hydra_core.base.taps import last_of
 from hydra_core.base.vocabulary import BaseVocabulary
 from hydra_core.heads import HeadDrafter
 from hydra_core.training.alignment import HeadSlice, head_slice, teacher_positions
@@ -22,7 +23,7 @@ from hydra_core.training.losses import (
 )
 from hydra_core.training.metrics import TOP, HeadCounts
 from hydra_core.training.packing import Packed
-from hydra_core.training.ranks import head_inputs, rank_tuples
+from hydra_core.training.ranks import head_outputs, rank_tuples
 from hydra_core.tree.simulation import RankRows
 
 
@@ -63,7 +64,7 @@ class HeadTraining(nn.Module):
         the less often it is reached. Targets outside the draft vocabulary count as missed; a head whose target would lie in
         the prompt is skipped and masks nothing.
         """
-        features, embedded = head_inputs(self.drafter, packed)
+        outputs = head_outputs(self.drafter, packed)
         tokens = packed.token_ids.flatten()
         teacher = None if self.plain else self._teacher(packed)
         masking = self.drafter.config.mask_lost and not self.plain
@@ -73,7 +74,7 @@ class HeadTraining(nn.Module):
             part = head_slice(head, packed.spans)
             if masking:
                 part = part.only(alive[part.features])
-            hidden = self.drafter.head_hidden(head, features[part.features], embedded[part.path])
+            hidden = outputs(head, part.features, part.path)
             if self.plain:
                 losses.append(self._plain_loss(hidden, part, tokens, packed))
                 continue
@@ -90,16 +91,16 @@ class HeadTraining(nn.Module):
     @torch.no_grad()
     def evaluate(self, packed: Packed) -> tuple[HeadCounts, RankRows]:
         """Loss counts, hits and rank tuples at the positions at which a decoder drafts, without masking."""
-        features, embedded = head_inputs(self.drafter, packed)
+        outputs = head_outputs(self.drafter, packed)
         tokens = packed.token_ids.flatten()
-        rows = rank_tuples(self.drafter, features, embedded, self.index_of[tokens], packed.spans)
+        rows = rank_tuples(self.drafter, outputs, self.index_of[tokens], packed.spans)
         teacher = self._teacher(packed)
         counts = HeadCounts.zeros(self.drafter.num_heads)
         loss, hits = counts.loss, counts.hits
         counted, ranked, outside = counts.counted.clone(), counts.ranked.clone(), counts.outside.clone()
         for head in range(self.drafter.num_heads):
             part = head_slice(head, packed.spans, decoding=True)
-            hidden = self.drafter.head_hidden(head, features[part.features], embedded[part.path])
+            hidden = outputs(head, part.features, part.path)
             target = self._target(part, tokens, teacher)
             loss[head] = chunked_loss(hidden, self.drafter.draft_logits, target).double().cpu()
             counted[head], ranked[head] = target.valid.cpu(), part.count
@@ -112,7 +113,7 @@ class HeadTraining(nn.Module):
         if not self.drafter.config.reads_teacher:
             return None
         at = teacher_positions(packed.spans)
-        hidden = packed.hidden.flatten(0, 1)[at]
+        hidden = last_of(packed.hidden.flatten(0, 1)[at], self.vocabulary.width)
         stored = packed.log_partitions
         log_partitions = log_partition(hidden, self.vocabulary.head) if stored is None else stored.flatten()[at]
         table = teacher_probabilities(hidden, self.drafter.draft_logits, log_partitions)
@@ -123,7 +124,8 @@ class HeadTraining(nn.Module):
     def _plain_loss(self, hidden: Tensor, part: HeadSlice, tokens: Tensor, packed: Packed) -> Tensor:
         config, target = self.drafter.config, self._target(part, tokens, None)
         if config.loss in ("teacher", "acceptance", "hybrid"):
-            taught = self.vocabulary.head(packed.hidden.flatten(0, 1)[part.teacher]).softmax(-1)
+            hidden_states = last_of(packed.hidden.flatten(0, 1)[part.teacher], self.vocabulary.width)
+            taught = self.vocabulary.head(hidden_states).softmax(-1)
             table = taught[:, self.drafter.draft_vocab.ids.to(taught.device)]
             target = TeacherTarget(table, torch.arange(len(table), device=table.device), config.loss, config.hybrid_decay)
         return reference_loss(self.drafter.draft_logits(hidden), target)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hydra_core.heads import HeadDrafter
+from hydra_core.heads.base import HeadOutputs
 from hydra_core.training.alignment import draft_positions, feature_positions
 from hydra_core.training.losses import Project, rows_at_once
 from hydra_core.training.packing import Packed, Spans
@@ -37,22 +38,20 @@ def rank_rows(drafter: HeadDrafter, packed: Packed) -> RankRows:
     On an accepted path these are exactly the inputs of decoding, so walking the tuples simulates decoding.
     """
     with torch.no_grad():
-        features, embedded = head_inputs(drafter, packed)
         tokens = packed.token_ids.flatten()
         index = drafter.draft_vocab.index_of.to(tokens.device)[tokens]
-        return rank_tuples(drafter, features, embedded, index, packed.spans)
+        return rank_tuples(drafter, head_outputs(drafter, packed), index, packed.spans)
 
 
-def head_inputs(drafter: HeadDrafter, packed: Packed) -> tuple[Tensor, Tensor]:
-    """Features and embeddings of the flat tokens, [n, D] each; features are meaningful only where heads read them."""
+def head_outputs(drafter: HeadDrafter, packed: Packed) -> HeadOutputs:
+    """What the heads give at the positions at which they learn or draft."""
     wanted = torch.zeros(packed.token_ids.numel(), dtype=torch.bool, device=packed.token_ids.device)
     wanted[feature_positions(packed.spans, drafter.num_heads)] = True
-    features = drafter.features(packed.hidden, packed.positions, packed.mask, wanted.view(packed.token_ids.shape))
-    return features.flatten(0, 1), drafter.embed(packed.token_ids.flatten())
+    return drafter.outputs(packed.token_ids, packed.hidden, packed.positions, packed.mask, wanted.view(packed.token_ids.shape))
 
 
-def rank_tuples(drafter: HeadDrafter, features: Tensor, embedded: Tensor, index: Tensor, spans: Spans) -> RankRows:
-    """`rank_rows` from features and embeddings [n, D] of the flat tokens and their draft index [n] int64."""
+def rank_tuples(drafter: HeadDrafter, outputs: HeadOutputs, index: Tensor, spans: Spans) -> RankRows:
+    """`rank_rows` from the heads' outputs and the draft index [n] int64 of the flat tokens."""
     at = draft_positions(spans)
     counts = (spans.lengths - spans.prompt_lengths - 1).clamp(min=0)
     end = torch.repeat_interleave(spans.starts + spans.lengths, counts)
@@ -60,8 +59,7 @@ def rank_tuples(drafter: HeadDrafter, features: Tensor, embedded: Tensor, index:
     for head in range(drafter.num_heads):
         inside = at + 2 + head < end
         here = at[inside]
-        path = embedded[here[:, None] + torch.arange(1, head + 2, device=at.device)]
-        hidden = drafter.head_hidden(head, features[here], path)
+        hidden = outputs(head, here, here[:, None] + torch.arange(1, head + 2, device=at.device))
         ranks = torch.full_like(at, MISS)
         ranks[inside] = ranks_of(hidden, partial(drafter.head_logits, head), index[here + 2 + head])
         columns.append(ranks)

@@ -9,7 +9,7 @@ from typing import Any
 
 from hydra_core.base import load_vocabulary, resolve_base
 from hydra_core.decoding import DecodingConfiguration, check_heads, read_configuration
-from hydra_core.decoding.configuration import ANY_FORMAT
+from hydra_core.decoding.configuration import ANY_FORMAT, DRAFT_MODEL
 from hydra_core.errors import InputError, StoppedError
 from hydra_core.proposers import NgramDrafter
 from hydra_core.storage import as_path
@@ -82,7 +82,7 @@ def _found(config: RunConfig, heads: Mapping[str, str], methods: Sequence[str], 
                          f"{config.base.model} in {config.base.dtype}: set promote.model_name or promote.alias, or "
                          "bench.champion=false")
     ngram = NgramDrafter(config.ngram.max_match, config.ngram.min_match, config.ngram.length)
-    same = same_contender(configuration, heads, methods, ngram)
+    same = same_contender(configuration, heads, methods, ngram, config.draft_model.values())
     if same is None:
         check_heads(reign.folder, load_vocabulary(config.base.model, dtype=config.base.dtype, cache=RunPaths.of(config).cache))
     return BenchChampion(reign.model, reign.version.number, configuration_digest(reign.folder), str(reign.folder),
@@ -90,13 +90,15 @@ def _found(config: RunConfig, heads: Mapping[str, str], methods: Sequence[str], 
 
 
 def same_contender(configuration: DecodingConfiguration, heads: Mapping[str, str], methods: Sequence[str],
-                   ngram: NgramDrafter) -> str | None:
+                   ngram: NgramDrafter, draft_model: Mapping[str, Any] | None = None) -> str | None:
     """The contender among `methods` that decodes just as `configuration`: with the same files of heads and the same settings of
-    text lookup. None without one."""
+    text lookup or of the draft model. None without one."""
     if configuration.drafter == "plain":
         return PLAIN
     if configuration.drafter == "ngram":
         return NGRAM if NGRAM in methods and configuration.ngram == ngram else None
+    if configuration.draft_model is not None:
+        return DRAFT_MODEL if DRAFT_MODEL in methods and configuration.draft_model.to_json() == draft_model else None
     assert configuration.heads is not None
     dynamic = configuration.drafter == "combined"
     if dynamic and configuration.ngram != ngram:

@@ -10,7 +10,9 @@ from typing import Any
 
 from hydra_core.base import load_vocabulary, resolve_base
 from hydra_core.bundled import BUNDLED, EARLIER, is_bundled
+from hydra_core.decoding import DraftModelSettings, find_draft_model
 from hydra_core.decoding import check_heads as check_folder
+from hydra_core.decoding.configuration import DRAFT_MODEL
 from hydra_core.errors import InputError
 from hydra_core.storage import as_path
 from pipelines.bench.champion import HEADS_FILES, BenchChampion, find_champion, heads_digest
@@ -79,10 +81,13 @@ def find_methods(config: RunConfig, heads: dict[str, str]) -> tuple[str, ...]:
     `bench.methods` that is none."""
     theirs, others = ((), ()) if config.bench.temperature else ((TRANSFORMERS, LOOKUP), (LLAMA, VLLM))
     in_vllm = tuple(f"{VLLM}+{name}" for name in (NGRAM, *heads)) if others else ()
-    known = (PLAIN, *theirs, NGRAM, *heads, *((COMBINED,) if own_heads(heads) else ()), *others, *in_vllm, SUFFIX)
+    model = (DRAFT_MODEL,) if config.draft_model.model else ()
+    known = (PLAIN, *theirs, NGRAM, *model, *heads, *((COMBINED,) if own_heads(heads) else ()), *others, *in_vllm, SUFFIX)
     asked = tuple(contender(method) if is_bundled(method.partition("@")[0]) else method for method in config.bench.methods)
     asked = asked or tuple(method for method in known if method not in (LOOKUP, *others, *in_vllm, SUFFIX))
     for method in asked:
+        if method == DRAFT_MODEL and not model:
+            raise InputError(f"bench.methods: {method} needs draft_model.model: name a small model with the base's tokenizer")
         if method not in (*known, CHAMPION) and _without_number(method, heads) not in (*heads, *in_vllm):
             raise InputError(f"bench.methods: {method!r} is none of {', '.join(known)} (heads must be trained first), "
                              "nor NAME@N of a trained drafter NAME and a number N, of nodes or in vLLM of drafted tokens")
@@ -110,10 +115,12 @@ def with_champion(config: RunConfig, heads: dict[str, str],
 
 
 def check_contenders(config: RunConfig, methods: tuple[str, ...], heads: dict[str, str]) -> None:
-    """Raise InputError, before anything runs, unless llama.cpp and vLLM can run where they are asked for and every checkpoint
-    loads on this base."""
+    """Raise InputError, before anything runs, unless llama.cpp and vLLM can run and the draft model is there where they are asked
+    for, and every checkpoint loads on this base."""
     if LLAMA in methods:
         check_llama(config.base.model)
+    if DRAFT_MODEL in methods:
+        _draft_digest(config)
     for name, nodes in (split_sweep(method, heads) for method in methods if not is_vllm(method)):
         if nodes is not None:
             sweep_tree(as_path(heads[name]), nodes)
@@ -169,9 +176,17 @@ def bench_fingerprint(config: RunConfig, heads: dict[str, str], device: str | No
         upstream[CHAMPION] = champion
     if config.bench.batch_job:
         upstream["batch"] = str(model_digest(find_args(config)))
-    settings = {"bench": _recorded_settings(config.bench), "ngram": config.ngram.model_dump(),
+    draft = {} if config.draft_model.model is None else {"draft_model": config.draft_model.model_dump(exclude={"model"})}
+    if draft and DRAFT_MODEL in find_methods(config, heads):
+        upstream[DRAFT_MODEL] = _draft_digest(config)
+    settings = {"bench": _recorded_settings(config.bench), "ngram": config.ngram.model_dump(), **draft,
                 "base": config.base.model_dump(exclude={"model"}) | {"device": device or _device(config)}}
     return fingerprint("bench", settings, upstream)
+
+
+def _draft_digest(config: RunConfig) -> str:
+    """Digest of the draft model's files. Raises InputError when there is none."""
+    return find_draft_model(DraftModelSettings.of(config.draft_model.model_dump()), RunPaths.of(config).cache).digest
 
 
 def _device(config: RunConfig) -> str:

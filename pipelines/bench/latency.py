@@ -14,8 +14,7 @@ import torch
 from hydra_core.base import Base, pick_device
 from hydra_core.decoding import Engine
 from hydra_core.errors import InputError
-from hydra_core.heads import HeadDrafter
-from hydra_core.proposers import AdaptiveDrafter, Drafter
+from hydra_core.proposers import Drafter, kind_of
 from hydra_core.sampling import Request
 from hydra_core.storage import as_path
 from hydra_core.tree import PLAIN as PLAIN_TREE
@@ -175,10 +174,11 @@ def make_contenders(plan: BenchPlan, base: Base, room: int, vllm: VllmPool | Non
 def _fixed_step(plan: BenchPlan, base: Base, drafter: Drafter | None, trees: TreeSet | None) -> Callable[[int], float] | None:
     """Context length in tokens -> seconds that this machine's step costs predict for a step, where every step has the same
     tree; None for dynamic trees, whose predictions the engine itself adds up."""
-    if not base.supports_tree or isinstance(drafter, AdaptiveDrafter):
+    kind = kind_of(drafter)
+    if not base.supports_tree or not kind.fixed_trees:
         return None
     tree = trees.for_batch(1) if trees else PLAIN_TREE
-    heads = drafter if isinstance(drafter, HeadDrafter) and tree.depth else None
+    heads = kind.heads if tree.depth else None
     costs = machine_costs(base, Path(plan.cache), heads, trees=None if heads is None else {tree.depth: tree})
     return lambda context: costs.seconds(1, tree.size, tree.depth, context)
 

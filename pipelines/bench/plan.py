@@ -11,9 +11,11 @@ from typing import Any
 
 from hydra_core.base import Base
 from hydra_core.bundled import BUNDLED, EARLIER
-from hydra_core.decoding import read_configuration
+from hydra_core.decoding import DraftModelSettings, open_draft_model, read_configuration
+from hydra_core.decoding.configuration import DRAFT_MODEL
 from hydra_core.errors import InputError
 from hydra_core.heads.checkpoint import load_checkpoint
+from hydra_core.heads.config import EAGLE_KINDS
 from hydra_core.proposers import AdaptiveDrafter, Drafter, NgramDrafter, SuffixDrafter
 from hydra_core.sampling import Request
 from hydra_core.storage import as_path
@@ -63,7 +65,7 @@ class BenchPlan:
     """Everything that the measuring task needs, as plain values, since Ray serialises it.
 
     `heads`: name -> checkpoint folder; `batch_app`: what `batch` would decode with, None: `batch` is not timed; `champion`: the
-    configuration folder of the contender `@champion`.
+    configuration folder of the contender `@champion`; `draft_model`: as `DraftModelSettings.of` takes it.
     """
 
     base: BaseSection
@@ -97,6 +99,7 @@ class BenchPlan:
     prefix_cache_tokens: int = 0
     vllm_python: str | None = None
     vllm_settings: dict[str, Any] = field(default_factory=dict)
+    draft_model: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for a report."""
@@ -194,6 +197,9 @@ def make_drafter(method: str, plan: BenchPlan, base: Base, *, measured: bool = T
         return None, None
     if method == CHAMPION:
         return _champion_drafter(plan, base, measured)
+    if method == DRAFT_MODEL:
+        assert plan.draft_model is not None
+        return open_draft_model(DraftModelSettings.of(plan.draft_model), base, Path(plan.cache)), None
     heads = None
     if method not in (NGRAM, SUFFIX):
         name, nodes = split_sweep(method, plan.heads)
@@ -211,6 +217,8 @@ def _champion_drafter(plan: BenchPlan, base: Base, measured: bool) -> tuple[Draf
     """As `load_configuration`, but in the format of `base`: losslessness is checked in others than the configuration's own."""
     assert plan.champion is not None
     configuration = read_configuration(as_path(plan.champion))
+    if configuration.draft_model is not None:
+        return open_draft_model(configuration.draft_model, base, Path(plan.cache)), None
     loaded = None if configuration.heads is None else load_checkpoint(configuration.heads, base.vocabulary, base.dtype)
     if loaded is not None and configuration.drafter == "heads":
         return loaded.drafter, loaded.trees
@@ -225,8 +233,16 @@ def combined_heads(heads: Mapping[str, str]) -> str:
 
 
 def own_heads(heads: Mapping[str, str]) -> list[str]:
-    """Checkpoint folders of the run itself, without those of the package."""
-    return [folder for name, folder in heads.items() if name != BUNDLED]
+    """Checkpoint folders of the run itself whose heads can draft beside copied text, without those of the package."""
+    return [folder for name, folder in heads.items() if name != BUNDLED and not _autoregressive(as_path(folder))]
+
+
+def _autoregressive(folder: Path) -> bool:
+    """Whether the heads in `folder` grow trees of their own; False where that cannot be read."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))["heads"]["kind"] in EAGLE_KINDS
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def split_sweep(method: str, heads: Mapping[str, str]) -> tuple[str, int | None]:

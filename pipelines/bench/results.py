@@ -157,8 +157,9 @@ def _latest_last(benches: dict[Path, dict[str, Any]]) -> list[tuple[Path, dict[s
 def _differences(config: RunConfig, folder: Path) -> str:
     """The settings of the bench in `folder` that differ from those of `config`."""
     then = load_config(str(folder / "config.yaml"))
-    pairs = [(f"{section}.{name}", value, getattr(getattr(config, section), name))
-             for section in ("bench", "ngram", "base") for name, value in getattr(then, section).model_dump(mode="json").items()]
+    sections = ("bench", "ngram", "draft_model", "base")
+    pairs = [(f"{section}.{name}", value, getattr(getattr(config, section), name)) for section in sections
+             for name, value in getattr(then, section).model_dump(mode="json").items()]
     found = [f"{name}={_shown(value)}" for name, value, now in pairs if _shown(value) != _shown(now)]
     return ", ".join(found) or "the same settings, other inputs"
 

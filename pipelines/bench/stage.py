@@ -138,7 +138,8 @@ def _plan(config: RunConfig, folder: Path, methods: tuple[str, ...], heads: dict
         batch_limits=bench.batch_limits, batch_app=resolve_args(config) if bench.batch_job else None,
         concurrency=bench.concurrency, concurrency_requests=bench.concurrency_requests, temperature=bench.temperature,
         shared_noise=bench.shared_noise, threads=bench.threads, shared_answers=bench.shared_answers,
-        prefix_cache_tokens=bench.prefix_cache_tokens, vllm_python=bench.vllm_python, vllm_settings=bench.vllm_settings)
+        prefix_cache_tokens=bench.prefix_cache_tokens, vllm_python=bench.vllm_python, vllm_settings=bench.vllm_settings,
+        draft_model=config.draft_model.values())
 
 
 def _write_report(config: RunConfig, folder: Path, found: dict[str, Any], plan: BenchPlan) -> list[Path]:

@@ -10,8 +10,8 @@ from pipelines.compare.lineage import StageRun
 from pipelines.compare.records import SettingRow
 
 SECTIONS = {"distill": ("prompts", "distill", "base"), "train": ("train", "base"), "tree": ("tree", "base"),
-            "bench": ("bench", "ngram", "base"), "ablate": ("ablate", "train", "base"), "load": ("load", "serve", "base"),
-            "batch": ("batch", "serve", "base"), "promote": ("promote",)}
+            "bench": ("bench", "ngram", "draft_model", "base"), "ablate": ("ablate", "train", "base"),
+            "load": ("load", "serve", "base"), "batch": ("batch", "serve", "base"), "promote": ("promote",)}
 """Stage -> the sections that it reads. Another stage reads its own, `train` and `base`."""
 PLACES = {"batch.output", "train.only", "train.dry_run"}
 """Settings that say where something goes or which part runs, and nothing about how."""

@@ -15,7 +15,7 @@ from .run import STORAGE_VARIABLE, RunConfig, load_config, parse_override, prese
 from .section import Section, Size
 from .serve import RecordSection, ServeSection
 from .train import TrainSection, TrainWorkers
-from .tree import NgramSection, TreeSection
+from .tree import DraftModelSection, NgramSection, TreeSection
 from .vllm import VllmSection
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
            "DatacardSection",
            "DistillSection",
            "Distribution",
+           "DraftModelSection",
            "GenerateSection",
            "LoadSection",
            "LoopSection",

@@ -31,7 +31,8 @@ class BenchSection(Section):
     max_new_tokens: int = Field(64, ge=1, description="length limit of an answer, in tokens")
     rounds: int = Field(1, ge=1, description="how often each question is timed")
     methods: tuple[str, ...] = Field(
-        (), description="contenders besides plain; empty: transformers, ngram, every drafter found and combined. More: "
+        (), description="contenders besides plain; empty: transformers, ngram, every drafter found, combined, and "
+                        "draft-model where draft_model.model names one. More: "
                         "transformers-lookup; llama.cpp (a GGUF base, and llama-cpp-python); suffix, drafts from the text and "
                         "from earlier answers; NAME@N, a drafter NAME with the best fixed tree of at most N nodes; vllm, "
                         "vllm+ngram and vllm+NAME, in a process of its own; vllm+NAME@N: at most N drafted tokens")

@@ -32,7 +32,7 @@ from pipelines.config.reference import nearest_setting
 from pipelines.config.section import HIDDEN, Section
 from pipelines.config.serve import ServeSection
 from pipelines.config.train import TrainSection
-from pipelines.config.tree import NgramSection, TreeSection
+from pipelines.config.tree import DraftModelSection, NgramSection, TreeSection
 from pipelines.config.vllm import VllmSection
 
 STORAGE_VARIABLE = "HYDRA_HEADS_STORAGE"
@@ -67,6 +67,7 @@ class RunConfig(Section):
     train: TrainSection = TrainSection()
     tree: TreeSection = TreeSection()
     ngram: NgramSection = NgramSection()
+    draft_model: DraftModelSection = DraftModelSection()
     bench: BenchSection = BenchSection()
     compare: CompareSection = CompareSection()
     promote: PromoteSection = PromoteSection()

@@ -110,6 +110,9 @@ class TrainSection(Section):
         if own := [name for name, heads in self.drafters.items() if heads.own_rows]:
             raise ValueError(f"train.drafters.{own[0]}.own_rows: only imported heads have vocabulary rows of their own, and "
                              "those are not trained further: leave it false")
+        if self.features != "online" and (inside := [name for name, heads in self.drafters.items() if heads.reads_taps]):
+            raise ValueError(f"train.drafters.{inside[0]}.kind: eagle3 reads states from inside the base, which stored rows do "
+                             "not hold: set train.features=online")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"train.betas={list(self.betas)}: each must be at least 0 and below 1")
         if self.ema and self.zero_stage == 3:

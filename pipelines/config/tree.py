@@ -1,6 +1,8 @@
-"""The settings of `tree`, and of prompt lookup."""
+"""The settings of `tree`, of prompt lookup and of a draft model."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from pydantic import Field, model_validator
 
@@ -36,3 +38,18 @@ class NgramSection(Section):
         if self.min_match > self.max_match:
             raise ValueError(f"ngram.min_match={self.min_match} is more than ngram.max_match={self.max_match}")
         return self
+
+
+class DraftModelSection(Section):
+    """A separate draft model: any small model with the base's tokenizer. Needs no training."""
+
+    model: str | None = Field(None, description="the draft model, as base.model names one; default: none")
+    depth: int = Field(5, ge=1, le=32, description="most tokens ahead: so many forwards of the draft model a step")
+    beam: int = Field(3, ge=1, description="nodes of one depth below which it drafts; 1 with width=1: a chain")
+    width: int = Field(4, ge=1, description="candidates below a node")
+    nodes: int = Field(12, ge=1, le=63, description="candidates that are verified, the most probable ones")
+    floor: float = Field(0.05, ge=0, lt=1, description="where no path is as probable, it drafts no further; 0: to the full depth")
+
+    def values(self) -> dict[str, Any] | None:
+        """Plain values for `DraftModelSettings.of`, or None without a model."""
+        return None if self.model is None else self.model_dump()

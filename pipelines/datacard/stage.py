@@ -81,8 +81,9 @@ def run_datacard(config: RunConfig) -> StageResult:
 
 
 def trained_heads(config: RunConfig) -> dict[str, Path]:
-    """Drafter -> folder of its heads, for those that are trained."""
+    """Drafter -> folder of its heads, for those that are trained and that read what rows hold."""
     names = [config.train.only] if config.train.only else list(config.train.drafters)
+    names = [name for name in names if not config.train.drafters[name].reads_taps]
     folders = {name: RunPaths.of(config).stage("train", name) for name in names}
     return {name: folder / HEADS for name, folder in folders.items() if read_manifest(folder) is not None}
 

@@ -12,8 +12,14 @@ from typing import Any
 
 from hydra_core.base import BaseIdentity, quantisation, resolve_base
 from hydra_core.base.formats import LOSSY
-from hydra_core.decoding import DecodingConfiguration, read_configuration, save_configuration
-from hydra_core.decoding.configuration import ANY_FORMAT
+from hydra_core.decoding import (
+    DecodingConfiguration,
+    DraftModelSettings,
+    find_draft_model,
+    read_configuration,
+    save_configuration,
+)
+from hydra_core.decoding.configuration import ANY_FORMAT, DRAFT_MODEL
 from hydra_core.errors import InputError
 from hydra_core.proposers import NgramDrafter
 from hydra_core.storage import as_path, is_remote, listing
@@ -257,12 +263,14 @@ def _proof(config: RunConfig, report: Mapping[str, Any]) -> str:
 
 
 def _sizes(report: Mapping[str, Any]) -> dict[str, int | None]:
-    """Contender -> bytes of the heads that it drafts with, 0 without heads; None where they are gone."""
+    """Contender -> bytes of the heads or of the model that it drafts with, 0 without; None where they are gone."""
     plan = report["plan"]
     found: dict[str, int | None] = {}
     for name in report["methods"]:
         if name in (PLAIN, NGRAM, *NO_CONFIGURATION) or is_foreign(name):
             found[name] = 0
+        elif name == DRAFT_MODEL:
+            found[name] = _bytes(find_draft_model(DraftModelSettings.of(plan["draft_model"]), Path(plan["cache"])).folder)
         elif name == CHAMPION:
             found[name] = _bytes(as_path(plan["champion"]) / "heads") or 0  # it may have none
         else:
@@ -290,6 +298,9 @@ def _configuration(config: RunConfig, winner: str, plan: Mapping[str, Any]) -> D
     resolved = resolve_base(config.base.model, RunPaths.of(config).cache)
     identity = BaseIdentity(resolved.name, resolved.digest, plan["base"]["dtype"])
     ngram = NgramDrafter(*plan["ngram"])
+    if winner == DRAFT_MODEL:
+        settings = DraftModelSettings.of(plan["draft_model"])
+        return DecodingConfiguration(winner, "draft-model", identity, ngram, draft_model=settings)
     if winner in (PLAIN, NGRAM):
         return DecodingConfiguration(winner, "plain" if winner == PLAIN else "ngram", identity, ngram)
     if winner in DYNAMIC_TREES:

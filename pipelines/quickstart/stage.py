@@ -157,7 +157,7 @@ def _own_folders(config: RunConfig, stage: str) -> list[Path]:
     else:
         root = paths.stage(stage)
         folders = [folder for folder in (root, *(path.parent for path in sorted(root.glob(f"*/{CLAIM}"))))
-                   if _has_settings(config, folder, ("bench", "promote") if stage == "promote" else ("bench", "ngram"))]
+                   if _has_settings(config, folder, ("bench", "promote" if stage == "promote" else "ngram", "draft_model"))]
     return [folder for folder in folders if (folder / CLAIM).exists()]
 
 

@@ -19,6 +19,7 @@ class OnlineStore(RowStore):
     """Answers of one split. Call `use` with a base before `read_rows`; the driver, which only counts rows, needs no base."""
 
     _model: Base | None = None
+    _taps: tuple[int, ...] = ()
 
     @classmethod
     def open(cls, folder: Path, split: str, share: float = 1.0, also: Sequence[Path] = ()) -> OnlineStore:
@@ -29,9 +30,9 @@ class OnlineStore(RowStore):
         ((base, _, _),) = reader.kinds
         return cls(reader.blocks, index, base)
 
-    def use(self, base: Base) -> None:
-        """Set the base that computes the hidden states."""
-        self._model = base
+    def use(self, base: Base, taps: Sequence[int] = ()) -> None:
+        """Set the base that computes the hidden states, and the layers whose inputs are wanted behind them."""
+        self._model, self._taps = base, tuple(taps)
 
     def read_rows(self, rows: Sequence[int]) -> list[FeatureRow]:
         """Rows with hidden states in the base's own dtype; one forward takes as many rows as fit `FORWARD_TOKENS`."""
@@ -48,6 +49,6 @@ class OnlineStore(RowStore):
 
     def _forward(self, base: Base, rows: Sequence[int]) -> dict[int, FeatureRow]:
         sequences = [self.token_ids(row).tolist() for row in rows]
-        hidden = base.hidden_states(sequences)
+        hidden = base.hidden_states(sequences, self._taps)
         return {row: FeatureRow(torch.tensor(ids), int(self.index.prompt_tokens[row]), states)
                 for row, ids, states in zip(rows, sequences, hidden, strict=True)}

@@ -13,7 +13,7 @@ from hydra_core.decoding import Engine, load_heads, read_configuration
 from hydra_core.decoding.configuration import FILE
 from hydra_core.errors import InputError
 from hydra_core.interop import VllmEngine, VllmSettings, export_once, speculative_of
-from hydra_core.proposers import AdaptiveDrafter, Drafter, SuffixDrafter
+from hydra_core.proposers import Drafter, kind_of
 from hydra_core.storage import local_copy
 from hydra_core.tree import TreeSet
 from pipelines.config import BaseSection
@@ -80,8 +80,8 @@ def load_drafter(heads: Heads, base: Base, args: AppArgs, timing: bool = True) -
     digest = heads.check_digest()
     costs = partial(machine_costs if timing else known_costs, base, Path(args.cache))
     drafter, trees = load_heads(heads.configuration, base, costs) if heads.configuration else (None, None)
-    if args.shared_answers and isinstance(drafter, AdaptiveDrafter):
-        drafter = replace(drafter, suffix=SuffixDrafter(max_tokens=args.shared_answers))
+    if args.shared_answers:
+        drafter = kind_of(drafter).sharing_answers(args.shared_answers)
     if heads.check_digest() != digest:
         raise InputError(f"{heads.configuration}: its files changed while they were loaded: promote again")
     return drafter, trees, digest

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,7 +51,7 @@ class _Shapes:
         raise NotImplementedError
 
     def __call__(self, ids: torch.Tensor, cache: Any, metadata: AttentionMetadata,
-                 counts: torch.Tensor | None = None) -> torch.Tensor:
+                 counts: torch.Tensor | None = None, taps: Sequence[int] = ()) -> torch.Tensor:
         raise NotImplementedError
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from hydra_core.decoding.memory import INDEXED_NGRAM_BYTES, INDEXED_SUFFIX_BYTES, cache_bytes, workspace_bytes
+from hydra_core.decoding.memory import cache_bytes, workspace_bytes
 from hydra_core.proposers.dynamic import MOST_NODES
+from hydra_core.proposers.dynamic_kind import INDEXED_NGRAM_BYTES, INDEXED_SUFFIX_BYTES
 from pipelines.config import NgramSection
 from pipelines.sizing.amounts import Range
 from pipelines.sizing.base import BaseShape

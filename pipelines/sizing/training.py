@@ -79,6 +79,10 @@ def activation_bytes(base: BaseShape, heads: HeadsShape, item: int, tokens: floa
     if config.prefix_layer:
         qkv, gate_up = (heads.drafter.get_parameter(f"prefix.{name}.weight").shape[0] for name in ("qkv", "gate_up"))
         kept += item * (tokens * (3 * width + 2 * qkv) + learned * (4 * width + 2.5 * gate_up))
+    if config.autoregressive:  # every step keeps what a decoder layer does, for all tokens, and its attention
+        qkv, gate_up = (heads.drafter.get_parameter(f"layer.{name}.weight").shape[0] for name in ("qkv", "gate_up"))
+        step = tokens * (5 * width + 2 * qkv + 2.5 * gate_up)
+        kept = item * config.num_heads * (step + learned * width)
     table = 4 * learned * heads.draft_vocab if config.reads_teacher else 0
     chunk = 4 * 4 * CHUNK["cuda" if gpu else "cpu"] * heads.draft_vocab
     partitions = 2 * 4 * PARTITION_ROWS * base.vocab_size if config.reads_teacher else 0  # before the first step

@@ -13,7 +13,7 @@ SECTIONS = {
     "distill": ("prompts", "distill"),
     "train": ("train",),
     "tree": ("tree",),
-    "bench": ("bench", "ngram"),
+    "bench": ("bench", "ngram", "draft_model"),
     "ablate": ("ablate", "train"),
     "serve": ("serve",),
     "batch": ("batch", "serve"),

@@ -12,6 +12,7 @@ import re
 import tempfile
 import time
 import warnings
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,8 @@ import torch.distributed as dist
 
 from hydra_core.base import BaseVocabulary, load_vocabulary
 from hydra_core.errors import InputError, StoppedError
-from hydra_core.heads import DraftVocab, build_drafter
+from hydra_core.heads import DraftVocab, HeadsConfig, build_drafter
+from hydra_core.heads.eagle import eagle_taps
 from hydra_core.storage import as_path
 from hydra_core.training.metrics import HeadCounts
 from hydra_core.training.model import HeadTraining
@@ -120,9 +122,8 @@ def set_up(settings: LoopSettings, group: ProcessGroup) -> TrainContext:
     torch.set_num_threads(train.workers.threads)
     device = _device(uses_gpu)
     learn = RowReader(training_rows(config, as_path(settings.rows)))
-    vocabulary = _open_base(config, learn.store, device)
-    held_out = RowReader(FeatureStore.open(as_path(settings.held_out), "held_out", cache_bytes=train.cache_mb << 20,
-                                          also=other_rows(config)))
+    held_out = RowReader(held_out_rows(config, heads, as_path(settings.rows), as_path(settings.held_out)))
+    vocabulary = _open_base(config, heads, (learn.store, held_out.store), device)
     counts = learn.store.response_counts(vocabulary.size)
     draft_vocab = DraftVocab.rank(counts, heads.draft_vocab_size, vocabulary.stop_ids)
     torch.manual_seed(train.seed)
@@ -133,10 +134,8 @@ def set_up(settings: LoopSettings, group: ProcessGroup) -> TrainContext:
     context = TrainContext(settings, train, heads, group, device, vocabulary, draft_vocab, learn, held_out,
                     total_steps(train, learn.store), engine, WeightAverage.asked_for(model, train))
     if heads.reads_teacher and not train.plain_losses:
-        stored = {"train": learn, "held_out": held_out}
-        if train.features == "online":
-            del stored["train"]  # their hidden states are computed in each step; one more pass over all rows would cost as much
-        for reader in stored.values():
+        # where hidden states are computed in each step, one more pass over all rows would cost as much
+        for reader in [reader for reader in (learn, held_out) if not isinstance(reader.store, OnlineStore)]:
             # the ids are in the order of the rows, which may change when rows are distilled again
             rows = content_id(str(vocabulary.identity), settings.provenance["data_digest"], reader.store.index.ids)
             cache = RunPaths.of(config).cache
@@ -154,13 +153,23 @@ def training_rows(config: RunConfig, folder: Path) -> RowStore:
     return FeatureStore.open(folder, "train", cache_bytes=train.cache_mb << 20, share=train.share, also=other_rows(config))
 
 
-def _open_base(config: RunConfig, store: RowStore, device: torch.device) -> BaseVocabulary:
-    """The base's embedding and output head. For online features the whole base is loaded, and given to `store`."""
+def held_out_rows(config: RunConfig, heads: HeadsConfig, answers: Path, features: Path) -> RowStore:
+    """The held-out rows: with stored hidden states, or, for heads that read inside the base, answers whose states are computed at
+    each validation."""
+    if heads.reads_taps:
+        return OnlineStore.open(answers, "held_out", also=other_rows(config, "responses"))
+    return FeatureStore.open(features, "held_out", cache_bytes=config.train.cache_mb << 20, also=other_rows(config))
+
+
+def _open_base(config: RunConfig, heads: HeadsConfig, stores: Sequence[RowStore], device: torch.device) -> BaseVocabulary:
+    """The base's embedding and output head. For online features the whole base is loaded, and given to `stores`."""
     base, cache = config.base, RunPaths.of(config).cache
-    if not isinstance(store, OnlineStore):
+    online = [store for store in stores if isinstance(store, OnlineStore)]
+    if not online:
         return load_vocabulary(base.model, dtype=base.dtype, device=str(device), cache=cache)
     whole = base.load(cache, device=str(device))
-    store.use(whole)
+    for store in online:
+        store.use(whole, eagle_taps(heads, whole.vocabulary.config.num_hidden_layers))
     return whole.vocabulary
 
 

@@ -227,7 +227,8 @@ def _settings(config: RunConfig, name: str) -> dict[str, Any]:
     which base it is, wherever it lies."""
     train = config.train.model_dump(mode="json", by_alias=True, exclude=EXECUTION_FIELDS)
     heads = config.train.drafters[name].model_dump(mode="json")
-    for values, since in (*((heads, name) for name in ("recurrent", "skip_bias", "own_rows")), (train, "validation_seed")):
+    later = ("recurrent", "skip_bias", "own_rows", "taps")
+    for values, since in (*((heads, name) for name in later), (train, "validation_seed")):
         if values[since] is None or values[since] is False:
             del values[since]  # trainings from before this field keep their fingerprint
     return {"train": train, "heads": heads, "base": config.base.model_dump(mode="json", include={"dtype", "context_limit"})}

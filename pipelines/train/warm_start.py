@@ -18,7 +18,7 @@ from pipelines.runtime.artifacts import input_digest
 from pipelines.tracking.lookup import bundled_heads
 
 SHAPE = ("kind", "num_heads", "num_blocks", "mlp", "final_norm", "normalise_embeddings", "recurrent", "skip_bias",
-         "own_rows")
+         "own_rows", "taps")
 """Settings that must be the same in both: they decide the shapes of the weights. The others do not."""
 
 

@@ -96,10 +96,21 @@ def run_tree(config: RunConfig) -> StageResult:
     tokens per step and gain over plain decoding. With `tree.curves` also the outputs of `run_curves`.
     Raises InputError if a drafter is not trained yet, or not on this base.
     """
-    names = [config.train.only] if config.train.only else list(config.train.drafters)
+    names = _with_fixed_trees(config)
     tracker = Tracker.open(config)
     with measuring_place(config) as place:
         return _run(config, names, tracker, place)
+
+
+def _with_fixed_trees(config: RunConfig) -> list[str]:
+    """The drafters for which there is a tree to choose. Raises InputError where there are none."""
+    names = [config.train.only] if config.train.only else list(config.train.drafters)
+    for name in [name for name in names if config.train.drafters[name].autoregressive]:
+        names.remove(name)
+        say(STAGE, f"{name}: grows trees of its own while it decodes: there is none to choose")
+    if not names:
+        raise InputError("tree: no drafter of train.drafters has fixed trees: bench them as they are")
+    return names
 
 
 def _run(config: RunConfig, names: Sequence[str], tracker: Tracker, place: MeasuringPlace) -> StageResult:

@@ -82,7 +82,7 @@ def drafters(heads: dict[str, HeadDrafter]) -> dict[str, Drafter | None]:
 
 @pytest.fixture
 def make_engine(tiny_base: Base, trained: dict[str, HeadDrafter], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]:
-    monkeypatch.setattr("hydra_core.proposers.registry.recorder_for", lambda device, graphs: None if graphs is False else Tape)
+    monkeypatch.setattr("hydra_core.proposers.heads.recorder_for", lambda device, graphs: None if graphs is False else Tape)
 
     def make(name: str, **changes: Any) -> Engine:
         engine = Engine(tiny_base, drafters(trained)[name], TREES, **changes)

@@ -13,24 +13,26 @@ from hydra_core.decoding import Engine, Result, naive_generate
 from hydra_core.decoding.memory import cache_bytes, check_memory, workspace_bytes
 from hydra_core.errors import InputError
 from hydra_core.heads import HeadDrafter
-from hydra_core.proposers import AdaptiveDrafter, Drafter, NgramDrafter, SuffixDrafter
+from hydra_core.proposers import AdaptiveDrafter, Drafter, DraftModel, Growth, NgramDrafter, SuffixDrafter
 from hydra_core.sampling import Request
 from hydra_core.tree import DraftTree, TreeSet, default_trees
 from tests.trained import overfit_heads, random_heads, random_prompts
 
 TREES = TreeSet({1: DraftTree(((0,), (1,), (0, 0), (0, 1), (0, 0, 0)))})
 PROMPTS = random_prompts(6, seed=1)
-NAMES = ("plain", "ngram", "medusa", "hydra", "hydra++", "adaptive", "answers")
-KEEP_DRAFTING = {"ngram", "medusa", "hydra", "answers"}
+NAMES = ("plain", "ngram", "medusa", "hydra", "hydra++", "adaptive", "answers", "draft model", "eagle3")
+KEEP_DRAFTING = {"ngram", "medusa", "hydra", "answers", "draft model"}
 """Those that need nothing of a sequence's past, or what can be made again."""
 
 
 @pytest.fixture(scope="module")
-def drafters(tiny_base: Base) -> dict[str, Drafter | None]:
-    heads: dict[str, Drafter | None] = {kind: overfit_heads(tiny_base, kind, PROMPTS) for kind in ("medusa", "hydra", "hydra++")}
+def drafters(tiny_base: Base, tiny_draft: Base) -> dict[str, Drafter | None]:
+    heads: dict[str, Drafter | None] = {kind: overfit_heads(tiny_base, kind, PROMPTS)
+                                          for kind in ("medusa", "hydra", "hydra++", "eagle3")}
     adaptive = AdaptiveDrafter(heads["hydra++"], NgramDrafter(min_match=1))  # type: ignore[arg-type]
     answers = AdaptiveDrafter(None, None, suffix=SuffixDrafter(max_tokens=500))
-    return heads | {"plain": None, "ngram": NgramDrafter(min_match=1), "adaptive": adaptive, "answers": answers}
+    return heads | {"plain": None, "ngram": NgramDrafter(min_match=1), "adaptive": adaptive, "answers": answers,
+                    "draft model": DraftModel(tiny_draft, Growth(floor=0))}
 
 
 @pytest.fixture
@@ -39,7 +41,7 @@ def make(tiny_base: Base, drafters: dict[str, Drafter | None]) -> Callable[[str]
 
 
 def trees_for(drafter: Drafter | None) -> TreeSet | None:
-    return TREES if isinstance(drafter, HeadDrafter) else None
+    return TREES if isinstance(drafter, HeadDrafter) and not drafter.config.autoregressive else None
 
 
 def ragged(count: int) -> list[Request]:
@@ -60,7 +62,7 @@ def same(base: Base, results: dict[str, Result], requests: list[Request]) -> Non
 
 
 @pytest.mark.parametrize("after", NAMES)
-@pytest.mark.parametrize("before", ["plain", "hydra++", "adaptive"])
+@pytest.mark.parametrize("before", ["plain", "hydra++", "adaptive", "draft model"])
 def test_tokens_are_those_of_plain_decoding_across_a_change(
         tiny_base: Base, make: Callable[[str], Engine], drafters: dict[str, Drafter | None], before: str, after: str) -> None:
     """Rows that decode, a prompt of which a part is computed, and requests that wait: a change at every third step."""

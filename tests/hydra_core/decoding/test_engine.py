@@ -17,20 +17,24 @@ from hydra_core.base import Base, load_base
 from hydra_core.decoding import Engine, Result, naive_generate
 from hydra_core.errors import InputError
 from hydra_core.heads import HeadDrafter
-from hydra_core.proposers import AdaptiveDrafter, NgramDrafter, SuffixDrafter
+from hydra_core.proposers import AdaptiveDrafter, DraftModel, Growth, NgramDrafter, SuffixDrafter
 from hydra_core.sampling import Request, Sampler, Typical, choices
 from hydra_core.sampling.noise import gumbel, position_key
 from hydra_core.tree import PLAIN, DraftTree, TreeSet, default_trees
+from tests.tiny import save_tiny
 from tests.trained import overfit_heads, random_heads, random_prompts
 
 BUSHY = DraftTree(((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 1, 0)))
-DRAFTERS = ("plain", "ngram", "medusa", "hydra", "hydra++", "adaptive", "answers")
+DRAFTERS = ("plain", "ngram", "medusa", "hydra", "hydra++", "adaptive", "answers", "draft tree", "draft chain", "eagle", "eagle3")
+
+
+GROWTHS = {"draft tree": Growth(floor=0.001), "draft chain": Growth(4, beam=1, width=1, nodes=4, floor=0)}
 
 
 @pytest.fixture(scope="module")
 def trained(tiny_base: Base) -> dict[str, HeadDrafter]:
     prompts = random_prompts(6, seed=1)
-    return {kind: overfit_heads(tiny_base, kind, prompts) for kind in ("medusa", "hydra", "hydra++")}
+    return {kind: overfit_heads(tiny_base, kind, prompts) for kind in ("medusa", "hydra", "hydra++", "eagle", "eagle3")}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +44,14 @@ def exact_base(tiny_base_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="module")
-def make_engine(tiny_base: Base, trained: dict[str, HeadDrafter]) -> Callable[..., Engine]:
+def other_base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    """A draft model that has nothing in common with the base but its tokens."""
+    folder = save_tiny(tmp_path_factory.mktemp("other"), seed=7, num_hidden_layers=1, hidden_size=16)
+    return load_base(str(folder), dtype="fp32", cache=folder / "cache")
+
+
+@pytest.fixture(scope="module")
+def make_engine(tiny_base: Base, trained: dict[str, HeadDrafter], tiny_draft: Base, other_base: Base) -> Callable[..., Engine]:
     def make(name: str, weights: str = "trained", max_batch_size: int = 1, tree: DraftTree = BUSHY, **changes: int) -> Engine:
         if name == "plain":
             return Engine(tiny_base, max_batch_size=max_batch_size, **changes)
@@ -50,8 +61,12 @@ def make_engine(tiny_base: Base, trained: dict[str, HeadDrafter]) -> Callable[..
             heads = trained["hydra++"] if weights == "trained" else random_heads(tiny_base, "hydra++")
             drafter = AdaptiveDrafter(heads, NgramDrafter(min_match=1), suffix=SuffixDrafter() if name == "answers" else None)
             return Engine(tiny_base, drafter, max_batch_size=max_batch_size, **changes)
+        if name in GROWTHS:
+            drafter = DraftModel(tiny_draft if weights == "trained" else other_base, GROWTHS[name])
+            return Engine(tiny_base, drafter, max_batch_size=max_batch_size, **changes)
         heads = trained[name] if weights == "trained" else random_heads(tiny_base, name)
-        return Engine(tiny_base, heads, TreeSet({1: tree}), max_batch_size=max_batch_size, **changes)
+        trees = None if heads.config.autoregressive else TreeSet({1: tree})
+        return Engine(tiny_base, heads, trees, max_batch_size=max_batch_size, **changes)
 
     return make
 
@@ -325,7 +340,8 @@ def test_restricted_draft_vocabulary_changes_nothing(tiny_base: Base) -> None:
 
 def test_features_while_decoding_equal_features_in_training(tiny_base: Base, trained: dict[str, HeadDrafter]) -> None:
     """On the accepted path a head reads the same features as teacher-forced: no unrolled training is needed."""
-    for kind, heads in trained.items():
+    for kind in ("medusa", "hydra", "hydra++"):
+        heads = trained[kind]
         engine = Engine(tiny_base, heads, TreeSet({1: BUSHY}), max_batch_size=1)
         request = Request("f", random_prompts(6, seed=1)[3], 30, stop_ids=())
         engine.add(request)
@@ -429,7 +445,7 @@ def test_samples_of_equal_prompts_are_independent(tiny_base: Base, make_engine: 
     assert texts[1:2] == Engine(tiny_base).answer(["one"], 12, choice=1, **settings)
 
 
-@pytest.mark.parametrize("name", ["plain", "ngram", "hydra", "adaptive"])
+@pytest.mark.parametrize("name", ["plain", "ngram", "hydra", "adaptive", "draft tree"])
 def test_times_and_accepted_lengths_add_up(make_engine: Callable[..., Engine], name: str) -> None:
     engine = make_engine(name, max_batch_size=3)
     results = engine.generate(requests_for(random_prompts(6)))
@@ -444,7 +460,7 @@ def test_times_and_accepted_lengths_add_up(make_engine: Callable[..., Engine], n
     assert engine.times - times == type(times)()
 
 
-@pytest.mark.parametrize("name", ["ngram", "hydra++", "adaptive"])
+@pytest.mark.parametrize("name", ["ngram", "hydra++", "adaptive", "draft tree"])
 def test_rows_without_drafts_beside_rows_with_them(tiny_base: Base, make_engine: Callable[..., Engine], name: str) -> None:
     requests = [Request(f"r{i}", prompt, 30, temperature=i % 3 / 2, seed=i, speculate=i % 2 == 0)
                 for i, prompt in enumerate(random_prompts(6, seed=1))]

@@ -15,13 +15,14 @@ from hypothesis import HealthCheck, given, settings
 from hydra_core.base import Base
 from hydra_core.decoding import Engine, Result, naive_generate
 from hydra_core.heads import HeadDrafter
-from hydra_core.proposers import AdaptiveDrafter, Drafter, NgramDrafter
+from hydra_core.proposers import AdaptiveDrafter, Drafter, DraftModel, Growth, NgramDrafter
 from hydra_core.sampling import Request
 from hydra_core.tree import DraftTree, TreeSet
 from hydra_core.tree.costs import StepCosts
 from tests.trained import overfit_heads, random_prompts
 
 KINDS = ("medusa", "hydra", "hydra++")
+GROWING = ("eagle", "eagle3")
 SETTINGS: tuple[dict[str, Any], ...] = (
     {}, {}, {"temperature": 0.8}, {"temperature": 1.1, "top_p": 0.9, "top_k": 30}, {"repetition_penalty": 1.3},
     {"temperature": 1.0, "frequency_penalty": 0.5, "min_p": 0.05}, {"temperature": 1.0, "choice": 2}, {"stop": ("a", "Z")})
@@ -29,7 +30,7 @@ SETTINGS: tuple[dict[str, Any], ...] = (
 
 @pytest.fixture(scope="module")
 def heads(tiny_base: Base) -> dict[str, HeadDrafter]:
-    return {kind: overfit_heads(tiny_base, kind, random_prompts(6, seed=1)) for kind in KINDS}
+    return {kind: overfit_heads(tiny_base, kind, random_prompts(6, seed=1)) for kind in (*KINDS, *GROWING)}
 
 
 @st.composite
@@ -96,7 +97,7 @@ class Ticks:
 @settings(max_examples=500, deadline=None, derandomize=True, database=None,
           suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
-def test_any_running_batch(tiny_base: Base, heads: dict[str, HeadDrafter], data: st.DataObject) -> None:
+def test_any_running_batch(tiny_base: Base, heads: dict[str, HeadDrafter], tiny_draft: Base, data: st.DataObject) -> None:
     with pytest.MonkeyPatch.context() as patch:  # prompts that take several steps and share prefixes
         for name, sizes in (("BUSY_TOKENS", (5, 30, 512)), ("IDLE_TOKENS", (20, 4096)), ("CHUNK", (7, 512)),
                             ("SHARED_TOKENS", (4, 32))):
@@ -105,15 +106,18 @@ def test_any_running_batch(tiny_base: Base, heads: dict[str, HeadDrafter], data:
         for module in ("scheduler", "prefix_cache"):
             patch.setattr(f"hydra_core.decoding.{module}.BLOCK", block)
         patch.setattr("hydra_core.decoding.clock.time", Ticks())
-        run_batch(tiny_base, heads, data)
+        run_batch(tiny_base, heads, tiny_draft, data)
 
 
-def run_batch(tiny_base: Base, heads: dict[str, HeadDrafter], data: st.DataObject) -> None:
-    kind = data.draw(st.sampled_from(("plain", "ngram", *KINDS, "adaptive", "adaptive")))
+def run_batch(tiny_base: Base, heads: dict[str, HeadDrafter], draft: Base, data: st.DataObject) -> None:
+    kind = data.draw(st.sampled_from(("plain", "ngram", *KINDS, "adaptive", "adaptive", "draft model", *GROWING)))
     batch = data.draw(st.integers(1, 4))
     drafter: Drafter | None = heads.get(kind) or (NgramDrafter(min_match=1) if kind == "ngram" else None)
     if kind == "adaptive":
         drafter = data.draw(adaptive(heads))
+    if kind == "draft model":
+        drafter = DraftModel(draft, Growth(*(data.draw(st.integers(1, most)) for most in (5, 3, 4, 9)),
+                                           floor=data.draw(st.sampled_from((0.0, 0.01)))))
     chosen = TreeSet({1: data.draw(trees()), 3: data.draw(trees())}) if kind in KINDS else None
     kept = data.draw(st.sampled_from((0, 30, 4096)))
     engine = Engine(tiny_base, drafter, chosen, max_batch_size=batch, context_limit=80, prefix_cache=kept)

@@ -12,19 +12,21 @@ from hydra_core.base import Base
 from hydra_core.decoding import Engine
 from hydra_core.decoding.memory import cache_bytes, check_memory, index_bytes, left_in_groups, workspace_bytes
 from hydra_core.errors import InputError
-from hydra_core.proposers import AdaptiveDrafter, NgramDrafter, NgramIndex, SuffixDrafter
+from hydra_core.proposers import AdaptiveDrafter, DraftModel, NgramDrafter, NgramIndex, SuffixDrafter
 from hydra_core.proposers.suffix_index import SuffixIndex
 from tests.trained import random_heads
 
 
-def test_caches_take_what_was_said(tiny_base: Base) -> None:
+def test_caches_take_what_was_said(tiny_base: Base, tiny_draft: Base) -> None:
     heads = random_heads(tiny_base, "hydra++")
-    for drafter in (None, NgramDrafter(), AdaptiveDrafter(heads)):
+    for drafter in (None, NgramDrafter(), AdaptiveDrafter(heads), DraftModel(tiny_draft)):
         engine = Engine(tiny_base, drafter, max_batch_size=3, context_limit=50)
         kept = engine.cache.nbytes
         if isinstance(drafter, AdaptiveDrafter):
             inputs = engine.proposer.inputs  # type: ignore[attr-defined]
             kept += inputs.cache.nbytes + inputs.features.nbytes + inputs.pending.nbytes
+        if isinstance(drafter, DraftModel):
+            kept += engine.proposer.cache.nbytes  # type: ignore[attr-defined]
         assert kept == cache_bytes(tiny_base, drafter, 3, engine.cache.slots)
 
 

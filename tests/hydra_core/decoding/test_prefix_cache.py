@@ -218,7 +218,7 @@ class Written:
         blocks = self.kept.find(text)
         count = len(blocks) * module.BLOCK
         self.cache.keys[:, row] = self.cache.values[:, row] = 0.0
-        self.kept.restore(blocks, row)
+        self.kept.restore(blocks, row, count)
         for place, token in enumerate(text[:count]):
             assert (self.cache.keys[:, row, place] == token + 100 * place).all()
             assert (self.cache.values[:, row, place] == -token).all()

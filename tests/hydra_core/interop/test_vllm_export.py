@@ -158,7 +158,7 @@ def test_what_does_not_fit_is_refused_when_it_loads(tiny_base: Base, tmp_path: P
 
 
 @pytest.mark.parametrize(("change", "words"), [({"schema_version": 2}, "schema_version 2 is not 1"), ({"width": None}, "width"),
-                                               ({"heads": {"kind": "eagle"}}, "export the heads again")])
+                                               ({"heads": {"kind": "eagle9"}}, "export the heads again")])
 def test_another_schema_is_refused(tiny_base: Base, tmp_path: Path, change: dict[str, object], words: str) -> None:
     folder = exported(tiny_base, "hydra", tmp_path).folder
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))[KEY] | change

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from hydra_core.base import Base
+from hydra_core.decoding import Engine, naive_generate
 from hydra_core.errors import InputError
 from hydra_core.heads.checkpoint import load_checkpoint
+from hydra_core.sampling import Request
 from pipelines.config import load_config
 from pipelines.distill.stage import run_distill
 from pipelines.rows.parquet_parts import read_parts
@@ -39,6 +41,16 @@ def test_answers_alone_are_enough(local_ray: None, tiny_base: Base, tiny_base_di
     assert len(losses) == 12 and sum(losses[-3:]) < sum(losses[:3])
     load_checkpoint(Path(result.outputs["hydra++"]), tiny_base.vocabulary)
     assert run_distill(config).skipped
+    eagle = load_config(None, settings | {"train.drafters": {"deep": {"kind": "eagle3", "draft_vocab_size": 0, "num_heads": 2}}})
+    result = run_train(eagle)
+    curve = (RunPaths.of(eagle).stage("train", "deep") / "curve.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in curve]
+    assert len(losses) == 12 and sum(losses[-3:]) < sum(losses[:3]) and result.figures["deep"]["tokens_per_step"] > 1
+    drafter = load_checkpoint(Path(result.outputs["deep"]), tiny_base.vocabulary).drafter
+    assert drafter.taps == (1, 1, 0)
+    request = Request("r", (5, 6, 7), 20)
+    decoded = Engine(tiny_base, drafter).generate([request])[0]
+    assert decoded.token_ids == naive_generate(tiny_base, request).token_ids and decoded.drafted > 0
     whole = run_distill(load_config(None, settings | {"distill.features": "all"}))  # the answers stand: features are added
     assert not whole.skipped and whole.figures["resumed"] == answers == len(read_parts(folder, FEATURES, ["id"]))
     assert run_distill(load_config(None, settings | {"distill.features": "all"})).skipped
