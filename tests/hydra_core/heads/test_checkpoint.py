@@ -86,7 +86,7 @@ def test_broken_tensors(folder: Path, tiny_base: Base, fault: str) -> None:
 
 
 @pytest.mark.parametrize(("file", "change", "word"), [
-    ("config.json", {"schema_version": 99}, "schema_version"), ("config.json", {"heads": {"kind": "eagle"}}, "heads"),
+    ("config.json", {"schema_version": 99}, "schema_version"), ("config.json", {"heads": {"kind": "eagle9"}}, "heads"),
     ("config.json", {"base": {}}, "digest"), ("tree.json", {"1": [[0, 0]]}, "parent"),
     ("tree.json", {"1": [[0], [0, 0], [0, 0, 0], [0, 0, 0, 0]]}, "heads")])
 def test_broken_descriptions(folder: Path, tiny_base: Base, file: str, change: dict[str, object], word: str) -> None:
