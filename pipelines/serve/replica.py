@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -182,7 +183,7 @@ class DecodeServer:
             gone = self.name if loop.failure is not None else None  # else the engine is restarted already
             yield Refusal(503, f"{failed}: try again later", failed.in_flight, gone)
         except InputError as error:
-            yield Refusal(400, _with_client_field(str(error).removeprefix(f"request {generation.id}: "), generation))
+            yield Refusal(400, _with_client_field(_without_id(str(error), generation.id), generation))
         finally:
             self.in_flight -= generation.n
 
@@ -321,6 +322,11 @@ def _replica_name() -> str | None:
         return str(serve.get_replica_context().replica_id.unique_id)
     except RayServeException:
         return None
+
+
+def _without_id(message: str, name: str) -> str:
+    """An error message without the id that the client did not give: of the request, or of one of its choices."""
+    return re.sub(rf"^request {re.escape(name)}(/\d+)?: ", "", message)
 
 
 def _with_client_field(message: str, generation: Generation) -> str:

@@ -75,7 +75,7 @@ def test_the_same_results_as_our_engine(base: Base, base_dir: Path, tmp_path: Pa
     job = {"base": str(base_dir), "dtype": "fp32", "size": 4, "limit": LIMIT}
     found = run(job, [
         {"requests": greedy}, {"requests": ends}, {"requests": sampled},
-        {"requests": greedy, "cancel": {"7": 6}}, {"requests": greedy, "fail": 4}, {"requests": greedy},
+        {"requests": greedy, "cancel": {"3": 6, "7": 2}}, {"requests": greedy, "fail": 4}, {"requests": greedy},
         *({"requests": [Request("bad", **{"prompt_ids": prompts[0], "max_new_tokens": 4} | changes)]}  # type: ignore[arg-type]
           for changes in refused.values())], tmp_path)
     assert "outside the tested range" not in found[0]["log"] and found[0]["most"] == 4
@@ -94,9 +94,9 @@ def test_the_same_results_as_our_engine(base: Base, base_dir: Path, tmp_path: Pa
     drawn = {name: result["token_ids"] for name, result in found[2]["results"].items()}
     assert all(drawn[f"{name}a"] == drawn[f"{name}b"] for name in ("s30", "s31", "s40", "s41"))
     assert len({tuple(tokens) for tokens in drawn.values()}) == 4
-    cut = found[3]["results"]["7"]
-    assert cut["finish_reason"] == "cancelled" and tuple(cut["token_ids"]) == plain["7"].token_ids[:len(cut["token_ids"])]
-    assert 0 < len(cut["token_ids"]) < len(plain["7"].token_ids) and len(found[3]["results"]) == len(greedy)
+    cut, waiting = found[3]["results"]["3"], found[3]["results"]["7"]
+    assert cut["finish_reason"] == waiting["finish_reason"] == "cancelled" and waiting["token_ids"] == []
+    assert tuple(cut["token_ids"]) == plain["3"].token_ids[:6] and len(found[3]["results"]) == len(greedy)
     assert found[4]["failed"][0] == "the GPU fell off the bus" and "call reset()" in found[4]["failed"][1]
     for field, told in zip(refused, found[6:], strict=True):
         assert told["error"].startswith(f"request bad: {field}: "), told

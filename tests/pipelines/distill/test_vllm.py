@@ -12,7 +12,7 @@ from hydra_core.base import load_base
 from hydra_core.decoding import compare
 from pipelines.distill.stage import distill_fingerprint, run_distill
 from pipelines.rows.parquet_parts import part_files, read_parts
-from pipelines.rows.schemas import FEATURES, PROMPTS, RESPONSES
+from pipelines.rows.schemas import FEATURES, RESPONSES
 from pipelines.runtime.artifacts import StageResult
 from tests.hydra_core.interop.test_vllm import WIDE
 from tests.pipelines.distill.test_stage import config_for, write_prompts
@@ -66,14 +66,3 @@ def test_the_rows_of_our_own_engine(local_ray: None, storage: Path) -> None:
     part_files(lost)[0].unlink()
     again = run_distill(config)
     assert again.figures["responses"] == 20 and 0 < again.figures["resumed"] < 20 and again.figures["feature_rows"] == 20
-
-
-def test_prompts_that_the_base_writes_itself(local_ray: None, storage: Path) -> None:
-    """Self-made prompts are sampled in vLLM too."""
-    folder = save_tiny(storage.parent / "base", **WIDE | {"initializer_range": 0.02})
-    config = config_for(storage, folder, storage, **VLLM, prompts__source="self", prompts__path=None, prompts__count=4,
-                        prompts__max_tokens=60, distill__max_new_tokens=4, distill__temperatures=[0.0], base__context_limit=128)
-    found = run_distill(config)
-    rows = read_parts(Path(found.outputs["prompts"]), PROMPTS).to_pylist()
-    assert len(rows) == 4 == len({row["prompt"] for row in rows}) and all(row["source"].startswith("self/") for row in rows)
-    assert found.figures["responses"] == 4
