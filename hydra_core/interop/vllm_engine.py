@@ -199,16 +199,17 @@ class VllmEngine(RequestEngine):
         return outputs
 
     def _taken(self, found: list[Any], drafted: int, accepted: int) -> list[StepOutput]:
-        """The new tokens of vLLM's outputs. `drafted`, `accepted`: by vLLM's counts of the step: what a sequence does not show of
-        them, since it has ended within the step, is added to the first one that has."""
+        """The new tokens of vLLM's outputs. `drafted`, `accepted`: by vLLM's counts of the step. What was accepted behind the end
+        of a sequence shows in no token: it is added to those that end, as far as their drafts reach."""
         decoding = [one for one in found if self._sequences[one.request_id].tokens]
         hidden = accepted - sum(len(one.outputs[0].token_ids) - 1 for one in decoding)
         for place, one in enumerate(decoding):
-            sequence, more = self._sequences[one.request_id], 0
-            if hidden > 0 and one.finished:
-                more, hidden = hidden, 0
-            sequence.accepted[len(one.outputs[0].token_ids) - 1 + more] += 1
-            sequence.drafted += drafted // len(decoding) + (place < drafted % len(decoding))
+            sequence, shown = self._sequences[one.request_id], len(one.outputs[0].token_ids) - 1
+            share = drafted // len(decoding) + (place < drafted % len(decoding))
+            more = max(0, min(hidden, share - shown)) if one.finished else 0
+            hidden -= more
+            sequence.accepted[shown + more] += 1
+            sequence.drafted += share
         outputs, stopped = [], []
         for one in found:
             output, early = self._output(one)

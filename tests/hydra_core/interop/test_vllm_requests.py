@@ -184,6 +184,14 @@ def test_counts_are_those_of_vllm(start: Start) -> None:
     assert a.tokens_per_step == pytest.approx(5 / 3) and not engine.has_work and a.prefill_seconds >= 0
 
 
+def test_what_ends_together_shares_what_no_token_shows(start: Start) -> None:
+    """No more than was drafted for each."""
+    engine, _ = start([[("a", [70], None), ("b", [80], None)], [("a", [71, 72], "length"), ("b", [81, 82, 83], "length")]],
+                      drafts=[(0, 0), (6, 6)])
+    a, b = engine.generate([request(max_new_tokens=3), request(id="b", max_new_tokens=4)])
+    assert (a.drafted, a.accepted, b.drafted, b.accepted) == (3, 3, 3, 3)
+
+
 def test_an_answer_ends_with_its_stop_string(start: Start, texts: WeightlessBase) -> None:
     """In the token that completes it, however vLLM's steps are cut; vLLM is told."""
     ids = list(texts.tokenizer("say hello world").input_ids)
