@@ -35,7 +35,8 @@ def drafters(tiny_base: Base, tiny_draft: Base) -> dict[str, Drafter | None]:
     heads: dict[str, Drafter | None] = {kind: overfit_heads(tiny_base, kind, PROMPTS)
                                         for kind in ("medusa", "hydra", "hydra++", "eagle3")}
     adaptive = AdaptiveDrafter(heads["hydra++"], NgramDrafter(min_match=1))  # type: ignore[arg-type]
-    return heads | {"plain": None, "ngram": NgramDrafter(min_match=1), "adaptive": adaptive, "draft model": DraftModel(tiny_draft)}
+    others = {"plain": None, "ngram": NgramDrafter(min_match=1), "adaptive": adaptive, "draft model": DraftModel(tiny_draft)}
+    return heads | others
 
 
 def engine_of(base: Base, drafter: Drafter | None, prefix_cache: int = 4096, **changes: int) -> Engine:
@@ -77,7 +78,7 @@ def test_later_turns_copy_what_was_said(tiny_base: Base, drafters: dict[str, Dra
 
 @pytest.mark.parametrize("name", ["hydra", "hydra++", "draft model", "eagle3"])
 def test_drafts_are_those_of_prompts_that_are_computed(tiny_base: Base, drafters: dict[str, Drafter | None], name: str) -> None:
-    """A prefix layer, a draft model and an EAGLE layer know a copied prefix as the base does: each step accepts the same drafts."""
+    """A prefix layer, a draft model and an EAGLE layer know a copied prefix as the base does: steps accept the same drafts."""
     kept, computed = (turns(engine_of(tiny_base, drafters[name], tokens, max_batch_size=1)) for tokens in (4096, 0))
     assert sum(result.cached_tokens for results in kept for result in results) > 0
     for one, other in zip(chain.from_iterable(kept), chain.from_iterable(computed), strict=True):
