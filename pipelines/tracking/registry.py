@@ -87,10 +87,11 @@ def _questions_of(run: Run, bench_run: str | None, name: str) -> tuple[str, str]
     if bench_run is None:
         return None
     try:
-        inputs = run.client.get_run(bench_run).inputs.dataset_inputs
+        inputs = run.client.get_run(bench_run).inputs
     except MlflowException:
         return None
-    return next(((one.dataset.name, one.dataset.digest) for one in inputs if one.dataset.name == name), None)
+    found = inputs.dataset_inputs if inputs is not None else []
+    return next(((one.dataset.name, one.dataset.digest) for one in found if one.dataset.name == name), None)
 
 
 def registry_client(config: RunConfig) -> MlflowClient:

