@@ -187,13 +187,15 @@ print(json.dumps(run_promote(config).figures))
 
 
 @pytest.mark.slow
-def test_two_processes_promote_at_once(tiny_base_dir: Path, storage: Path) -> None:
+def test_two_processes_promote_at_once(tiny_base_dir: Path, storage: Path, store: str) -> None:
     """Each has a bench that was measured when there was no champion. One becomes champion, the other says that it is not, since
     its bench is older than that."""
-    values = {"storage": str(storage), "base.model": str(tiny_base_dir), "base.dtype": "fp32"}
+    ours = {"tracking__uri": store, "promote__model_name": "at-once"}
+    values = {"storage": str(storage), "base.model": str(tiny_base_dir), "base.dtype": "fp32"} | {
+        name.replace("__", "."): value for name, value in ours.items()}
     children = []
     for name, speeds in (("one", {"ngram": 1.5}), ("two", {"ngram": 0.5})):
-        benched(config_for(storage, tiny_base_dir, name=name), **speeds)
+        benched(config_for(storage, tiny_base_dir, name=name, **ours), **speeds)
         given = json.dumps(values | {"name": name})
         children.append(subprocess.Popen([sys.executable, "-c", PROMOTE, given], cwd=ROOT, text=True, stdin=subprocess.PIPE,
                                          stdout=subprocess.PIPE))
@@ -208,8 +210,8 @@ def test_two_processes_promote_at_once(tiny_base_dir: Path, storage: Path) -> No
     assert sorted(found.get("promoted", True) for found in figures) == [False, True]
     assert {found["version"] for found in figures} == {1} and len({found["champion"] for found in figures}) == 1
     (other,) = (found for found in figures if "promoted" in found)
-    assert "before models:/hydra-heads/1 became champion" in other["why"]
-    config = config_for(storage, tiny_base_dir)
+    assert "before models:/at-once/1 became champion" in other["why"]
+    config = config_for(storage, tiny_base_dir, **ours)
     assert champion_number(config) == 1 and len(versions_of(config)) == 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from mlflow.protos.databricks_pb2 import PERMISSION_DENIED, TEMPORARILY_UNAVAILA
 
 from hydra_core.errors import InputError, StoppedError
 from pipelines.config import RunConfig, load_config
-from pipelines.tracking import Run, Tracker, resolve, ui_command
+from pipelines.tracking import NotRegistered, Run, Tracker, resolve, ui_command
 from pipelines.tracking.client import _has_tables, _line_of, open_client
 from pipelines.train.reporting import log_curve, log_rest
 
@@ -63,6 +64,33 @@ def test_artifacts_that_cannot_be_stored(config: RunConfig, tmp_path: Path) -> N
     with pytest.raises(InputError, match=rf"^tracking\.experiment: its artifacts cannot be stored in \S*{tmp_path}/file/art/\S+ "
                                          r"\(.*Not a directory.*\): choose another tracking\.experiment"):
         Tracker.open(config)  # before any work
+
+
+@pytest.mark.slow
+def test_the_same_lines_of_a_server_on_each_store(storage: Path, store: str, mlflow_server: Callable[[str], str], tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow's own server on SQLite and on PostgreSQL: what was deleted, what refuses, and an alias that names nothing."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    address = mlflow_server(store)
+    client = MlflowClient(address)
+
+    def opened(name: str) -> Tracker:
+        return Tracker.open(load_config(None, {"storage": str(storage), "tracking.uri": address, "tracking.experiment": name}))
+
+    client.delete_experiment(opened("gone").experiment_id)
+    with pytest.raises(InputError, match=r"^tracking\.experiment=gone: was deleted: restore it"):
+        opened("gone")
+    tracker = opened("kept")
+    with pytest.raises(StoppedError, match=rf"^tracking\.uri={address}: the run \w+ was deleted while this command used it"), \
+            tracker.start("train") as run:
+        client.delete_run(run.run_id)
+        run.log_metrics({"loss": 1.0})
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    client.create_experiment("refusing", artifact_location=(tmp_path / "file" / "art").as_uri())
+    with pytest.raises(InputError, match=r"^tracking\.experiment: its artifacts cannot be stored in .*: choose another"):
+        opened("refusing")
+    with pytest.raises(NotRegistered, match=r"^serve\.model=models:/nobody@champion: is not registered"):
+        resolve(load_config(None, {"storage": str(storage), "tracking.uri": address}), "models:/nobody@champion", tmp_path)
 
 
 def test_a_version_of_a_remote_store_is_downloaded_once_and_whole(config: RunConfig, tmp_path: Path,
