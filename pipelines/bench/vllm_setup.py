@@ -18,7 +18,7 @@ from hydra_core.base import Base, resolve_base
 from hydra_core.base.formats import LOSSY
 from hydra_core.errors import InputError
 from hydra_core.heads import HeadsConfig
-from hydra_core.interop import export_to_vllm, taken_word, why_not_in_vllm
+from hydra_core.interop import export_to_vllm, speculative_of, taken_word, why_not_in_vllm
 from hydra_core.storage import as_path
 from pipelines.bench.plan import NGRAM, BenchPlan, drafts_in_vllm, heads_name
 from pipelines.config import RunConfig
@@ -100,7 +100,7 @@ def speculative_settings(method: str, plan: BenchPlan, base: Base, folder: Path)
         return {"method": "ngram", "num_speculative_tokens": count or length, "prompt_lookup_max": most,
                 "prompt_lookup_min": least}
     export = export_to_vllm(plan.heads[name], base.vocabulary, folder / f"{name}-{_dtype(base)}")
-    return {"method": "medusa", "model": str(export.folder), "num_speculative_tokens": count or export.num_heads}
+    return speculative_of(export, count)
 
 
 def vllm_settings(method: str, plan: BenchPlan, base: Base, room: int, rows: int, folder: Path) -> dict[str, Any]:
