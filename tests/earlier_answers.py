@@ -135,6 +135,13 @@ def in_batches(base: Base, workload: str, engines: dict[str, Engine], turns: lis
     return taken
 
 
+def mean_interval(values: list[float]) -> tuple[float, float, float]:
+    """The mean, and the ends of its 95 % interval by bootstrap."""
+    dice = random.Random(0)
+    means = sorted(sum(dice.choices(values, k=len(values))) / len(values) for _ in range(1000))
+    return sum(values) / len(values), means[25], means[975]
+
+
 def table(taken: list[Taken], names: list[str]) -> str:
     """Tokens per step, tokens per second, and the speed against the first contender: the mean over prompts and its 95 %
     interval by bootstrap."""
@@ -144,12 +151,11 @@ def table(taken: list[Taken], names: list[str]) -> str:
             mine = {one.prompt: one for one in taken if (one.workload, one.contender) == (workload, name)}
             first = {one.prompt: one for one in taken if (one.workload, one.contender) == (workload, names[0])}
             ratios = [mine[p].tokens / mine[p].seconds / (first[p].tokens / first[p].seconds) for p in mine if mine[p].steps]
-            dice = random.Random(0)
-            means = sorted(sum(dice.choices(ratios, k=len(ratios))) / len(ratios) for _ in range(1000))
+            mean, low, high = mean_interval(ratios)
             steps = sum(one.steps for one in mine.values())
             lines.append(f"{workload} {name} {sum(one.tokens - 1 for one in mine.values()) / steps:.2f} "
                          f"{sum(one.tokens for one in mine.values()) / sum(one.seconds for one in mine.values()):.1f} "
-                         f"{sum(ratios) / len(ratios):.3f} ({means[25]:.3f}-{means[975]:.3f}) "
+                         f"{mean:.3f} ({low:.3f}-{high:.3f}) "
                          f"{1e3 * sum(one.draft_seconds for one in mine.values()) / steps:.2f}")
     return "\n".join(lines)
 

@@ -22,7 +22,7 @@ import torch
 from hydra_core.base import Base, load_base
 from hydra_core.decoding import Engine, Result
 from hydra_core.sampling import Request
-from tests.earlier_answers import contenders, conversations, prompts_of
+from tests.earlier_answers import contenders, conversations, mean_interval, prompts_of
 
 PAGE = ("You answer for a library of a small town. " + " ".join(
     f"Rule {number}: books of shelf {number} may be borrowed for {7 + number % 5} days, and a day more costs {number % 9} cents."
@@ -93,14 +93,13 @@ def table(taken: list[Turn]) -> str:
         mine = {name: {one.prompt: one for one in taken if (one.workload, one.contender, one.first) == (workload, name, False)}
                 for name in ("computed", "kept")}
         shares = [mine["kept"][at].seconds / one.seconds for at, one in mine["computed"].items()]
-        dice = random.Random(0)
-        means = sorted(sum(dice.choices(shares, k=len(shares))) / len(shares) for _ in range(1000))
+        mean, low, high = mean_interval(shares)
         equal = sum(mine["kept"][at].token_ids == one.token_ids for at, one in mine["computed"].items())
         before, after = (1e3 * median(one.seconds for one in mine[name].values()) for name in ("computed", "kept"))
         prompt, known = (median(getattr(one, field) for one in mine["kept"].values())
                          for field in ("prompt_tokens", "cached_tokens"))
         lines.append(f"{workload} {len(shares)} {prompt:.0f} {known:.0f} {before:.0f} -> {after:.0f}, "
-                     f"{sum(shares) / len(shares):.3f} ({means[25]:.3f}-{means[975]:.3f}), {equal} of {len(shares)}")
+                     f"{mean:.3f} ({low:.3f}-{high:.3f}), {equal} of {len(shares)}")
     return "\n".join(lines)
 
 

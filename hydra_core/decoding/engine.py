@@ -6,7 +6,7 @@ Prompts are computed in `prefill`, sequences end in `finish`, `scheduler` decide
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -216,12 +216,6 @@ class Engine(RequestEngine):
     def cancel(self, request_id: str) -> None:
         if request_id in self.scheduler.ids:
             self.scheduler.cancelled.add(request_id)
-
-    def forget(self, ids: Iterable[str]) -> None:
-        for name in ids:
-            self.cancel(name)
-        if not self._interrupted:
-            self._drop_cancelled()
 
     def step(self) -> list[StepOutput]:
         """Advance every decoding sequence by one verified tree, and the prompts that are prefilled by one chunk.

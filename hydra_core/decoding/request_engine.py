@@ -24,6 +24,7 @@ class RequestEngine:
     max_batch_size: int
     context_limit: int
     resets_in_place = True
+    _interrupted = False
 
     @property
     def running(self) -> int:
@@ -69,6 +70,13 @@ class RequestEngine:
 
     def forget(self, ids: Iterable[str]) -> None:
         """Cancel these requests, whose results nobody reads."""
+        for name in ids:
+            self.cancel(name)
+        if not self._interrupted:
+            self._drop_cancelled()
+
+    def _drop_cancelled(self) -> list[StepOutput]:
+        """End the sequences that were cancelled."""
         raise NotImplementedError
 
     def unstarted(self) -> list[Request]:

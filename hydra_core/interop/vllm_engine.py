@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -179,12 +179,6 @@ class VllmEngine(RequestEngine):
     def cancel(self, request_id: str) -> None:
         if request_id in self._sequences:
             self._cancelled.add(request_id)
-
-    def forget(self, ids: Iterable[str]) -> None:
-        for name in ids:
-            self.cancel(name)
-        if not self._interrupted:
-            self._drop_cancelled()
 
     def step(self) -> list[StepOutput]:
         """Advance every sequence by one step of vLLM, which may accept several drafted tokens."""
