@@ -15,12 +15,25 @@ from hydra_core.bundled import FOLDER, bundled_configuration
 from hydra_core.decoding import read_configuration
 from hydra_core.decoding.configuration import ANY_FORMAT
 from hydra_core.proposers import AdaptiveDrafter
+from hydra_core.proposers.calibration import CostCalibrator
+from hydra_core.tree.costs import StepCosts
 from jobs.runner import run
 from pipelines.config import load_config
+from pipelines.generate import stage as generate_stage
 from pipelines.quickstart import first_answers
 from tests.e2e.test_smollm2 import QUESTIONS
 
 FOLDERS = sorted(path.parent for path in FOLDER.glob("*/configuration.json"))
+
+
+@pytest.fixture
+def steady_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps cost what they cost on an idle machine: on a loaded one the dynamic tree may rightly draft next to nothing."""
+    costs = StepCosts({1: {1: 1.0, 16: 1.3}}, {1: {0: 0.0, 4: 0.15}})
+    for module in (first_answers, generate_stage):
+        monkeypatch.setattr(module, "costs_of_one", lambda *_: costs)
+    for name in ("update", "update_drafting"):
+        monkeypatch.setattr(CostCalibrator, name, lambda *_: None)
 
 
 def test_heads_are_bundled() -> None:
@@ -44,6 +57,7 @@ def test_bundled_heads_record_how_they_were_made(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("steady_costs")
 def test_bundled_heads_draft_for_the_embedded_base_and_change_no_token(tmp_path: Path) -> None:
     base = load_base(EMBEDDED_BASE, dtype="fp32", cache=tmp_path)
     assert bundled_configuration(base.identity.digest) == FOLDER / "smollm2_135m"
@@ -57,6 +71,7 @@ def test_bundled_heads_draft_for_the_embedded_base_and_change_no_token(tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("steady_costs")
 def test_a_first_answer_without_training_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                   capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("HYDRA_HEADS_STORAGE", str(tmp_path))
@@ -67,6 +82,7 @@ def test_a_first_answer_without_training_anything(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("steady_costs")
 def test_a_quickstart_shows_what_they_bring_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                   capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(first_answers, "NEW_TOKENS", 32)
@@ -75,7 +91,7 @@ def test_a_quickstart_shows_what_they_bring_first(tmp_path: Path, monkeypatch: p
     answers = first_answers.show_first_answers(config)
     assert [one.question for one in answers] == list(first_answers.QUESTIONS) and torch.get_num_threads() == threads
     assert all(one.plain.token_ids == one.drafted.token_ids for one in answers)
-    assert sum(len(one.drafted.token_ids) - 1 for one in answers) > 1.2 * sum(one.drafted.steps for one in answers)
+    assert sum(len(one.drafted.token_ids) - 1 for one in answers) > 1.3 * sum(one.drafted.steps for one in answers)
     told = capsys.readouterr().err
     assert all(f'"{question}"' in told for question in first_answers.QUESTIONS)
     assert "plain tokens/s" in told and "bundled tokens/s" in told and "differ" not in told
